@@ -1,0 +1,33 @@
+"""Faster timm Vision Transformers: rank the patches of an image, encode only the best.
+
+The import registers the ``ltrp_*`` models with timm.
+"""
+
+from ltrp_timm import ltrp_vit as _ltrp_vit  # registers the models
+from ltrp_timm.model import LTRPModel, drop_patches
+from ltrp_timm.rankers import create_ranker, list_rankers
+from ltrp_timm.selection import (
+    PatchSelector,
+    gather_patches,
+    num_keep,
+    scatter_patches,
+    select_random,
+    select_top,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LTRPModel",
+    "PatchSelector",
+    "create_ranker",
+    "drop_patches",
+    "gather_patches",
+    "list_rankers",
+    "num_keep",
+    "scatter_patches",
+    "select_random",
+    "select_top",
+]
+
+del _ltrp_vit

@@ -1,0 +1,164 @@
+"""Weights and their configuration on disk: safetensors and JSON, written atomically, loaded strictly."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+_METADATA_KEY = "ltrp_timm_config"
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+def save_weights(
+    directory: PathLike,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    overwrite: bool = False,
+) -> Path:
+    """Write ``config.json`` and ``model.safetensors`` into a folder, each in one atomic step.
+
+    The configuration also stands in the header of the safetensors file, so that the file alone can be loaded.
+
+    Args:
+        directory: made when missing.
+        config: what JSON can hold.
+        state_dict: tensors by name.
+        overwrite: replace files of an earlier save.
+
+    Returns:
+        The path of the weights file.
+
+    Raises:
+        FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
+    """
+    folder = Path(directory)
+    present = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds {' and '.join(present)}; pass overwrite=True to replace."
+        )
+    text = json.dumps(dict(config), indent=2) + "\n"
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
+    }
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(dict(config))}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        folder / WEIGHTS_NAME,
+        lambda path: safetensors.torch.save_file(tensors, path, metadata=metadata),
+    )
+    write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder / WEIGHTS_NAME
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` fill a temporary neighbour of ``path``, then rename it; ``path`` is whole or untouched."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights(source: PathLike) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]]]:
+    """Read a folder written by ``save_weights``, or one ``.safetensors`` file.
+
+    Args:
+        source: folder with ``config.json`` and ``model.safetensors``, or a file.
+
+    Returns:
+        State dict, and the configuration (None when the file carries none).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there is no safetensors file or its configuration is no JSON object.
+    """
+    path = Path(source)
+    if path.is_dir():
+        weights, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
+        missing = [file.name for file in (weights, config_file) if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
+        state_dict, _ = _read_safetensors(weights)
+        return state_dict, _parse_config(
+            config_file.read_text(encoding="utf-8", errors="replace"), config_file
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must be a folder or a .safetensors file.")
+    state_dict, metadata = _read_safetensors(path)
+    text = metadata.get(_METADATA_KEY)
+    return state_dict, None if text is None else _parse_config(text, path)
+
+
+def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
+
+
+def _parse_config(text: str, source: Path) -> Dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"the configuration in {source} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"the configuration in {source} must be a JSON object, got {type(config).__name__}."
+        )
+    return config
+
+
+def check_keys(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    source: str,
+    optional: Iterable[str] = (),
+) -> None:
+    """Compare the tensors of a file with those of a model, by name and shape.
+
+    Args:
+        expected: the model's state dict.
+        found: the file's, under the model's names.
+        source: named in the error.
+        optional: names that may be missing or have another shape (a head for another number of classes).
+
+    Raises:
+        RuntimeError: a table of what is missing, unexpected or of another shape.
+    """
+    free = set(optional)
+    lines: List[str] = []
+    lines += [f"missing     {name}" for name in expected if name not in found and name not in free]
+    lines += [f"unexpected  {name}" for name in found if name not in expected and name not in free]
+    lines += [
+        f"mismatched  {name}: {list(found[name].shape)} in the file, {list(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in found and name not in free and found[name].shape != tensor.shape
+    ]
+    if lines:
+        raise RuntimeError(f"{source} does not fit the model:\n  " + "\n  ".join(lines))
+
+
+def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load every tensor of ``module`` from ``state_dict``, or raise RuntimeError with the table of differences."""
+    check_keys(module.state_dict(), state_dict, source)
+    module.load_state_dict(dict(state_dict))

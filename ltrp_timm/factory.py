@@ -1,0 +1,278 @@
+"""How arguments of ``timm.create_model`` become an LTRPModel: its backbone, its cfg, its weights."""
+
+import dataclasses
+import importlib
+import inspect
+import logging
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
+
+import timm
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg
+from timm.models._builder import resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from ltrp_timm.checkpoints import check_keys
+from ltrp_timm.model import LTRPModel, drop_patches, is_plain, wrap_pretrained_cfg
+
+_logger = logging.getLogger(__name__)
+
+_FRONT_END = (
+    "ranker",
+    "keep_ratio",
+    "selection",
+    "validate",
+    "fill",
+    "ranker_weights",
+    "ranker_args",
+)
+_FEATURES = ("features_only", "out_indices", "feature_cls")
+_SOURCES = ("file", "url", "hf_hub_id", "state_dict")
+_PREFIX = "backbone."
+
+
+def create_ltrp(
+    variant: str,
+    pretrained: bool = False,
+    *,
+    backbone: str,
+    pretrained_cfg: Union[None, str, Mapping[str, Any], PretrainedCfg] = None,
+    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+    cache_dir: Optional[str] = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a registered model, its backbone fixed by its name.
+
+    The ``pretrained_cfg`` describes the whole model: the backbone is built without weights, and one file, of a plain
+    backbone or of a whole model, fills it.
+
+    Args:
+        variant: the registered name.
+        pretrained: load weights.
+        backbone: name of the timm ViT.
+        pretrained_cfg: as in timm.
+        pretrained_cfg_overlay: as in timm.
+        cache_dir: as in timm.
+        **kwargs: arguments of ``drop_patches``; the rest goes to the backbone.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    front, features, rest = _split_kwargs(kwargs)
+    net = timm.create_model(backbone, pretrained_cfg=_unwrap_cfg(cfg, backbone), **rest)
+    model = _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
+    inner = getattr(model, "model", model)  # a features_only wrapper holds the model
+    inner._model_args.pop("backbone", None)  # the name says it
+    return model
+
+
+def create_generic(
+    variant: str,
+    pretrained: bool = False,
+    *,
+    backbone: str,
+    pretrained_cfg: Union[None, str, Mapping[str, Any], PretrainedCfg] = None,
+    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+    cache_dir: Optional[str] = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model around any timm ViT.
+
+    Without a weight source of its own, ``pretrained=True`` pulls the backbone's weights as timm would. A
+    ``pretrained_cfg`` or an overlay with a source describes the whole model, backbone and ranker.
+
+    Raises:
+        ValueError: ``pretrained_cfg`` is a tag: tags belong to the backbone's name.
+    """
+    if isinstance(pretrained_cfg, str) and pretrained_cfg:
+        raise ValueError(
+            f"{variant} has no tag {pretrained_cfg!r}: write the tag behind the backbone's name."
+        )
+    overlay = dict(pretrained_cfg_overlay or {})
+    front, features, rest = _split_kwargs(kwargs)
+    whole = bool(pretrained_cfg) or any(overlay.get(key) for key in _SOURCES)
+    if whole:
+        base = pretrained_cfg or wrap_pretrained_cfg(_cfg_of(backbone))
+        cfg = resolve_pretrained_cfg(variant, _as_dict(base), overlay).to_dict()
+        name = timm.models.get_arch_name(backbone) if ":" not in backbone else backbone
+        source = {} if ":" in backbone else {"pretrained_cfg": _unwrap_cfg(cfg, name)}
+        net = timm.create_model(name, **source, **rest)
+    else:
+        net = timm.create_model(
+            backbone,
+            pretrained=pretrained,
+            pretrained_cfg_overlay=overlay or None,
+            cache_dir=cache_dir,
+            **rest,
+        )
+        cfg = wrap_pretrained_cfg(getattr(net, "pretrained_cfg", None))
+    return _assemble(net, variant, pretrained and whole, cfg, front, features, rest, cache_dir)
+
+
+def _assemble(
+    net: nn.Module,
+    variant: str,
+    pretrained: bool,
+    cfg: Dict[str, Any],
+    front: Dict[str, Any],
+    features: Dict[str, Any],
+    rest: Dict[str, Any],
+    cache_dir: Optional[str],
+) -> nn.Module:
+    """Wrap a built backbone and have timm load weights and make feature wrappers."""
+
+    def wrap(**_: Any) -> LTRPModel:
+        return drop_patches(net, **front)
+
+    model: nn.Module = build_model_with_cfg(
+        wrap,
+        variant,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        cache_dir=cache_dir,
+        **rest,
+        **features,
+    )
+    return model
+
+
+def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Any]]:
+    """Arguments for the front-end, for timm's feature wrapper, and for the backbone."""
+    saved = kwargs.get("pretrained_model_args") or {}
+    front = {name: kwargs[name] for name in _FRONT_END if name in kwargs}
+    if saved and front.get("ranker_weights") == saved.get("ranker_weights"):
+        front.pop("ranker_weights", None)  # a saved model holds its ranker's weights itself
+    if (
+        saved
+        and front.get("ranker") != saved.get("ranker")
+        and front.get("ranker_args") == saved.get("ranker_args")
+    ):
+        front.pop("ranker_args", None)  # those of the saved ranker do not fit another one
+    features = {name: kwargs[name] for name in _FEATURES if name in kwargs}
+    rest = {
+        name: value for name, value in kwargs.items() if name not in front and name not in features
+    }
+    return front, features, {name: value for name, value in rest.items() if name not in _FRONT_END}
+
+
+def _cfg_of(backbone: str) -> Dict[str, Any]:
+    if ":" in backbone:
+        return {}
+    cfg = timm.models.get_pretrained_cfg(backbone)
+    return cfg.to_dict() if cfg is not None else {}
+
+
+def _as_dict(cfg: Any) -> Dict[str, Any]:
+    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg)
+
+
+def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:
+    """timm's cfg of ``arch.tag`` as that of a registered model of ours; None where this timm lacks it."""
+    cfg = timm.models.get_pretrained_cfg(tag)
+    if cfg is None:
+        return None
+    wrapped = wrap_pretrained_cfg(cfg.to_dict())
+    # the Hub holds native weights also where the url names an original JAX file
+    changes = {"url": None, "custom_load": False, "architecture": None, "tag": None, **changes}
+    return dataclasses.replace(PretrainedCfg(**wrapped), **changes)
+
+
+def _unwrap_cfg(cfg: Mapping[str, Any], backbone: str) -> Dict[str, Any]:
+    """The whole model's cfg as its backbone's, without a weight source."""
+    out = {name: value for name, value in cfg.items() if name not in (*_SOURCES, "source", "tag")}
+    out["architecture"] = timm.models.get_arch_name(backbone)
+    for name in ("first_conv", "classifier"):
+        value = out.get(name)
+        if isinstance(value, str):
+            out[name] = value.removeprefix(_PREFIX)
+        elif value is not None:
+            out[name] = tuple(part.removeprefix(_PREFIX) for part in value)
+    return out
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Tensor]:
+    """Weights of a plain backbone or of a whole model -> names and shapes of ``model``.
+
+    The backbone's part goes through timm's own filter (other layouts, position embeddings of another size). A plain
+    file leaves the ranker's weights as they are. Nothing is left out in silence.
+
+    Raises:
+        RuntimeError: a table of what is missing, unexpected or of another shape.
+    """
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    plain = is_plain(state_dict)
+    inner = state_dict if plain else _with_prefix(state_dict, _PREFIX)
+    inner = _fit_backbone(_backbone_filter(inner, model.backbone), model.backbone)
+    own = model.ranker.state_dict()
+    ranker = own if plain else _adapt_ranker(_with_prefix(state_dict, "ranker."), own)
+    out = {f"ranker.{name}": tensor for name, tensor in ranker.items()}
+    out.update({f"{_PREFIX}{name}": tensor for name, tensor in inner.items()})
+    check_keys(model.state_dict(), out, "the checkpoint", optional=_optional_names(model))
+    if not plain and hasattr(model.ranker, "trained"):
+        model.ranker.trained = True
+    return out
+
+
+def _with_prefix(state_dict: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
+    return {
+        name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
+    }
+
+
+def _backbone_filter(state_dict: Dict[str, Any], backbone: nn.Module) -> Dict[str, Any]:
+    for kind in type(backbone).__mro__:
+        fn = getattr(importlib.import_module(kind.__module__), "checkpoint_filter_fn", None)
+        if fn is not None:
+            # DeiT-3 files name LayerScale otherwise; the option touches no other names
+            named = "adapt_layer_scale" in inspect.signature(fn).parameters
+            out: Dict[str, Any] = fn(
+                state_dict, backbone, **({"adapt_layer_scale": True} if named else {})
+            )
+            return out
+    return state_dict
+
+
+def _fit_backbone(state_dict: Dict[str, Any], backbone: Any) -> Dict[str, Any]:
+    """Follow a changed ``global_pool``: the final norm moves, an unused attention pool goes. Both are said."""
+    wanted = backbone.state_dict()
+    out = dict(state_dict)
+    for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
+        for part in ("weight", "bias"):
+            before, after = f"{old}.{part}", f"{new}.{part}"
+            if before in out and before not in wanted and after in wanted and after not in out:
+                out[after] = out.pop(before)
+                _logger.warning(
+                    "Loading %s of the checkpoint as %s: the pooling differs.", before, after
+                )
+    unused = [name for name in out if name.startswith("attn_pool.") and name not in wanted]
+    if unused and getattr(backbone, "attn_pool", None) is None:
+        _logger.warning("Leaving out the checkpoint's attention pool: global_pool is another one.")
+        out = {name: value for name, value in out.items() if name not in unused}
+    return out
+
+
+def _adapt_ranker(state_dict: Dict[str, Tensor], own: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Fit the ranker's first convolution to another number of image channels, as timm does for the backbone's."""
+    out = dict(state_dict)
+    for name, tensor in own.items():
+        found = out.get(name)
+        if found is None or found.dim() != 4 or found.shape == tensor.shape:
+            continue
+        if (
+            found.shape[0] == tensor.shape[0]
+            and found.shape[2:] == tensor.shape[2:]
+            and found.shape[1] == 3
+        ):
+            out[name] = adapt_input_conv(tensor.shape[1], found)
+    return out
+
+
+def _optional_names(model: LTRPModel) -> set[str]:
+    """Names that timm adapts after the filter: the first convolution and the heads."""
+    names = []
+    for key in ("first_conv", "classifier"):
+        value = (model.pretrained_cfg or {}).get(key)
+        names += [value] if isinstance(value, str) else list(value or ())
+    optional = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    return optional

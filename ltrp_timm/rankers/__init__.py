@@ -1,0 +1,109 @@
+"""Rankers: images (B, C, H, W) -> score map (B, h, w), higher = keep first."""
+
+from functools import partial
+from typing import Any, Callable, Dict, List, Union
+
+from torch import nn
+
+from ltrp_timm.checkpoints import PathLike, load_strictly, read_weights
+from ltrp_timm.rankers.base import InputBridge, Ranker, resize_score_map
+from ltrp_timm.rankers.contrast import ContrastRanker
+from ltrp_timm.rankers.conv import ConvRanker
+from ltrp_timm.rankers.random import RandomRanker
+from ltrp_timm.rankers.vit import VitRanker
+
+__all__ = [
+    "ContrastRanker",
+    "ConvRanker",
+    "InputBridge",
+    "RandomRanker",
+    "Ranker",
+    "VitRanker",
+    "create_ranker",
+    "list_rankers",
+    "resize_score_map",
+]
+
+_RANKERS: Dict[str, Callable[..., Any]] = {
+    "contrast": ContrastRanker,
+    "conv": ConvRanker,
+    "vit_tiny": partial(VitRanker, embed_dim=192, depth=12, num_heads=3),
+    "vit_small": partial(VitRanker, embed_dim=384, depth=12, num_heads=6),
+    "vit_base": partial(VitRanker, embed_dim=768, depth=12, num_heads=12),
+    "random": RandomRanker,
+}
+
+
+def list_rankers() -> List[str]:
+    """Names that ``create_ranker`` takes.
+
+    >>> list_rankers()
+    ['contrast', 'conv', 'random', 'vit_base', 'vit_small', 'vit_tiny']
+    """
+    return sorted(_RANKERS)
+
+
+def ranker_class(name: str) -> Any:
+    """The class behind a name.
+
+    Raises:
+        ValueError: no ranker has that name.
+    """
+    if name not in _RANKERS:
+        raise ValueError(
+            f"ranker must be one of {', '.join(list_rankers())} or an nn.Module, got {name!r}."
+        )
+    factory = _RANKERS[name]
+    return factory.func if isinstance(factory, partial) else factory
+
+
+def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs: Any) -> Any:
+    """Make a ranker.
+
+    Args:
+        name: one of ``list_rankers()``.
+        pretrained: a folder written by ``ranker.save`` or a ``.safetensors`` file with weights of this ranker.
+        **kwargs: arguments of the ranker's class; they override those of a saved configuration.
+
+    Returns:
+        The ranker, an ``nn.Module`` images -> (B, h, w).
+
+    Raises:
+        ValueError: unknown name, weights for a ranker without any, or a saved configuration of another ranker.
+        FileNotFoundError: ``pretrained`` names nothing.
+        RuntimeError: the weights do not fit; every name that is missing or too much is listed.
+
+    >>> create_ranker("contrast", patch_size=14).patch_size
+    (14, 14)
+    """
+    learned = ranker_class(name).learned
+    if pretrained is False or pretrained is None:
+        return _named(name, kwargs)
+    if not learned:
+        raise ValueError(
+            f"the {name} ranker has no weights: leave pretrained=False, got {pretrained!r}."
+        )
+    if pretrained is True:
+        raise ValueError(
+            f"no published weights exist for the {name} ranker: pass pretrained=<folder or .safetensors file>."
+        )
+    state_dict, config = read_weights(pretrained)
+    ranker = _named(name, {**_saved_args(name, config, pretrained), **kwargs})
+    load_strictly(ranker, state_dict, str(pretrained))
+    ranker.trained = True
+    return ranker
+
+
+def _named(name: str, kwargs: Dict[str, Any]) -> nn.Module:
+    ranker: nn.Module = _RANKERS[name](**kwargs)
+    ranker.name = name  # type: ignore[assignment]  # vit_tiny, vit_small and vit_base are one class
+    return ranker
+
+
+def _saved_args(name: str, config: Any, source: PathLike) -> Dict[str, Any]:
+    if config is None:
+        return {}
+    saved, args = config.get("ranker"), config.get("args")
+    if saved != name or not isinstance(args, dict):
+        raise ValueError(f"{source} holds a {saved!r} ranker, not {name!r}.")
+    return args
