@@ -4,7 +4,8 @@ The import registers the ``ltrp_*`` models with timm.
 """
 
 from ltrp_timm import ltrp_vit as _ltrp_vit  # registers the models
-from ltrp_timm.model import LTRPModel, drop_patches
+from ltrp_timm.front_end import drop_patches
+from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import create_ranker, list_rankers
 from ltrp_timm.selection import (
     PatchSelector,

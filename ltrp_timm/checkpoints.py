@@ -1,4 +1,4 @@
-"""Weights and their configuration on disk: safetensors and JSON, written atomically, loaded strictly."""
+"""Weights and their configuration on disk: safetensors and JSON, atomic, loaded strictly."""
 
 import json
 import os
@@ -25,7 +25,8 @@ def save_weights(
 ) -> Path:
     """Write ``config.json`` and ``model.safetensors`` into a folder, each in one atomic step.
 
-    The configuration also stands in the header of the safetensors file, so that the file alone can be loaded.
+    The configuration also stands in the header of the safetensors file, so that the file alone can
+    be loaded.
 
     Args:
         directory: made when missing.
@@ -60,7 +61,7 @@ def save_weights(
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` fill a temporary neighbour of ``path``, then rename it; ``path`` is whole or untouched."""
+    """Have ``write`` fill a temporary neighbour, then rename it: ``path`` is whole or untouched."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -111,7 +112,8 @@ def read_weights(source: PathLike) -> Tuple[Dict[str, Tensor], Optional[Dict[str
 def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
 
@@ -140,7 +142,8 @@ def check_keys(
         expected: the model's state dict.
         found: the file's, under the model's names.
         source: named in the error.
-        optional: names that may be missing or have another shape (a head for another number of classes).
+        optional: names that may be missing or have another shape (a head for another number of
+            classes).
 
     Raises:
         RuntimeError: a table of what is missing, unexpected or of another shape.
@@ -150,7 +153,7 @@ def check_keys(
     lines += [f"missing     {name}" for name in expected if name not in found and name not in free]
     lines += [f"unexpected  {name}" for name in found if name not in expected and name not in free]
     lines += [
-        f"mismatched  {name}: {list(found[name].shape)} in the file, {list(tensor.shape)} in the model"
+        f"mismatched  {name}: {list(found[name].shape)}, the model has {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and name not in free and found[name].shape != tensor.shape
     ]
@@ -159,6 +162,6 @@ def check_keys(
 
 
 def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Load every tensor of ``module`` from ``state_dict``, or raise RuntimeError with the table of differences."""
+    """Load every tensor of ``module``, or raise RuntimeError with the table of differences."""
     check_keys(module.state_dict(), state_dict, source)
     module.load_state_dict(dict(state_dict))

@@ -1,4 +1,4 @@
-"""How arguments of ``timm.create_model`` become an LTRPModel: its backbone, its cfg, its weights."""
+"""How arguments of ``timm.create_model`` become an LTRPModel: backbone, cfg, weights."""
 
 import dataclasses
 import importlib
@@ -12,7 +12,9 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ltrp_timm.checkpoints import check_keys
-from ltrp_timm.model import LTRPModel, drop_patches, is_plain, wrap_pretrained_cfg
+from ltrp_timm.front_end import drop_patches
+from ltrp_timm.model import LTRPModel
+from ltrp_timm.timm_interface import is_plain, wrap_pretrained_cfg
 
 _logger = logging.getLogger(__name__)
 
@@ -35,15 +37,15 @@ def create_ltrp(
     pretrained: bool = False,
     *,
     backbone: str,
-    pretrained_cfg: Union[None, str, Mapping[str, Any], PretrainedCfg] = None,
+    pretrained_cfg: Union[str, Mapping[str, Any], PretrainedCfg, None] = None,
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     cache_dir: Optional[str] = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a registered model, its backbone fixed by its name.
 
-    The ``pretrained_cfg`` describes the whole model: the backbone is built without weights, and one file, of a plain
-    backbone or of a whole model, fills it.
+    The ``pretrained_cfg`` describes the whole model: the backbone is built without weights, and one
+    file, of a plain backbone or of a whole model, fills it.
 
     Args:
         variant: the registered name.
@@ -58,7 +60,7 @@ def create_ltrp(
     front, features, rest = _split_kwargs(kwargs)
     net = timm.create_model(backbone, pretrained_cfg=_unwrap_cfg(cfg, backbone), **rest)
     model = _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
-    inner = getattr(model, "model", model)  # a features_only wrapper holds the model
+    inner: Any = getattr(model, "model", model)  # a features_only wrapper holds the model
     inner._model_args.pop("backbone", None)  # the name says it
     return model
 
@@ -68,15 +70,16 @@ def create_generic(
     pretrained: bool = False,
     *,
     backbone: str,
-    pretrained_cfg: Union[None, str, Mapping[str, Any], PretrainedCfg] = None,
+    pretrained_cfg: Union[str, Mapping[str, Any], PretrainedCfg, None] = None,
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     cache_dir: Optional[str] = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model around any timm ViT.
 
-    Without a weight source of its own, ``pretrained=True`` pulls the backbone's weights as timm would. A
-    ``pretrained_cfg`` or an overlay with a source describes the whole model, backbone and ranker.
+    Without a weight source of its own, ``pretrained=True`` pulls the backbone's weights as timm
+    would. A ``pretrained_cfg`` or an overlay with a source describes the whole model, backbone and
+    ranker.
 
     Raises:
         ValueError: ``pretrained_cfg`` is a tag: tags belong to the backbone's name.
@@ -166,7 +169,7 @@ def _as_dict(cfg: Any) -> Dict[str, Any]:
 
 
 def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:
-    """timm's cfg of ``arch.tag`` as that of a registered model of ours; None where this timm lacks it."""
+    """timm's cfg of ``arch.tag`` as that of a registered model; None where this timm lacks it."""
     cfg = timm.models.get_pretrained_cfg(tag)
     if cfg is None:
         return None
@@ -192,8 +195,9 @@ def _unwrap_cfg(cfg: Mapping[str, Any], backbone: str) -> Dict[str, Any]:
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Tensor]:
     """Weights of a plain backbone or of a whole model -> names and shapes of ``model``.
 
-    The backbone's part goes through timm's own filter (other layouts, position embeddings of another size). A plain
-    file leaves the ranker's weights as they are. Nothing is left out in silence.
+    The backbone's part goes through timm's own filter (other layouts, position embeddings of
+    another size). A plain file leaves the ranker's weights as they are. Nothing is left out in
+    silence.
 
     Raises:
         RuntimeError: a table of what is missing, unexpected or of another shape.
@@ -234,7 +238,7 @@ def _backbone_filter(state_dict: Dict[str, Any], backbone: nn.Module) -> Dict[st
 
 
 def _fit_backbone(state_dict: Dict[str, Any], backbone: Any) -> Dict[str, Any]:
-    """Follow a changed ``global_pool``: the final norm moves, an unused attention pool goes. Both are said."""
+    """Follow a changed ``global_pool``, and say so: the norm moves, an attention pool goes."""
     wanted = backbone.state_dict()
     out = dict(state_dict)
     for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
@@ -253,7 +257,7 @@ def _fit_backbone(state_dict: Dict[str, Any], backbone: Any) -> Dict[str, Any]:
 
 
 def _adapt_ranker(state_dict: Dict[str, Tensor], own: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """Fit the ranker's first convolution to another number of image channels, as timm does for the backbone's."""
+    """Fit the ranker's first convolution to the images' channels, as timm fits the backbone's."""
     out = dict(state_dict)
     for name, tensor in own.items():
         found = out.get(name)

@@ -1,6 +1,7 @@
 """The registered names and the weights timm publishes for their backbones, default first.
 
-timm keys its registry by the last part of this module's name; it must not be that of a module of timm's.
+timm keys its registry by the last part of this module's name; it must not be that of a module of
+timm's.
 """
 
 from typing import Any, Dict

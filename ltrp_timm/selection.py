@@ -1,6 +1,7 @@
 """Scores to keep indices to tokens: the arithmetic of patch selection.
 
-Axes: B images, N patches, P prefix tokens, L = P + N, D width, K kept patches. Everything here is a function of
+Axes: B images, N patches, P prefix tokens, L = P + N, D width, K kept patches. Everything here is a
+    function of
 its arguments, runs without host synchronisation and can be scripted, traced, compiled and exported.
 """
 
@@ -78,7 +79,9 @@ def select_top(scores: Tensor, k: int) -> Tensor:
 def select_random(
     scores: Tensor, k: int, generator: Optional[torch.Generator] = None, seed: int = 0
 ) -> Tensor:
-    """Keep K patches at random: the same set for every image and at every call, unless a generator is given.
+    """Keep K patches at random.
+
+    Without a generator it is the same set for every image and at every call.
 
     Args:
         scores: (B, N), read for its shape and device only.
@@ -97,10 +100,11 @@ def select_random(
 
 
 def seeded_scores(batch_size: int, num_patches: int, seed: int, device: torch.device) -> Tensor:
-    """Scores (B, N) float32 in [0, 1) that look random: a function of (seed, N) alone, the same for every image.
+    """Scores (B, N) float32 in [0, 1) that look random: a function of (seed, N) alone.
 
-    The values come from a few rounds of modular squaring of the patch index, so that scripted, compiled and exported
-    models draw what eager ones draw, and a call draws what the call before drew.
+    They are the same for every image. The values come from a few rounds of modular squaring of the
+    patch index, so that scripted, compiled and exported models draw what eager ones draw, and a
+    call draws what the call before drew.
     """
     prime = 2147483647  # 2^31 - 1: products of two residues stay inside int64
     x = torch.arange(1, num_patches + 1, device=device, dtype=torch.int64)
@@ -111,7 +115,7 @@ def seeded_scores(batch_size: int, num_patches: int, seed: int, device: torch.de
 
 
 def select_patches(scores: Tensor, k: int, selection: str) -> Tensor:
-    """Scores (B, N) -> keep indices (B, K) by the selection rule of that name ("top" or "random")."""
+    """Scores (B, N) -> keep indices (B, K) by the rule of that name, "top" or "random"."""
     if selection == "random":
         return select_random(scores, k)
     return select_top(scores, k)
@@ -120,7 +124,7 @@ def select_patches(scores: Tensor, k: int, selection: str) -> Tensor:
 def choose_keep_indices(
     scores: Tensor, keep_indices: Optional[Tensor], keep_ratio: float, selection: str
 ) -> Tensor:
-    """The caller's ``keep_indices`` (B, K) when given, else the patches that the scores (B, N) choose."""
+    """The caller's ``keep_indices`` (B, K) when given, else those that scores (B, N) choose."""
     if keep_indices is not None:
         check_keep_indices(keep_indices, scores.shape[0], scores.shape[1])
         return keep_indices
@@ -139,12 +143,13 @@ def check_keep_indices(keep_indices: Tensor, batch_size: int, num_patches: int) 
     shape = keep_indices.shape
     if len(shape) != 2 or shape[0] != batch_size or shape[1] < 1 or shape[1] > num_patches:
         raise ValueError(
-            f"keep_indices must be (B, K) with B = {batch_size} and 1 <= K <= N = {num_patches}, got {list(shape)}."
+            f"keep_indices must be (B, K) with B = {batch_size} and 1 <= K <= N = {num_patches}, "
+            f"got {list(shape)}."
         )
 
 
 def validate_keep_indices(keep_indices: Tensor, num_patches: int) -> None:
-    """Check the values of indices (B, K): in range and without duplicates. Synchronises with the device.
+    """Check that indices (B, K) are in range and without duplicates; reads from the device.
 
     Raises:
         ValueError: an index lies outside 0 … N - 1 or stands twice in a row.
@@ -160,8 +165,8 @@ def validate_keep_indices(keep_indices: Tensor, num_patches: int) -> None:
 def gather_patches(tokens: Tensor, keep_indices: Tensor) -> Tensor:
     """tokens (B, N, D), keep_indices (B, K) -> (B, K, D).
 
-    Whole rows are copied from the flattened tokens: ``torch.gather`` along an expanded index reads an index per
-    value and takes many times longer on a CPU.
+    Whole rows are copied from the flattened tokens: ``torch.gather`` along an expanded index reads
+    an index per value and takes many times longer on a CPU.
     """
     batch, length, width = tokens.shape
     first_rows = torch.arange(batch, device=tokens.device) * length
@@ -195,8 +200,8 @@ def scatter_patches(
         tokens: (B, K, D) tokens of the kept patches.
         keep_indices: (B, K), row-major positions on the grid.
         grid_size: (h, w) in patches, N = h * w.
-        fill: what stands at dropped places: "zeros", or "nearest" for the token of the nearest kept patch
-            (Euclid on the grid, ties to the lower index).
+        fill: what stands at dropped places: "zeros", or "nearest" for the token of the nearest kept
+            patch (Euclid on the grid, ties to the lower index).
 
     Returns:
         (B, N, D).
@@ -214,7 +219,7 @@ def scatter_patches(
 
 
 def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:
-    """keep_indices (B, K) -> (B, N): for each place of the grid, which of the K kept patches is nearest."""
+    """keep_indices (B, K) -> (B, N): which of the K kept patches is nearest to each place."""
     h, w = grid_size
     places = torch.arange(h * w, device=keep_indices.device)
     rows, cols = places // w, places % w
@@ -266,13 +271,13 @@ class PatchSelector(nn.Module):
         expected = tokens.shape[1] - self.num_prefix_tokens
         if scores.dim() != 2 or scores.shape[0] != tokens.shape[0] or scores.shape[1] != expected:
             raise ValueError(
-                f"scores must be (B, N) = {[tokens.shape[0], expected]} for tokens {list(tokens.shape)} with "
-                f"{self.num_prefix_tokens} prefix tokens, got {list(scores.shape)}."
+                f"scores must be (B, N) = {[tokens.shape[0], expected]} for tokens "
+                f"{list(tokens.shape)} with {self.num_prefix_tokens} prefix tokens, got {list(scores.shape)}."
             )
         keep = select_patches(scores, num_keep(scores.shape[1], self.keep_ratio), self.selection)
         return keep_tokens(tokens, keep, self.num_prefix_tokens), keep
 
     def extra_repr(self) -> str:
         """Arguments for ``print(module)``."""
-        prefix = self.num_prefix_tokens
-        return f"keep_ratio={self.keep_ratio}, num_prefix_tokens={prefix}, selection={self.selection!r}"
+        prefix = f"num_prefix_tokens={self.num_prefix_tokens}"
+        return f"keep_ratio={self.keep_ratio}, {prefix}, selection={self.selection!r}"

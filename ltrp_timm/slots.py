@@ -1,6 +1,7 @@
 """How each timm family lets go of tokens: a slot module, and one small adapter per family.
 
-A slot sits where timm drops patches, right after the position embedding. It holds keep indices only while its model
+A slot sits where timm drops patches, right after the position embedding. It holds keep indices only
+while its model
 runs: whoever runs the model puts them in, the slot hands them out once. Empty, it is the identity.
 """
 
@@ -37,7 +38,7 @@ class TokenSlot(nn.Module):
         self.keep_indices = None
 
     def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """Tokens (B, P + N, D) -> kept tokens and the indices that lay in the slot, which is empty afterwards."""
+        """Tokens (B, P + N, D) -> kept ones and the indices in the slot, empty afterwards."""
         keep = self.keep_indices
         if keep is None:
             return x, None
@@ -50,7 +51,7 @@ class TokenSlot(nn.Module):
 
 
 class TokenSlotWithIndices(TokenSlot):
-    """Stands at ``patch_drop`` of an Eva: also returns the indices, by which Eva gathers its rotary embedding."""
+    """Stands at ``patch_drop`` of an Eva, which gathers its rotary embedding by the indices."""
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:  # type: ignore[override]
         """Tokens (B, P + N, D) -> (B, P + K, D), and the indices (B, K)."""
@@ -90,6 +91,7 @@ _CONVOLVES = "it mixes neighbouring patches with convolutions over the full grid
 _MIXES = "its token-mixing weights have one entry for each patch position"
 
 REFUSED: Dict[str, str] = {
+    "LTRPModel": "it drops patches already; set its keep_ratio instead",
     "Beit": _LATER,
     "Cait": _LATER,
     "VisionTransformerRelPos": _LATER,
@@ -120,7 +122,8 @@ def find_adapter(backbone: object) -> SlotAdapter:
     """The adapter for a timm ViT.
 
     Raises:
-        TypeError: patches cannot be dropped from this model; the message says why. Nothing was changed.
+        TypeError: patches cannot be dropped from this model; the message says why. Nothing was
+            changed.
     """
     kind = type(backbone).__name__
     for adapter in ADAPTERS:
@@ -135,7 +138,7 @@ def find_adapter(backbone: object) -> SlotAdapter:
         raise TypeError(f"cannot drop patches from {kind}: {REFUSED[kind]}.")
     names = ", ".join(adapter.family for adapter in ADAPTERS)
     raise TypeError(
-        f"cannot drop patches from {kind}: it is none of the timm ViT families that let go of tokens ({names})."
+        f"cannot drop patches from {kind}: it is none of the timm families that can ({names})."
     )
 
 
@@ -143,8 +146,8 @@ def _check_slot_is_free(backbone: Any) -> None:
     slot = backbone.patch_drop
     if isinstance(slot, (PatchDropout, PatchDropoutWithIndices)):
         raise TypeError(
-            f"cannot drop patches from {type(backbone).__name__}: its patch_drop is a live {type(slot).__name__}; "
-            "create the model without patch_drop_rate."
+            f"cannot drop patches from {type(backbone).__name__}: its patch_drop is a live "
+            f"{type(slot).__name__}; create the model without patch_drop_rate."
         )
     if slot is not None and type(slot) is not nn.Identity:
         raise TypeError(
@@ -154,10 +157,11 @@ def _check_slot_is_free(backbone: Any) -> None:
 
 
 def _make_rope_gather_a_leaf() -> None:
-    """Let torch.fx treat timm's gather of rotary embeddings as a leaf: it cannot be traced, only called.
+    """Make timm's gather of rotary embeddings a leaf of torch.fx: it can be called, not traced.
 
-    ``torch.fx.wrap`` must be called at the top level of the module whose name it wraps, hence the ``exec``. It
-    changes symbolic tracing only.
+    ``torch.fx.wrap`` must be called at the top level of the module whose name it wraps, hence the
+    ``exec``. It changes symbolic tracing only.
     """
     source = "__import__('torch').fx.wrap('apply_keep_indices_nlc')"
-    exec(compile(source, inspect.getfile(timm.models.eva), "exec"), vars(timm.models.eva))  # noqa: S102
+    code = compile(source, inspect.getfile(timm.models.eva), "exec")
+    exec(code, vars(timm.models.eva))  # noqa: S102  # a constant string

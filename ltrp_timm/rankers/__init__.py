@@ -6,7 +6,8 @@ from typing import Any, Callable, Dict, List, Union
 from torch import nn
 
 from ltrp_timm.checkpoints import PathLike, load_strictly, read_weights
-from ltrp_timm.rankers.base import InputBridge, Ranker, resize_score_map
+from ltrp_timm.rankers.base import Ranker
+from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.contrast import ContrastRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.random import RandomRanker
@@ -21,6 +22,8 @@ __all__ = [
     "VitRanker",
     "create_ranker",
     "list_rankers",
+    "make_bridge",
+    "ranker_class",
     "resize_score_map",
 ]
 
@@ -62,14 +65,16 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
 
     Args:
         name: one of ``list_rankers()``.
-        pretrained: a folder written by ``ranker.save`` or a ``.safetensors`` file with weights of this ranker.
+        pretrained: a folder written by ``ranker.save`` or a ``.safetensors`` file with weights of
+            this ranker.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
 
     Returns:
         The ranker, an ``nn.Module`` images -> (B, h, w).
 
     Raises:
-        ValueError: unknown name, weights for a ranker without any, or a saved configuration of another ranker.
+        ValueError: unknown name, weights for a ranker without any, or a saved configuration of
+            another ranker.
         FileNotFoundError: ``pretrained`` names nothing.
         RuntimeError: the weights do not fit; every name that is missing or too much is listed.
 
@@ -85,10 +90,10 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
         )
     if pretrained is True:
         raise ValueError(
-            f"no published weights exist for the {name} ranker: pass pretrained=<folder or .safetensors file>."
+            f"no published weights exist for the {name} ranker: pass pretrained=<folder or file>."
         )
     state_dict, config = read_weights(pretrained)
-    ranker = _named(name, {**_saved_args(name, config, pretrained), **kwargs})
+    ranker: Any = _named(name, {**_saved_args(name, config, pretrained), **kwargs})
     load_strictly(ranker, state_dict, str(pretrained))
     ranker.trained = True
     return ranker

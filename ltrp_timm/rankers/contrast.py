@@ -13,8 +13,9 @@ PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
 class ContrastRanker(Ranker, nn.Module):
     """rank(patch std) + rank(colour contrast to the border) + 0.7 * rank(nearness to the centre).
 
-    No weights, no training, no labels; ranks are taken within an image, ties share their mean rank. The defaults are
-    the best of the analytic scores measured on real photos against object masks; it knows nothing about content.
+    No weights, no training, no labels; ranks are taken within an image, ties share their mean rank.
+    The defaults are the best of the analytic scores measured on real photos against object masks;
+    it knows nothing about content.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
@@ -25,8 +26,6 @@ class ContrastRanker(Ranker, nn.Module):
     """
 
     name = "contrast"
-    mean: Optional[List[float]] = [0.0, 0.0, 0.0]  # it works on pixels in [0, 1]
-    std: Optional[List[float]] = [1.0, 1.0, 1.0]
 
     def __init__(
         self,
@@ -42,6 +41,8 @@ class ContrastRanker(Ranker, nn.Module):
         if not weights or any(part not in PARTS for part in weights):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {parts!r}.")
         self.patch_size = to_pair(patch_size)
+        self.mean: Optional[List[float]] = [0.0]  # it works on pixels in [0, 1]
+        self.std: Optional[List[float]] = [1.0]
         self.std_weight = float(weights.get("std", 0.0))
         self.colour_weight = float(weights.get("colour", 0.0))
         self.centre_weight = float(weights.get("centre", 0.0))
@@ -97,7 +98,7 @@ torch.fx.wrap("contrast_scores")
 def patch_statistics(
     images: Tensor, patch_size: Tuple[int, int], h: int, w: int
 ) -> Tuple[Tensor, Tensor]:
-    """images (B, C, H, W) -> mean and variance over the pixels of each patch, (B, C, N) float32 each."""
+    """Images (B, C, H, W) -> mean and variance over each patch's pixels, (B, C, N) float32."""
     rows, cols = patch_size
     pixels = images[:, :, : h * rows, : w * cols].float()
     pixels = pixels.reshape(images.shape[0], images.shape[1], h, rows, w, cols)
@@ -107,7 +108,7 @@ def patch_statistics(
 
 
 def border_contrast(mean: Tensor, h: int, w: int) -> Tensor:
-    """Mean colours (B, C, N) -> (B, N): Euclidean distance to the mean colour of the outermost ring of patches."""
+    """Mean colours (B, C, N) -> (B, N): distance to the mean colour of the outermost patches."""
     rows = torch.arange(h, device=mean.device).unsqueeze(1)
     cols = torch.arange(w, device=mean.device).unsqueeze(0)
     ring = ((rows == 0) | (rows == h - 1) | (cols == 0) | (cols == w - 1)).flatten().to(mean.dtype)
@@ -116,14 +117,14 @@ def border_contrast(mean: Tensor, h: int, w: int) -> Tensor:
 
 
 def centre_distance(h: int, w: int, device: torch.device) -> Tensor:
-    """(1, N) distance of each patch from the centre of the grid, in half grid sides; exact for mirrored places."""
+    """(1, N) squared distance of each patch from the centre, equal for mirrored places."""
     rows = (2 * torch.arange(h, device=device) - (h - 1)).to(torch.float32).abs() / h
     cols = (2 * torch.arange(w, device=device) - (w - 1)).to(torch.float32).abs() / w
     return (rows.square().unsqueeze(1) + cols.square().unsqueeze(0)).flatten().unsqueeze(0)
 
 
 def quantise(values: Tensor) -> Tensor:
-    """Round values in units of pixels in [0, 1] to sixteenths of a grey level; NaN becomes the lowest of all.
+    """Round pixel values in [0, 1] to sixteenths of a grey level; NaN becomes the lowest.
 
     Differences below that are rounding noise: flat patches must tie, not race.
     """
@@ -132,7 +133,7 @@ def quantise(values: Tensor) -> Tensor:
 
 
 def mean_rank(values: Tensor) -> Tensor:
-    """values (B, N) -> ranks (B, N) in (0, 1): 0.5/N the lowest, ties share the mean of their ranks."""
+    """values (B, N) -> ranks in (0, 1): 0.5/N the lowest, ties share their mean rank."""
     count = values.shape[1]
     if not torch.jit.is_scripting():
         if (

@@ -1,6 +1,6 @@
 """The small learned ranker: straight to the patch grid, then a few large-kernel blocks."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.layers import GroupNorm1, trunc_normal_
 from timm.models.convnext import ConvNeXtBlock
@@ -12,8 +12,8 @@ from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_pair
 class ConvRanker(Ranker, nn.Module):
     """A patch embedding, timm's ConvNeXt blocks on the patch grid, and a 1x1 head.
 
-    Its cost is below 1 % of a ViT-B: no map is larger than the patch grid. Any image size will do. GroupNorm over
-    one group is a single operator and does not mix the images of a batch.
+    Its cost is below 1 % of a ViT-B: no map is larger than the patch grid. Any image size will do.
+    GroupNorm over one group is a single operator and does not mix the images of a batch.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).

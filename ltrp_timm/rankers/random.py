@@ -15,7 +15,8 @@ class RandomRanker(Ranker, nn.Module):
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         seed: chooses the map.
-        generator: when set (also later, as an attribute), every call draws fresh scores per image from it; eager only.
+        generator: when set (also later, as an attribute), every call draws fresh scores per image
+            from it; eager only.
     """
 
     name = "random"

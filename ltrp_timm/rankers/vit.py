@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_pair
 from ltrp_timm.slots import TokenSlot
@@ -46,8 +46,9 @@ def sincos_pos_embed(
 class VitRanker(Ranker, VisionTransformer):
     """The published ranker: class token -> Linear(D, N), fixed position table, LayerNorm eps 1e-5.
 
-    Its state dict has the plain names of the published checkpoints (``blocks.0.attn.qkv.weight``, ``head.weight``).
-    Its grid is fixed: other image sizes are bridged by resizing the image and the map.
+    Its state dict has the plain names of the published checkpoints (``blocks.0.attn.qkv.weight``,
+    ``head.weight``). Its grid is fixed: other image sizes are bridged by resizing the image and the
+    map.
 
     Args:
         img_size: the one image size it takes.
@@ -115,15 +116,15 @@ class VitRanker(Ranker, VisionTransformer):
         img_size: Optional[Tuple[int, int]] = None,
         patch_size: Optional[Tuple[int, int]] = None,
     ) -> None:
-        """Its head has one logit per position: the grid stays, images and maps are resized around it."""
+        """Do nothing: its head has one logit per position; images and maps are resized."""
 
     def forward(self, x: Tensor, visible_indices: Optional[Tensor] = None) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w).
 
         Args:
             x: images of ``img_size``.
-            visible_indices: (B, V) int64, ascending; when given only these patches are encoded, and only their
-                scores mean anything (the published "asymmetric" training).
+            visible_indices: (B, V) int64, ascending; when given only these patches are encoded, and
+                only their scores mean anything (the published "asymmetric" training).
         """
         self.patch_drop.keep_indices = visible_indices
         scores = self.forward_head(self.forward_features(x))

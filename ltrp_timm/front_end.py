@@ -1,0 +1,80 @@
+"""One line for any timm ViT: ``drop_patches``."""
+
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+from torch import nn
+
+from ltrp_timm.checkpoints import PathLike
+from ltrp_timm.model import LTRPModel
+from ltrp_timm.rankers import create_ranker, ranker_class
+from ltrp_timm.slots import find_adapter
+
+
+def drop_patches(
+    model: nn.Module,
+    ranker: Union[str, nn.Module] = "contrast",
+    keep_ratio: float = 0.5,
+    selection: str = "top",
+    validate: bool = False,
+    fill: str = "zeros",
+    ranker_weights: Optional[PathLike] = None,
+    ranker_args: Optional[Dict[str, Any]] = None,
+) -> LTRPModel:
+    """Put an LTRP front-end on a timm ViT: rank its patches, drop the weak ones, encode the rest.
+
+    Works in place, copies no weights; ``model.restore()`` gives the backbone back.
+
+    Args:
+        model: a timm ViT (ViT, DeiT, DINOv2, CLIP, SigLIP, FlexiViT, hybrids, AIMv2, EVA-02,
+            DINOv3, RoPE ViTs, …).
+        ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
+        keep_ratio: share of patches to encode, in (0, 1].
+        selection: "top" or "random".
+        validate: also check values (see ``LTRPModel``).
+        fill: "zeros" or "nearest" at dropped places of dense features.
+        ranker_weights: folder or ``.safetensors`` file with weights of the ranker.
+        ranker_args: further arguments of ``create_ranker``.
+
+    Returns:
+        An LTRPModel around the same backbone object.
+
+    Raises:
+        TypeError: patches cannot be dropped from this model; the message says why and nothing was
+            changed.
+        ValueError: an argument is out of its range.
+
+    >>> import timm
+    >>> model = drop_patches(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.25)
+    """
+    find_adapter(model)
+    if isinstance(ranker, str):
+        ranker = make_ranker(ranker, model, ranker_weights, ranker_args)
+    elif ranker_weights is not None or ranker_args is not None:
+        raise ValueError(
+            "ranker_weights and ranker_args go with a ranker's name; this ranker is a module."
+        )
+    return LTRPModel(ranker, model, keep_ratio, selection, validate, fill)
+
+
+def make_ranker(
+    name: str,
+    backbone: Any,
+    weights: Optional[PathLike] = None,
+    args: Optional[Dict[str, Any]] = None,
+) -> nn.Module:
+    """Create a ranker by name to go with a backbone: its channels, patch size, device and dtype."""
+    kind = ranker_class(name)
+    defaults: Dict[str, Any] = {}
+    if weights is None and kind.follows_patch_size:
+        defaults["patch_size"] = _patch_size(backbone)
+    if weights is None and kind.learned:
+        defaults["in_chans"] = getattr(backbone, "in_chans", 3)
+    parameter = next(backbone.parameters())
+    ranker: nn.Module = create_ranker(name, weights or False, **{**defaults, **(args or {})})
+    return ranker.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _patch_size(backbone: Any) -> Tuple[int, int]:
+    """Pixels per token, also where a convolutional stem stands in front (hybrids)."""
+    ratio: Sequence[int] = backbone.patch_embed.feat_ratio(as_scalar=False)
+    return int(ratio[0]), int(ratio[1])

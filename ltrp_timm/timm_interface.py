@@ -1,0 +1,196 @@
+"""What timm's tools ask of a model, answered for a backbone that lies inside another module."""
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Set, Tuple, Union
+
+import torch
+from torch import nn
+
+from ltrp_timm.rankers.base import to_pair
+
+# mirrored from the backbone whenever it may have changed
+_MIRRORED = (
+    "num_classes",
+    "num_features",
+    "head_hidden_size",
+    "embed_dim",
+    "in_chans",
+    "num_prefix_tokens",
+)
+
+# arguments that timm records when a method of a built model changes it
+_RECORDED = ("img_size", "patch_size", "fc_norm", "use_fc_norm")
+
+
+class TimmInterface:
+    """A mixin for a module with ``ranker`` and ``backbone``: timm's model interface."""
+
+    if TYPE_CHECKING:  # torch.jit.script would take these for attributes of its own types
+        ranker: Any
+        backbone: Any
+        in_chans: int
+        num_prefix_tokens: int
+        _keep_ratio: float
+        _selection: str
+        _fill: str
+        _model_args: Any
+
+    def _copy_from_backbone(self) -> None:
+        for name in _MIRRORED:
+            if hasattr(self.backbone, name):
+                setattr(self, name, getattr(self.backbone, name))
+        self.global_pool = getattr(self.backbone, "global_pool", "")
+        infos = getattr(self.backbone, "feature_info", [])
+        self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
+        traits = getattr(self.backbone, "_traits", None)
+        if traits is not None:
+            self._traits = dict(traits, first_conv=_prefixed(traits.get("first_conv")))
+
+    def _reconstruction_args(self) -> Dict[str, Any]:
+        """Arguments of ``timm.create_model("ltrp", …)`` that rebuild this model."""
+        cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
+        args = dict(getattr(self.backbone, "_model_args", {}))
+        args.pop("pretrained_cfg", None)
+        config = getattr(self.ranker, "config", None)
+        ranker_args = {"ranker_args": config()} if callable(config) else {}
+        return {
+            **args,
+            "backbone": cfg.get("architecture"),
+            "ranker": getattr(self.ranker, "name", type(self.ranker).__name__),
+            **ranker_args,
+            "keep_ratio": self._keep_ratio,
+            "selection": self._selection,
+            "fill": self._fill,
+        }
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The backbone's classifier (a pair for distilled models)."""
+        classifier: nn.Module = self.backbone.get_classifier()
+        return classifier
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Give the backbone a new classifier; None keeps the pooling."""
+        if global_pool is None:
+            self.backbone.reset_classifier(num_classes)
+        else:
+            self.backbone.reset_classifier(num_classes, global_pool)
+        self._follow_backbone()
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+    ) -> None:
+        """Change the backbone's image or patch size; the ranker follows, or images are resized."""
+        sizes = {
+            "img_size": None if img_size is None else to_pair(img_size),
+            "patch_size": None if patch_size is None else to_pair(patch_size),
+        }
+        self.backbone.set_input_size(**sizes)
+        follow = getattr(self.ranker, "set_input_size", None)
+        if callable(follow):
+            follow(**sizes)
+        self._follow_backbone()
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Drop the backbone's layers behind the last of ``indices``; returns the indices taken."""
+        taken: List[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        self._follow_backbone()
+        return taken
+
+    def _follow_backbone(self) -> None:
+        """Take over what a change of the backbone changed, for timm's tools and for saving."""
+        self._copy_from_backbone()
+        now = self._reconstruction_args()
+        known = {name: now[name] for name in now if name in self._model_args or name in _RECORDED}
+        self._model_args = {**self._model_args, **known}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """timm's layer groups of the backbone, the ranker in a group of its own in front."""
+        groups: Dict[str, Any] = {"ranker": r"^ranker\."}
+        for name, spec in self.backbone.group_matcher(coarse=coarse).items():
+            if isinstance(spec, str):
+                groups[name] = _prefix_pattern(spec)
+            elif spec is not None:
+                groups[name] = [(_prefix_pattern(pattern), *rest) for pattern, *rest in spec]
+        return groups
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters that take no weight decay."""
+        names: Set[str] = set()
+        for part in ("ranker", "backbone"):
+            listed = getattr(getattr(self, part), "no_weight_decay", None)
+            names |= {f"{part}.{name}" for name in listed()} if callable(listed) else set()
+        return names
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """Load an original JAX ``.npz`` file into the backbone."""
+        self.backbone.load_pretrained(checkpoint_path, prefix)
+
+    @torch.jit.ignore
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights of such a model, or of its plain backbone; the ranker then keeps its own.
+
+        Args:
+            state_dict: names ``backbone.*`` and ``ranker.*``, or those of the plain ViT.
+            strict: as in ``nn.Module``.
+            assign: as in ``nn.Module``.
+
+        Raises:
+            RuntimeError: names or shapes do not fit (``strict``).
+        """
+        plain = is_plain(state_dict)
+        if plain:
+            own = {f"ranker.{name}": tensor for name, tensor in self.ranker.state_dict().items()}
+            given = {f"backbone.{name}": tensor for name, tensor in state_dict.items()}
+            state_dict = {**own, **given}
+        load: Any = super().load_state_dict  # type: ignore[misc]  # nn.Module's, behind this mixin
+        result = load(state_dict, strict=strict, assign=assign)
+        if not plain and hasattr(self.ranker, "trained"):
+            has_ranker = any(name.startswith("ranker.") for name in state_dict)
+            self.ranker.trained = self.ranker.trained or has_ranker
+        return result
+
+
+def is_plain(state_dict: Mapping[str, Any]) -> bool:
+    """Whether weights are those of a backbone alone, not of an LTRPModel."""
+    return not any(name.startswith("backbone.") for name in state_dict)
+
+
+def wrap_pretrained_cfg(cfg: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+    """A backbone's ``pretrained_cfg`` as that of the generic model around it, names prefixed."""
+    kept = {name: value for name, value in (cfg or {}).items() if name != "state_dict"}
+    wrapped = copy.deepcopy(kept)
+    wrapped["architecture"] = "ltrp"
+    for name in ("first_conv", "classifier"):
+        wrapped[name] = _prefixed(wrapped.get(name))
+    return wrapped
+
+
+def _prefixed(names: Any) -> Any:
+    if names is None or isinstance(names, str):
+        return None if names is None else f"backbone.{names}"
+    return tuple(f"backbone.{name}" for name in names)
+
+
+def _prefix_pattern(pattern: str) -> str:
+    """Anchors inside a pattern go, its groups keep their numbers."""
+    free = re.sub(r"(?<!\[)\^", "", pattern)
+    return rf"^backbone\.(?:{free})"
