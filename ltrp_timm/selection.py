@@ -108,7 +108,8 @@ def seeded_scores(batch_size: int, num_patches: int, seed: int, device: torch.de
     """
     prime = 2147483647  # 2^31 - 1: products of two residues stay inside int64
     x = torch.arange(1, num_patches + 1, device=device, dtype=torch.int64)
-    x = (x * 1103515245 + (seed * 40503 + 12345) % prime) % prime
+    start = (seed * 40503 + num_patches * 7919 + 12345) % prime
+    x = (x * 1103515245 + start) % prime
     for _ in range(4):
         x = ((x * x) % prime + x * 69069 + 362437) % prime
     return (x.to(torch.float32) / prime).unsqueeze(0).expand(batch_size, -1)

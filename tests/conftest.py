@@ -1,0 +1,70 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+# one small model for every kind of backbone that has a patch_drop slot: name, changes, image side
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vit": ("vit_tiny_patch16_224", {}, 96),
+    "vit_gap": ("vit_base_patch16_gap_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"embed_dim": 64, "num_heads": 2}, 84),
+    "dinov2": ("vit_small_patch14_dinov2", {"embed_dim": 64, "num_heads": 2}, 84),
+    "dinov3": ("vit_small_patch16_dinov3", {"embed_dim": 64, "num_heads": 2}, 96),
+    "clip": ("vit_base_patch16_clip_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "siglip": ("vit_base_patch16_siglip_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "deit": ("deit_tiny_patch16_224", {}, 96),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}, 96),
+    "deit3": ("deit3_small_patch16_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "flexivit": ("flexivit_small", {"embed_dim": 64, "num_heads": 2}, 96),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {}, 192),
+    "aimv2": ("aimv2_large_patch14_224", {"embed_dim": 64, "num_heads": 2}, 84),
+    "dynamic": ("vit_tiny_patch16_224", {"dynamic_img_size": True}, 96),
+    "eva02": ("eva02_tiny_patch14_224", {}, 84),
+    "rope_axial": ("vit_small_patch16_rope_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "rope_mixed": ("vit_small_patch16_rope_mixed_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "rope_ape": ("vit_small_patch16_rope_ape_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "pe_core": ("vit_pe_core_tiny_patch16_384", {}, 96),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_one_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def awaken(model: nn.Module) -> nn.Module:
+    """Undo initial values that would hide a wrong token: LayerScale near 0, tiny heads."""
+    for name, parameter in model.named_parameters():
+        if "gamma" in name:
+            nn.init.ones_(parameter)
+        if name.startswith(("head", "backbone.head")) and parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_backbone(family: str, **changes: Any) -> tuple[Any, Tensor]:
+    """A small backbone in eval mode, and three images for it."""
+    name, defaults, side = FAMILIES[family]
+    args = {"img_size": side, "depth": 2, "num_classes": 7, **defaults, **changes}
+    torch.manual_seed(0)
+    model = awaken(timm.create_model(name, **args)).eval()
+    return model, torch.randn(3, args.get("in_chans", 3), side, side)
+
+
+@pytest.fixture
+def backbone_of() -> Callable[..., tuple[Any, Tensor]]:
+    cache: dict[str, tuple[Any, Tensor]] = {}
+
+    def make(family: str, **changes: Any) -> tuple[Any, Tensor]:
+        key = f"{family}{changes}"
+        if key not in cache:
+            cache[key] = make_backbone(family, **changes)
+        model, images = cache[key]
+        return copy.deepcopy(model), images
+
+    return make

@@ -1,0 +1,304 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ltrp_timm import create_ranker, drop_patches, list_rankers
+from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker
+from ltrp_timm.rankers.bridge import resize_score_map
+from ltrp_timm.rankers.contrast import border_contrast, centre_distance, mean_rank, patch_statistics
+from torch import Tensor, nn
+
+SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}
+
+
+def small(name: str, **changes: Any) -> Any:
+    args = {**SMALL, **changes} if name.startswith("vit") else changes
+    return create_ranker(name, **args).eval()
+
+
+@pytest.mark.parametrize("name", list_rankers())
+@torch.no_grad()
+def test_every_ranker_maps_images_to_the_patch_grid(name: str) -> None:
+    ranker = small(name)
+    images = torch.rand(3, 3, 64, 64)
+    scores = ranker(images)
+    assert scores.shape == (3, 4, 4)
+    assert scores.isfinite().all()
+    if name != "random":  # each image is ranked alone
+        alone = torch.cat([ranker(image[None]) for image in images])
+        assert (alone - scores).abs().max() <= 1e-5
+        assert not torch.equal(scores[0], scores[1])
+    assert torch.equal(ranker(images), scores)
+
+
+@pytest.mark.parametrize("name", ["contrast", "conv", "random"])
+@torch.no_grad()
+def test_free_rankers_take_any_size(name: str) -> None:
+    assert small(name, patch_size=14)(torch.rand(1, 3, 70, 100)).shape == (1, 5, 7)
+    assert small(name, patch_size=(8, 16))(torch.rand(1, 3, 64, 64)).shape == (1, 8, 4)
+    with pytest.raises(ValueError, match="smaller than a patch") if name != "conv" else (
+        pytest.raises(RuntimeError)
+    ):
+        small(name)(torch.rand(1, 3, 8, 8))
+
+
+def test_conv_ranker_is_small() -> None:
+    ranker = small("conv")
+    assert sum(parameter.numel() for parameter in ranker.parameters()) <= 200_000
+    calls: list[str] = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Count():
+        ranker(torch.rand(1, 3, 224, 224))
+    assert len(calls) <= 30, calls
+
+
+def test_unknown_names_and_arguments() -> None:
+    with pytest.raises(ValueError, match=r"ranker must be one of contrast, conv.*got 'best'"):
+        create_ranker("best")
+    with pytest.raises(TypeError, match="not_an_argument"):
+        create_ranker("conv", not_an_argument=1)
+    with pytest.raises(ValueError, match="parts must be some of"):
+        create_ranker("contrast", parts=("edges",))
+    with pytest.raises(ValueError, match="expected a positive size"):
+        create_ranker("contrast", patch_size=0)
+    with pytest.raises(ValueError, match="the contrast ranker has no weights"):
+        create_ranker("contrast", pretrained=True)
+    with pytest.raises(ValueError, match="no published weights exist for the conv ranker"):
+        create_ranker("conv", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["conv", "vit_small"])
+@torch.no_grad()
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    ranker, images = small(name), torch.rand(2, 3, 64, 64)
+    ranker.save(tmp_path)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        loaded = create_ranker(name, pretrained=source).eval()
+        assert torch.equal(loaded(images), ranker(images))
+        assert loaded.config() == ranker.config()
+        assert loaded.trained
+    assert not torch.equal(small(name)(images), ranker(images))  # other weights, other scores
+    with pytest.raises(FileExistsError, match=r"already holds config\.json and model\.safetensors"):
+        ranker.save(tmp_path)
+    ranker.save(tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    other = "vit_small" if name == "conv" else "conv"
+    with pytest.raises(ValueError, match=f"holds a '{name}' ranker, not '{other}'"):
+        create_ranker(other, pretrained=tmp_path)
+
+
+def test_half_a_file_is_refused(tmp_path: Path) -> None:
+    ranker = small("conv")
+    weights = ranker.state_dict()
+    weights["extra"] = weights.pop("head.bias")
+    weights["head.weight"] = torch.zeros(2, 64, 1, 1)
+    broken = small("conv")
+    broken.state_dict = lambda: weights
+    broken.save(tmp_path)
+    with pytest.raises(RuntimeError) as error:
+        create_ranker("conv", pretrained=tmp_path)
+    for line in ("missing     head.bias", "unexpected  extra", "mismatched  head.weight: [2, 64, 1, 1]"):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])
+def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        create_ranker("conv", pretrained=path)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        create_ranker("conv", pretrained=tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        create_ranker("conv", pretrained=tmp_path / "nowhere.safetensors")
+    small("conv").save(tmp_path / "good")
+    (tmp_path / "good" / "config.json").write_bytes(content or b"[]")
+    with pytest.raises(ValueError, match="the configuration in"):
+        create_ranker("conv", pretrained=tmp_path / "good")
+
+
+# -- contrast: each part by hand
+
+
+def test_mean_rank_shares_ties() -> None:
+    ranks = mean_rank(torch.tensor([[3.0, 1.0, 3.0, 7.0]]))
+    assert torch.allclose(ranks, torch.tensor([[4.0, 1.0, 4.0, 7.0]]) / 8)
+
+
+def test_patch_statistics_by_hand() -> None:
+    images = torch.rand(2, 3, 33, 50)
+    mean, variance = patch_statistics(images, (16, 16), 2, 3)
+    patch = images[1, :, 16:32, 32:48]
+    assert torch.allclose(mean[1, :, 5], patch.mean((1, 2)))
+    assert torch.allclose(variance[1, :, 5], patch.var((1, 2), unbiased=False))
+
+
+def test_border_contrast_by_hand() -> None:
+    mean = torch.zeros(1, 3, 9)
+    mean[0, :, 4] = torch.tensor([3.0, 4.0, 0.0])
+    assert torch.allclose(border_contrast(mean, 3, 3), torch.tensor([[0, 0, 0, 0, 5.0, 0, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize(("h", "w"), [(14, 14), (7, 5), (1, 9)])
+def test_centre_is_symmetric_and_central(h: int, w: int) -> None:
+    distance = centre_distance(h, w, torch.device("cpu")).reshape(h, w)
+    assert torch.equal(distance, distance.flip(0))
+    assert torch.equal(distance, distance.flip(1))
+    assert distance.argmin() in ((h // 2) * w + w // 2, ((h - 1) // 2) * w + (w - 1) // 2)
+
+
+def test_contrast_finds_the_object() -> None:
+    images = torch.full((1, 3, 112, 112), 0.7)
+    images[:, :, 32:64, 48:80] = torch.rand(1, 3, 32, 32)  # rows 2-3, columns 3-4 of a 7x7 grid
+    for parts in (("std",), ("colour",), ("std", "colour", "centre")):
+        scores = create_ranker("contrast", parts=parts)(images).flatten(1)
+        assert sorted(scores.topk(4).indices[0].tolist()) == [17, 18, 24, 25]
+
+
+@pytest.mark.parametrize("grey", [0.0, 0.1, 0.37, 0.733, 1.0])
+def test_flat_patches_tie(grey: float) -> None:
+    """Noise of rounding must not rank a flat background from top left to bottom right."""
+    images = ((torch.full((2, 3, 96, 96), grey) - 0.456) / 0.224) * 0.224 + 0.456
+    scores = create_ranker("contrast", parts=("std", "colour"))(images)
+    assert (scores == scores[0, 0, 0]).all()
+    centred = create_ranker("contrast")(images)
+    assert torch.equal(centred, centred.flip(1))
+    assert torch.equal(centred, centred.flip(2))
+
+
+def test_contrast_parts_are_weighted() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    one, two, three = (
+        create_ranker("contrast", parts={part: 1.0})(images) for part in ("std", "colour", "centre")
+    )
+    assert torch.allclose(create_ranker("contrast")(images), one + two + 0.7 * three, atol=1e-6)
+
+
+def test_contrast_survives_nan_and_half_precision() -> None:
+    images = torch.rand(1, 3, 64, 64)
+    expected = ContrastRanker()(images)
+    assert (ContrastRanker()(images.bfloat16()) - expected).abs().mean() < 0.1
+    images[0, 0, 0, 0] = torch.nan
+    scores = ContrastRanker(parts=("std",))(images)
+    assert scores.isfinite().all()
+    assert scores.argmin() == 0
+
+
+def test_random_ranker() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    ranker = RandomRanker()
+    assert torch.equal(ranker(images)[0], ranker(images)[1])
+    assert not torch.equal(ranker(images), RandomRanker(seed=1)(images))
+    ranker.generator = torch.Generator().manual_seed(0)
+    assert not torch.equal(ranker(images), ranker(images))
+
+
+# -- bridges
+
+
+def test_bridge_converts_normalisation_and_size() -> None:
+    pixels = torch.rand(2, 3, 48, 48)
+    source = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    target = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in source)
+    new_mean, new_std = (torch.tensor(values).view(1, 3, 1, 1) for values in target)
+    out = InputBridge(source, target)((pixels - mean) / std)
+    assert torch.allclose(out, (pixels - new_mean) / new_std, atol=1e-5)
+    assert InputBridge(source, target, img_size=(32, 64))(pixels).shape == (2, 3, 32, 64)
+    assert not list(InputBridge(source, target).state_dict())
+
+
+def test_bridge_leaves_the_meta_device() -> None:
+    with torch.device("meta"):
+        bridge = InputBridge(((0.5,), (0.5,)), ((0.0,), (1.0,)))
+    bridge = bridge.to_empty(device="cpu")
+    bridge.init_non_persistent_buffers()
+    assert torch.allclose(bridge(torch.zeros(1, 3, 2, 2)), torch.full((1, 3, 2, 2), 0.5))
+
+
+def test_score_map_is_resized_to_the_grid() -> None:
+    scores = torch.arange(16.0).reshape(1, 4, 4)
+    assert torch.equal(resize_score_map(scores, 4, 4), scores.flatten(1))
+    small_map = resize_score_map(scores, 2, 2)
+    assert small_map.shape == (1, 4)
+    assert small_map[0].argsort().tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"must return a score map \(B, h, w\), got shape \[1, 16\]"):
+        resize_score_map(scores.flatten(1), 4, 4)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "vit", "deit"])
+def test_scores_do_not_depend_on_the_backbones_normalisation(
+    backbone_of: Callable[..., Any], family: str
+) -> None:
+    backbone, _ = backbone_of(family)
+    pixels = torch.rand(2, 3, 96, 96)
+    mean, std = (
+        torch.tensor(backbone.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std")
+    )
+    images = (pixels - mean) / std
+    model = drop_patches(backbone)
+    assert torch.allclose(model.patch_scores(images), ContrastRanker()(pixels).flatten(1), atol=0.05)
+    ranker = create_ranker("conv", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)).eval()
+    ranker.trained = True
+    model = drop_patches(model.restore(), ranker=ranker)
+    wanted = (pixels - torch.tensor(ranker.mean).view(1, 3, 1, 1)) / torch.tensor(ranker.std).view(
+        1, 3, 1, 1
+    )
+    assert torch.allclose(model.patch_scores(images), ranker(wanted).flatten(1), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_ranker_of_another_size_and_grid(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("dinov3")  # 96 px, 6x6
+    ranker = small("vit_tiny")  # 64 px, 4x4
+    ranker.trained = True
+    seen: list[Tensor] = []
+    ranker.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    scores = drop_patches(backbone, ranker=ranker).patch_scores(images)
+    assert seen[0].shape == (3, 3, 64, 64)
+    assert scores.shape == (3, 36)
+
+
+class Brightness(nn.Module):
+    """A ranker of somebody else's: it declares nothing."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images.mean(1, keepdim=True), 16).squeeze(1)
+
+
+def test_any_module_is_a_ranker(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone, ranker=Brightness())
+    expected = Brightness()(images).flatten(1).topk(18).indices.sort(1).values
+    assert torch.equal(model.keep_indices(images), expected)
+    for output in (lambda x: x, lambda x: x.mean((1, 2, 3)), lambda x: x.flatten(1)):
+        wrong = nn.Module()
+        wrong.forward = output
+        model = drop_patches(model.restore(), ranker=wrong)
+        with pytest.raises(ValueError, match=r"a ranker must return a score map \(B, h, w\)"):
+            model(images)
+    wrong = nn.Module()
+    wrong.forward = lambda x: x[:1, 0]
+    with pytest.raises(ValueError, match="1 score maps for 3 images"):
+        drop_patches(model.restore(), ranker=wrong)(images)
+
+
+def test_an_untrained_ranker_warns_once(backbone_of: Callable[..., Any], tmp_path: Path) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone, ranker="conv")
+    with pytest.warns(UserWarning, match="conv ranker has no trained weights") as record:
+        model(images)
+        model(images)
+    assert len(record) == 1
+    model.ranker.save(tmp_path)
+    model = drop_patches(model.restore(), ranker="conv", ranker_weights=tmp_path)
+    model(images)  # warnings are errors here
+    with pytest.raises(ValueError, match="go with a ranker's name"):
+        drop_patches(model.restore(), ranker=model.ranker, ranker_weights=tmp_path)

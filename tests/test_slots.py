@@ -1,0 +1,187 @@
+"""drop ≡ mask: dropping patches equals masking them as attention keys in the full-length run."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import FAMILIES
+from ltrp_timm import drop_patches, gather_patches, num_keep
+from ltrp_timm.model import LTRPModel
+from ltrp_timm.slots import TokenSlot, find_adapter
+from timm.layers import PatchDropout
+from torch import Tensor, nn
+
+
+def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain model with dropped patches masked as keys: kept tokens (B, P + K, D), logits."""
+    prefix, n = model.num_prefix_tokens, model.patch_embed.num_patches
+    visible = torch.zeros(images.shape[0], n, dtype=torch.bool).scatter(1, keep, True)
+    visible = torch.cat([torch.ones(images.shape[0], prefix, dtype=torch.bool), visible], dim=1)
+    tokens = model.forward_features(images, attn_mask=visible[:, None, None, :])
+    kept = torch.cat([tokens[:, :prefix], gather_patches(tokens[:, prefix:], keep)], dim=1)
+    return kept, model.forward_head(kept)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.2])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_drop_equals_mask(backbone_of: Callable[..., Any], family: str, ratio: float) -> None:
+    backbone, images = backbone_of(family)
+    full_tokens, full = backbone.forward_features(images), backbone(images)
+    n, prefix = backbone.patch_embed.num_patches, backbone.num_prefix_tokens
+    k = num_keep(n, ratio)
+    keep = torch.stack([torch.randperm(n)[:k].sort().values for _ in images])
+    tokens, logits = masked_reference(backbone, images, keep)
+
+    model = drop_patches(backbone, keep_ratio=ratio)
+    dropped = model.forward_features(images, keep_indices=keep)
+    assert (dropped - tokens).abs().max() <= 1e-5
+    assert (model(images, keep_indices=keep) - logits).abs().max() <= 1e-5
+    # the proof that this test can fail
+    plain = torch.cat([full_tokens[:, :prefix], gather_patches(full_tokens[:, prefix:], keep)], 1)
+    assert (dropped - plain).abs().max() > 1e-2
+    assert (logits - full).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_keeping_all_is_the_plain_model(backbone_of: Callable[..., Any], family: str) -> None:
+    backbone, images = backbone_of(family)
+    full, features = backbone(images), backbone.forward_features(images)
+    model = drop_patches(backbone, keep_ratio=1.0)
+    assert torch.equal(model(images), full)
+    assert torch.equal(model.forward_features(images), features)
+    every = torch.arange(backbone.patch_embed.num_patches).expand(3, -1)
+    assert torch.equal(model.keep_indices(images), every)
+    model.keep_ratio = 0.5
+    assert torch.equal(model(images, keep_indices=every), full)
+    assert not torch.equal(model(images), full)
+    assert torch.equal(model.backbone(images), full)  # the bare backbone is always the plain model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_restore_gives_the_same_object_back(
+    backbone_of: Callable[..., Any], family: str
+) -> None:
+    backbone, images = backbone_of(family)
+    slot, keys, full = backbone.patch_drop, list(backbone.state_dict()), backbone(images)
+    model = drop_patches(backbone)
+    assert model.backbone is backbone
+    assert list(backbone.state_dict()) == keys
+    for head in {backbone.head, getattr(backbone, "head_dist", backbone.head)}:
+        head.bias.add_(1.0)  # weights as they are now, not as they were
+    assert model.restore() is backbone
+    assert backbone.patch_drop is slot
+    torch.testing.assert_close(backbone(images), full + 1.0)
+    assert model.restore() is backbone  # twice does no harm
+    with pytest.raises(RuntimeError, match="gave its backbone back"):
+        model(images)
+    drop_patches(backbone)(images)  # and it can be wrapped again
+
+
+# one model of each kind that cannot drop patches, and a word of the reason
+REFUSED = [
+    ("swin_tiny_patch4_window7_224", "windows"),
+    ("swinv2_tiny_window8_256", "windows"),
+    ("samvit_base_patch16_224", "windows"),
+    ("xcit_nano_12_p16_224", "convolutions"),
+    ("hiera_tiny_224", "pools"),
+    ("pit_ti_224", "pools"),
+    ("mixer_s32_224", "token-mixing"),
+    ("convit_tiny", "laid out for the full patch grid"),
+    ("beit_base_patch16_224", "adapter"),
+    ("cait_xxs24_224", "adapter"),
+    ("vit_relpos_small_patch16_224", "adapter"),
+    ("naflexvit_base_patch16_gap", "adapter"),
+    ("resnet18", "none of the timm families"),
+    ("convnext_atto", "none of the timm families"),
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED)
+def test_other_families_are_refused_unchanged(name: str, reason: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    before, keys = repr(model), list(model.state_dict())
+    with pytest.raises(TypeError, match=f"cannot drop patches from {type(model).__name__}.*{reason}"):
+        drop_patches(model)
+    assert repr(model) == before
+    assert list(model.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_wrapped_models_are_refused() -> None:
+    model = drop_patches(timm.create_model("vit_tiny_patch16_224", depth=1))
+    with pytest.raises(TypeError, match="LTRPModel: it drops patches already"):
+        drop_patches(model)
+    with pytest.raises(TypeError, match="LTRPModel: it drops patches already"):
+        LTRPModel(nn.Identity(), model)
+    for kind in ("getter", "fx", "hook"):
+        features = timm.create_model(
+            "vit_tiny_patch16_224", depth=1, features_only=True, out_indices=[0], feature_cls=kind
+        )
+        with pytest.raises(TypeError, match="features_only wrapper"):
+            drop_patches(features)
+    with pytest.raises(TypeError, match="cannot drop patches from int"):
+        drop_patches(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_live_patch_dropout_is_refused(name: str) -> None:
+    model = timm.create_model(name, depth=1, patch_drop_rate=0.5)
+    slot = model.patch_drop
+    with pytest.raises(TypeError, match=r"live PatchDropout.*without patch_drop_rate"):
+        drop_patches(model)
+    assert model.patch_drop is slot
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    model.patch_drop = nn.Dropout()
+    with pytest.raises(TypeError, match="already in use"):
+        find_adapter(model)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"keep_ratio": 0.0}, {"selection": "best"}, {"fill": "x"}, {"ranker": "nobody"}]
+)
+def test_a_bad_argument_changes_nothing(bad: dict[str, Any]) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    slot = model.patch_drop
+    with pytest.raises(ValueError, match=re.escape(str(next(iter(bad.values()))))):
+        drop_patches(model, **bad)
+    assert model.patch_drop is slot
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_slot_is_empty_after_an_error(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    full = backbone(images)
+    model = drop_patches(backbone)
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError
+
+    hook = backbone.patch_embed.register_forward_hook(fail)  # before the slot is reached
+    with pytest.raises(ArithmeticError):
+        model(images)
+    hook.remove()
+    assert backbone.patch_drop.keep_indices is None
+    assert torch.equal(backbone(images), full)
+
+
+def test_a_backbone_that_misses_its_slot_is_an_error(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone)
+    backbone.forward_features = lambda x, **_: backbone.blocks(
+        backbone._pos_embed(backbone.patch_embed(x))
+    )
+    with pytest.raises(RuntimeError, match="ran without visiting its patch_drop"):
+        model(images)
+
+
+def test_an_empty_slot_is_the_identity() -> None:
+    tokens = torch.randn(2, 5, 3)
+    assert TokenSlot(1)(tokens) is tokens
+    assert isinstance(PatchDropout(0.5), nn.Module)
