@@ -7,13 +7,14 @@ import logging
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import timm
-from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ltrp_timm.checkpoints import check_keys
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.model import LTRPModel
+from ltrp_timm.rankers import adapt_channels
 from ltrp_timm.timm_interface import is_plain, wrap_pretrained_cfg
 
 _logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def create_ltrp(
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     front, features, rest = _split_kwargs(kwargs)
+    if cfg.get("fixed_input_size"):  # a tag may have been trained at another size
+        rest.setdefault("img_size", tuple(cfg["input_size"][-2:]))
     net = timm.create_model(backbone, pretrained_cfg=_unwrap_cfg(cfg, backbone), **rest)
     model = _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
     inner: Any = getattr(model, "model", model)  # a features_only wrapper holds the model
@@ -209,12 +212,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[s
     inner = state_dict if plain else _with_prefix(state_dict, _PREFIX)
     inner = _fit_backbone(_backbone_filter(inner, model.backbone), model.backbone)
     own = model.ranker.state_dict()
-    ranker = own if plain else _adapt_ranker(_with_prefix(state_dict, "ranker."), own)
+    ranker = own if plain else adapt_channels(_with_prefix(state_dict, "ranker."), own)
     out = {f"ranker.{name}": tensor for name, tensor in ranker.items()}
     out.update({f"{_PREFIX}{name}": tensor for name, tensor in inner.items()})
     check_keys(model.state_dict(), out, "the checkpoint", optional=_optional_names(model))
-    if not plain and hasattr(model.ranker, "trained"):
-        model.ranker.trained = True
     return out
 
 
@@ -253,22 +254,6 @@ def _fit_backbone(state_dict: Dict[str, Any], backbone: Any) -> Dict[str, Any]:
     if unused and getattr(backbone, "attn_pool", None) is None:
         _logger.warning("Leaving out the checkpoint's attention pool: global_pool is another one.")
         out = {name: value for name, value in out.items() if name not in unused}
-    return out
-
-
-def _adapt_ranker(state_dict: Dict[str, Tensor], own: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """Fit the ranker's first convolution to the images' channels, as timm fits the backbone's."""
-    out = dict(state_dict)
-    for name, tensor in own.items():
-        found = out.get(name)
-        if found is None or found.dim() != 4 or found.shape == tensor.shape:
-            continue
-        if (
-            found.shape[0] == tensor.shape[0]
-            and found.shape[2:] == tensor.shape[2:]
-            and found.shape[1] == 3
-        ):
-            out[name] = adapt_input_conv(tensor.shape[1], found)
     return out
 
 

@@ -67,10 +67,10 @@ def make_ranker(
     defaults: Dict[str, Any] = {}
     if weights is None and kind.follows_patch_size:
         defaults["patch_size"] = _patch_size(backbone)
-    if weights is None and kind.learned:
-        defaults["in_chans"] = getattr(backbone, "in_chans", 3)
+    channels = {"in_chans": getattr(backbone, "in_chans", 3)} if kind.learned else {}
     parameter = next(backbone.parameters())
-    ranker: nn.Module = create_ranker(name, weights or False, **{**defaults, **(args or {})})
+    args = {**defaults, **(args or {}), **channels}
+    ranker: nn.Module = create_ranker(name, weights or False, **args)
     return ranker.to(device=parameter.device, dtype=parameter.dtype)
 
 

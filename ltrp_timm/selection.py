@@ -273,7 +273,8 @@ class PatchSelector(nn.Module):
         if scores.dim() != 2 or scores.shape[0] != tokens.shape[0] or scores.shape[1] != expected:
             raise ValueError(
                 f"scores must be (B, N) = {[tokens.shape[0], expected]} for tokens "
-                f"{list(tokens.shape)} with {self.num_prefix_tokens} prefix tokens, got {list(scores.shape)}."
+                f"{list(tokens.shape)} with {self.num_prefix_tokens} prefix tokens, "
+                f"got {list(scores.shape)}."
             )
         keep = select_patches(scores, num_keep(scores.shape[1], self.keep_ratio), self.selection)
         return keep_tokens(tokens, keep, self.num_prefix_tokens), keep

@@ -156,16 +156,16 @@ class TimmInterface:
         Raises:
             RuntimeError: names or shapes do not fit (``strict``).
         """
-        plain = is_plain(state_dict)
-        if plain:
-            own = {f"ranker.{name}": tensor for name, tensor in self.ranker.state_dict().items()}
+        own = {f"ranker.{name}": tensor for name, tensor in self.ranker.state_dict().items()}
+        if is_plain(state_dict):
             given = {f"backbone.{name}": tensor for name, tensor in state_dict.items()}
             state_dict = {**own, **given}
         load: Any = super().load_state_dict  # type: ignore[misc]  # nn.Module's, behind this mixin
         result = load(state_dict, strict=strict, assign=assign)
-        if not plain and hasattr(self.ranker, "trained"):
-            has_ranker = any(name.startswith("ranker.") for name in state_dict)
-            self.ranker.trained = self.ranker.trained or has_ranker
+        if hasattr(self.ranker, "trained"):
+            new = (name for name in own if name in state_dict)
+            changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)
+            self.ranker.trained = self.ranker.trained or changed
         return result
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ltrp_timm import (
     PatchSelector,
     gather_patches,
@@ -23,7 +24,14 @@ from ltrp_timm.selection import (
 
 @pytest.mark.parametrize(
     ("n", "ratio", "k"),
-    [(196, 0.5, 98), (196, 0.25, 49), (196, 0.75, 147), (196, 1.0, 196), (196, 0.001, 1), (5, 0.5, 3)],
+    [
+        (196, 0.5, 98),
+        (196, 0.25, 49),
+        (196, 0.75, 147),
+        (196, 1.0, 196),
+        (196, 0.001, 1),
+        (5, 0.5, 3),
+    ],
 )
 def test_num_keep(n: int, ratio: float, k: int) -> None:
     assert num_keep(n, ratio) == k

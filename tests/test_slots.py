@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 from conftest import FAMILIES
+from timm.layers import PatchDropout
+from torch import Tensor, nn
+
 from ltrp_timm import drop_patches, gather_patches, num_keep
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.slots import TokenSlot, find_adapter
-from timm.layers import PatchDropout
-from torch import Tensor, nn
 
 
 def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +65,7 @@ def test_keeping_all_is_the_plain_model(backbone_of: Callable[..., Any], family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_restore_gives_the_same_object_back(
-    backbone_of: Callable[..., Any], family: str
-) -> None:
+def test_restore_gives_the_same_object_back(backbone_of: Callable[..., Any], family: str) -> None:
     backbone, images = backbone_of(family)
     slot, keys, full = backbone.patch_drop, list(backbone.state_dict()), backbone(images)
     model = drop_patches(backbone)
@@ -107,7 +106,9 @@ def test_other_families_are_refused_unchanged(name: str, reason: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     before, keys = repr(model), list(model.state_dict())
-    with pytest.raises(TypeError, match=f"cannot drop patches from {type(model).__name__}.*{reason}"):
+    with pytest.raises(
+        TypeError, match=f"cannot drop patches from {type(model).__name__}.*{reason}"
+    ):
         drop_patches(model)
     assert repr(model) == before
     assert list(model.state_dict()) == keys

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Union
 from torch import nn
 
 from ltrp_timm.checkpoints import PathLike, load_strictly, read_weights
-from ltrp_timm.rankers.base import Ranker
+from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.contrast import ContrastRanker
 from ltrp_timm.rankers.conv import ConvRanker
@@ -20,6 +20,7 @@ __all__ = [
     "RandomRanker",
     "Ranker",
     "VitRanker",
+    "adapt_channels",
     "create_ranker",
     "list_rankers",
     "make_bridge",
@@ -94,7 +95,7 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
         )
     state_dict, config = read_weights(pretrained)
     ranker: Any = _named(name, {**_saved_args(name, config, pretrained), **kwargs})
-    load_strictly(ranker, state_dict, str(pretrained))
+    load_strictly(ranker, adapt_channels(state_dict, ranker.state_dict()), str(pretrained))
     ranker.trained = True
     return ranker
 

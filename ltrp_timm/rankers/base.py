@@ -1,8 +1,9 @@
-"""What all rankers share, and the bridge between a backbone's images and a ranker's."""
+"""What all rankers share."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from ltrp_timm.checkpoints import PathLike, save_weights
@@ -72,3 +73,18 @@ def grid_of(images: Tensor, patch_size: Tuple[int, int]) -> Tuple[int, int]:
         size = f"{images.shape[-2]}x{images.shape[-1]}"
         raise ValueError(f"images of {size} are smaller than a patch {patch_size}.")
     return h, w
+
+
+def adapt_channels(
+    state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> Dict[str, Tensor]:
+    """Fit a first convolution for RGB to images of ``own``'s channels, as timm does for a ViT's."""
+    out = dict(state_dict)
+    for name, tensor in own.items():
+        found = out.get(name)
+        if found is None or found.dim() != 4 or tensor.dim() != 4 or found.shape[1] != 3:
+            continue
+        same = found.shape[0] == tensor.shape[0] and found.shape[2:] == tensor.shape[2:]
+        if same and found.shape[1] != tensor.shape[1]:
+            out[name] = adapt_input_conv(tensor.shape[1], found)
+    return out

@@ -13,7 +13,7 @@ def resize_images(
     images: Tensor, scale: Tensor, shift: Tensor, size: Optional[List[int]]
 ) -> Tensor:
     """images (B, C, H, W) * scale + shift, resized to (H', W') where ``size`` differs."""
-    images = images * scale + shift
+    images = torch.addcmul(shift, images, scale)  # one pass, one temporary
     if size is not None and (images.shape[-2] != size[0] or images.shape[-1] != size[1]):
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     return images

@@ -1,0 +1,177 @@
+"""Each deployment format gives the eager pruned output, and not the full model's."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch import Tensor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from ltrp_timm import create_ranker, drop_patches
+
+FAMILIES = ["vit", "registers", "siglip", "hybrid", "eva02", "dinov3", "rope_mixed"]
+RANKERS = ["contrast", "conv", "vit_tiny", "random"]
+
+# every family with the default ranker, every ranker on one backbone of each slot
+CASES = [(family, "contrast") for family in FAMILIES] + [
+    (family, ranker) for family in ("vit", "eva02") for ranker in RANKERS[1:]
+]
+both = pytest.mark.parametrize(("family", "ranker"), CASES)
+
+
+def prepare(
+    backbone_of: Callable[..., Any], family: str, ranker: str
+) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """A pruned model, images, its eager output, and that of the full model."""
+    backbone, images = backbone_of(family)
+    full = backbone(images)
+    small = {"img_size": 64, "depth": 1} if ranker.startswith("vit") else {}
+    small |= {"patch_size": 14} if family == "eva02" and ranker == "random" else {}
+    net = create_ranker(ranker, **small)
+    net.trained = True
+    model = drop_patches(backbone, ranker=net, keep_ratio=0.4).eval()
+    return model, images, model(images), full
+
+
+def check(out: Tensor, eager: Tensor, full: Tensor, tolerance: float = 1e-5) -> None:
+    assert (out - eager).abs().max() <= tolerance
+    assert (out - full).abs().max() > 1e-3
+
+
+@both
+@torch.no_grad()
+def test_script(backbone_of: Callable[..., Any], family: str, ranker: str) -> None:
+    model, images, eager, full = prepare(backbone_of, family, ranker)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    for _ in range(3):  # the profiling executor specialises after the first calls
+        check(scripted(images), eager, full)
+    keep = torch.arange(5).expand(3, -1)
+    check(scripted(images, keep), model(images, keep_indices=keep), eager)
+
+
+@both
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants of a trace
+@torch.no_grad()
+def test_trace(backbone_of: Callable[..., Any], family: str, ranker: str) -> None:
+    model, images, eager, full = prepare(backbone_of, family, ranker)
+    traced = torch.jit.trace(model, images)
+    check(traced(images), eager, full)
+    other = torch.randn_like(images)
+    check(traced(other), model(other), model.backbone(other))
+
+
+@both
+def test_fx(backbone_of: Callable[..., Any], family: str, ranker: str) -> None:
+    model, images, eager, full = prepare(backbone_of, family, ranker)
+    if family != "hybrid":  # torch.fx cannot trace timm's plain hybrid without timm's leaves
+        graph = torch.fx.symbolic_trace(model)
+        check(graph(images), eager, full)
+        keep = torch.arange(5).expand(3, -1)
+        check(graph(images, keep), model(images, keep_indices=keep), eager)
+    # and as timm traces its models
+    options = {
+        "leaf_modules": get_notrace_modules(),
+        "autowrap_functions": get_notrace_functions(),
+        "param_shapes_constant": True,
+    }
+    nodes = get_graph_node_names(model, tracer_kwargs=options)[1]
+    traced = create_feature_extractor(
+        model, train_return_nodes=nodes[-1:], eval_return_nodes=nodes[-1:], tracer_kwargs=options
+    ).eval()
+    check(next(iter(traced(images).values())), eager, full)
+    next(iter(traced(images).values())).sum().backward()
+    assert all(p.grad is not None for p in traced.parameters() if p.requires_grad)
+
+
+@both
+@torch.no_grad()
+def test_compile_is_one_graph(backbone_of: Callable[..., Any], family: str, ranker: str) -> None:
+    model, images, eager, full = prepare(backbone_of, family, ranker)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    check(compiled(images), eager, full)
+    keep = torch.arange(5).expand(3, -1)
+    check(compiled(images, keep_indices=keep), model(images, keep_indices=keep), eager)
+    model.keep_ratio = 0.2  # each K is a graph of its own, and the right one
+    check(compiled(images), model(images), eager)
+    model.keep_ratio = 1.0
+    assert (compiled(images) - full).abs().max() <= 1e-5
+
+
+def test_compiled_training_step(backbone_of: Callable[..., Any]) -> None:
+    gradients = []
+    for compile_it in (False, True):
+        model, images, _, _ = prepare(backbone_of, "vit", "contrast")
+        torch.compiler.reset()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compile_it else model
+        run(images).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("family", ["vit", "eva02"])
+@torch.no_grad()
+def test_inductor(backbone_of: Callable[..., Any], family: str) -> None:
+    model, images, eager, full = prepare(backbone_of, family, "contrast")
+    torch.compiler.reset()
+    check(torch.compile(model, fullgraph=True)(images), eager, full, 1e-4)
+
+
+@both
+@torch.no_grad()
+def test_export_with_a_dynamic_batch(
+    backbone_of: Callable[..., Any], family: str, ranker: str
+) -> None:
+    model, images, eager, full = prepare(backbone_of, family, ranker)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images,), dynamic_shapes={"x": {0: batch}})
+    check(program.module()(images), eager, full)
+    for size in (1, 2, 5):
+        other = torch.randn(size, *images.shape[1:])
+        check(program.module()(other), model(other), model.backbone(other))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    check(torch.export.load(file).module()(images), eager, full)
+
+
+@torch.no_grad()
+def test_export_with_keep_indices_of_any_length(backbone_of: Callable[..., Any]) -> None:
+    model, images, eager, _ = prepare(backbone_of, "vit", "contrast")
+    keep = torch.arange(9).expand(3, -1).contiguous()
+    length = torch.export.Dim("k", min=1, max=35)  # K = N is another graph: the plain model
+    program = torch.export.export(
+        model, (images, keep), dynamic_shapes={"x": None, "keep_indices": {1: length}}
+    )
+    for k in (1, 9, 20):
+        keep = torch.arange(k).expand(3, -1).contiguous()
+        check(program.module()(images, keep), model(images, keep_indices=keep), eager)
+
+
+@both
+@torch.no_grad()
+def test_onnx(backbone_of: Callable[..., Any], family: str, ranker: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    model, images, eager, full = prepare(backbone_of, family, ranker)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.onnx.export(
+        model, (images,), dynamo=True, dynamic_shapes={"x": {0: batch}}, verbose=False
+    )
+    file = io.BytesIO()
+    program.save(file)
+    onnx.checker.check_model(onnx.load_from_string(file.getvalue()))
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    for pixels, wanted, plain in (
+        (images, eager, full),
+        (images[:1], model(images[:1]), model.backbone(images[:1])),
+    ):
+        out = torch.from_numpy(session.run(None, {name: pixels.numpy()})[0])
+        check(out, wanted, plain, 1e-4)
