@@ -3,6 +3,9 @@
 The import registers the ``ltrp_*`` models with timm.
 """
 
+import importlib
+from typing import Any
+
 from ltrp_timm import ltrp_vit as _ltrp_vit  # registers the models
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.model import LTRPModel
@@ -32,3 +35,10 @@ __all__ = [
 ]
 
 del _ltrp_vit
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``ltrp_timm.visualize`` and ``ltrp_timm.throughput`` when they are first used."""
+    if name in ("visualize", "throughput"):
+        return importlib.import_module(f"ltrp_timm.{name}")
+    raise AttributeError(f"module 'ltrp_timm' has no attribute {name!r}")

@@ -310,7 +310,7 @@ def test_other_channel_counts(backbone_of: Callable[..., Any], ranker: str) -> N
 
 
 def test_a_plain_checkpoint_loads(backbone_of: Callable[..., Any]) -> None:
-    plain, images = backbone_of("vit")
+    plain, _ = backbone_of("vit")
     weights = {name: torch.randn_like(tensor) for name, tensor in plain.state_dict().items()}
     model = drop_patches(copy.deepcopy(plain), ranker="conv")
     ranker = copy.deepcopy(model.ranker.state_dict())
