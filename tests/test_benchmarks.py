@@ -163,3 +163,13 @@ def test_variants_share_weights_and_ideal_keeps_k_tokens(benchmark_module):
         assert full.forward_features(images).shape[1] == 1 + patches
         assert ideal.forward_features(images).shape[1] == 1 + patches // 2
         assert pruned.forward_features(images).shape[1] == 1 + patches // 2
+
+
+def test_readme_agrees_with_the_csv() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "report.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import records_arguments
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_for_hf
@@ -133,6 +134,7 @@ def test_overlay_file_of_a_plain_vit(tmp_path: Path, ranker: str) -> None:
         assert not model.ranker.trained
 
 
+@records_arguments
 @torch.no_grad()
 def test_plain_weights_are_adapted_as_timm_does(tmp_path: Path) -> None:
     _, path = plain_file(tmp_path)
@@ -266,6 +268,7 @@ def test_another_pooling_is_followed_and_said(
     assert "Leaving out the checkpoint's attention pool" in caplog.text
 
 
+@records_arguments
 @torch.no_grad()
 def test_generic_entry(tmp_path: Path) -> None:
     model = timm.create_model("ltrp", backbone="vit_small_patch16_dinov3.lvd1689m", depth=1)
@@ -292,6 +295,7 @@ def test_generic_entry(tmp_path: Path) -> None:
         timm.create_model("ltrp.augreg_in21k", backbone="vit_tiny_patch16_224")
 
 
+@records_arguments
 @pytest.mark.parametrize("ranker", ["contrast", "conv", "vit_tiny"])
 @pytest.mark.parametrize("made_by", ["registered", "generic", "drop_patches"])
 @torch.no_grad()
@@ -324,6 +328,7 @@ def test_saving_in_timms_layout_and_back(tmp_path: Path, ranker: str, made_by: s
     assert type(swapped.ranker).__name__ == "RandomRanker"
 
 
+@records_arguments
 def test_ranker_weights(tmp_path: Path) -> None:
     ranker = create_ranker("conv")
     ranker.save(tmp_path / "ranker")

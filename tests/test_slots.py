@@ -21,7 +21,17 @@ def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, 
     prefix, n = model.num_prefix_tokens, model.patch_embed.num_patches
     visible = torch.zeros(images.shape[0], n, dtype=torch.bool).scatter(1, keep, True)
     visible = torch.cat([torch.ones(images.shape[0], prefix, dtype=torch.bool), visible], dim=1)
-    tokens = model.forward_features(images, attn_mask=visible[:, None, None, :])
+    mask = visible[:, None, None, :]
+
+    def with_mask(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "attn_mask": mask}
+
+    hooks = [
+        block.attn.register_forward_pre_hook(with_mask, with_kwargs=True) for block in model.blocks
+    ]
+    tokens = model.forward_features(images)
+    for hook in hooks:
+        hook.remove()
     kept = torch.cat([tokens[:, :prefix], gather_patches(tokens[:, prefix:], keep)], dim=1)
     return kept, model.forward_head(kept)
 
