@@ -4,11 +4,12 @@ import dataclasses
 import importlib
 import inspect
 import logging
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import timm
 from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from ltrp_timm.checkpoints import check_keys
@@ -31,6 +32,7 @@ _FRONT_END = (
 _FEATURES = ("features_only", "out_indices", "feature_cls")
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
 _PREFIX = "backbone."
+GENERIC = "ltrp"
 
 
 def create_ltrp(
@@ -62,10 +64,7 @@ def create_ltrp(
     if cfg.get("fixed_input_size"):  # a tag may have been trained at another size
         rest.setdefault("img_size", tuple(cfg["input_size"][-2:]))
     net = timm.create_model(backbone, pretrained_cfg=_unwrap_cfg(cfg, backbone), **rest)
-    model = _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
-    inner: Any = getattr(model, "model", model)  # a features_only wrapper holds the model
-    inner._model_args.pop("backbone", None)  # the name says it
-    return model
+    return _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
 
 
 def create_generic(
@@ -125,7 +124,9 @@ def _assemble(
     """Wrap a built backbone and have timm load weights and make feature wrappers."""
 
     def wrap(**_: Any) -> LTRPModel:
-        return drop_patches(net, **front)
+        model = drop_patches(net, **front)
+        model._fixed_backbone = variant != GENERIC
+        return model
 
     model: nn.Module = build_model_with_cfg(
         wrap,
@@ -142,22 +143,22 @@ def _assemble(
 
 
 def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Any]]:
-    """Arguments for the front-end, for timm's feature wrapper, and for the backbone."""
-    saved = kwargs.get("pretrained_model_args") or {}
+    """Arguments for the front-end, for timm's feature wrapper, and for the backbone.
+
+    Raises:
+        ValueError: a feature wrapper that would hand out tokens without their places.
+    """
     front = {name: kwargs[name] for name in _FRONT_END if name in kwargs}
-    if saved and front.get("ranker_weights") == saved.get("ranker_weights"):
-        front.pop("ranker_weights", None)  # a saved model holds its ranker's weights itself
-    if (
-        saved
-        and front.get("ranker") != saved.get("ranker")
-        and front.get("ranker_args") == saved.get("ranker_args")
-    ):
-        front.pop("ranker_args", None)  # those of the saved ranker do not fit another one
     features = {name: kwargs[name] for name in _FEATURES if name in kwargs}
-    rest = {
-        name: value for name, value in kwargs.items() if name not in front and name not in features
-    }
-    return front, features, {name: value for name, value in rest.items() if name not in _FRONT_END}
+    rest = {name: kwargs[name] for name in kwargs if name not in (*_FRONT_END, *_FEATURES)}
+    wrapper = features.get("feature_cls", "getter")
+    if wrapper != "getter" and wrapper is not FeatureGetterNet:
+        raise ValueError(f"features of a pruned model need feature_cls='getter', got {wrapper!r}.")
+    saved = kwargs.get("pretrained_model_args") or {}
+    if saved and front.get("ranker") != saved.get("ranker"):
+        if front.get("ranker_args") == saved.get("ranker_args"):
+            front.pop("ranker_args", None)  # those of the saved ranker do not fit another one
+    return front, features, rest
 
 
 def _cfg_of(backbone: str) -> Dict[str, Any]:
@@ -213,10 +214,34 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[s
     inner = _fit_backbone(_backbone_filter(inner, model.backbone), model.backbone)
     own = model.ranker.state_dict()
     ranker = own if plain else adapt_channels(_with_prefix(state_dict, "ranker."), own)
+    if ranker and not own:
+        _logger.warning("Leaving out the checkpoint's ranker: this model's has no weights.")
+        ranker = {}
     out = {f"ranker.{name}": tensor for name, tensor in ranker.items()}
     out.update({f"{_PREFIX}{name}": tensor for name, tensor in inner.items()})
-    check_keys(model.state_dict(), out, "the checkpoint", optional=_optional_names(model))
+    if not plain:  # names that belong to neither are named below
+        known = (_PREFIX, "ranker.")
+        out.update({name: state_dict[name] for name in state_dict if not name.startswith(known)})
+    _check_complete(model, out)
     return out
+
+
+def _check_complete(model: LTRPModel, found: Dict[str, Tensor]) -> None:
+    """Check keys; what timm adapts later may differ: a stem in channels, a head in classes."""
+    cfg, expected = model.pretrained_cfg or {}, dict(model.state_dict())
+    for name in _names(cfg, "first_conv"):
+        stem, own = found.get(f"{name}.weight"), expected.get(f"{name}.weight")
+        if stem is not None and own is not None and stem.dim() == own.dim() == 4:
+            if stem.shape[0] == own.shape[0] and stem.shape[2:] == own.shape[2:]:
+                expected[f"{name}.weight"] = stem
+    heads = _names(cfg, "classifier") if cfg.get("num_classes") != model.num_classes else []
+    optional = [f"{name}.{part}" for name in heads for part in ("weight", "bias")]
+    check_keys(expected, found, "the checkpoint", optional=optional)
+
+
+def _names(cfg: Mapping[str, Any], key: str) -> List[str]:
+    value = cfg.get(key)
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _with_prefix(state_dict: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
@@ -255,13 +280,3 @@ def _fit_backbone(state_dict: Dict[str, Any], backbone: Any) -> Dict[str, Any]:
         _logger.warning("Leaving out the checkpoint's attention pool: global_pool is another one.")
         out = {name: value for name, value in out.items() if name not in unused}
     return out
-
-
-def _optional_names(model: LTRPModel) -> set[str]:
-    """Names that timm adapts after the filter: the first convolution and the heads."""
-    names = []
-    for key in ("first_conv", "classifier"):
-        value = (model.pretrained_cfg or {}).get(key)
-        names += [value] if isinstance(value, str) else list(value or ())
-    optional = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-    return optional

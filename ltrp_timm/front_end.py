@@ -1,6 +1,6 @@
 """One line for any timm ViT: ``drop_patches``."""
 
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 from torch import nn
 
@@ -33,7 +33,7 @@ def drop_patches(
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
         ranker_weights: folder or ``.safetensors`` file with weights of the ranker.
-        ranker_args: further arguments of ``create_ranker``.
+        ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
 
     Returns:
         An LTRPModel around the same backbone object.
@@ -47,6 +47,8 @@ def drop_patches(
     >>> model = drop_patches(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.25)
     """
     find_adapter(model)
+    if ranker_args is not None and not isinstance(ranker_args, Mapping):
+        raise TypeError(f"ranker_args must be a mapping, got {type(ranker_args).__name__}.")
     if isinstance(ranker, str):
         ranker = make_ranker(ranker, model, ranker_weights, ranker_args)
     elif ranker_weights is not None or ranker_args is not None:

@@ -86,6 +86,8 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
 def _registered(name: str, pretrained: bool, kwargs: Dict[str, Any]) -> nn.Module:
+    if "backbone" in kwargs:
+        raise TypeError(f"the backbone of {name} is fixed: timm.create_model('ltrp', backbone=…).")
     return create_ltrp(name, pretrained, backbone=_SOURCES[name][0], **kwargs)
 
 

@@ -4,6 +4,7 @@ import warnings
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltrp_timm.rankers import make_bridge, resize_score_map
@@ -18,7 +19,7 @@ from ltrp_timm.selection import (
     select_patches,
     validate_keep_indices,
 )
-from ltrp_timm.slots import TokenSlot, find_adapter
+from ltrp_timm.slots import TokenSlot, find_adapter, run_with_slot
 from ltrp_timm.timm_interface import TimmInterface, wrap_pretrained_cfg
 
 torch.fx.wrap("choose_keep_indices")
@@ -48,7 +49,7 @@ class LTRPModel(TimmInterface, nn.Module):
     """
 
     # torch.jit.script would compile properties; the plain attributes behind them serve it
-    __jit_unused_properties__ = ("keep_ratio", "selection", "fill")
+    __jit_unused_properties__ = ("keep_ratio", "selection", "fill", "_model_args")
 
     def __init__(
         self,
@@ -67,18 +68,20 @@ class LTRPModel(TimmInterface, nn.Module):
         self._fill = check_fill(fill)
         self.validate = bool(validate)
         self._adapter = find_adapter(backbone)
-        bridge = make_bridge(ranker, backbone)
-        # nothing fails from here on; the tuple keeps the module from being registered here
-        self._original_slot = (self._adapter.install(backbone),)
-        self.ranker = ranker.requires_grad_(False)
-        self.bridge = bridge
+        _check_disjoint(ranker, backbone)
+        self.ranker = ranker
+        self.bridge = make_bridge(ranker, backbone).eval()
         self.backbone = backbone
         self._warned = False
+        self._build_args: Dict[str, Any] = {}
         self._copy_from_backbone()
         self.pretrained_cfg = wrap_pretrained_cfg(getattr(backbone, "pretrained_cfg", None))
         self.default_cfg = self.pretrained_cfg
-        self._model_args = self._reconstruction_args()
-        self.train(backbone.training)
+        self.training = backbone.training
+        # nothing was changed before and nothing fails from here on; tuples hide their modules
+        self.ranker.requires_grad_(False).eval()
+        self._original_slot = (self._adapter.install(backbone),)
+        self._slot = (backbone.patch_drop,)
 
     @property
     def keep_ratio(self) -> float:
@@ -88,7 +91,6 @@ class LTRPModel(TimmInterface, nn.Module):
     @keep_ratio.setter
     def keep_ratio(self, value: float) -> None:
         self._keep_ratio = check_keep_ratio(value)
-        self._model_args = dict(self._model_args, keep_ratio=self._keep_ratio)
 
     @property
     def selection(self) -> str:
@@ -98,7 +100,6 @@ class LTRPModel(TimmInterface, nn.Module):
     @selection.setter
     def selection(self, value: str) -> None:
         self._selection = check_selection(value)
-        self._model_args = dict(self._model_args, selection=value)
 
     @property
     def fill(self) -> str:
@@ -108,7 +109,6 @@ class LTRPModel(TimmInterface, nn.Module):
     @fill.setter
     def fill(self, value: str) -> None:
         self._fill = check_fill(value)
-        self._model_args = dict(self._model_args, fill=value)
 
     def grid_size(self, x: Tensor) -> Tuple[int, int]:
         """The backbone's patch grid (h, w) for images x (B, C, H, W)."""
@@ -136,7 +136,11 @@ class LTRPModel(TimmInterface, nn.Module):
         if not torch.jit.is_scripting():
             self._check_images(x)
             self._warn_if_untrained()
-        scores = resize_score_map(self.ranker(self.bridge(x.detach())), h, w)
+        images = x.detach()
+        if self._pads:  # as the backbone does, so that the maps cover the same places
+            rows, cols = self._patch_pixels
+            images = F.pad(images, (0, w * cols - x.shape[-1], 0, h * rows - x.shape[-2]))
+        scores = resize_score_map(self.ranker(self.bridge(images)), h, w).detach()
         if not torch.jit.is_scripting():
             self._check_scores(scores, x)
         return scores
@@ -158,13 +162,20 @@ class LTRPModel(TimmInterface, nn.Module):
                 scores = self.patch_scores(x)
                 return choose_keep_indices(scores, keep_indices, self._keep_ratio, self._selection)
             self._check_images(x)
+        elif x.dim() != 4 or x.shape[1] != self.in_chans:  # before the slot is filled
+            raise ValueError("images must be (B, C, H, W) with the model's number of channels.")
         if keep_indices is None:
             k = num_keep(n, self._keep_ratio)
             if k == n:
                 return None
+            if self._selection == "random":  # nobody needs to look at the images
+                return select_patches(torch.zeros(x.shape[0], n, device=x.device), k, "random")
             return select_patches(self.patch_scores(x), k, self._selection)
         check_keep_indices(keep_indices, x.shape[0], n)
         if not torch.jit.is_scripting():
+            if keep_indices.device != x.device:
+                places = f"{keep_indices.device}, the images on {x.device}"
+                raise ValueError(f"keep_indices are on {places}: move them.")
             if self.validate and not torch.compiler.is_compiling():
                 validate_keep_indices(keep_indices, n)
         if keep_indices.shape[1] == n:
@@ -184,6 +195,11 @@ class LTRPModel(TimmInterface, nn.Module):
             raise ValueError(
                 f"images must be {embed.img_size[0]}x{embed.img_size[1]}, got {size[0]}x{size[1]}; "
                 "create the model with img_size=… or dynamic_img_size=True, or call set_input_size."
+            )
+        rows, cols = self._patch_pixels
+        if not embed.strict_img_size and not self._pads and (size[0] % rows or size[1] % cols):
+            raise ValueError(
+                f"images must divide into patches of {rows}x{cols}, got {size[0]}x{size[1]}."
             )
 
     @torch.jit.unused
@@ -215,7 +231,8 @@ class LTRPModel(TimmInterface, nn.Module):
 
         Args:
             x: images (B, C, H, W), normalised for the backbone.
-            keep_indices: (B, K) int64 patches to encode instead of the ranked ones; 1 <= K <= N.
+            keep_indices: (B, K) int64 patches to encode instead of the ranked ones, 1 <= K <= N.
+                Tokens come in their order; with K = N the plain model runs.
 
         Returns:
             (B, num_classes) logits, or what the backbone's head gives.
@@ -257,16 +274,7 @@ class LTRPModel(TimmInterface, nn.Module):
                 "this LTRPModel gave its backbone back (restore), or its patch_drop was changed."
             )
         call = self.backbone if method == "forward" else getattr(self.backbone, method)
-        slot.keep_indices = keep
-        try:
-            out = call(x, **(kwargs or {}))
-            if slot.keep_indices is not None:
-                raise RuntimeError(
-                    f"{type(self.backbone).__name__} ran without visiting its patch_drop."
-                )
-        finally:
-            slot.keep_indices = None
-        return out
+        return run_with_slot(slot, keep, call, x, **(kwargs or {}))
 
     def forward_intermediates(
         self,
@@ -335,16 +343,28 @@ class LTRPModel(TimmInterface, nn.Module):
         self.ranker.eval()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> "LTRPModel":
+        """Freeze or unfreeze the backbone; the ranker stays frozen."""
+        self.backbone.requires_grad_(requires_grad)
+        return self
+
     def restore(self) -> nn.Module:
         """Give the backbone back: the same object with its own modules, weights as they are now.
 
         Returns:
             The backbone. This model cannot run afterwards.
         """
-        if isinstance(self.backbone.patch_drop, TokenSlot):
+        if self.backbone.patch_drop is self._slot[0]:
             self._adapter.restore(self.backbone, self._original_slot[0])
         backbone: nn.Module = self.backbone
         return backbone
+
+
+def _check_disjoint(ranker: nn.Module, backbone: nn.Module) -> None:
+    """The ranker gets frozen: it must not hold parameters of the backbone."""
+    own = {id(parameter) for parameter in backbone.parameters()}
+    if any(id(parameter) in own for parameter in ranker.parameters()):
+        raise ValueError("the ranker shares parameters with the backbone: give it a copy.")
 
 
 def _to_nchw(feature: Tensor, grid: Tuple[int, int]) -> Tensor:

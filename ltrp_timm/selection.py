@@ -1,8 +1,8 @@
 """Scores to keep indices to tokens: the arithmetic of patch selection.
 
 Axes: B images, N patches, P prefix tokens, L = P + N, D width, K kept patches. Everything here is a
-    function of
-its arguments, runs without host synchronisation and can be scripted, traced, compiled and exported.
+function of its arguments, runs without host synchronisation (but for ``validate_keep_indices``) and
+can be scripted, traced, compiled and exported.
 """
 
 import math
@@ -18,9 +18,14 @@ FILLS = ("zeros", "nearest")
 def num_keep(num_patches: int, keep_ratio: float) -> int:
     """The number of patches K that a keep ratio means: ``max(1, int(N * keep_ratio + 0.5))``.
 
+    Raises:
+        ValueError: keep_ratio is not in (0, 1].
+
     >>> num_keep(196, 0.5)
     98
     """
+    if not (keep_ratio > 0.0 and keep_ratio <= 1.0):
+        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}.")
     return max(1, int(num_patches * keep_ratio + 0.5))
 
 
@@ -37,14 +42,22 @@ def check_keep_ratio(keep_ratio: float) -> float:
 
 
 def check_selection(selection: str) -> str:
-    """Return ``selection`` when it names one, raise ValueError otherwise."""
+    """Return ``selection``.
+
+    Raises:
+        ValueError: it names no selection rule.
+    """
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
     return selection
 
 
 def check_fill(fill: str) -> str:
-    """Return ``fill`` when it names a way to fill dropped places, raise ValueError otherwise."""
+    """Return ``fill``.
+
+    Raises:
+        ValueError: it names no way to fill dropped places.
+    """
     if fill not in FILLS:
         raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {fill!r}.")
     return fill
@@ -61,6 +74,9 @@ def select_top(scores: Tensor, k: int) -> Tensor:
 
     Returns:
         (B, K) int64 indices, ascending.
+
+    Raises:
+        ValueError: scores are not (B, N), or k is out of range.
 
     >>> select_top(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
     tensor([[1, 2]])
@@ -91,6 +107,9 @@ def select_random(
 
     Returns:
         (B, K) int64 indices, ascending.
+
+    Raises:
+        ValueError: scores are not (B, N), or k is out of range.
     """
     if not torch.jit.is_scripting():
         if generator is not None:
@@ -139,6 +158,12 @@ def check_keep_indices(keep_indices: Tensor, batch_size: int, num_patches: int) 
         ValueError: the shape is off.
         TypeError: the dtype is off.
     """
+    if not torch.jit.is_scripting():
+        if not isinstance(keep_indices, Tensor):
+            kind = type(keep_indices).__name__
+            raise TypeError(
+                f"keep_indices must be an int64 tensor, got {kind}: use torch.as_tensor."
+            )
     if keep_indices.dtype != torch.int64:
         raise TypeError(f"keep_indices must be int64, got {keep_indices.dtype}.")
     shape = keep_indices.shape
@@ -155,6 +180,8 @@ def validate_keep_indices(keep_indices: Tensor, num_patches: int) -> None:
     Raises:
         ValueError: an index lies outside 0 … N - 1 or stands twice in a row.
     """
+    if keep_indices.numel() == 0:
+        return
     low, high = int(keep_indices.min()), int(keep_indices.max())
     if low < 0 or high >= num_patches:
         raise ValueError(f"keep_indices must lie in 0 … {num_patches - 1}, got {low} … {high}.")
@@ -166,13 +193,18 @@ def validate_keep_indices(keep_indices: Tensor, num_patches: int) -> None:
 def gather_patches(tokens: Tensor, keep_indices: Tensor) -> Tensor:
     """tokens (B, N, D), keep_indices (B, K) -> (B, K, D).
 
-    Whole rows are copied from the flattened tokens: ``torch.gather`` along an expanded index reads
-    an index per value and takes many times longer on a CPU.
+    Whole rows are copied: ``torch.gather`` along an expanded index reads an index for every value
+    and takes many times longer on a CPU.
+
+    Raises:
+        ValueError: tokens and indices are not of one batch.
+        IndexError: an index is out of range (on a GPU an assertion of the device).
     """
-    batch, length, width = tokens.shape
-    first_rows = torch.arange(batch, device=tokens.device) * length
-    rows = (keep_indices + first_rows.unsqueeze(1)).reshape(-1)
-    return tokens.reshape(-1, width).index_select(0, rows).reshape(batch, -1, width)
+    if tokens.shape[0] != keep_indices.shape[0]:
+        shapes = [tokens.shape[0], keep_indices.shape[0]]
+        raise ValueError(f"tokens and keep_indices must be of one batch, got sizes {shapes}.")
+    images = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+    return tokens[images, keep_indices]
 
 
 def keep_tokens(tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -224,11 +256,12 @@ def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:
     h, w = grid_size
     places = torch.arange(h * w, device=keep_indices.device)
     rows, cols = places // w, places % w
-    kept_rows, kept_cols = keep_indices // w, keep_indices % w
-    # squared distances are integers: patch index as the last digit makes the minimum unique
-    distance = (rows[None, :, None] - kept_rows[:, None, :]) ** 2
-    distance = distance + (cols[None, :, None] - kept_cols[:, None, :]) ** 2
-    return (distance * (h * w) + keep_indices[:, None, :]).argmin(dim=2)
+    nearest: List[Tensor] = []
+    for kept in keep_indices:  # image by image: N x K distances of a whole batch are gigabytes
+        distance = (rows[:, None] - kept // w) ** 2 + (cols[:, None] - kept % w) ** 2
+        # distances are integers: the patch index as last digit makes the minimum unique
+        nearest.append((distance * (h * w) + kept).argmin(dim=1))
+    return torch.stack(nearest)
 
 
 def _check_k(scores: Tensor, k: int) -> None:
@@ -253,15 +286,26 @@ class PatchSelector(nn.Module):
     (torch.Size([2, 99, 8]), torch.Size([2, 98]))
     """
 
+    __jit_unused_properties__ = ("keep_ratio",)
+
     def __init__(
         self, keep_ratio: float = 0.5, num_prefix_tokens: int = 1, selection: str = "top"
     ) -> None:
         super().__init__()
         if num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens must be >= 0, got {num_prefix_tokens}.")
-        self.keep_ratio = check_keep_ratio(keep_ratio)
+        self._keep_ratio = check_keep_ratio(keep_ratio)
         self.num_prefix_tokens = num_prefix_tokens
         self.selection = check_selection(selection)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of patches to keep, in (0, 1]; may be set between calls."""
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float) -> None:
+        self._keep_ratio = check_keep_ratio(value)
 
     def forward(self, tokens: Tensor, scores: Tensor) -> Tuple[Tensor, Tensor]:
         """tokens (B, P + N, D), scores (B, N) -> tokens (B, P + K, D), keep_indices (B, K).
@@ -276,7 +320,7 @@ class PatchSelector(nn.Module):
                 f"{list(tokens.shape)} with {self.num_prefix_tokens} prefix tokens, "
                 f"got {list(scores.shape)}."
             )
-        keep = select_patches(scores, num_keep(scores.shape[1], self.keep_ratio), self.selection)
+        keep = select_patches(scores, num_keep(scores.shape[1], self._keep_ratio), self.selection)
         return keep_tokens(tokens, keep, self.num_prefix_tokens), keep
 
     def extra_repr(self) -> str:

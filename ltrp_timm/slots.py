@@ -1,13 +1,13 @@
 """How each timm family lets go of tokens: a slot module, and one small adapter per family.
 
 A slot sits where timm drops patches, right after the position embedding. It holds keep indices only
-while its model
-runs: whoever runs the model puts them in, the slot hands them out once. Empty, it is the identity.
+while its model runs: whoever runs the model puts them in, the slot hands them out once. An empty
+slot is the identity.
 """
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Optional, Tuple, Type
 
 import timm.models.eva
 import torch
@@ -58,6 +58,25 @@ class TokenSlotWithIndices(TokenSlot):
         return self.take(x)
 
 
+def run_with_slot(
+    slot: TokenSlot, keep: Optional[Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run a model with keep indices (B, K) in its slot, which is empty afterwards, come what may.
+
+    Raises:
+        RuntimeError: the model ran without visiting its slot.
+    """
+    slot.keep_indices = keep
+    try:
+        out = call(*args, **kwargs)
+        if slot.keep_indices is not None:
+            kind = type(getattr(call, "__self__", call)).__name__
+            raise RuntimeError(f"{kind} ran without visiting its patch_drop.")
+    finally:
+        slot.keep_indices = None
+    return out
+
+
 @dataclass(frozen=True)
 class SlotAdapter:
     """One family: its class in timm, and the slot that fits its ``patch_drop``."""
@@ -92,6 +111,10 @@ _MIXES = "its token-mixing weights have one entry for each patch position"
 
 REFUSED: Dict[str, str] = {
     "LTRPModel": "it drops patches already; set its keep_ratio instead",
+    "OptimizedModule": "it is compiled; drop patches first, then compile",
+    "DataParallel": "it is a wrapper; drop patches from the model inside, then wrap",
+    "DistributedDataParallel": "it is a wrapper; drop patches from the model inside, then wrap",
+    "RecursiveScriptModule": "it is scripted; drop patches first, then script",
     "Beit": _LATER,
     "Cait": _LATER,
     "VisionTransformerRelPos": _LATER,
@@ -134,6 +157,8 @@ def find_adapter(backbone: object) -> SlotAdapter:
         raise TypeError(
             f"cannot drop patches from a features_only wrapper ({kind}): drop first, then wrap."
         )
+    if isinstance(backbone, torch.fx.GraphModule):
+        raise TypeError("cannot drop patches from a traced graph: drop first, then trace.")
     if kind in REFUSED:
         raise TypeError(f"cannot drop patches from {kind}: {REFUSED[kind]}.")
     names = ", ".join(adapter.family for adapter in ADAPTERS)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Set, Tuple
 import torch
 from torch import nn
 
+from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.rankers.base import to_pair
 
 # mirrored from the backbone whenever it may have changed
@@ -19,50 +20,66 @@ _MIRRORED = (
     "num_prefix_tokens",
 )
 
-# arguments that timm records when a method of a built model changes it
-_RECORDED = ("img_size", "patch_size", "fc_norm", "use_fc_norm")
+# what a model knows of itself, however it was asked for
+_FRONT_END = ("backbone", "ranker", "ranker_args", "ranker_weights", "validate", "pretrained_cfg")
 
 
 class TimmInterface:
     """A mixin for a module with ``ranker`` and ``backbone``: timm's model interface."""
 
+    _fixed_backbone: bool = False  # whether the registered name says which backbone it is
+
     if TYPE_CHECKING:  # torch.jit.script would take these for attributes of its own types
         ranker: Any
         backbone: Any
+        bridge: Any
         in_chans: int
         num_prefix_tokens: int
         _keep_ratio: float
         _selection: str
         _fill: str
-        _model_args: Any
+        _build_args: Dict[str, Any]
 
     def _copy_from_backbone(self) -> None:
         for name in _MIRRORED:
             if hasattr(self.backbone, name):
                 setattr(self, name, getattr(self.backbone, name))
         self.global_pool = getattr(self.backbone, "global_pool", "")
+        rows, cols = self.backbone.patch_embed.feat_ratio(as_scalar=False)
+        self._patch_pixels: Tuple[int, int] = (int(rows), int(cols))
+        self._pads = bool(self.backbone.patch_embed.dynamic_img_pad)
         infos = getattr(self.backbone, "feature_info", [])
         self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
         traits = getattr(self.backbone, "_traits", None)
         if traits is not None:
             self._traits = dict(traits, first_conv=_prefixed(traits.get("first_conv")))
 
-    def _reconstruction_args(self) -> Dict[str, Any]:
-        """Arguments of ``timm.create_model("ltrp", …)`` that rebuild this model."""
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """Arguments of ``timm.create_model`` that rebuild this model as it is now; timm saves them.
+
+        What has no name (a module of somebody else's) stands there itself: timm refuses to save it.
+        """
         cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
-        args = dict(getattr(self.backbone, "_model_args", {}))
-        args.pop("pretrained_cfg", None)
-        config = getattr(self.ranker, "config", None)
-        ranker_args = {"ranker_args": config()} if callable(config) else {}
-        return {
-            **args,
-            "backbone": cfg.get("architecture"),
-            "ranker": getattr(self.ranker, "name", type(self.ranker).__name__),
-            **ranker_args,
+        args = {**self._build_args, **getattr(self.backbone, "_model_args", {})}
+        if not self._fixed_backbone:
+            args["backbone"] = cfg.get("architecture") or self.backbone
+        name = getattr(self.ranker, "name", None)
+        known = name in list_rankers() and isinstance(self.ranker, ranker_class(str(name)))
+        args["ranker"] = name if known else self.ranker
+        if known:
+            args["ranker_args"] = self.ranker.config()
+        settings = {
             "keep_ratio": self._keep_ratio,
             "selection": self._selection,
             "fill": self._fill,
         }
+        return {**args, **settings}
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        """Take the arguments that the factory was called with; those of the front-end are known."""
+        self._build_args = {name: args[name] for name in args if name not in _FRONT_END}
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -77,7 +94,7 @@ class TimmInterface:
             self.backbone.reset_classifier(num_classes)
         else:
             self.backbone.reset_classifier(num_classes, global_pool)
-        self._follow_backbone()
+        self._copy_from_backbone()
 
     @torch.jit.ignore
     def set_input_size(
@@ -85,7 +102,7 @@ class TimmInterface:
         img_size: Optional[Union[int, Tuple[int, int]]] = None,
         patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
-        """Change the backbone's image or patch size; the ranker follows, or images are resized."""
+        """Change the backbone's image or patch size; the ranker follows, or is bridged."""
         sizes = {
             "img_size": None if img_size is None else to_pair(img_size),
             "patch_size": None if patch_size is None else to_pair(patch_size),
@@ -94,7 +111,7 @@ class TimmInterface:
         follow = getattr(self.ranker, "set_input_size", None)
         if callable(follow):
             follow(**sizes)
-        self._follow_backbone()
+        self._copy_from_backbone()
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -102,15 +119,8 @@ class TimmInterface:
     ) -> List[int]:
         """Drop the backbone's layers behind the last of ``indices``; returns the indices taken."""
         taken: List[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        self._follow_backbone()
-        return taken
-
-    def _follow_backbone(self) -> None:
-        """Take over what a change of the backbone changed, for timm's tools and for saving."""
         self._copy_from_backbone()
-        now = self._reconstruction_args()
-        known = {name: now[name] for name in now if name in self._model_args or name in _RECORDED}
-        self._model_args = {**self._model_args, **known}
+        return taken
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -162,6 +172,9 @@ class TimmInterface:
             state_dict = {**own, **given}
         load: Any = super().load_state_dict  # type: ignore[misc]  # nn.Module's, behind this mixin
         result = load(state_dict, strict=strict, assign=assign)
+        refill = getattr(self.bridge, "init_non_persistent_buffers", None)
+        if refill is not None:  # they are in no checkpoint, and empty after to_empty()
+            refill(next(self.backbone.parameters()).device)
         if hasattr(self.ranker, "trained"):
             new = (name for name in own if name in state_dict)
             changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,10 @@ def test_arguments_reach_the_backbone() -> None:
         timm.create_model("ltrp_vit_tiny", not_an_argument=1)
     with pytest.raises(ValueError, match="keep_ratio must be in"):
         timm.create_model("ltrp_vit_tiny", keep_ratio=1.2)
-    with pytest.raises(TypeError, match="backbone"):
+    with pytest.raises(TypeError, match="the backbone of ltrp_vit_tiny is fixed"):
         timm.create_model("ltrp_vit_tiny", backbone="vit_base_patch16_224")
+    with pytest.raises(TypeError, match="ranker_args must be a mapping, got str"):
+        timm.create_model("ltrp_vit_tiny", ranker_args="x")
 
 
 def test_features_only() -> None:
@@ -116,8 +119,12 @@ def test_features_only() -> None:
     assert [feature.shape for feature in features] == [(2, 192, 4, 4)] * 2
     assert ((features[0] == 0).all(1).flatten(1).sum(1) == 8).all()
     assert net.feature_info.reduction() == [16, 16]
-    fx = timm.create_model("ltrp_vit_tiny", img_size=64, features_only=True)
-    assert len(fx.feature_info.channels()) == 3
+    net = timm.create_model("ltrp_vit_tiny", img_size=64, features_only=True)
+    assert len(net.feature_info.channels()) == 3
+    for kind in ("hook", "fx"):
+        for name, more in (("ltrp_vit_tiny", {}), ("ltrp", {"backbone": "vit_tiny_patch16_224"})):
+            with pytest.raises(ValueError, match=f"need feature_cls='getter', got '{kind}'"):
+                timm.create_model(name, features_only=True, feature_cls=kind, **more)
 
 
 @pytest.mark.parametrize("ranker", ["contrast", "conv"])
@@ -231,6 +238,31 @@ def test_never_half_a_model(tmp_path: Path) -> None:
             assert line in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_missing_stem_is_named(tmp_path: Path, part: str) -> None:
+    plain, _ = plain_file(tmp_path)
+    weights = plain.state_dict()
+    weights.pop(f"patch_embed.proj.{part}")
+    save_file(weights, tmp_path / "half.safetensors")
+    overlay = {"file": str(tmp_path / "half.safetensors"), "num_classes": 10}
+    for changes in ({}, {"num_classes": 3}, {"features_only": True}, {"in_chans": 1}):
+        with pytest.raises(RuntimeError, match=rf"missing     backbone\.patch_embed\.proj\.{part}"):
+            timm.create_model(
+                "ltrp_vit_tiny",
+                pretrained=True,
+                pretrained_cfg_overlay=overlay,
+                **{**TINY, **changes},
+            )
+
+
+def test_unknown_names_of_a_whole_file_are_named(tmp_path: Path) -> None:
+    own = timm.create_model("ltrp_vit_tiny", **TINY)
+    save_file({**own.state_dict(), "optimizer.x": torch.zeros(1)}, tmp_path / "own.safetensors")
+    overlay = {"file": str(tmp_path / "own.safetensors"), "num_classes": 10}
+    with pytest.raises(RuntimeError, match=r"unexpected  optimizer\.x"):
+        timm.create_model("ltrp_vit_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+
+
 def test_a_file_with_another_ranker_is_refused(tmp_path: Path) -> None:
     own = timm.create_model("ltrp_vit_tiny", **TINY)  # contrast: no ranker weights
     save_file(own.state_dict(), tmp_path / "own.safetensors")
@@ -324,8 +356,9 @@ def test_saving_in_timms_layout_and_back(tmp_path: Path, ranker: str, made_by: s
     assert torch.equal(other(images()), model(images()))
     heads = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4, in_chans=1)
     assert heads(images(channels=1)).shape == (2, 4)
-    swapped = timm.create_model(f"local-dir:{tmp_path}", ranker="random")
-    assert type(swapped.ranker).__name__ == "RandomRanker"
+    for pretrained in (False, True):
+        swapped = timm.create_model(f"local-dir:{tmp_path}", ranker="random", pretrained=pretrained)
+        assert type(swapped.ranker).__name__ == "RandomRanker"
 
 
 @records_arguments
@@ -350,3 +383,37 @@ def test_creation_on_the_meta_device() -> None:
         assert {tensor.device.type for tensor in tensors} == {"meta"}
     twin = copy.deepcopy(timm.create_model("ltrp_vit_tiny", **TINY))
     assert twin(images()).shape == (2, 10)
+
+
+@records_arguments
+@torch.no_grad()
+def test_what_was_changed_after_building_is_saved(tmp_path: Path) -> None:
+    ranker = create_ranker("vit_tiny", img_size=32, embed_dim=48, depth=1, num_heads=2)
+    ranker.trained = True
+    model = timm.create_model("ltrp_vit_tiny", ranker=ranker, **TINY).eval()
+    model.set_input_size(img_size=96)
+    model.reset_classifier(3)
+    model.selection, model.fill = "random", "nearest"
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    twin = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (twin.num_classes, twin.selection, twin.fill) == (3, "random", "nearest")
+    assert torch.equal(twin(images(96)), model(images(96)))
+    twin.selection = model.selection = "top"
+    assert torch.equal(twin(images(96)), model(images(96)))
+
+
+@records_arguments
+def test_saving_does_not_depend_on_where_parts_came_from(tmp_path: Path) -> None:
+    plain, _ = plain_file(tmp_path)
+    save_for_hf(plain, tmp_path / "plain", safe_serialization=True)
+    model = timm.create_model("ltrp", backbone=f"local-dir:{tmp_path / 'plain'}", pretrained=True)
+    save_for_hf(model, tmp_path / "own", safe_serialization=True)
+    shutil.rmtree(tmp_path / "plain")
+    assert str(tmp_path) not in (tmp_path / "own" / "config.json").read_text()
+    twin = timm.create_model(f"local-dir:{tmp_path / 'own'}", pretrained=True).eval()
+    assert torch.equal(twin(images()), model.eval()(images()))
+    stranger = nn.Module()
+    stranger.forward = lambda x: x[:, 0, ::16, ::16]
+    model = drop_patches(model.restore(), ranker=stranger)
+    with pytest.raises(ValueError, match="'ranker' is not serializable"):
+        save_for_hf(model, tmp_path / "stranger", safe_serialization=True)

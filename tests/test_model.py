@@ -70,6 +70,8 @@ def test_bad_images_and_indices(backbone_of: Callable[..., Any]) -> None:
         (keep[:2], ValueError, r"keep_indices must be \(B, K\)"),
         (keep.int(), TypeError, "must be int64"),
         (keep.float(), TypeError, "must be int64"),
+        (keep.tolist(), TypeError, "must be an int64 tensor, got list"),
+        (keep.numpy(), TypeError, "must be an int64 tensor, got ndarray"),
         (keep + 30, ValueError, "must lie in 0 … 35, got 30 … 38"),
         (keep * 0, ValueError, "same patch twice"),
     ):
@@ -170,11 +172,26 @@ def test_dynamic_image_sizes(backbone_of: Callable[..., Any]) -> None:
         every = torch.arange(grid[0] * grid[1]).expand(2, -1)
         assert torch.equal(model(images, keep_indices=every), plain(images))
         assert not torch.equal(model(images), plain(images))
+    for call in (model, model.keep_indices, model.patch_scores):
+        with pytest.raises(ValueError, match="must divide into patches of 16x16, got 70x64"):
+            call(torch.randn(1, 3, 70, 64))
+
+
+def test_padded_images_are_ranked_where_they_are_encoded() -> None:
     padded = timm.create_model(
         "vit_tiny_patch16_224", depth=1, dynamic_img_size=True, dynamic_img_pad=True
     )
-    images = torch.randn(1, 3, 100, 90)
-    assert drop_patches(padded.eval()).forward_intermediates(images)[1][0].shape[-2:] == (7, 6)
+
+    class Brightness(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 16).squeeze(1)
+
+    model = drop_patches(padded.eval(), ranker=Brightness(), keep_ratio=1 / 16)
+    images = torch.zeros(1, 3, 52, 52)
+    images[..., 32:48, 32:48] = 1.0
+    assert model.keep_indices(images).tolist() == [[10]]
+    assert model.forward_intermediates(images)[1][0].shape[-2:] == (4, 4)
+    assert model(torch.randn(1, 3, 8, 8)).shape == (1, 1000)  # smaller than a patch
 
 
 @pytest.mark.parametrize("family", ["vit", "eva02", "rope_mixed", "dinov3"])
@@ -234,6 +251,38 @@ def test_frozen_means_frozen(backbone_of: Callable[..., Any]) -> None:
     assert all(
         torch.equal(before[name], tensor) for name, tensor in model.ranker.state_dict().items()
     )
+
+
+def test_unfreezing_everything_leaves_the_ranker_frozen(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone, ranker="conv").requires_grad_(False).requires_grad_(True)
+    model.ranker.trained = True
+    assert all(p.requires_grad for p in model.backbone.parameters())
+    assert not any(p.requires_grad for p in model.ranker.parameters())
+    model.ranker.requires_grad_(True)  # by hand: still no gradient through the scores
+    assert not model.patch_scores(images).requires_grad
+
+
+def test_random_selection_does_not_rank(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone, ranker="conv", selection="random")
+    model(images)  # an untrained ranker at work would warn
+    model.ranker.forward = None
+    assert model.keep_indices(images).shape == (3, 18)
+
+
+@torch.no_grad()
+def test_a_model_filled_from_the_meta_device(backbone_of: Callable[..., Any]) -> None:
+    for ranker in ("contrast", "conv"):
+        backbone, images = backbone_of("clip")
+        model = drop_patches(backbone, ranker=ranker)
+        getattr(model.ranker, "__dict__", {})["trained"] = True
+        expected = model.patch_scores(images)
+        for assign in (False, True):
+            empty = copy.deepcopy(model).to("meta")
+            empty = empty if assign else empty.to_empty(device="cpu")
+            empty.load_state_dict(model.state_dict(), assign=assign)
+            assert torch.equal(empty.patch_scores(images), expected)
 
 
 def test_scores_carry_no_gradient(backbone_of: Callable[..., Any]) -> None:

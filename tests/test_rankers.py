@@ -71,6 +71,11 @@ def test_unknown_names_and_arguments() -> None:
         create_ranker("conv", not_an_argument=1)
     with pytest.raises(ValueError, match="parts must be some of"):
         create_ranker("contrast", parts=("edges",))
+    for weights in ({"std": 0.0}, {"std": float("nan")}, {"std": float("inf")}):
+        with pytest.raises(ValueError, match="must be finite and not all 0"):
+            create_ranker("contrast", parts=weights)
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        create_ranker("conv", kernel_size=4)
     with pytest.raises(ValueError, match="expected a positive size"):
         create_ranker("contrast", patch_size=0)
     with pytest.raises(ValueError, match="the contrast ranker has no weights"):
@@ -226,6 +231,19 @@ def test_bridge_converts_normalisation_and_size() -> None:
     assert not list(InputBridge(source, target).state_dict())
 
 
+def test_bridge_refuses_statistics_of_another_length() -> None:
+    with pytest.raises(ValueError, match="mean and std need 1, 3 or 5 values, got 2"):
+        InputBridge(((0.5, 0.5), (0.5,)), ((0.0,), (1.0,)), in_chans=5)
+
+
+def test_visible_patches_are_forgotten_after_an_error() -> None:
+    ranker, images = small("vit_tiny"), torch.rand(1, 3, 64, 64)
+    expected = ranker.forward_features(images)
+    with pytest.raises(AssertionError):
+        ranker(torch.rand(1, 3, 32, 64), visible_indices=torch.tensor([[0, 1]]))
+    assert torch.equal(ranker.forward_features(images), expected)
+
+
 def test_bridge_leaves_the_meta_device() -> None:
     with torch.device("meta"):
         bridge = InputBridge(((0.5,), (0.5,)), ((0.0,), (1.0,)))
@@ -293,7 +311,15 @@ def test_any_module_is_a_ranker(backbone_of: Callable[..., Any]) -> None:
     model = drop_patches(backbone, ranker=Brightness())
     expected = Brightness()(images).flatten(1).topk(18).indices.sort(1).values
     assert torch.equal(model.keep_indices(images), expected)
-    for output in (lambda x: x, lambda x: x.mean((1, 2, 3)), lambda x: x.flatten(1)):
+    for output in (
+        lambda x: x,
+        lambda x: x.mean((1, 2, 3)),
+        lambda x: x.flatten(1),
+        lambda x: (x[:, 0], x[:, 1]),
+        lambda x: x[:, 0].numpy(),
+        lambda x: x[:, 0].cfloat(),
+        lambda x: x[:, 0, :0],
+    ):
         wrong = nn.Module()
         wrong.forward = output
         model = drop_patches(model.restore(), ranker=wrong)

@@ -190,7 +190,27 @@ def test_patch_selector_scripts() -> None:
         assert torch.equal(torch.jit.script(module)(tokens, scores)[1], module(tokens, scores)[1])
 
 
+def test_gather_refuses_another_batch() -> None:
+    with pytest.raises(ValueError, match="must be of one batch"):
+        gather_patches(torch.zeros(1, 16, 3), torch.zeros(4, 4, dtype=torch.long))
+    with pytest.raises(IndexError):
+        gather_patches(torch.zeros(2, 16, 3), torch.tensor([[15], [16]]))
+
+
+def test_an_empty_batch() -> None:
+    keep = select_top(torch.zeros(0, 16), 4)
+    assert keep_tokens(torch.zeros(0, 17, 3), keep, 1).shape == (0, 5, 3)
+    validate_keep_indices(keep, 16)
+
+
 def test_patch_selector_bad_input() -> None:
+    selector = PatchSelector(0.5)
+    for bad in (-1.0, 7.0, math.nan):
+        with pytest.raises(ValueError, match="keep_ratio must be in"):
+            selector.keep_ratio = bad
+        with pytest.raises(ValueError, match="keep_ratio must be in"):
+            num_keep(16, bad)
+    assert selector.keep_ratio == 0.5
     with pytest.raises(ValueError, match="scores must be"):
         PatchSelector()(torch.zeros(2, 17, 8), torch.zeros(2, 17))
     with pytest.raises(ValueError, match="num_prefix_tokens"):

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 from conftest import FAMILIES
-from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
 from ltrp_timm.model import LTRPModel
+from ltrp_timm.rankers import Ranker
 from ltrp_timm.slots import TokenSlot, find_adapter
 
 
@@ -195,4 +195,77 @@ def test_a_backbone_that_misses_its_slot_is_an_error(backbone_of: Callable[..., 
 def test_an_empty_slot_is_the_identity() -> None:
     tokens = torch.randn(2, 5, 3)
     assert TokenSlot(1)(tokens) is tokens
-    assert isinstance(PatchDropout(0.5), nn.Module)
+
+
+class Careless(Ranker, nn.Module):
+    """Somebody's ranker whose own code fails."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean(1)[:, ::16, ::16]
+
+    @property
+    def img_size(self) -> int:  # type: ignore[override]
+        raise ArithmeticError
+
+
+def test_a_failing_ranker_leaves_the_backbone_as_it_was(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    full, slot = backbone(images), backbone.patch_drop
+    with pytest.raises(ArithmeticError):
+        drop_patches(backbone, ranker=Careless())
+    assert backbone.patch_drop is slot
+    sharing = nn.Module()
+    sharing.vit = backbone
+    with pytest.raises(ValueError, match="shares parameters with the backbone"):
+        drop_patches(backbone, ranker=sharing)
+    assert backbone.patch_drop is slot
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert torch.equal(backbone(images), full)
+
+
+def test_training_flags_of_parts_survive(backbone_of: Callable[..., Any]) -> None:
+    backbone, _ = backbone_of("hybrid")
+    backbone.train()
+    backbone.patch_embed.eval()  # frozen batch norms
+    model = drop_patches(backbone)
+    assert model.training
+    assert backbone.blocks.training
+    assert not any(module.training for module in backbone.patch_embed.modules())
+
+
+def test_an_old_wrapper_cannot_undo_a_new_one(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    old = drop_patches(backbone)
+    old.restore()
+    new = drop_patches(backbone)
+    expected = new(images)
+    old.restore()
+    assert torch.equal(new(images), expected)
+
+
+def test_compiled_and_wrapped_models_are_refused_with_a_hint() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    for wrapped, hint in (
+        (torch.compile(model), "drop patches first, then compile"),
+        (nn.DataParallel(model), "from the model inside"),
+        (torch.fx.symbolic_trace(model), "drop first, then trace"),
+    ):
+        with pytest.raises(TypeError, match=hint):
+            drop_patches(wrapped)
+
+
+@torch.no_grad()
+def test_one_image_never_sees_another(backbone_of: Callable[..., Any]) -> None:
+    """Also with indices out of range: they are an error, not a neighbour's patch."""
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone)
+    keep = torch.tensor([[0, 1, 2]] * 3)
+    keep[1, 0] = 36
+    with pytest.raises(IndexError):
+        model(images, keep_indices=keep)
+    assert backbone.patch_drop.keep_indices is None
+    other = images.clone()
+    other[0] = 0
+    keep[1, 0] = 35
+    outputs = [model(batch, keep_indices=keep)[1:] for batch in (images, other)]
+    assert torch.equal(*outputs)

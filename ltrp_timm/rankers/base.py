@@ -16,8 +16,9 @@ class Ranker:
     """A mixin for modules images (B, C, H, W) -> score map (B, h, w), higher = keep first.
 
     A ranker needs none of this: any ``nn.Module`` with that mapping will do. What it declares is
-    used: ``mean`` and ``std`` of the pixels it wants (None: as the backbone gets them),
-        ``img_size`` when it takes one size only.
+    used: ``mean`` and ``std`` of the pixels it wants (None: as the backbone gets them), and
+    ``img_size`` when it takes one size only. ``trained`` says that its weights mean something: set
+    when weights are loaded, and by whoever trains it.
     """
 
     name: str = ""
@@ -31,7 +32,7 @@ class Ranker:
 
     def config(self) -> Dict[str, Any]:
         """Arguments of ``create_ranker`` that rebuild this ranker, as JSON can hold them."""
-        raise NotImplementedError
+        return {}
 
     def save(self: Any, directory: PathLike, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` for ``create_ranker(pretrained=…)``.
@@ -48,6 +49,21 @@ class Ranker:
         patch_size: Optional[Tuple[int, int]] = None,
     ) -> None:
         """Follow a backbone to another image or patch size; a ranker with a fixed grid stays."""
+
+
+class PatchSizeRanker(Ranker):
+    """A ranker without weights on a grid of its own: it follows the backbone's patch size."""
+
+    patch_size: Tuple[int, int]
+
+    def set_input_size(
+        self,
+        img_size: Optional[Tuple[int, int]] = None,
+        patch_size: Optional[Tuple[int, int]] = None,
+    ) -> None:
+        """Take over the patch size; any image size is taken as it comes."""
+        if patch_size is not None:
+            self.patch_size = to_pair(patch_size)
 
 
 def to_pair(value: Union[int, Sequence[int]]) -> Tuple[int, int]:

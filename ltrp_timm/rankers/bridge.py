@@ -23,9 +23,13 @@ def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:
     """Score map (B, h', w') -> scores (B, h * w) float32, resized when the grids differ.
 
     Raises:
-        ValueError: the map has not three axes.
+        ValueError: it is no map of real numbers (B, h, w).
     """
-    if scores.dim() != 3:
+    if not torch.jit.is_scripting():
+        if not isinstance(scores, Tensor) or scores.is_complex():
+            kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"a ranker must return a score map (B, h, w) of numbers, got {kind}.")
+    if scores.dim() != 3 or scores.shape[1] == 0 or scores.shape[2] == 0:
         shape: List[int] = list(scores.shape)
         raise ValueError(f"a ranker must return a score map (B, h, w), got shape {shape}.")
     scores = scores.float()
@@ -46,7 +50,10 @@ class InputBridge(nn.Module):
         source: (mean, std) of the images that arrive, in units of pixels in [0, 1].
         target: (mean, std) that the ranker wants.
         img_size: (H, W) that the ranker wants; None leaves the size.
-        in_chans: C; a mean of another length is averaged to one value, as timm does.
+        in_chans: C; RGB values for another number of channels are averaged to one, as timm does.
+
+    Raises:
+        ValueError: a mean or std of any other length.
     """
 
     scale: Tensor
@@ -75,9 +82,17 @@ class InputBridge(nn.Module):
         self.init_non_persistent_buffers()
 
     @torch.jit.ignore
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the buffers anew, as timm asks of a model that leaves the meta device."""
-        for buffer, values in ((self.scale, self._scale), (self.shift, self._shift)):
+    def init_non_persistent_buffers(self, device: Any = None) -> None:
+        """Fill the buffers anew, as timm asks of a model that leaves the meta device.
+
+        Args:
+            device: where buffers that are still on the meta device go; None leaves them.
+        """
+        for name, values in (("scale", self._scale), ("shift", self._shift)):
+            buffer = getattr(self, name)
+            if buffer.is_meta and device is not None:
+                buffer = torch.empty_like(buffer, device=device)
+                setattr(self, name, buffer)
             if not buffer.is_meta:
                 buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
 
@@ -89,6 +104,8 @@ class InputBridge(nn.Module):
 def _channels(values: Sequence[float], in_chans: int) -> List[float]:
     if len(values) == in_chans:
         return list(values)
+    if len(values) not in (1, 3):
+        raise ValueError(f"mean and std need 1, 3 or {in_chans} values, got {len(values)}.")
     return [sum(values) / len(values)] * in_chans
 
 

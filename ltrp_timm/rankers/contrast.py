@@ -1,16 +1,17 @@
 """The weight-free ranker: texture, colour contrast to the border, nearness to the centre."""
 
+import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import Ranker, grid_of, to_pair
+from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_pair
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
 
 
-class ContrastRanker(Ranker, nn.Module):
+class ContrastRanker(PatchSizeRanker, nn.Module):
     """rank(patch std) + rank(colour contrast to the border) + 0.7 * rank(nearness to the centre).
 
     No weights, no training, no labels; ranks are taken within an image, ties share their mean rank.
@@ -46,20 +47,14 @@ class ContrastRanker(Ranker, nn.Module):
         self.std_weight = float(weights.get("std", 0.0))
         self.colour_weight = float(weights.get("colour", 0.0))
         self.centre_weight = float(weights.get("centre", 0.0))
+        total = abs(self.std_weight) + abs(self.colour_weight) + abs(self.centre_weight)
+        if not 0.0 < total < math.inf:
+            raise ValueError(f"the weights of parts must be finite and not all 0, got {parts!r}.")
 
     def config(self) -> Dict[str, Any]:
         """Arguments that rebuild this ranker."""
         parts = {"std": self.std_weight, "colour": self.colour_weight, "centre": self.centre_weight}
         return {"patch_size": list(self.patch_size), "parts": parts}
-
-    def set_input_size(
-        self,
-        img_size: Optional[Tuple[int, int]] = None,
-        patch_size: Optional[Tuple[int, int]] = None,
-    ) -> None:
-        """Follow the backbone's patch size; any image size is taken as it comes."""
-        if patch_size is not None:
-            self.patch_size = to_pair(patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""

@@ -23,6 +23,9 @@ class ConvRanker(Ranker, nn.Module):
         in_chans: channels of an image.
         mean: normalisation that the images come in, in units of pixels in [0, 1].
         std: likewise.
+
+    Raises:
+        ValueError: a size that is none, or an even kernel.
     """
 
     name = "conv"
@@ -41,6 +44,8 @@ class ConvRanker(Ranker, nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
         dd: Dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = to_pair(patch_size)
         self.width, self.depth, self.kernel_size, self.in_chans = (

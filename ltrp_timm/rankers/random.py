@@ -5,11 +5,11 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import Ranker, grid_of, to_pair
+from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_pair
 from ltrp_timm.selection import seeded_scores
 
 
-class RandomRanker(Ranker, nn.Module):
+class RandomRanker(PatchSizeRanker, nn.Module):
     """Uniform scores, a function of (seed, N): the same for every image and at every call.
 
     Args:
@@ -35,15 +35,6 @@ class RandomRanker(Ranker, nn.Module):
     def config(self) -> Dict[str, Any]:
         """Arguments that rebuild this ranker; a generator's state is not kept."""
         return {"patch_size": list(self.patch_size), "seed": self.seed}
-
-    def set_input_size(
-        self,
-        img_size: Optional[Tuple[int, int]] = None,
-        patch_size: Optional[Tuple[int, int]] = None,
-    ) -> None:
-        """Follow the backbone's patch size; any image size is taken as it comes."""
-        if patch_size is not None:
-            self.patch_size = to_pair(patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w) float32 in [0, 1)."""

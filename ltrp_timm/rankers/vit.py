@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_pair
-from ltrp_timm.slots import TokenSlot
+from ltrp_timm.slots import TokenSlot, run_with_slot
 
 
 def sincos_pos_embed(
@@ -63,7 +63,7 @@ class VitRanker(Ranker, VisionTransformer):
     Source: LTRP (CVPR 2024, arXiv 2404.00680), section on the ranking model.
     """
 
-    name = "vit"
+    name = "vit_small"  # the registered sizes are this class with other numbers
     learned = True
     follows_patch_size = False
 
@@ -126,7 +126,15 @@ class VitRanker(Ranker, VisionTransformer):
             visible_indices: (B, V) int64, ascending; when given only these patches are encoded, and
                 only their scores mean anything (the published "asymmetric" training).
         """
-        self.patch_drop.keep_indices = visible_indices
-        scores = self.forward_head(self.forward_features(x))
         h, w = self.patch_embed.grid_size
-        return scores.reshape(-1, h, w)
+        if torch.jit.is_scripting():
+            self.patch_drop.keep_indices = visible_indices
+            tokens = self.forward_features(x)
+        else:
+            tokens = self._visible_features(x, visible_indices)
+        return self.forward_head(tokens).reshape(-1, h, w)
+
+    @torch.jit.unused
+    def _visible_features(self, x: Tensor, visible_indices: Optional[Tensor]) -> Tensor:
+        out: Tensor = run_with_slot(self.patch_drop, visible_indices, self.forward_features, x)
+        return out
