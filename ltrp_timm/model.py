@@ -73,7 +73,7 @@ class LTRPModel(TimmInterface, nn.Module):
         self.bridge = make_bridge(ranker, backbone).eval()
         self.backbone = backbone
         self._warned = False
-        self._build_args: Dict[str, Any] = {}
+        self._build_args = {}
         self._copy_from_backbone()
         self.pretrained_cfg = wrap_pretrained_cfg(getattr(backbone, "pretrained_cfg", None))
         self.default_cfg = self.pretrained_cfg

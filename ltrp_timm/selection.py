@@ -81,7 +81,7 @@ def select_top(scores: Tensor, k: int) -> Tensor:
     >>> select_top(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
     tensor([[1, 2]])
     """
-    _check_k(scores, k)
+    check_k(scores, k)
     scores = torch.nan_to_num(scores, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if not torch.jit.is_scripting():
         if (
@@ -264,7 +264,7 @@ def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:
     return torch.stack(nearest)
 
 
-def _check_k(scores: Tensor, k: int) -> None:
+def check_k(scores: Tensor, k: int) -> None:
     if scores.dim() != 2 or k < 1 or k > scores.shape[1]:
         shape: List[int] = list(scores.shape)
         raise ValueError(f"expected scores (B, N) and 1 <= k <= N, got scores {shape} and k = {k}.")
