@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from ltrp_timm import ltrp_vit as _ltrp_vit  # registers the models
+from ltrp_timm.coverage import dpc_knn, select_mixed, select_stratified
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import create_ranker, list_rankers
@@ -25,12 +26,15 @@ __all__ = [
     "LTRPModel",
     "PatchSelector",
     "create_ranker",
+    "dpc_knn",
     "drop_patches",
     "gather_patches",
     "list_rankers",
     "num_keep",
     "scatter_patches",
+    "select_mixed",
     "select_random",
+    "select_stratified",
     "select_top",
 ]
 

@@ -58,6 +58,10 @@ _SOURCES = {
         "vit_base_patch16_clip_224.openai",
     ),
     "ltrp_siglip2_base": ("vit_base_patch16_siglip_224", "vit_base_patch16_siglip_224.v2_webli"),
+    "ltrp_beitv2_base": (
+        "beitv2_base_patch16_224",
+        "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
+    ),
     "ltrp_eva02_tiny": (
         "eva02_tiny_patch14_224",
         "eva02_tiny_patch14_224.mim_in22k",
@@ -179,6 +183,12 @@ def ltrp_clip_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def ltrp_siglip2_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LTRP front-end on SigLIP-2 ViT-B/16 image tower."""
     return _registered("ltrp_siglip2_base", pretrained, kwargs)
+
+
+@register_model
+def ltrp_beitv2_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """LTRP front-end on BEiT v2 B/16."""
+    return _registered("ltrp_beitv2_base", pretrained, kwargs)
 
 
 @register_model

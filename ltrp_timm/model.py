@@ -19,7 +19,7 @@ from ltrp_timm.selection import (
     select_patches,
     validate_keep_indices,
 )
-from ltrp_timm.slots import TokenSlot, find_adapter, run_with_slot
+from ltrp_timm.slots import find_adapter, run_with_slots
 from ltrp_timm.timm_interface import TimmInterface, wrap_pretrained_cfg
 
 torch.fx.wrap("choose_keep_indices")
@@ -81,7 +81,7 @@ class LTRPModel(TimmInterface, nn.Module):
         # nothing was changed before and nothing fails from here on; tuples hide their modules
         self.ranker.requires_grad_(False).eval()
         self._original_slot = (self._adapter.install(backbone),)
-        self._slot = (backbone.patch_drop,)
+        self._slots = tuple(self._adapter.slots(backbone))
 
     @property
     def keep_ratio(self) -> float:
@@ -243,9 +243,9 @@ class LTRPModel(TimmInterface, nn.Module):
         """
         keep = self._choose(x, keep_indices)
         if torch.jit.is_scripting():
-            self.backbone.patch_drop.keep_indices = keep
+            self._put(keep)
             out = self.backbone(x)
-            self.backbone.patch_drop.keep_indices = None
+            self._put(None)
             return out
         else:
             return self._run("forward", x, keep)
@@ -268,13 +268,23 @@ class LTRPModel(TimmInterface, nn.Module):
         keep: Optional[Tensor],
         kwargs: Optional[Dict[str, Any]] = None,
     ) -> Any:
-        slot = self.backbone.patch_drop
-        if not isinstance(slot, TokenSlot):
+        slots = self._adapter.slots(self.backbone)
+        if not all(hasattr(slot, "keep_indices") for slot in slots):
             raise RuntimeError(
                 "this LTRPModel gave its backbone back (restore), or its patch_drop was changed."
             )
         call = self.backbone if method == "forward" else getattr(self.backbone, method)
-        return run_with_slot(slot, keep, call, x, **(kwargs or {}))
+        return run_with_slots(slots, keep, call, x, **(kwargs or {}))
+
+    def _put(self, keep: Optional[Tensor]) -> None:
+        """Fill the slots, through the backbone alone; for TorchScript, which has no finally."""
+        if hasattr(self.backbone, "patch_drop"):
+            self.backbone.patch_drop.keep_indices = keep
+        else:
+            self.backbone.pos_drop.keep_indices = keep
+            if hasattr(self.backbone, "rel_pos_bias"):
+                if self.backbone.rel_pos_bias is not None:
+                    self.backbone.rel_pos_bias.keep_indices = keep
 
     def forward_intermediates(
         self,
@@ -313,15 +323,16 @@ class LTRPModel(TimmInterface, nn.Module):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
         fill = self._fill if fill is None else check_fill(fill)
         keep = self._choose(x, keep_indices)
-        with_prefix = self.num_prefix_tokens > 0
-        kwargs = {
+        with_prefix = self.num_prefix_tokens > 0 and self._adapter.prefix_in_blocks
+        kwargs: Dict[str, Any] = {
             "indices": indices,
-            "return_prefix_tokens": with_prefix,
             "norm": norm,
             "stop_early": stop_early,
             "output_fmt": "NLC",
             "intermediates_only": intermediates_only,
         }
+        if with_prefix:
+            kwargs["return_prefix_tokens"] = True
         out = self._run("forward_intermediates", x, keep, kwargs)
         final, raw = (None, out) if intermediates_only else out
         prefix = [pair[1] for pair in raw] if with_prefix else None
@@ -354,7 +365,7 @@ class LTRPModel(TimmInterface, nn.Module):
         Returns:
             The backbone. This model cannot run afterwards.
         """
-        if self.backbone.patch_drop is self._slot[0]:
+        if self._adapter.slots(self.backbone)[0] is self._slots[0]:
             self._adapter.restore(self.backbone, self._original_slot[0])
         backbone: nn.Module = self.backbone
         return backbone

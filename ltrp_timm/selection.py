@@ -265,6 +265,7 @@ def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:
 
 
 def check_k(scores: Tensor, k: int) -> None:
+    """Check scores (B, N) and 1 <= k <= N, raise ValueError otherwise."""
     if scores.dim() != 2 or k < 1 or k > scores.shape[1]:
         shape: List[int] = list(scores.shape)
         raise ValueError(f"expected scores (B, N) and 1 <= k <= N, got scores {shape} and k = {k}.")

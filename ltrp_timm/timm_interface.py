@@ -123,10 +123,13 @@ class TimmInterface:
         return taken
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Any:
         """timm's layer groups of the backbone, the ranker in a group of its own in front."""
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        if callable(matcher):
+            return lambda name: _group_behind(matcher, name)
         groups: Dict[str, Any] = {"ranker": r"^ranker\."}
-        for name, spec in self.backbone.group_matcher(coarse=coarse).items():
+        for name, spec in matcher.items():
             if isinstance(spec, str):
                 groups[name] = _prefix_pattern(spec)
             elif spec is not None:
@@ -201,6 +204,14 @@ def _prefixed(names: Any) -> Any:
     if names is None or isinstance(names, str):
         return None if names is None else f"backbone.{names}"
     return tuple(f"backbone.{name}" for name in names)
+
+
+def _group_behind(matcher: Any, name: str) -> float:
+    """The backbone's own ordinal for its parameters, the ranker in front of all."""
+    if name.startswith("ranker."):
+        return -1.0
+    group: float = matcher(name.removeprefix("backbone."))
+    return group
 
 
 def _prefix_pattern(pattern: str) -> str:

@@ -28,6 +28,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "rope_axial": ("vit_small_patch16_rope_224", {"embed_dim": 64, "num_heads": 2}, 96),
     "rope_mixed": ("vit_small_patch16_rope_mixed_224", {"embed_dim": 64, "num_heads": 2}, 96),
     "rope_ape": ("vit_small_patch16_rope_ape_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "beit": ("beit_base_patch16_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "beit_shared": (
+        "beit_base_patch16_224",
+        {
+            "embed_dim": 64,
+            "num_heads": 2,
+            "use_shared_rel_pos_bias": True,
+            "use_rel_pos_bias": False,
+            "use_abs_pos_emb": True,
+        },
+        96,
+    ),
+    "beitv2": ("beitv2_base_patch16_224", {"embed_dim": 64, "num_heads": 2}, 96),
+    "cait": ("cait_xxs24_224", {"embed_dim": 64, "num_heads": 2}, 96),
     "pe_core": ("vit_pe_core_tiny_patch16_384", {}, 96),
 }
 
@@ -48,6 +62,8 @@ def _one_thread_one_seed() -> None:
 def awaken(model: nn.Module) -> nn.Module:
     """Undo initial values that would hide a wrong token: LayerScale near 0, tiny heads."""
     for name, parameter in model.named_parameters():
+        if "relative_position_bias_table" in name:
+            nn.init.normal_(parameter)
         if "gamma" in name:
             nn.init.ones_(parameter)
         if name.startswith(("head", "backbone.head")) and parameter.dim() == 2:

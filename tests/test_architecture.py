@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
     ["selection", "checkpoints", "throughput", "photos"],
-    ["slots"],
+    ["slots", "coverage"],
     ["rankers"],
     ["timm_interface"],
     ["model"],

@@ -35,6 +35,7 @@ NAMES = {
     "ltrp_dinov3_large": ["lvd1689m", "sat493m"],
     "ltrp_clip_base": ["laion2b_ft_in12k_in1k", "openai"],
     "ltrp_siglip2_base": ["v2_webli"],
+    "ltrp_beitv2_base": ["in1k_ft_in22k_in1k"],
     "ltrp_eva02_tiny": ["mim_in22k", "mim_in22k_ft_in1k"],
     "ltrp_eva02_base": ["mim_in22k", "mim_in22k_ft_in22k_in1k"],
 }

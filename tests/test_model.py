@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
 
-KINDS = ["vit", "distilled", "siglip", "eva02", "rope_mixed"]
+KINDS = ["vit", "distilled", "siglip", "eva02", "rope_mixed", "beit", "beit_shared", "cait"]
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -194,7 +194,7 @@ def test_padded_images_are_ranked_where_they_are_encoded() -> None:
     assert model(torch.randn(1, 3, 8, 8)).shape == (1, 1000)  # smaller than a patch
 
 
-@pytest.mark.parametrize("family", ["vit", "eva02", "rope_mixed", "dinov3"])
+@pytest.mark.parametrize("family", ["vit", "eva02", "rope_mixed", "dinov3", "beit", "beit_shared"])
 def test_set_input_size(backbone_of: Callable[..., Any], family: str) -> None:
     backbone, images = backbone_of(family)
     side = images.shape[-1]
@@ -311,7 +311,9 @@ def test_optimizer_groups(backbone_of: Callable[..., Any], family: str) -> None:
     assert list(model.parameters())[-1].shape == list(plain.parameters())[-1].shape
 
 
-@pytest.mark.parametrize("family", ["vit", "eva02", "rope_mixed", "dinov3"])
+@pytest.mark.parametrize(
+    "family", ["vit", "eva02", "rope_mixed", "dinov3", "beit", "beit_shared", "cait"]
+)
 def test_gradient_checkpointing(backbone_of: Callable[..., Any], family: str) -> None:
     gradients = []
     for enable in (False, True):
@@ -334,7 +336,7 @@ def test_distilled_training_gives_both_logits(backbone_of: Callable[..., Any]) -
     assert isinstance(model.get_classifier(), tuple)
 
 
-@pytest.mark.parametrize("family", ["vit", "eva02"])
+@pytest.mark.parametrize("family", ["vit", "eva02", "beit", "beit_shared", "cait"])
 def test_copies_are_independent(backbone_of: Callable[..., Any], family: str) -> None:
     backbone, images = backbone_of(family)
     model = drop_patches(backbone)

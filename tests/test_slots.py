@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 from conftest import FAMILIES
+from timm.models.beit import Attention as BeitAttention
+from timm.models.cait import Cait
 from torch import Tensor, nn
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
@@ -18,13 +20,19 @@ from ltrp_timm.slots import TokenSlot, find_adapter
 
 def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The plain model with dropped patches masked as keys: kept tokens (B, P + K, D), logits."""
+    if isinstance(model, Cait):
+        return gathered_reference(model, images, keep)
     prefix, n = model.num_prefix_tokens, model.patch_embed.num_patches
     visible = torch.zeros(images.shape[0], n, dtype=torch.bool).scatter(1, keep, True)
     visible = torch.cat([torch.ones(images.shape[0], prefix, dtype=torch.bool), visible], dim=1)
     mask = visible[:, None, None, :]
+    column = torch.zeros_like(mask, dtype=torch.float).masked_fill(~mask, -torch.inf)
 
-    def with_mask(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "attn_mask": mask}
+    def with_mask(attention: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not isinstance(attention, BeitAttention):
+            return args, {**kwargs, "attn_mask": mask}
+        bias = kwargs["shared_rel_pos_bias"]  # a key column of -inf on top of the bias
+        return args, {"shared_rel_pos_bias": column if bias is None else bias + column}
 
     hooks = [
         block.attn.register_forward_pre_hook(with_mask, with_kwargs=True) for block in model.blocks
@@ -34,6 +42,18 @@ def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, 
         hook.remove()
     kept = torch.cat([tokens[:, :prefix], gather_patches(tokens[:, prefix:], keep)], dim=1)
     return kept, model.forward_head(kept)
+
+
+def gathered_reference(model: Cait, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """CaiT's attention takes no mask: gather by hand behind the position embedding."""
+    tokens = model.patch_embed(images) + model.pos_embed
+    tokens = torch.stack([row[index] for row, index in zip(tokens, keep)])
+    classes = model.cls_token.expand(len(tokens), -1, -1)
+    tokens = model.blocks(tokens)
+    for block in model.blocks_token_only:
+        classes = block(tokens, classes)
+    tokens = model.norm(torch.cat([classes, tokens], dim=1))
+    return tokens, model.forward_head(tokens)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.2])
@@ -77,14 +97,18 @@ def test_keeping_all_is_the_plain_model(backbone_of: Callable[..., Any], family:
 @torch.no_grad()
 def test_restore_gives_the_same_object_back(backbone_of: Callable[..., Any], family: str) -> None:
     backbone, images = backbone_of(family)
-    slot, keys, full = backbone.patch_drop, list(backbone.state_dict()), backbone(images)
+    modules, keys, full = (
+        dict(backbone.named_modules()),
+        list(backbone.state_dict()),
+        backbone(images),
+    )
     model = drop_patches(backbone)
     assert model.backbone is backbone
     assert list(backbone.state_dict()) == keys
     for head in {backbone.head, getattr(backbone, "head_dist", backbone.head)}:
         head.bias.add_(1.0)  # weights as they are now, not as they were
     assert model.restore() is backbone
-    assert backbone.patch_drop is slot
+    assert dict(backbone.named_modules()) == modules  # the very same objects
     torch.testing.assert_close(backbone(images), full + 1.0)
     assert model.restore() is backbone  # twice does no harm
     with pytest.raises(RuntimeError, match="gave its backbone back"):
@@ -102,8 +126,6 @@ REFUSED = [
     ("pit_ti_224", "pools"),
     ("mixer_s32_224", "token-mixing"),
     ("convit_tiny", "laid out for the full patch grid"),
-    ("beit_base_patch16_224", "adapter"),
-    ("cait_xxs24_224", "adapter"),
     ("vit_relpos_small_patch16_224", "adapter"),
     ("naflexvit_base_patch16_gap", "adapter"),
     ("resnet18", "none of the timm families"),
@@ -188,7 +210,7 @@ def test_a_backbone_that_misses_its_slot_is_an_error(backbone_of: Callable[..., 
     backbone.forward_features = lambda x, **_: backbone.blocks(
         backbone._pos_embed(backbone.patch_embed(x))
     )
-    with pytest.raises(RuntimeError, match="ran without visiting its patch_drop"):
+    with pytest.raises(RuntimeError, match="ran without visiting the place"):
         model(images)
 
 
@@ -221,6 +243,14 @@ def test_a_failing_ranker_leaves_the_backbone_as_it_was(backbone_of: Callable[..
     assert backbone.patch_drop is slot
     assert all(parameter.requires_grad for parameter in backbone.parameters())
     assert torch.equal(backbone(images), full)
+
+
+def test_beit_with_two_kinds_of_bias_is_refused() -> None:
+    model = timm.create_model("beit_base_patch16_224", depth=1, use_shared_rel_pos_bias=True)
+    modules = dict(model.named_modules())
+    with pytest.raises(TypeError, match="a shared and an own relative position bias"):
+        drop_patches(model)
+    assert dict(model.named_modules()) == modules
 
 
 def test_training_flags_of_parts_survive(backbone_of: Callable[..., Any]) -> None:

@@ -137,6 +137,7 @@ def mean_rank(values: Tensor) -> Tensor:
         ):  # searchsorted has no ONNX operator; counting pairs gives the same
             pairs = values.unsqueeze(2) - values.unsqueeze(1)
             return (pairs.sign().sum(dim=2) + count) / (2 * count)
+    values = values.contiguous()  # searchsorted warns of anything else
     ordered = values.sort(dim=1)[0]
     below = torch.searchsorted(ordered, values, right=False)
     up_to = torch.searchsorted(ordered, values, right=True)

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_pair
-from ltrp_timm.slots import TokenSlot, run_with_slot
+from ltrp_timm.slots import TokenSlot, run_with_slots
 
 
 def sincos_pos_embed(
@@ -136,5 +136,5 @@ class VitRanker(Ranker, VisionTransformer):
 
     @torch.jit.unused
     def _visible_features(self, x: Tensor, visible_indices: Optional[Tensor]) -> Tensor:
-        out: Tensor = run_with_slot(self.patch_drop, visible_indices, self.forward_features, x)
+        out: Tensor = run_with_slots([self.patch_drop], visible_indices, self.forward_features, x)
         return out

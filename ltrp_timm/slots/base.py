@@ -1,0 +1,118 @@
+"""The slot: a module that lets go of tokens, and the adapter that puts it into a backbone.
+
+A slot sits where timm drops patches, right after the position embedding. It holds keep indices only
+while its model runs: whoever runs the model puts them in, the slot hands them out once. An empty
+slot is the identity.
+"""
+
+from typing import Any, Callable, List, Optional, Tuple, Type
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltrp_timm.selection import keep_tokens
+
+torch.fx.wrap("keep_tokens")
+
+
+class TokenSlot(nn.Module):
+    """Stands at ``patch_drop`` of a ViT: tokens (B, P + N, D) -> (B, P + K, D).
+
+    Args:
+        num_prefix_tokens: P.
+    """
+
+    keep_indices: Optional[Tensor]
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.keep_indices = None
+
+    def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """Tokens (B, P + N, D) -> kept ones and the indices in the slot, empty afterwards."""
+        keep = self.keep_indices
+        if keep is None:
+            return x, None
+        self.keep_indices = None
+        return keep_tokens(x, keep, self.num_prefix_tokens), keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, P + N, D) -> (B, P + K, D)."""
+        return self.take(x)[0]
+
+
+class TokenSlotWithIndices(TokenSlot):
+    """Stands at ``patch_drop`` of an Eva, which gathers its rotary embedding by the indices."""
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:  # type: ignore[override]
+        """Tokens (B, P + N, D) -> (B, P + K, D), and the indices (B, K)."""
+        return self.take(x)
+
+
+class TokenSlotWithDropout(TokenSlot):
+    """Stands at ``pos_drop`` of models without a ``patch_drop``: their dropout, then the slot.
+
+    Args:
+        num_prefix_tokens: P at this place.
+        p: probability of the dropout that stood here.
+    """
+
+    def __init__(self, num_prefix_tokens: int, p: float) -> None:
+        super().__init__(num_prefix_tokens)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, P + N, D) -> (B, P + K, D)."""
+        return self.take(F.dropout(x, self.p, self.training))[0]
+
+
+def run_with_slots(
+    slots: List[Any], keep: Optional[Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run a model with keep indices (B, K) in its slots, which are empty afterwards, come what may.
+
+    Raises:
+        RuntimeError: the model ran without visiting one of them.
+    """
+    for slot in slots:
+        slot.keep_indices = keep
+    try:
+        out = call(*args, **kwargs)
+        if any(slot.keep_indices is not None for slot in slots):
+            kind = type(getattr(call, "__self__", call)).__name__
+            raise RuntimeError(f"{kind} ran without visiting the place where patches are dropped.")
+    finally:
+        for slot in slots:
+            slot.keep_indices = None
+    return out
+
+
+class SlotAdapter:
+    """How one timm family lets go of tokens.
+
+    Attributes:
+        family: the name that errors and tables use.
+        host: the class in timm.
+        prefix_in_blocks: whether prefix tokens are in the sequence while the blocks run.
+    """
+
+    family: str
+    host: Type[nn.Module]
+    prefix_in_blocks: bool = True
+
+    def check(self, backbone: Any) -> None:
+        """Raise TypeError when this very model cannot let go of tokens."""
+
+    def install(self, backbone: Any) -> Any:
+        """Put empty slots in; returns what ``restore`` needs."""
+        raise NotImplementedError
+
+    def restore(self, backbone: Any, original: Any) -> None:
+        """Put back what stood there."""
+        raise NotImplementedError
+
+    def slots(self, backbone: Any) -> List[nn.Module]:
+        """The modules that hold keep indices while the backbone runs."""
+        raise NotImplementedError

@@ -1,0 +1,157 @@
+"""BEiT: no ``patch_drop``, and a relative position bias for every pair of patches.
+
+The kept pairs' rows of the bias table must reach every block. The only thing that BEiT hands to its
+blocks is the argument ``shared_rel_pos_bias``; so a module in place of ``rel_pos_bias`` makes the
+pair index of the kept patches, the blocks receive it as that argument, and each attention looks its
+own table up with it. What a checkpointed block needs thus arrives as an argument, never from state.
+"""
+
+from types import FunctionType
+from typing import Any, List, Optional, Tuple, Type
+
+import torch
+from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
+from torch import Tensor, nn
+
+from ltrp_timm.slots.base import SlotAdapter, TokenSlotWithDropout
+
+
+def kept_pairs(pair_index: Tensor, keep_indices: Tensor) -> Tensor:
+    """Pair index (1 + N, 1 + N), keep_indices (B, K) -> (B, 1 + K, 1 + K)."""
+    first = torch.zeros_like(keep_indices[:, :1])
+    rows = torch.cat([first, keep_indices + 1], dim=1)
+    return pair_index[rows.unsqueeze(2), rows.unsqueeze(1)]
+
+
+torch.fx.wrap("kept_pairs")
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """The same function by another name: TorchScript compiles methods under the function's own."""
+    code, scope = function.__code__, function.__globals__
+    twin = FunctionType(code, scope, name, function.__defaults__, function.__closure__)
+    twin.__annotations__ = function.__annotations__
+    return twin
+
+
+class PairIndexSlot(nn.Module):
+    """Stands at ``rel_pos_bias`` of a BEiT whose blocks have tables of their own.
+
+    Args:
+        window_size: the patch grid (h, w).
+        device: of the index.
+    """
+
+    keep_indices: Optional[Tensor]
+    pair_index: Tensor
+
+    def __init__(self, window_size: Tuple[int, int], device: Any = None) -> None:
+        super().__init__()
+        self.keep_indices = None
+        index = gen_relative_position_index(window_size, device=device)
+        self.register_buffer("pair_index", index, persistent=False)
+
+    def set_window_size(self, window_size: Tuple[int, int]) -> None:
+        """Follow the backbone to another patch grid; timm calls it."""
+        self.pair_index = gen_relative_position_index(window_size, device=self.pair_index.device)
+
+    def forward(self) -> Optional[Tensor]:
+        """The pair index (B, 1 + K, 1 + K) of the kept patches; None when all stay."""
+        keep = self.keep_indices
+        if keep is None:
+            return None
+        self.keep_indices = None
+        return kept_pairs(self.pair_index, keep)
+
+
+class PairAttention(Attention):
+    """timm's BEiT attention, its bias looked up by the pair index that arrives as an argument."""
+
+    _timm_forward = _renamed(Attention.forward, "_timm_forward")
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        # timm adds this to the bias that forward hands over, which holds all of it
+        table = self.relative_position_bias_table
+        return table.new_zeros(1, 1, 1, 1)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Optional[Tensor] = None) -> Tensor:
+        """Tokens (B, L, D), pair index (B, L, L) or None for all pairs -> (B, L, D)."""
+        if shared_rel_pos_bias is None:
+            pairs = self.relative_position_index.unsqueeze(0)
+        else:
+            pairs = shared_rel_pos_bias
+        bias = self.relative_position_bias_table[pairs].permute(0, 3, 1, 2).contiguous()
+        return self._timm_forward(x, bias)
+
+
+class SharedBiasSlot(RelativePositionBias):
+    """timm's shared bias, of the kept pairs alone while keep indices lie in it."""
+
+    keep_indices: Optional[Tensor]
+    _timm_forward = _renamed(RelativePositionBias.forward, "_timm_forward")
+
+    def forward(self) -> Tensor:
+        """Bias (H, 1 + N, 1 + N), or (B, H, 1 + K, 1 + K)."""
+        keep = self.keep_indices
+        if keep is None:
+            return self._timm_forward()
+        self.keep_indices = None
+        pairs = kept_pairs(self.relative_position_index, keep)
+        return self.relative_position_bias_table[pairs].permute(0, 3, 1, 2).contiguous()
+
+
+class BeitAdapter(SlotAdapter):
+    """The slot stands at ``pos_drop``; the bias follows, whether blocks own it or share it."""
+
+    family = "Beit"
+    host = Beit
+
+    def check(self, backbone: Any) -> None:
+        """Raise TypeError for a model with both kinds of bias: one argument cannot carry both."""
+        own = backbone.blocks[0].attn.relative_position_bias_table is not None
+        if own and backbone.rel_pos_bias is not None:
+            raise TypeError(
+                "cannot drop patches from Beit: it has a shared and an own relative position bias."
+            )
+
+    def install(self, backbone: Any) -> Any:
+        """Put empty slots in; returns the modules that stood there."""
+        attentions = [block.attn for block in backbone.blocks]
+        original = (backbone.pos_drop, backbone.rel_pos_bias, attentions)
+        slot = TokenSlotWithDropout(backbone.num_prefix_tokens, backbone.pos_drop.p)
+        backbone.pos_drop = slot.train(backbone.pos_drop.training)
+        if backbone.rel_pos_bias is not None:
+            backbone.rel_pos_bias = _as_kind(backbone.rel_pos_bias, SharedBiasSlot)
+            backbone.rel_pos_bias.keep_indices = None
+        elif attentions[0].relative_position_bias_table is not None:
+            table = attentions[0].relative_position_bias_table
+            bias = PairIndexSlot(attentions[0].window_size, table.device)
+            backbone.rel_pos_bias = bias.train(backbone.training)
+            for block in backbone.blocks:
+                block.attn = _as_kind(block.attn, PairAttention)
+        return original
+
+    def restore(self, backbone: Any, original: Any) -> None:
+        """Put the original modules back, with everything as it is now."""
+        pos_drop, rel_pos_bias, attentions = original
+        backbone.pos_drop = pos_drop.train(backbone.pos_drop.training)
+        if rel_pos_bias is not None:
+            del backbone.rel_pos_bias.keep_indices
+            rel_pos_bias.__dict__ = backbone.rel_pos_bias.__dict__
+        backbone.rel_pos_bias = rel_pos_bias
+        for block, attention in zip(backbone.blocks, attentions):
+            if isinstance(block.attn, PairAttention):
+                attention.__dict__ = block.attn.__dict__
+                block.attn = attention
+
+    def slots(self, backbone: Any) -> List[nn.Module]:
+        """The slot of the tokens, and that of the bias where there is one."""
+        bias = backbone.rel_pos_bias
+        return [backbone.pos_drop] if bias is None else [backbone.pos_drop, bias]
+
+
+def _as_kind(module: nn.Module, kind: Type[nn.Module]) -> Any:
+    """The same parameters, buffers, submodules and flags behind an object of a subclass."""
+    twin: nn.Module = kind.__new__(kind)
+    twin.__dict__ = module.__dict__
+    return twin

@@ -1,0 +1,123 @@
+"""Selections that cover the image, against the reference vectors and against plain loops."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ltrp_timm import dpc_knn, select_mixed, select_stratified, select_top
+from ltrp_timm.coverage import patch_distances, patch_pixels
+
+DATA = load_file(Path(__file__).parent / "data" / "d_select_small.safetensors")
+
+
+def pixels() -> Tensor:
+    return patch_pixels(DATA["images"], (8, 8))
+
+
+def test_patch_pixels_by_hand() -> None:
+    images = torch.randn(2, 3, 35, 50)
+    tokens = patch_pixels(images, (2, 3))
+    patch = images[1, :, 17:34, 32:48]
+    assert tokens.shape == (2, 6, 17 * 16 * 3)
+    assert torch.equal(tokens[1, 5].sort().values, patch.flatten().sort().values)
+
+
+def test_distances_by_hand() -> None:
+    tokens = torch.randn(2, 10, 12) + 50.0
+    exact = (tokens[:, :, None].double() - tokens[:, None].double()).square().mean(3).sqrt()
+    assert torch.allclose(patch_distances(tokens).double(), exact, atol=1e-4)
+    assert (patch_distances(tokens).diagonal(dim1=1, dim2=2) == 0).all()
+
+
+@pytest.mark.parametrize("k", [16, 32, 48])
+def test_clusters_are_those_of_the_published_method(k: int) -> None:
+    labels, centres = dpc_knn(pixels(), k)
+    reference = DATA[f"k{k}_cluster"]
+    same = labels.unsqueeze(2) == labels.unsqueeze(1)
+    assert torch.equal(same, reference.unsqueeze(2) == reference.unsqueeze(1))
+    sizes = torch.stack([row.bincount(minlength=k) for row in labels])
+    assert torch.equal(sizes.sort().values, DATA[f"k{k}_cluster_size"].sort().values)
+    assert torch.equal(labels.gather(1, centres), torch.arange(k).expand_as(centres))
+
+
+@pytest.mark.parametrize("k", [16, 32, 48])
+def test_mixed_keeps_the_published_ranked_part_and_the_largest_clusters(k: int) -> None:
+    scores = DATA["scores"]
+    keep = select_mixed(scores, k, pixels())
+    labels, centres = dpc_knn(pixels(), k)
+    for row in range(len(scores)):
+        ranked = set(DATA[f"k{k}_ranked_part"][row].tolist())
+        kept = set(keep[row].tolist())
+        assert ranked <= kept
+        assert len(kept) == k
+        # plain Python over what is left: largest first, ties to the lower patch
+        sizes = labels[row].bincount(minlength=k).tolist()
+        left = [(-sizes[i], int(c)) for i, c in enumerate(centres[row]) if int(c) not in ranked]
+        assert kept - ranked == {patch for _, patch in sorted(left)[: k - len(ranked)]}
+
+
+def test_mixed_limits() -> None:
+    scores, tokens = torch.rand(3, 20), torch.randn(3, 20, 6)
+    assert select_mixed(scores, 1, tokens).shape == (3, 1)
+    assert torch.equal(select_mixed(scores, 20, tokens), torch.arange(20).expand(3, -1))
+    assert torch.equal(select_mixed(scores, 7, tokens, ratio=1.0), select_top(scores, 7))
+    assert torch.equal(select_mixed(scores, 7, tokens, ratio=0.0), dpc_knn(tokens, 7)[1])
+    assert torch.equal(select_mixed(scores, 9, tokens), select_mixed(scores, 9, tokens))
+    flat = select_mixed(torch.zeros(1, 20), 5, torch.zeros(1, 20, 6))
+    assert len(set(flat[0].tolist())) == 5
+    for bad in ({"k": 0}, {"k": 21}, {"k": 5, "ratio": 1.1}, {"k": 5, "neighbours": 0}):
+        with pytest.raises(ValueError, match=r"k = |ratio must be|k must be"):
+            select_mixed(scores, tokens=tokens, **bad)
+
+
+def test_each_image_is_clustered_alone() -> None:
+    scores, tokens = DATA["scores"], pixels()
+    together = select_mixed(scores, 20, tokens)
+    alone = [select_mixed(s[None], 20, t[None]) for s, t in zip(scores, tokens)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**31), st.data())
+def test_stratified_against_a_plain_loop(
+    h: int, w: int, cell: int, seed: int, data: st.DataObject
+) -> None:
+    n = h * w
+    k = data.draw(st.integers(1, n))
+    scores = torch.randint(0, 4, (2, n), generator=torch.Generator().manual_seed(seed)).float()
+    for row, keep in zip(scores.tolist(), select_stratified(scores, k, (h, w), cell).tolist()):
+        order = sorted(range(n), key=lambda i, row=row: (-row[i], i))
+        best: dict[tuple[int, int], int] = {}
+        for patch in order:
+            best.setdefault((patch // w // cell, patch % w // cell), patch)
+        first = sorted(best.values(), key=order.index)
+        rest = [patch for patch in order if patch not in first]
+        assert keep == sorted((first + rest)[:k])
+
+
+def test_stratified_bad_input() -> None:
+    with pytest.raises(ValueError, match="for a grid of 3x4"):
+        select_stratified(torch.rand(1, 16), 4, (3, 4))
+    with pytest.raises(ValueError, match="cell = 0"):
+        select_stratified(torch.rand(1, 12), 4, (3, 4), cell=0)
+
+
+def test_they_cover_more_than_the_best_scores_do() -> None:
+    """What they are for: fewer empty 2x2 cells than a plain top-K of clustered scores."""
+
+    def empty_cells(keep: Tensor) -> float:
+        cells = (keep // 8 // 2) * 4 + keep % 8 // 2
+        return 16 - sum(len(set(row.tolist())) for row in cells) / len(cells)
+
+    scores = torch.nn.functional.avg_pool2d(
+        torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 5, 1, 2
+    ).flatten(1)
+    tokens = torch.randn(32, 64, 12, generator=torch.Generator().manual_seed(1))
+    top = empty_cells(select_top(scores, 16))
+    assert empty_cells(select_stratified(scores, 16, (8, 8))) == 0
+    assert empty_cells(select_mixed(scores, 16, tokens)) < top
