@@ -76,15 +76,17 @@ def contrast_scores(
 ) -> Tensor:
     """images (B, C, H, W) -> (B, h, w) float32: the weighted sum of the ranks of the parts."""
     h, w = grid_of(images, patch_size)
+    batch = images.shape[0]
     mean, variance = patch_statistics(images, patch_size, h, w)
-    scores = torch.zeros(images.shape[0], h * w, device=images.device)
-    if std_weight != 0.0:
-        scores = scores + std_weight * mean_rank(quantise(variance.mean(1).sqrt()))
-    if colour_weight != 0.0:
-        scores = scores + colour_weight * mean_rank(quantise(border_contrast(mean, h, w)))
-    if centre_weight != 0.0:
-        scores = scores + centre_weight * mean_rank(-centre_distance(h, w, images.device))
-    return scores.reshape(images.shape[0], h, w)
+    parts = [
+        in_levels(variance.mean(1).sqrt()),
+        in_levels(border_contrast(mean)),
+        centre_distance(h, w, images.device).expand(batch, -1, -1),
+    ]
+    # all parts in one sort; NaN comes lowest
+    ranks = mean_rank(torch.nan_to_num(torch.cat(parts).flatten(1), nan=-1.0))
+    ranks = ranks.reshape(3, batch, h, w)
+    return std_weight * ranks[0] + colour_weight * ranks[1] - centre_weight * ranks[2]
 
 
 torch.fx.wrap("contrast_scores")
@@ -93,52 +95,48 @@ torch.fx.wrap("contrast_scores")
 def patch_statistics(
     images: Tensor, patch_size: Tuple[int, int], h: int, w: int
 ) -> Tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) -> mean and variance over each patch's pixels, (B, C, N) float32."""
+    """Images (B, C, H, W) -> mean and variance over each patch's pixels, (B, C, h, w) float32."""
     rows, cols = patch_size
     pixels = images[:, :, : h * rows, : w * cols].float()
     pixels = pixels.reshape(images.shape[0], images.shape[1], h, rows, w, cols)
     mean = pixels.mean(5, keepdim=True).mean(3, keepdim=True)
     # in place and axis by axis: memory traffic is what this costs
     variance = (pixels - mean).square_().mean(5).mean(3)
-    return mean.flatten(2), variance.flatten(2)
+    return mean.reshape(images.shape[0], images.shape[1], h, w), variance
 
 
-def border_contrast(mean: Tensor, h: int, w: int) -> Tensor:
-    """Mean colours (B, C, N) -> (B, N): distance to the mean colour of the outermost patches."""
-    rows = torch.arange(h, device=mean.device).unsqueeze(1)
-    cols = torch.arange(w, device=mean.device).unsqueeze(0)
-    ring = ((rows == 0) | (rows == h - 1) | (cols == 0) | (cols == w - 1)).flatten().to(mean.dtype)
-    border = (mean * ring).sum(dim=2, keepdim=True) / ring.sum()
-    return (mean - border).square().sum(dim=1).sqrt()
+def border_contrast(mean: Tensor) -> Tensor:
+    """Mean colours (B, C, h, w) -> (B, h, w): distance to the mean of the outermost patches."""
+    inside = mean[:, :, 1:-1, 1:-1]
+    count = mean.shape[2] * mean.shape[3] - inside.shape[2] * inside.shape[3]
+    ring = mean.sum([2, 3], keepdim=True) - inside.sum([2, 3], keepdim=True)
+    return torch.sub(mean, ring, alpha=1.0 / count).square().sum(dim=1).sqrt()
 
 
 def centre_distance(h: int, w: int, device: torch.device) -> Tensor:
-    """(1, N) squared distance of each patch from the centre, equal for mirrored places."""
-    rows = (2 * torch.arange(h, device=device) - (h - 1)).to(torch.float32).abs() / h
-    cols = (2 * torch.arange(w, device=device) - (w - 1)).to(torch.float32).abs() / w
-    return (rows.square().unsqueeze(1) + cols.square().unsqueeze(0)).flatten().unsqueeze(0)
+    """(1, h, w) squared distance of each patch from the centre, equal for mirrored places."""
+    rows = torch.arange(1 - h, h, 2, device=device, dtype=torch.float32) / h
+    cols = torch.arange(1 - w, w, 2, device=device, dtype=torch.float32) / w
+    return rows.square().reshape(1, h, 1) + cols.square()
 
 
-def quantise(values: Tensor) -> Tensor:
-    """Round pixel values in [0, 1] to sixteenths of a grey level; NaN becomes the lowest.
+def in_levels(values: Tensor) -> Tensor:
+    """Pixel values in [0, 1] as whole sixteenths of a grey level.
 
     Differences below that are rounding noise: flat patches must tie, not race.
     """
-    levels = 255.0 * 16.0
-    return torch.nan_to_num((values * levels).round(), nan=-1.0)
+    return (values * 4080.0).round()  # 255 * 16
 
 
 def mean_rank(values: Tensor) -> Tensor:
     """values (B, N) -> ranks in (0, 1): 0.5/N the lowest, ties share their mean rank."""
     count = values.shape[1]
     if not torch.jit.is_scripting():
-        if (
-            torch.onnx.is_in_onnx_export()
-        ):  # searchsorted has no ONNX operator; counting pairs gives the same
+        if torch.onnx.is_in_onnx_export():  # no searchsorted there; counting pairs is the same
             pairs = values.unsqueeze(2) - values.unsqueeze(1)
             return (pairs.sign().sum(dim=2) + count) / (2 * count)
     values = values.contiguous()  # searchsorted warns of anything else
     ordered = values.sort(dim=1)[0]
     below = torch.searchsorted(ordered, values, right=False)
     up_to = torch.searchsorted(ordered, values, right=True)
-    return (below + up_to).to(torch.float32) / (2 * count)
+    return (below + up_to) / (2 * count)
