@@ -2,8 +2,6 @@
 
 import sys
 
-from ltrp_timm.photos import printable
-
 
 class CommandError(Exception):
     """What a user can put right: one line, exit code 2."""
@@ -19,6 +17,3 @@ def complain(text: str) -> int:
     """Say what is wrong on stderr; returns exit code 2."""
     print(f"ltrp-timm: {text}", file=sys.stderr, flush=True)
     return 2
-
-
-__all__ = ["CommandError", "complain", "printable", "say"]

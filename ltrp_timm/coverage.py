@@ -54,11 +54,7 @@ def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tens
 
     Source: Du, Ding, Jia (2016), density peaks clustering based on k nearest neighbours.
     """
-    return cluster(patch_distances(tokens), num_clusters, k)
-
-
-def cluster(distances: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tensor]:
-    """Distances (B, N, N) -> labels (B, N) and centres (B, num_clusters), as ``dpc_knn``."""
+    distances = patch_distances(tokens)
     n = distances.shape[1]
     check_k(distances[:, 0], num_clusters)
     if k < 1:
@@ -106,12 +102,10 @@ def select_mixed(
     size = torch.zeros_like(centres).scatter_add(1, labels, torch.ones_like(labels))
     kept = torch.zeros_like(labels)
     if num_ranked > 0:
-        ranked = select_top(scores, num_ranked)
-        kept = kept.scatter(1, ranked, torch.ones_like(ranked))
-        size = size - (labels.shape[1] + 1) * kept.gather(1, centres)  # those come last
-        chosen = centres.gather(1, select_top(size.float(), k - num_ranked))
-        return torch.cat([ranked, chosen], dim=1).sort(dim=1)[0]
-    return centres.gather(1, select_top(size.float(), k)).sort(dim=1)[0]
+        kept = kept.scatter(1, select_top(scores, num_ranked), 1)
+    size = size.masked_fill(kept.gather(1, centres) > 0, -1)  # those drop out
+    chosen = centres.gather(1, select_top(size.float(), k - num_ranked))
+    return select_top(kept.scatter(1, chosen, 1).float(), k)
 
 
 def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import os
-import secrets
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,9 +17,10 @@ from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
-from ltrp_timm.console import CommandError, complain, printable, say
+from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.console import CommandError, complain, say
 from ltrp_timm.model import LTRPModel
-from ltrp_timm.photos import load_image, one_line
+from ltrp_timm.photos import load_image, one_line, printable
 from ltrp_timm.rankers import list_rankers
 from ltrp_timm.selection import num_keep
 from ltrp_timm.throughput import Timing, compare
@@ -106,15 +107,8 @@ def _check_output(output: str, images: Sequence[str], overwrite: bool) -> None:
                 raise CommandError(f"--output {name} is one of the photos.")
             if not overwrite and output != DEFAULT_OUTPUT:
                 raise CommandError(f"--output {name} exists already: --overwrite replaces it.")
-        probe = _temporary(path)
-        probe.touch(exist_ok=False)
-        probe.unlink()
-
-
-def _temporary(path: Path) -> Path:
-    """A file beside the one that is meant, behind links: a rename within a folder is atomic."""
-    real = Path(os.path.realpath(path))
-    return real.with_name(f".ltrp-timm-{secrets.token_hex(8)}.tmp")
+        with tempfile.TemporaryFile(dir=_behind_links(output).parent):
+            pass  # the folder takes new files
 
 
 @contextlib.contextmanager
@@ -127,14 +121,13 @@ def _output_errors(output: str) -> Iterator[None]:
 
 
 def _write_png(rows: Sequence[Image.Image], output: str) -> None:
-    temporary = _temporary(Path(output))
+    sheet = stack_rows(rows)
     with _output_errors(output):
-        try:
-            with temporary.open("xb") as file:
-                stack_rows(rows).save(file, format="PNG", optimize=True)
-            os.replace(temporary, os.path.realpath(output))
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(_behind_links(output), lambda path: sheet.save(path, "PNG", optimize=True))
+
+
+def _behind_links(output: str) -> Path:
+    return Path(os.path.realpath(output))
 
 
 def _sample_photos() -> dict[str, Image.Image]:

@@ -24,8 +24,8 @@ def num_keep(num_patches: int, keep_ratio: float) -> int:
     >>> num_keep(196, 0.5)
     98
     """
-    if not (keep_ratio > 0.0 and keep_ratio <= 1.0):
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}.")
+    if not torch.jit.is_scripting():  # there it was checked when it was set
+        check_keep_ratio(keep_ratio)
     return max(1, int(num_patches * keep_ratio + 0.5))
 
 

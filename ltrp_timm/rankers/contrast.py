@@ -135,7 +135,6 @@ def mean_rank(values: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():  # no searchsorted there; counting pairs is the same
             pairs = values.unsqueeze(2) - values.unsqueeze(1)
             return (pairs.sign().sum(dim=2) + count) / (2 * count)
-    values = values.contiguous()  # searchsorted warns of anything else
     ordered = values.sort(dim=1)[0]
     below = torch.searchsorted(ordered, values, right=False)
     up_to = torch.searchsorted(ordered, values, right=True)
