@@ -1,6 +1,6 @@
 """One line for any timm ViT: ``drop_patches``."""
 
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 from torch import nn
 
@@ -8,6 +8,7 @@ from ltrp_timm.checkpoints import PathLike
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.slots import find_adapter
+from ltrp_timm.timm_interface import pixels_per_token
 
 
 def drop_patches(
@@ -68,15 +69,9 @@ def make_ranker(
     kind = ranker_class(name)
     defaults: Dict[str, Any] = {}
     if weights is None and kind.follows_patch_size:
-        defaults["patch_size"] = _patch_size(backbone)
+        defaults["patch_size"] = pixels_per_token(backbone)
     channels = {"in_chans": getattr(backbone, "in_chans", 3)} if kind.learned else {}
     parameter = next(backbone.parameters())
     args = {**defaults, **(args or {}), **channels}
     ranker: nn.Module = create_ranker(name, weights or False, **args)
     return ranker.to(device=parameter.device, dtype=parameter.dtype)
-
-
-def _patch_size(backbone: Any) -> Tuple[int, int]:
-    """Pixels per token, also where a convolutional stem stands in front (hybrids)."""
-    ratio: Sequence[int] = backbone.patch_embed.feat_ratio(as_scalar=False)
-    return int(ratio[0]), int(ratio[1])

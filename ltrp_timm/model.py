@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ltrp_timm.rankers import make_bridge, resize_score_map
 from ltrp_timm.selection import (
+    HasKeepRatio,
     check_fill,
     check_keep_indices,
     check_keep_ratio,
@@ -26,7 +27,7 @@ torch.fx.wrap("choose_keep_indices")
 torch.fx.wrap("resize_score_map")
 
 
-class LTRPModel(TimmInterface, nn.Module):
+class LTRPModel(HasKeepRatio, TimmInterface, nn.Module):
     """A timm ViT that ranks the patches of an image and encodes only the best.
 
     Made by ``drop_patches`` or ``timm.create_model("ltrp…")``. One instance is for one thread: keep
@@ -48,7 +49,6 @@ class LTRPModel(TimmInterface, nn.Module):
         ValueError: an argument is out of its range.
     """
 
-    # torch.jit.script would compile properties; the plain attributes behind them serve it
     __jit_unused_properties__ = ("keep_ratio", "selection", "fill", "_model_args")
 
     def __init__(
@@ -82,15 +82,6 @@ class LTRPModel(TimmInterface, nn.Module):
         self.ranker.requires_grad_(False).eval()
         self._original_slot = (self._adapter.install(backbone),)
         self._slots = tuple(self._adapter.slots(backbone))
-
-    @property
-    def keep_ratio(self) -> float:
-        """Share of patches to encode, in (0, 1]. Each K is one graph to ``torch.compile``."""
-        return self._keep_ratio
-
-    @keep_ratio.setter
-    def keep_ratio(self, value: float) -> None:
-        self._keep_ratio = check_keep_ratio(value)
 
     @property
     def selection(self) -> str:
@@ -132,9 +123,14 @@ class LTRPModel(TimmInterface, nn.Module):
             ValueError: images that the backbone would refuse, a ranker whose map is not (B, h, w),
                 or (with ``validate``) scores that are not finite.
         """
-        h, w = self.grid_size(x)
         if not torch.jit.is_scripting():
             self._check_images(x)
+        h, w = self.grid_size(x)
+        return self._rank(x, h, w)
+
+    def _rank(self, x: Tensor, h: int, w: int) -> Tensor:
+        """Scores (B, h * w) of images that were checked."""
+        if not torch.jit.is_scripting():
             self._warn_if_untrained()
         images = x.detach()
         if self._pads:  # as the backbone does, so that the maps cover the same places
@@ -159,7 +155,7 @@ class LTRPModel(TimmInterface, nn.Module):
         n = h * w
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):  # a proxy is never None: the leaf asks when it runs
-                scores = self.patch_scores(x)
+                scores = self._rank(x, h, w)
                 return choose_keep_indices(scores, keep_indices, self._keep_ratio, self._selection)
             self._check_images(x)
         elif x.dim() != 4 or x.shape[1] != self.in_chans:  # before the slot is filled
@@ -170,7 +166,7 @@ class LTRPModel(TimmInterface, nn.Module):
                 return None
             if self._selection == "random":  # nobody needs to look at the images
                 return select_patches(torch.zeros(x.shape[0], n, device=x.device), k, "random")
-            return select_patches(self.patch_scores(x), k, self._selection)
+            return select_patches(self._rank(x, h, w), k, self._selection)
         check_keep_indices(keep_indices, x.shape[0], n)
         if not torch.jit.is_scripting():
             if keep_indices.device != x.device:
@@ -269,7 +265,7 @@ class LTRPModel(TimmInterface, nn.Module):
         kwargs: Optional[Dict[str, Any]] = None,
     ) -> Any:
         slots = self._adapter.slots(self.backbone)
-        if not all(hasattr(slot, "keep_indices") for slot in slots):
+        if not slots or not all(hasattr(slot, "keep_indices") for slot in slots):
             raise RuntimeError(
                 "this LTRPModel gave its backbone back (restore), or its patch_drop was changed."
             )
@@ -365,7 +361,7 @@ class LTRPModel(TimmInterface, nn.Module):
         Returns:
             The backbone. This model cannot run afterwards.
         """
-        if self._adapter.slots(self.backbone)[0] is self._slots[0]:
+        if self._adapter.slots(self.backbone)[:1] == list(self._slots[:1]):
             self._adapter.restore(self.backbone, self._original_slot[0])
         backbone: nn.Module = self.backbone
         return backbone

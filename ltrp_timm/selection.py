@@ -271,7 +271,25 @@ def check_k(scores: Tensor, k: int) -> None:
         raise ValueError(f"expected scores (B, N) and 1 <= k <= N, got scores {shape} and k = {k}.")
 
 
-class PatchSelector(nn.Module):
+class HasKeepRatio:
+    """A mixin for modules with a ``keep_ratio`` that may be set between calls."""
+
+    # torch.jit.script would compile properties; the plain attributes behind them serve it
+    __jit_unused_properties__: Tuple[str, ...] = ("keep_ratio",)
+
+    _keep_ratio: float
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of patches to keep, in (0, 1]. Each K is one graph to ``torch.compile``."""
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float) -> None:
+        self._keep_ratio = check_keep_ratio(value)
+
+
+class PatchSelector(HasKeepRatio, nn.Module):
     """The bare layer for a ViT of your own: put it after the position embedding.
 
     Args:
@@ -287,8 +305,6 @@ class PatchSelector(nn.Module):
     (torch.Size([2, 99, 8]), torch.Size([2, 98]))
     """
 
-    __jit_unused_properties__ = ("keep_ratio",)
-
     def __init__(
         self, keep_ratio: float = 0.5, num_prefix_tokens: int = 1, selection: str = "top"
     ) -> None:
@@ -298,15 +314,6 @@ class PatchSelector(nn.Module):
         self._keep_ratio = check_keep_ratio(keep_ratio)
         self.num_prefix_tokens = num_prefix_tokens
         self.selection = check_selection(selection)
-
-    @property
-    def keep_ratio(self) -> float:
-        """Share of patches to keep, in (0, 1]; may be set between calls."""
-        return self._keep_ratio
-
-    @keep_ratio.setter
-    def keep_ratio(self, value: float) -> None:
-        self._keep_ratio = check_keep_ratio(value)
 
     def forward(self, tokens: Tensor, scores: Tensor) -> Tuple[Tensor, Tensor]:
         """tokens (B, P + N, D), scores (B, N) -> tokens (B, P + K, D), keep_indices (B, K).

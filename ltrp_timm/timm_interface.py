@@ -20,8 +20,8 @@ _MIRRORED = (
     "num_prefix_tokens",
 )
 
-# what a model knows of itself, however it was asked for
-_FRONT_END = ("backbone", "ranker", "ranker_args", "ranker_weights", "validate", "pretrained_cfg")
+# what a model knows of itself, or what is not kept, however it was asked for
+_NOT_RECORDED = ("backbone", "ranker", "ranker_args", "ranker_weights", "validate")
 
 
 class TimmInterface:
@@ -45,8 +45,7 @@ class TimmInterface:
             if hasattr(self.backbone, name):
                 setattr(self, name, getattr(self.backbone, name))
         self.global_pool = getattr(self.backbone, "global_pool", "")
-        rows, cols = self.backbone.patch_embed.feat_ratio(as_scalar=False)
-        self._patch_pixels: Tuple[int, int] = (int(rows), int(cols))
+        self._patch_pixels: Tuple[int, int] = pixels_per_token(self.backbone)
         self._pads = bool(self.backbone.patch_embed.dynamic_img_pad)
         infos = getattr(self.backbone, "feature_info", [])
         self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
@@ -79,7 +78,7 @@ class TimmInterface:
     @_model_args.setter
     def _model_args(self, args: Mapping[str, Any]) -> None:
         """Take the arguments that the factory was called with; those of the front-end are known."""
-        self._build_args = {name: args[name] for name in args if name not in _FRONT_END}
+        self._build_args = {name: args[name] for name in args if name not in _NOT_RECORDED}
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -183,6 +182,12 @@ class TimmInterface:
             changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)
             self.ranker.trained = self.ranker.trained or changed
         return result
+
+
+def pixels_per_token(backbone: Any) -> Tuple[int, int]:
+    """(height, width) of a patch, also where a convolutional stem stands in front (hybrids)."""
+    rows, cols = backbone.patch_embed.feat_ratio(as_scalar=False)
+    return int(rows), int(cols)
 
 
 def is_plain(state_dict: Mapping[str, Any]) -> bool:

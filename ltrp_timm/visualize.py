@@ -17,6 +17,7 @@ from ltrp_timm.model import LTRPModel
 from ltrp_timm.photos import load_image
 from ltrp_timm.rankers.contrast import mean_rank
 from ltrp_timm.selection import num_keep
+from ltrp_timm.timm_interface import pixels_per_token
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)
 
@@ -194,7 +195,7 @@ def overview(
     parameter = next(model.backbone.parameters())
     on_device = x.to(device=parameter.device, dtype=parameter.dtype)
     h, w = grid = model.grid_size(x)
-    rows, cols = model.backbone.patch_embed.feat_ratio(as_scalar=False)
+    rows, cols = pixels_per_token(model.backbone)
     photo = to_image(x, model).crop((0, 0, w * cols, h * rows))  # whole patches, as they are cut
     name = getattr(model.ranker, "name", "") or type(model.ranker).__name__
     scores = model.patch_scores(on_device)

@@ -5,6 +5,7 @@ while its model runs: whoever runs the model puts them in, the slot hands them o
 slot is the identity.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Callable, List, Optional, Tuple, Type
 
 import torch
@@ -89,30 +90,42 @@ def run_with_slots(
     return out
 
 
-class SlotAdapter:
+class SlotAdapter(ABC):
     """How one timm family lets go of tokens.
 
     Attributes:
         family: the name that errors and tables use.
         host: the class in timm.
+        places: attributes of the backbone where slots stand, that of the tokens first.
         prefix_in_blocks: whether prefix tokens are in the sequence while the blocks run.
     """
 
     family: str
     host: Type[nn.Module]
+    places: Tuple[str, ...]
     prefix_in_blocks: bool = True
 
-    def check(self, backbone: Any) -> None:
+    @abstractmethod
+    def make_slot(self, backbone: Any) -> TokenSlot:
+        """An empty slot for the first place."""
+
+    def check(self, backbone: Any) -> None:  # noqa: B027  # most families have nothing to check
         """Raise TypeError when this very model cannot let go of tokens."""
 
     def install(self, backbone: Any) -> Any:
-        """Put empty slots in; returns what ``restore`` needs."""
-        raise NotImplementedError
+        """Put empty slots in; returns what ``restore`` needs: what stood there, or None."""
+        original = getattr(backbone, self.places[0])
+        training = backbone.training if original is None else original.training
+        setattr(backbone, self.places[0], self.make_slot(backbone).train(training))
+        return original
 
     def restore(self, backbone: Any, original: Any) -> None:
         """Put back what stood there."""
-        raise NotImplementedError
+        if original is not None:
+            original.train(getattr(backbone, self.places[0]).training)
+        setattr(backbone, self.places[0], original)
 
-    def slots(self, backbone: Any) -> List[nn.Module]:
+    def slots(self, backbone: Any) -> List[Any]:
         """The modules that hold keep indices while the backbone runs."""
-        raise NotImplementedError
+        modules = [getattr(backbone, place) for place in self.places]
+        return [module for module in modules if module is not None]

@@ -7,13 +7,13 @@ own table up with it. What a checkpointed block needs thus arrives as an argumen
 """
 
 from types import FunctionType
-from typing import Any, List, Optional, Tuple, Type
+from typing import Any, Optional, Tuple, Type
 
 import torch
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
 from torch import Tensor, nn
 
-from ltrp_timm.slots.base import SlotAdapter, TokenSlotWithDropout
+from ltrp_timm.slots.base import SlotAdapter, TokenSlot, TokenSlotWithDropout
 
 
 def kept_pairs(pair_index: Tensor, keep_indices: Tensor) -> Tensor:
@@ -105,6 +105,11 @@ class BeitAdapter(SlotAdapter):
 
     family = "Beit"
     host = Beit
+    places = ("pos_drop", "rel_pos_bias")
+
+    def make_slot(self, backbone: Any) -> TokenSlot:
+        """The slot of the tokens, behind the position embedding."""
+        return TokenSlotWithDropout(backbone.num_prefix_tokens, backbone.pos_drop.p)
 
     def check(self, backbone: Any) -> None:
         """Raise TypeError for a model with both kinds of bias: one argument cannot carry both."""
@@ -117,9 +122,7 @@ class BeitAdapter(SlotAdapter):
     def install(self, backbone: Any) -> Any:
         """Put empty slots in; returns the modules that stood there."""
         attentions = [block.attn for block in backbone.blocks]
-        original = (backbone.pos_drop, backbone.rel_pos_bias, attentions)
-        slot = TokenSlotWithDropout(backbone.num_prefix_tokens, backbone.pos_drop.p)
-        backbone.pos_drop = slot.train(backbone.pos_drop.training)
+        original = (super().install(backbone), backbone.rel_pos_bias, attentions)
         if backbone.rel_pos_bias is not None:
             backbone.rel_pos_bias = _as_kind(backbone.rel_pos_bias, SharedBiasSlot)
             backbone.rel_pos_bias.keep_indices = None
@@ -134,7 +137,7 @@ class BeitAdapter(SlotAdapter):
     def restore(self, backbone: Any, original: Any) -> None:
         """Put the original modules back, with everything as it is now."""
         pos_drop, rel_pos_bias, attentions = original
-        backbone.pos_drop = pos_drop.train(backbone.pos_drop.training)
+        super().restore(backbone, pos_drop)
         if rel_pos_bias is not None:
             del backbone.rel_pos_bias.keep_indices
             rel_pos_bias.__dict__ = backbone.rel_pos_bias.__dict__
@@ -143,11 +146,6 @@ class BeitAdapter(SlotAdapter):
             if isinstance(block.attn, PairAttention):
                 attention.__dict__ = block.attn.__dict__
                 block.attn = attention
-
-    def slots(self, backbone: Any) -> List[nn.Module]:
-        """The slot of the tokens, and that of the bias where there is one."""
-        bias = backbone.rel_pos_bias
-        return [backbone.pos_drop] if bias is None else [backbone.pos_drop, bias]
 
 
 def _as_kind(module: nn.Module, kind: Type[nn.Module]) -> Any:

@@ -1,7 +1,7 @@
 """ViT and Eva: timm drops patches in a slot of their own, ``patch_drop``."""
 
 import inspect
-from typing import Any, List, Optional
+from typing import Any
 
 import timm.models.eva
 from timm.layers import PatchDropout, PatchDropoutWithIndices
@@ -17,7 +17,11 @@ class VitAdapter(SlotAdapter):
 
     family = "VisionTransformer"
     host = VisionTransformer
-    slot = TokenSlot
+    places = ("patch_drop",)
+
+    def make_slot(self, backbone: Any) -> TokenSlot:
+        """The slot of a ViT."""
+        return TokenSlot(backbone.num_prefix_tokens)
 
     def check(self, backbone: Any) -> None:
         """Raise TypeError when ``patch_drop`` is in use."""
@@ -33,32 +37,17 @@ class VitAdapter(SlotAdapter):
                 f"({type(slot).__name__})."
             )
 
-    def install(self, backbone: Any) -> Optional[nn.Module]:
-        """Put an empty slot in; returns what stood there, an Identity or None."""
-        original: Optional[nn.Module] = backbone.patch_drop
-        backbone.patch_drop = self.slot(backbone.num_prefix_tokens).train(backbone.training)
-        return original
-
-    def restore(self, backbone: Any, original: Any) -> None:
-        """Put back what ``install`` returned."""
-        backbone.patch_drop = original
-
-    def slots(self, backbone: Any) -> List[nn.Module]:
-        """The one slot."""
-        return [backbone.patch_drop]
-
 
 class EvaAdapter(VitAdapter):
     """Every model of timm's Eva class; it gathers its rotary embedding itself."""
 
     family = "Eva"
     host = Eva
-    slot = TokenSlotWithIndices
 
-    def install(self, backbone: Any) -> Optional[nn.Module]:
-        """Put an empty slot in; returns what stood there, None."""
+    def make_slot(self, backbone: Any) -> TokenSlot:
+        """The slot of an Eva, which hands out the indices as well."""
         _make_rope_gather_a_leaf()
-        return super().install(backbone)
+        return TokenSlotWithIndices(backbone.num_prefix_tokens)
 
 
 def _make_rope_gather_a_leaf() -> None:
