@@ -16,7 +16,7 @@ from ltrp_timm.checkpoints import check_keys
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import adapt_channels
-from ltrp_timm.timm_interface import is_plain, wrap_pretrained_cfg
+from ltrp_timm.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ _FRONT_END = (
 _FEATURES = ("features_only", "out_indices", "feature_cls")
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
 _PREFIX = "backbone."
-GENERIC = "ltrp"
 
 
 def create_ltrp(
@@ -45,70 +44,56 @@ def create_ltrp(
     cache_dir: Optional[str] = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a registered model, its backbone fixed by its name.
+    """Build a registered model, or the generic one around any timm ViT.
 
-    The ``pretrained_cfg`` describes the whole model: the backbone is built without weights, and one
-    file, of a plain backbone or of a whole model, fills it.
+    The ``pretrained_cfg`` of a registered name describes the whole model: the backbone is built
+    without weights, and one file, of a plain backbone or of a whole model, fills it. So does that
+    of the generic one, or an overlay with a weight source; without them its ``pretrained=True``
+    pulls the backbone's weights as timm would.
 
     Args:
         variant: the registered name.
         pretrained: load weights.
-        backbone: name of the timm ViT.
+        backbone: name of the timm ViT; for the generic model with a tag, or a source as in timm.
         pretrained_cfg: as in timm.
         pretrained_cfg_overlay: as in timm.
         cache_dir: as in timm.
-        **kwargs: arguments of ``drop_patches``; the rest goes to the backbone.
-    """
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    front, features, rest = _split_kwargs(kwargs)
-    if cfg.get("fixed_input_size"):  # a tag may have been trained at another size
-        rest.setdefault("img_size", tuple(cfg["input_size"][-2:]))
-    net = timm.create_model(backbone, pretrained_cfg=_unwrap_cfg(cfg, backbone), **rest)
-    return _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
-
-
-def create_generic(
-    variant: str,
-    pretrained: bool = False,
-    *,
-    backbone: str,
-    pretrained_cfg: Union[str, Mapping[str, Any], PretrainedCfg, None] = None,
-    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-    cache_dir: Optional[str] = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Build a model around any timm ViT.
-
-    Without a weight source of its own, ``pretrained=True`` pulls the backbone's weights as timm
-    would. A ``pretrained_cfg`` or an overlay with a source describes the whole model, backbone and
-    ranker.
+        **kwargs: arguments of ``drop_patches`` and of timm's feature wrapper; the rest goes to the
+            backbone.
 
     Raises:
-        ValueError: ``pretrained_cfg`` is a tag: tags belong to the backbone's name.
+        TypeError: patches cannot be dropped from the backbone, or it does not know an argument.
+        ValueError: a tag for the generic model (tags belong to the backbone's name), or a value out
+            of its range.
+        RuntimeError: weights do not fit.
     """
-    if isinstance(pretrained_cfg, str) and pretrained_cfg:
+    generic = variant == GENERIC
+    if generic and isinstance(pretrained_cfg, str) and pretrained_cfg:
         raise ValueError(
             f"{variant} has no tag {pretrained_cfg!r}: write the tag behind the backbone's name."
         )
     overlay = dict(pretrained_cfg_overlay or {})
     front, features, rest = _split_kwargs(kwargs)
-    whole = bool(pretrained_cfg) or any(overlay.get(key) for key in _SOURCES)
+    whole = not generic or bool(pretrained_cfg) or any(overlay.get(key) for key in _SOURCES)
     if whole:
-        base = pretrained_cfg or wrap_pretrained_cfg(_cfg_of(backbone))
-        cfg = resolve_pretrained_cfg(variant, _as_dict(base), overlay).to_dict()
-        name = timm.models.get_arch_name(backbone) if ":" not in backbone else backbone
-        source = {} if ":" in backbone else {"pretrained_cfg": _unwrap_cfg(cfg, name)}
-        net = timm.create_model(name, **source, **rest)
+        base = pretrained_cfg or (wrap_pretrained_cfg(_cfg_of(backbone)) if generic else None)
+        cfg = resolve_pretrained_cfg(variant, _plain(base), overlay).to_dict()
+        net = _bare_backbone(backbone, cfg, rest)
     else:
-        net = timm.create_model(
-            backbone,
-            pretrained=pretrained,
-            pretrained_cfg_overlay=overlay or None,
-            cache_dir=cache_dir,
-            **rest,
-        )
+        source = {"pretrained": pretrained, "cache_dir": cache_dir}
+        net = timm.create_model(backbone, pretrained_cfg_overlay=overlay or None, **source, **rest)
         cfg = wrap_pretrained_cfg(getattr(net, "pretrained_cfg", None))
     return _assemble(net, variant, pretrained and whole, cfg, front, features, rest, cache_dir)
+
+
+def _bare_backbone(name: str, cfg: Mapping[str, Any], kwargs: Dict[str, Any]) -> nn.Module:
+    """The backbone of a whole model's cfg, without weights."""
+    if ":" in name:  # a folder or a repository says itself what it holds
+        return timm.create_model(name, **kwargs)
+    if cfg.get("fixed_input_size"):  # a tag may have been trained at another size
+        kwargs = {"img_size": tuple(cfg["input_size"][-2:]), **kwargs}
+    architecture = timm.models.get_arch_name(name)
+    return timm.create_model(architecture, pretrained_cfg=_unwrap_cfg(cfg, architecture), **kwargs)
 
 
 def _assemble(
@@ -168,8 +153,8 @@ def _cfg_of(backbone: str) -> Dict[str, Any]:
     return cfg.to_dict() if cfg is not None else {}
 
 
-def _as_dict(cfg: Any) -> Dict[str, Any]:
-    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg)
+def _plain(cfg: Any) -> Any:
+    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg
 
 
 def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:

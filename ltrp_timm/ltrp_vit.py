@@ -9,7 +9,7 @@ from typing import Any, Dict
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ltrp_timm.factory import backbone_cfg, create_generic, create_ltrp
+from ltrp_timm.factory import GENERIC, backbone_cfg, create_ltrp
 
 _GENERIC_BACKBONE = "vit_base_patch16_224"
 
@@ -82,7 +82,7 @@ def _default_cfgs() -> Dict[str, Any]:
             cfg = backbone_cfg(source)
             if cfg is not None:  # an older timm may lack a tag
                 cfgs[f"{name}.{source.split('.', 1)[1]}"] = cfg
-    cfgs["ltrp"] = backbone_cfg(_GENERIC_BACKBONE, hf_hub_id=None)
+    cfgs[GENERIC] = backbone_cfg(_GENERIC_BACKBONE, hf_hub_id=None)
     return cfgs
 
 
@@ -98,7 +98,7 @@ def _registered(name: str, pretrained: bool, kwargs: Dict[str, Any]) -> nn.Modul
 @register_model
 def ltrp(pretrained: bool = False, backbone: str = _GENERIC_BACKBONE, **kwargs: Any) -> nn.Module:
     """LTRP front-end on any timm ViT: ``backbone="vit_small_patch16_dinov3.lvd1689m"``."""
-    return create_generic("ltrp", pretrained, backbone=backbone, **kwargs)
+    return create_ltrp(GENERIC, pretrained, backbone=backbone, **kwargs)
 
 
 @register_model

@@ -10,6 +10,8 @@ from torch import nn
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.rankers.base import to_pair
 
+GENERIC = "ltrp"  # the registered name of a model around any backbone
+
 # mirrored from the backbone whenever it may have changed
 _MIRRORED = (
     "num_classes",
@@ -199,7 +201,7 @@ def wrap_pretrained_cfg(cfg: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     """A backbone's ``pretrained_cfg`` as that of the generic model around it, names prefixed."""
     kept = {name: value for name, value in (cfg or {}).items() if name != "state_dict"}
     wrapped = copy.deepcopy(kept)
-    wrapped["architecture"] = "ltrp"
+    wrapped["architecture"] = GENERIC
     for name in ("first_conv", "classifier"):
         wrapped[name] = _prefixed(wrapped.get(name))
     return wrapped
