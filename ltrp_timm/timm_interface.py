@@ -37,6 +37,7 @@ class TimmInterface:
         bridge: Any
         in_chans: int
         num_prefix_tokens: int
+        selection_args: Dict[str, float]
         _keep_ratio: float
         _selection: str
         _fill: str
@@ -73,6 +74,7 @@ class TimmInterface:
         settings = {
             "keep_ratio": self._keep_ratio,
             "selection": self._selection,
+            "selection_args": self.selection_args,
             "fill": self._fill,
         }
         return {**args, **settings}

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
     ["selection", "checkpoints", "throughput", "photos"],
-    ["slots", "coverage"],
+    ["slots"],
     ["rankers"],
-    ["timm_interface"],
+    ["timm_interface", "dense"],
     ["model"],
     ["front_end"],
     ["factory"],

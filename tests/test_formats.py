@@ -20,6 +20,18 @@ RANKERS = ["contrast", "conv", "vit_tiny", "random"]
 CASES = [(family, "contrast") for family in FAMILIES] + [
     (family, ranker) for family in ("vit", "eva02") for ranker in RANKERS[1:]
 ]
+# and every selection on one backbone of each slot, with options of its own
+CASES += [
+    (family, f"contrast {selection}")
+    for family in ("vit", "eva02")
+    for selection in ("random", "mixed", "stratified")
+]
+OPTIONS = {
+    "top": {},
+    "random": {"seed": 3},
+    "mixed": {"ratio": 0.4, "pixels": 2},
+    "stratified": {"cell": 3},
+}
 both = pytest.mark.parametrize(("family", "ranker"), CASES)
 
 
@@ -29,11 +41,15 @@ def prepare(
     """A pruned model, images, its eager output, and that of the full model."""
     backbone, images = backbone_of(family)
     full = backbone(images)
+    ranker, _, selection = ranker.partition(" ")
     small = {"img_size": 64, "depth": 1} if ranker.startswith("vit") else {}
     small |= {"patch_size": 14} if family == "eva02" and ranker == "random" else {}
     net = create_ranker(ranker, **small)
     net.trained = True
-    model = drop_patches(backbone, ranker=net, keep_ratio=0.4).eval()
+    selection = selection or "top"
+    model = drop_patches(
+        backbone, net, 0.4, selection=selection, selection_args=OPTIONS[selection]
+    ).eval()
     return model, images, model(images), full
 
 
