@@ -1,5 +1,6 @@
 """Dense features of a pruned model: kept tokens put back at their places of the grid."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
 
 from torch import Tensor
@@ -14,6 +15,8 @@ class DenseFeatures:
         num_prefix_tokens: int
         _fill: str
         _adapter: Any
+        _by_bucket: Any
+        _is_adaptive: Any
         _choose: Any
         _run: Any
         grid_size: Any
@@ -54,6 +57,19 @@ class DenseFeatures:
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
         fill = self._fill if fill is None else check_fill(fill)
+        if intermediates_only and self._is_adaptive(keep_indices):
+            again = partial(
+                self.forward_intermediates,
+                indices=indices,
+                return_prefix_tokens=return_prefix_tokens,
+                norm=norm,
+                stop_early=stop_early,
+                output_fmt=output_fmt,
+                intermediates_only=True,
+                output_dict=output_dict,
+                fill=fill,
+            )
+            return self._by_bucket(again, x)
         keep = self._choose(x, keep_indices)
         with_prefix = self.num_prefix_tokens > 0 and self._adapter.prefix_in_blocks
         kwargs: Dict[str, Any] = {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltrp_timm.adaptive import AdaptiveBudget
 from ltrp_timm.dense import DenseFeatures
 from ltrp_timm.rankers import make_bridge, resize_score_map
 from ltrp_timm.selection import (
@@ -27,7 +28,7 @@ torch.fx.wrap("choose_keep_indices")
 torch.fx.wrap("resize_score_map")
 
 
-class LTRPModel(SelectsPatches, DenseFeatures, TimmInterface, nn.Module):
+class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn.Module):
     """A timm ViT that ranks the patches of an image and encodes only the best.
 
     Made by ``drop_patches`` or ``timm.create_model("ltrp…")``. One instance is for one thread: keep
@@ -40,9 +41,11 @@ class LTRPModel(SelectsPatches, DenseFeatures, TimmInterface, nn.Module):
         backbone: a timm ViT; changed in place, ``restore`` gives it back.
         keep_ratio: share of patches to encode, in (0, 1]; may be set between calls.
         selection: "top", "random", "mixed" (best scores, and centres of the largest clusters of
-            pixels) or "stratified" (the best of each cell of the grid first).
-        selection_args: options of the selection: "seed" of random, "ratio", "neighbours" and
-            "pixels" of mixed, "cell" of stratified.
+            pixels), "stratified" (the best of each cell of the grid first) or "adaptive" (each
+            image as many as its scores ask for; see ``calibrate``).
+        selection_args: options of the selection: "seed" of random; "ratio", "neighbours" and
+            "pixels" of mixed; "cell" of stratified; "mass" or "threshold", and "buckets", of
+            adaptive.
         validate: also check the values of given ``keep_indices`` and that scores are finite (eager
             only; reads from the device).
         fill: what stands at dropped places of dense features: "zeros" or "nearest".
@@ -162,6 +165,10 @@ class LTRPModel(SelectsPatches, DenseFeatures, TimmInterface, nn.Module):
         if keep_indices is None:
             if num_keep(n, self._keep_ratio) == n:
                 return None
+            if not torch.jit.is_scripting():
+                if self._selection == "adaptive":
+                    keep_indices = self._one_bucket(x)
+                    return None if keep_indices.shape[1] == n else keep_indices
             return self._select(x, h, w, None)
         check_keep_indices(keep_indices, x.shape[0], n)
         if not torch.jit.is_scripting():
@@ -249,14 +256,15 @@ class LTRPModel(SelectsPatches, DenseFeatures, TimmInterface, nn.Module):
             ValueError: images or keep_indices of a wrong shape.
             TypeError: keep_indices of another dtype.
         """
-        keep = self._choose(x, keep_indices)
         if torch.jit.is_scripting():
-            self._put(keep)
+            self._put(self._choose(x, keep_indices))
             out = self.backbone(x)
             self._put(None)
             return out
+        elif self._is_adaptive(keep_indices):
+            return self._by_bucket(self.forward, x)
         else:
-            return self._run("forward", x, keep)
+            return self._run("forward", x, self._choose(x, keep_indices))
 
     def forward_features(self, x: Tensor, keep_indices: Optional[Tensor] = None) -> Tensor:
         """Images (B, C, H, W) -> tokens (B, P + K, D), prefix and kept, after the final norm."""

@@ -14,7 +14,7 @@ ROOMS = [
     ["selection", "checkpoints", "throughput", "photos"],
     ["slots"],
     ["rankers"],
-    ["timm_interface", "dense"],
+    ["timm_interface", "adaptive", "dense"],
     ["model"],
     ["front_end"],
     ["factory"],

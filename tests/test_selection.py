@@ -230,7 +230,7 @@ def test_selections_by_name_are_the_functions() -> None:
         "mixed": ({"ratio": 0.3}, select_mixed(scores, 10, tokens, 0.3)),
         "stratified": ({"cell": 3}, select_stratified(scores, 10, (4, 5), 3)),
     }
-    assert set(by_hand) == set(SELECTIONS)
+    assert {*by_hand, "adaptive"} == set(SELECTIONS)
     for name, (args, keep) in by_hand.items():
         layer = PatchSelector(0.5, 2, name, args)
         prefix = torch.randn(3, 2, 6)
@@ -260,7 +260,11 @@ def test_options_of_a_selection() -> None:
         ("stratified", {"cell": 0}, "cell must be a whole number from 1 to"),
         ("stratified", {"cell": 2.5}, "cell must be a whole number"),
         ("random", {"seed": "a"}, "seed must be a whole number"),
-        ("best", {}, "selection must be one of top, random, mixed, stratified, got 'best'"),
+        (
+            "best",
+            {},
+            "selection must be one of top, random, .*adaptive, got 'best'",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             PatchSelector(selection=name, selection_args=args)

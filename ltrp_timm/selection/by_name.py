@@ -14,6 +14,7 @@ SELECTIONS: Dict[str, Dict[str, float]] = {
     "random": {"seed": 0},
     "mixed": {"ratio": 0.7, "neighbours": 5, "pixels": 0},
     "stratified": {"cell": 2},
+    "adaptive": {"mass": 0.75, "threshold": 0.0, "buckets": 8},
 }
 
 # the lowest and the highest value of each option, and whether it is a whole number
@@ -23,6 +24,9 @@ _RANGES: Dict[str, Tuple[float, float, bool]] = {
     "neighbours": (1, 2**31 - 1, True),
     "pixels": (0, 2**31 - 1, True),
     "cell": (1, 2**31 - 1, True),
+    "mass": (0, 1, False),
+    "threshold": (-3e38, 3e38, False),
+    "buckets": (1, 2**31 - 1, True),
 }
 
 
@@ -85,6 +89,8 @@ def select_patches(
     Raises:
         ValueError: an argument is out of its range, or "mixed" without tokens.
     """
+    if selection == "adaptive":
+        raise ValueError("'adaptive' keeps another number of patches of each image, in eager mode.")
     if selection == "random":
         return select_random(scores, k, seed=int(args["seed"]))
     if selection == "mixed":
@@ -150,11 +156,17 @@ class SelectsPatches:
 
     @keep_ratio.setter
     def keep_ratio(self, value: float) -> None:
-        self._keep_ratio = check_keep_ratio(value)
+        value = check_keep_ratio(value)
+        if self._selection == "adaptive" and value not in (1.0, self._keep_ratio):
+            raise ValueError(
+                f"an adaptive budget has no keep_ratio to set, got {value}: call calibrate(images, "
+                "mean_keep_ratio=…), or choose another selection first."
+            )
+        self._keep_ratio = value
 
     @property
     def selection(self) -> str:
-        """How scores become keep indices: "top", "random", "mixed" or "stratified"."""
+        """How scores become keep indices: a name of ``SELECTIONS``."""
         return self._selection
 
     @selection.setter
@@ -202,6 +214,8 @@ class PatchSelector(SelectsPatches, nn.Module):
             raise ValueError(f"num_prefix_tokens must be >= 0, got {num_prefix_tokens}.")
         self._keep_ratio = check_keep_ratio(keep_ratio)
         self.num_prefix_tokens = num_prefix_tokens
+        if selection == "adaptive":
+            raise ValueError("selection 'adaptive' is for whole models: a layer keeps one number.")
         self._selection = check_selection(selection)
         self._selection_args = check_selection_args(selection, selection_args)
 
