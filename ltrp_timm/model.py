@@ -21,7 +21,7 @@ from ltrp_timm.selection import (
     num_keep,
     validate_keep_indices,
 )
-from ltrp_timm.slots import find_adapter, run_with_slots
+from ltrp_timm.slots import find_adapter, patch_embed_of, run_with_slots
 from ltrp_timm.timm_interface import TimmInterface, wrap_pretrained_cfg
 
 torch.fx.wrap("choose_keep_indices")
@@ -102,9 +102,13 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
 
     def grid_size(self, x: Tensor) -> Tuple[int, int]:
         """The backbone's patch grid (h, w) for images x (B, C, H, W)."""
-        embed = self.backbone.patch_embed
-        if embed.strict_img_size and embed.grid_size is not None:
-            return embed.grid_size[0], embed.grid_size[1]
+        if torch.jit.is_scripting():
+            embed = self.backbone.patch_embed
+        else:
+            embed = patch_embed_of(self.backbone)
+        if hasattr(embed, "strict_img_size"):
+            if embed.strict_img_size and embed.grid_size is not None:
+                return embed.grid_size[0], embed.grid_size[1]
         h, w = embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         return h, w
 
@@ -146,22 +150,23 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
 
     def keep_indices(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, K) int64, ascending: the patches that ``forward`` encodes."""
-        h, w = self.grid_size(x)
         keep = self._choose(x, None)
+        h, w = self.grid_size(x)
         if keep is None:
             keep = torch.arange(h * w, device=x.device).expand(x.shape[0], -1)
         return keep
 
     def _choose(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[Tensor]:
         """Given or ranked keep indices (B, K); None when all stay: nothing is ranked then."""
+        if not torch.jit.is_scripting():
+            self._check_images(x)
+        elif x.dim() != 4 or x.shape[1] != self.in_chans:  # before the slot is filled
+            raise ValueError("images must be (B, C, H, W) with the model's number of channels.")
         h, w = self.grid_size(x)
         n = h * w
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):  # a proxy is never None: the leaf asks when it runs
                 return self._select(x, h, w, keep_indices)
-            self._check_images(x)
-        elif x.dim() != 4 or x.shape[1] != self.in_chans:  # before the slot is filled
-            raise ValueError("images must be (B, C, H, W) with the model's number of channels.")
         if keep_indices is None:
             if num_keep(n, self._keep_ratio) == n:
                 return None
@@ -204,15 +209,16 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans:
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {shape}.")
-        embed = self.backbone.patch_embed
+        embed = patch_embed_of(self.backbone)
+        strict = getattr(embed, "strict_img_size", False)
         size = tuple(x.shape[-2:])
-        if embed.strict_img_size and embed.img_size is not None and size != tuple(embed.img_size):
+        if strict and embed.img_size is not None and size != tuple(embed.img_size):
             raise ValueError(
                 f"images must be {embed.img_size[0]}x{embed.img_size[1]}, got {size[0]}x{size[1]}; "
                 "create the model with img_size=… or dynamic_img_size=True, or call set_input_size."
             )
         rows, cols = self._patch_pixels
-        if not embed.strict_img_size and not self._pads and (size[0] % rows or size[1] % cols):
+        if not strict and not self._pads and (size[0] % rows or size[1] % cols):
             raise ValueError(
                 f"images must divide into patches of {rows}x{cols}, got {size[0]}x{size[1]}."
             )
@@ -296,6 +302,9 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         """Fill the slots, through the backbone alone; for TorchScript, which has no finally."""
         if hasattr(self.backbone, "patch_drop"):
             self.backbone.patch_drop.keep_indices = keep
+        elif hasattr(self.backbone, "shared_rel_pos"):
+            self.backbone.patch_embed.norm.keep_indices = keep
+            self.backbone.shared_rel_pos.keep_indices = keep
         else:
             self.backbone.pos_drop.keep_indices = keep
             if hasattr(self.backbone, "rel_pos_bias"):

@@ -23,6 +23,7 @@ from ltrp_timm.selection.tokens import (
     gather_patches,
     keep_tokens,
     scatter_patches,
+    token_indices,
     validate_keep_indices,
 )
 
@@ -48,5 +49,6 @@ __all__ = [
     "select_random",
     "select_stratified",
     "select_top",
+    "token_indices",
     "validate_keep_indices",
 ]

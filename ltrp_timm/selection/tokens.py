@@ -75,6 +75,15 @@ def gather_patches(tokens: Tensor, keep_indices: Tensor) -> Tensor:
     return tokens[images, keep_indices]
 
 
+def token_indices(keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """keep_indices (B, K) -> places in the sequence (B, P + K), the P prefix tokens first."""
+    if num_prefix_tokens == 0:
+        return keep_indices
+    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device)
+    prefix = prefix.expand(keep_indices.shape[0], -1)
+    return torch.cat([prefix, keep_indices + num_prefix_tokens], dim=1)
+
+
 def keep_tokens(tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
     """Keep the prefix tokens and the chosen patch tokens.
 
@@ -86,10 +95,7 @@ def keep_tokens(tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int) ->
     Returns:
         (B, P + K, D).
     """
-    if num_prefix_tokens > 0:
-        prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(tokens.shape[0], -1)
-        keep_indices = torch.cat([prefix, keep_indices + num_prefix_tokens], dim=1)
-    return gather_patches(tokens, keep_indices)
+    return gather_patches(tokens, token_indices(keep_indices, num_prefix_tokens))
 
 
 def scatter_patches(
