@@ -78,15 +78,13 @@ def contrast_scores(
     h, w = grid_of(images, patch_size)
     batch = images.shape[0]
     mean, variance = patch_statistics(images, patch_size, h, w)
-    parts = [
-        in_levels(variance.mean(1).sqrt()),
-        in_levels(border_contrast(mean)),
-        centre_distance(h, w, images.device).expand(batch, -1, -1),
-    ]
+    seen = in_levels(torch.cat([variance.mean(1).sqrt(), border_contrast(mean)]))
+    parts = torch.cat([seen, centre_distance(h, w, images.device).expand(batch, -1, -1)])
     # all parts in one sort; NaN comes lowest
-    ranks = mean_rank(torch.nan_to_num(torch.cat(parts).flatten(1), nan=-1.0))
-    ranks = ranks.reshape(3, batch, h, w)
-    return std_weight * ranks[0] + colour_weight * ranks[1] - centre_weight * ranks[2]
+    ranks = mean_rank(torch.nan_to_num(parts.flatten(1), nan=-1.0)).reshape(3, batch, h, w)
+    std, colour, centre = ranks.unbind(0)
+    scores = torch.add(std * std_weight, colour, alpha=colour_weight)
+    return torch.sub(scores, centre, alpha=centre_weight)
 
 
 torch.fx.wrap("contrast_scores")
@@ -110,7 +108,7 @@ def border_contrast(mean: Tensor) -> Tensor:
     inside = mean[:, :, 1:-1, 1:-1]
     count = mean.shape[2] * mean.shape[3] - inside.shape[2] * inside.shape[3]
     ring = mean.sum([2, 3], keepdim=True) - inside.sum([2, 3], keepdim=True)
-    return torch.sub(mean, ring, alpha=1.0 / count).square().sum(dim=1).sqrt()
+    return torch.linalg.vector_norm(torch.sub(mean, ring, alpha=1.0 / count), dim=1)
 
 
 def centre_distance(h: int, w: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListN
 from ltrp_timm.slots.base import SlotAdapter, TokenSlot, run_with_slots
 from ltrp_timm.slots.beit import BeitAdapter
 from ltrp_timm.slots.cait import CaitAdapter
+from ltrp_timm.slots.kept_embed import install_kept_embed, restore_kept_embed
 from ltrp_timm.slots.naflex import NaFlexAdapter
 from ltrp_timm.slots.patch_drop import EvaAdapter, VitAdapter
 from ltrp_timm.slots.relpos import RelPosAdapter
@@ -19,7 +20,9 @@ __all__ = [
     "SlotAdapter",
     "TokenSlot",
     "find_adapter",
+    "install_kept_embed",
     "patch_embed_of",
+    "restore_kept_embed",
     "run_with_slots",
 ]
 

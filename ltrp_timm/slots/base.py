@@ -179,6 +179,8 @@ class SlotAdapter(ABC):
         setattr(attrgetter(parent)(backbone) if parent else backbone, name, module)
 
     def slots(self, backbone: Any) -> List[Any]:
-        """The modules that hold keep indices while the backbone runs."""
+        """The modules that hold keep indices while the backbone runs, that of the tokens first."""
         modules = [attrgetter(place)(backbone) for place in self.places]
+        embed = getattr(backbone, self.patch_embed)
+        modules += [embed] if hasattr(embed, "keep_indices") else []
         return [module for module in modules if module is not None]
