@@ -6,7 +6,7 @@ hands out the keep indices as that argument, and each attention gives them to it
 checkpointed block needs thus arrives as an argument, never from state.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, ClassVar, Optional, Tuple
 
 import torch
 from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
@@ -107,6 +107,13 @@ class RelPosAdapter(SlotAdapter):
     family = "VisionTransformerRelPos"
     host = VisionTransformerRelPos
     places = ("patch_embed.norm", "shared_rel_pos")
+    how = "behind `patch_embed`; the relative position bias follows, own or shared"
+    examples: ClassVar = {
+        "ViT-RelPos, ViT-SRelPos": (
+            "vit_relpos_base_patch16_cls_224",
+            "vit_srelpos_small_patch16_224",
+        )
+    }
 
     def make_slot(self, backbone: Any) -> TokenSlot:
         """The slot of the tokens; the class token joins behind it."""
