@@ -87,12 +87,13 @@ def gathered_reference(model: Cait, images: Tensor, keep: Tensor) -> tuple[Tenso
 def test_drop_equals_mask(backbone_of: Callable[..., Any], family: str, ratio: float) -> None:
     backbone, images = backbone_of(family)
     full_tokens, full = backbone.forward_features(images), backbone(images)
-    n, prefix = math.prod(grid_of(backbone, images)), backbone.num_prefix_tokens
+    n = math.prod(grid_of(backbone, images))
     k = num_keep(n, ratio)
     keep = torch.stack([torch.randperm(n)[:k].sort().values for _ in images])
     tokens, logits = masked_reference(backbone, images, keep)
 
     model = drop_patches(backbone, keep_ratio=ratio)
+    prefix = model.num_prefix_tokens
     dropped = model.forward_features(images, keep_indices=keep)
     assert (dropped - tokens).abs().max() <= 1e-5
     assert (model(images, keep_indices=keep) - logits).abs().max() <= 1e-5
@@ -165,7 +166,7 @@ MODELS += [("ResNet", "resnet18", "none of the timm families"), ("VGG", "vgg11",
 def test_other_families_are_refused_unchanged(kind: str, name: str, reason: str) -> None:
     if name not in timm.list_models():
         pytest.skip(f"timm {timm.__version__} has no {name}")
-    with torch.device("meta"):
+    with torch.device("cpu" if name == "csatv2" else "meta"):  # an older timm cannot build it there
         model = timm.create_model(name)
     before, keys = repr(model), list(model.state_dict())
     with pytest.raises(TypeError, match=f"^cannot drop patches from {kind}: .*{re.escape(reason)}"):
