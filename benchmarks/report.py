@@ -1,7 +1,7 @@
-"""Write the README's speed table from the committed CSV: never by hand.
+"""Write the README's tables, speed from the committed CSV and support from the code: never by hand.
 
-python benchmarks/report.py          writes it
-python benchmarks/report.py --check  exits with 1 when README and CSV disagree
+python benchmarks/report.py          writes them
+python benchmarks/report.py --check  exits with 1 when README and CSV or code disagree
 """
 
 import csv
@@ -12,10 +12,11 @@ from typing import Any
 
 from common import markdown_table
 
+from ltrp_timm.slots import support_rows
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-MARKERS = ("<!-- speed: written by benchmarks/report.py -->", "<!-- /speed -->")
 
 Row = dict[str, Any]
 
@@ -68,22 +69,24 @@ def _line(rows: list[Row], model: str, batch: str, keep_ratio: str) -> Row:
     return line
 
 
-def with_section(text: str, section: str) -> str:
-    """The README's text with its speed section replaced."""
-    start, end = (re.escape(marker) for marker in MARKERS)
-    new = f"{MARKERS[0]}\n{section}\n{MARKERS[1]}"
-    out, count = re.subn(f"{start}.*?{end}", lambda _: new, text, flags=re.S)
+def with_section(text: str, name: str, section: str) -> str:
+    """The README's text with the section of this name replaced."""
+    start, end = f"<!-- {name}: written by benchmarks/report.py -->", f"<!-- /{name} -->"
+    pattern = f"{re.escape(start)}.*?{re.escape(end)}"
+    out, count = re.subn(pattern, lambda _: f"{start}\n{section}\n{end}", text, flags=re.S)
     if count != 1:
-        raise SystemExit(f"{README.name} must hold the markers {' and '.join(MARKERS)} once.")
+        raise SystemExit(f"{README.name} must hold the markers {start} and {end} once.")
     return out
 
 
 def main() -> None:
     """Write or check."""
     before = README.read_text(encoding="utf-8")
-    after = with_section(before, speed_section(read_rows()))
+    after = with_section(before, "speed", speed_section(read_rows()))
+    after = with_section(after, "support", markdown_table(support_rows()))
     if "--check" in sys.argv[1:]:
-        sys.exit(None if before == after else "README and CSV disagree: run benchmarks/report.py")
+        wrong = "README and CSV or code disagree: run benchmarks/report.py"
+        sys.exit(None if before == after else wrong)
     README.write_text(after, encoding="utf-8")
 
 

@@ -165,7 +165,7 @@ def test_variants_share_weights_and_ideal_keeps_k_tokens(benchmark_module):
         assert pruned.forward_features(images).shape[1] == 1 + patches // 2
 
 
-def test_readme_agrees_with_the_csv() -> None:
+def test_readme_agrees_with_csv_and_code() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "report.py"), "--check"],
         capture_output=True,
