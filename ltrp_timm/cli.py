@@ -73,7 +73,7 @@ def _add_demo(commands: Any) -> None:
     add = demo.add_argument
     add("--image", nargs="+", metavar="FILE", help="photos; without, three of scikit-image's")
     add("--model", default="ltrp_vit_base", help="an ltrp_* name or any timm ViT (%(default)s)")
-    add("--ranker", default="contrast", help="what scores the patches (%(default)s)")
+    add("--ranker", help="what scores the patches (the model's own, or contrast)")
     add(
         "--keep-ratio",
         nargs="+",

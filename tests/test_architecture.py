@@ -20,6 +20,7 @@ ROOMS = [
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console"],
+    ["named_model"],
     ["demo"],
     ["cli"],
 ]
