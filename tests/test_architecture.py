@@ -20,8 +20,9 @@ ROOMS = [
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console"],
-    ["named_model"],
-    ["demo"],
+    ["arguments", "named_model", "parity", "formats"],
+    ["export"],
+    ["demo", "export_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
