@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from ltrp_timm.checkpoints import PathLike, write_atomically
-from ltrp_timm.formats import FORMATS, input_size, load_exported, require, write_file
+from ltrp_timm.formats import FORMATS, OLDEST_OPSET, input_size, load_exported, require, write_file
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.parity import Parity, check_parity
 from ltrp_timm.selection import num_keep
 from ltrp_timm.visualize import data_config
 
 TOLERANCE = 1e-4
-_PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one ONNX file; the graph itself takes some
+ONNX_LIMIT = 2**31 - 2**20  # bytes of one ONNX file; the graph itself takes some
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,10 @@ def _check_arguments(model: Any, path: Path, format: str, batch_size: Any, opset
         raise ValueError(f"the path of a {format} file must end in {endings}, got {path}.")
     if opset is not None and format != "onnx":
         raise ValueError(f"opset goes with format='onnx', got format={format!r}.")
+    if opset is not None and opset < OLDEST_OPSET:
+        raise ValueError(f"opset must be {OLDEST_OPSET} or later, got {opset}.")
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    if format == "onnx" and size > _PROTOBUF_LIMIT:
+    if format == "onnx" and size > ONNX_LIMIT:
         raise ValueError(
             f"one ONNX file holds less than 2 GiB, the weights are {size / 2**30:.1f} GiB: "
             "use format='pt2'."

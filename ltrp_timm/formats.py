@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ltrp_timm.visualize import data_config
 
 # format -> endings of its files, the first is the usual one
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "torchscript": (".pt", ".ts")}
+OLDEST_OPSET = 18  # of torch's exporter
 METADATA_KEY = "ltrp_timm"  # of ONNX's metadata_props
 METADATA_FILE = "ltrp_timm.json"  # in the archives of torch
 
@@ -75,7 +77,10 @@ def write_file(
 def _write_onnx(
     model: LTRPModel, images: Tensor, path: Path, opset: int | None, shapes: Any, text: str
 ) -> None:
+    log = logging.getLogger("onnxscript")
+    level = log.level
     try:
+        log.setLevel(logging.CRITICAL)  # a conversion that failed is told below, as an error
         program = torch.onnx.export(
             model,
             (images,),
@@ -88,11 +93,13 @@ def _write_onnx(
         )
     except Exception as error:  # of the exporter and of the converter between opsets
         raise ValueError(f"ONNX export failed: {one_line(error)}") from error
+    finally:
+        log.setLevel(level)
     if program is None:
         raise ValueError("torch.onnx.export gave no program.")
     got = program.model.opset_imports.get("")
-    if opset is not None and got != opset:
-        raise ValueError(f"this model cannot be written for ONNX opset {opset}, only for {got}.")
+    if opset is not None and got != opset:  # torch has a log line for that and goes on
+        raise ValueError(f"this model cannot be written for ONNX opset {opset}: try {got}.")
     program.model.metadata_props[METADATA_KEY] = text
     program.save(str(path), external_data=False)
 

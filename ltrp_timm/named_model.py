@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,12 @@ def _with_front_end(found: torch.nn.Module, front: dict[str, Any]) -> LTRPModel:
 
 
 def _load(model: LTRPModel, checkpoint: str, ranker_weights: str | None) -> str:
-    state_dict = load_state_dict(checkpoint, weights_only=True)
+    if not os.path.isfile(checkpoint):
+        raise FileNotFoundError(f"the checkpoint {checkpoint} is no file.")
+    try:
+        state_dict = load_state_dict(checkpoint, weights_only=True)
+    except Exception as error:  # what unpicklers raise has no common type
+        raise ValueError(f"{checkpoint} is no readable checkpoint: {one_line(error)}") from error
     if ranker_weights is not None and any(key.startswith("ranker.") for key in state_dict):
         raise ValueError(f"{checkpoint} brings a ranker of its own: leave --ranker-weights out.")
     model.load_state_dict(state_dict)
