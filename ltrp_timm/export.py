@@ -97,6 +97,8 @@ def export_model(
         raise FileNotFoundError(f"the folder {target.parent} does not exist.")
     dynamic = dynamic_batch or format == "torchscript"
     metadata = describe(model, format, None if dynamic else batch_size)
+    with torch.no_grad():  # what the model itself refuses is best said by it
+        model(torch.zeros(1, *input_size(model), device=_device(model)))
     parity: list[Parity] = []
 
     def write(temporary: Path) -> None:

@@ -4,6 +4,8 @@ import importlib
 import json
 import logging
 import os
+import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from ltrp_timm.checkpoints import PathLike
 from ltrp_timm.model import LTRPModel
-from ltrp_timm.photos import one_line
 from ltrp_timm.visualize import data_config
 
 # format -> endings of its files, the first is the usual one
@@ -67,7 +68,10 @@ def write_file(
             return
         shapes = {"x": {0: torch.export.Dim("batch", min=1)}} if dynamic else None
         if format == "pt2":
-            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+            try:
+                program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+            except Exception as error:  # of the tracer; no common type
+                raise _refusal("torch.export", model, error) from error
             with open(path, "wb") as file:  # of a name that does not end in .pt2 it would complain
                 torch.export.save(program, file, extra_files={METADATA_FILE: text})
             return
@@ -92,7 +96,7 @@ def _write_onnx(
             verbose=False,
         )
     except Exception as error:  # of the exporter and of the converter between opsets
-        raise ValueError(f"ONNX export failed: {one_line(error)}") from error
+        raise _refusal("torch.onnx.export", model, error.__cause__ or error) from error
     finally:
         log.setLevel(level)
     if program is None:
@@ -108,11 +112,15 @@ def _script(model: LTRPModel) -> Any:
     try:
         return torch.jit.script(model)
     except Exception as error:  # the compiler's errors have no common type
-        reason = one_line(error).split(":  File ")[0].split(" File ")[0]
-        raise ValueError(
-            f"torch.jit.script cannot take {type(model.backbone).__name__}: {reason} "
-            "Use format='onnx' or 'pt2'."
-        ) from error
+        raise _refusal("torch.jit.script", model, error, "use format='onnx' or 'pt2'") from error
+
+
+def _refusal(tool: str, model: LTRPModel, error: BaseException, advice: str = "") -> ValueError:
+    """An exporter's error of many lines as one: what it says first, without colours and places."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip() or type(error).__name__)
+    reason = textwrap.shorten(re.split(r":?\s*\n?\s*File \"", text)[0], 300, placeholder=" …")
+    parts = f"{type(model.backbone).__name__} with {type(model.ranker).__name__}"
+    return ValueError(f"{tool} cannot take {parts}: {reason}{advice and f' ({advice})'}")
 
 
 def load_exported(

@@ -248,8 +248,29 @@ def test_what_torchscript_cannot_hold_is_said(
     pruned_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     model, _ = pruned_of("beit_shared")
-    with pytest.raises(ValueError, match=r"cannot take Beit: .* Use format='onnx' or 'pt2'\.$"):
+    text = r"^torch.jit.script cannot take Beit with .*: .* \(use format='onnx' or 'pt2'\)$"
+    with pytest.raises(ValueError, match=text):
         export_model(model, tmp_path / "a.pt", "torchscript")
+    assert not list(tmp_path.iterdir())
+
+
+class LooksAtValues(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        scores = images[:, 0, ::16, ::16]
+        return scores if bool(scores.sum() > 0) else -scores
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_what_cannot_be_exported_is_one_line(
+    backbone_of: BackboneOf, tmp_path: Path, format: str
+) -> None:
+    backbone, _ = backbone_of("vit", depth=1)
+    model = drop_patches(backbone, ranker=LooksAtValues()).eval()
+    with pytest.raises(ValueError, match=r"^torch\.(onnx\.)?export cannot take .*") as caught:
+        export_model(model, tmp_path / f"a.{format}", format)
+    assert "VisionTransformer with LooksAtValues: Could not guard on data" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 450
     assert not list(tmp_path.iterdir())
 
 
