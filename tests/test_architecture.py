@@ -20,7 +20,9 @@ ROOMS = [
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console"],
-    ["demo"],
+    ["arguments", "named_model", "parity", "formats"],
+    ["export"],
+    ["demo", "export_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -70,7 +72,8 @@ def test_the_import_is_silent_and_light() -> None:
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "heavy = {'matplotlib', 'skimage', 'sklearn', 'transformers', 'onnx', 'PIL'}\n"
         "assert not new & heavy, new\n"
-        "assert 'ltrp_timm.cli' not in sys.modules\n"
+        "assert not {'ltrp_timm.cli', 'ltrp_timm.export'} & set(sys.modules)\n"
+        "assert ltrp_timm.export_model is ltrp_timm.export.export_model\n"
         "assert timm.is_model('ltrp_vit_base')\n"
     )
     done = subprocess.run(
