@@ -21,7 +21,7 @@ from ltrp_timm.checkpoints import write_atomically
 from ltrp_timm.console import CommandError, complain, say
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.photos import load_image, one_line, printable
-from ltrp_timm.rankers import list_rankers
+from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.selection import num_keep
 from ltrp_timm.throughput import Timing, compare
 from ltrp_timm.throughput import ratio as speed_up
@@ -156,6 +156,8 @@ def _load_photos(paths: Sequence[str]) -> dict[str, Image.Image]:
 def _build(name: str, ranker: str, pretrained: bool) -> tuple[LTRPModel, str | None]:
     """The model in eval mode, and where its backbone's weights are from; None: they are random."""
     kwargs: dict[str, Any] = {"ranker": ranker, "pretrained": pretrained}
+    if pretrained and ranker_class(ranker).has_published_weights:
+        kwargs["ranker_weights"] = True
     weights = "downloaded" if pretrained else None
     cached = _cached_weights(name)
     if cached is not None:
