@@ -1,4 +1,4 @@
-"""The command line: ``ltrp-timm demo``.
+"""The command line: ``ltrp-timm demo``, ``rank``.
 
 It turns flags into plain arguments. An error is one line on stderr and exit code 2.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from ltrp_timm.console import CommandError, complain
+from ltrp_timm.console import CommandError, complain, keep_ratio, positive
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
+    from ltrp_timm.rank.arguments import add_rank
 
     parser = _Parser(
         prog="ltrp-timm",
@@ -59,7 +60,9 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ltrp-timm {__version__}")
-    _add_demo(parser.add_subparsers(dest="command", title="commands", metavar="COMMAND"))
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    _add_demo(commands)
+    add_rank(commands)
     return parser
 
 
@@ -77,7 +80,7 @@ def _add_demo(commands: Any) -> None:
     add(
         "--keep-ratio",
         nargs="+",
-        type=_keep_ratio,
+        type=keep_ratio,
         default=list(KEEP_RATIOS),
         metavar="R",
         help="shares of patches to keep, in (0, 1] (0.7 0.5 0.25)",
@@ -85,23 +88,8 @@ def _add_demo(commands: Any) -> None:
     add("--output", default=DEFAULT_OUTPUT, metavar="PNG", help="the picture (%(default)s)")
     add("--overwrite", action="store_true", help="replace an existing --output")
     add("--pretrained", action="store_true", help="download the backbone's weights if need be")
-    add("--repeats", type=_positive, default=10, metavar="N", help="timed rounds (%(default)s)")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (torch's own choice)")
-
-
-def _keep_ratio(text: str) -> float:
-    from ltrp_timm.selection import check_keep_ratio
-
-    try:
-        return check_keep_ratio(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}.") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}.")
-    return int(text)
+    add("--repeats", type=positive, default=10, metavar="N", help="timed rounds (%(default)s)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (torch's own choice)")
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
@@ -137,3 +125,7 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

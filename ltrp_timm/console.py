@@ -1,5 +1,6 @@
-"""What a command says, and how it fails: one line on stderr."""
+"""What a command is told, what it says, and how it fails: one line on stderr."""
 
+import argparse
 import sys
 
 
@@ -17,3 +18,20 @@ def complain(text: str) -> int:
     """Say what is wrong on stderr; returns exit code 2."""
     print(f"ltrp-timm: {text}", file=sys.stderr, flush=True)
     return 2
+
+
+def keep_ratio(text: str) -> float:
+    """A flag's keep ratio; argparse makes a line of the error."""
+    from ltrp_timm.selection import check_keep_ratio
+
+    try:
+        return check_keep_ratio(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}.") from None
+
+
+def positive(text: str) -> int:
+    """A flag's whole number from 1; argparse makes a line of the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}.")
+    return int(text)

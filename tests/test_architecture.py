@@ -20,7 +20,7 @@ ROOMS = [
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console"],
-    ["demo"],
+    ["demo", "rank"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
