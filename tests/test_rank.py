@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -473,13 +472,22 @@ def test_real_photos_with_a_learned_ranker(
     for name in ("astronaut", "chelsea"):
         Image.fromarray(getattr(data, name)()).save(f"{name}.jpg")
     args = {"backbone": "vit_tiny_patch16_224", "img_size": 64, "depth": 2}
-    ranker: Callable[..., Any] = create_ranker("attention", **args).eval()
+    ranker = create_ranker("attention", **args).eval()
+    for parameter in ranker.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     ranker.save("ranker")
-    sizes = ("--img-size", "224", "--workers", "0")
+    sizes = ("--img-size", "64", "--workers", "0")
     more = ["--ranker", "attention", "--ranker-weights", "ranker", "--no-overlays"]
     assert main(["rank", ".", "-o", "out", *sizes, *more]) == 0
     results = load("out")
-    assert results["scores"].shape == (2, 196)
+    transform = timm.data.create_transform(
+        (3, 64, 64), interpolation="bicubic", mean=ranker.mean, std=ranker.std, crop_pct=1.0
+    )
+    with torch.inference_mode():
+        for name, scores in zip(results["images"], results["scores"]):
+            x = transform(Image.open(name)).unsqueeze(0)
+            assert np.abs(ranker(x).flatten().numpy() - scores).max() <= 1e-6
+            assert np.ptp(scores) > 1e-4
     assert results["images"].tolist() == ["astronaut.jpg", "chelsea.jpg"]
     args = json.loads(str(results["ranker_args"]))
     assert args["depth"] == 2
