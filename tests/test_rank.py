@@ -319,6 +319,7 @@ def test_what_is_an_image_and_what_it_is_called(
         (["a.png", "--device", "nope"], "--device nope: "),
         (["a.png", "--workers", "-1"], "--workers: "),
         (["a.png", "--batch-size", "0"], "--batch-size: must be a whole number from 1"),
+        (["a.png", "-o", ""], "--output must name a folder"),
         (["a.png", "-o", "a.png"], "a.png: (File exists|Not a directory)"),
     ],
 )

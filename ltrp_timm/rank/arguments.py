@@ -52,6 +52,8 @@ def _workers(text: str) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from ltrp_timm.rank.command import RankOptions, rank
 
+    if not arguments.output:
+        raise CommandError("--output must name a folder, got an empty name.")
     if arguments.model is not None and arguments.patch_size is not None:
         raise CommandError("--patch-size goes without --model: a model has its own.")
     if arguments.pretrained and arguments.ranker_weights is not None:
