@@ -1,4 +1,4 @@
-"""The command line: ``ltrp-timm demo`` and ``export``.
+"""The command line: ``ltrp-timm demo``, ``rank`` and ``export``.
 
 It turns flags into plain arguments. An error is one line on stderr and exit code 2.
 """
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.export_command import add_export
+    from ltrp_timm.rank.arguments import add_rank
 
     parser = _Parser(
         prog="ltrp-timm",
@@ -62,6 +63,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ltrp-timm {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     _add_demo(commands)
+    add_rank(commands)
     add_export(commands)
     return parser
 

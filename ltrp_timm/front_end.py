@@ -18,7 +18,7 @@ def drop_patches(
     selection: str = "top",
     validate: bool = False,
     fill: str = "zeros",
-    ranker_weights: Optional[PathLike] = None,
+    ranker_weights: Union[bool, PathLike, None] = None,
     ranker_args: Optional[Dict[str, Any]] = None,
     selection_args: Optional[Mapping[str, Any]] = None,
 ) -> LTRPModel:
@@ -34,7 +34,8 @@ def drop_patches(
         selection: "top", "random", "mixed" or "stratified" (see ``LTRPModel``).
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
-        ranker_weights: folder or ``.safetensors`` file with weights of the ranker.
+        ranker_weights: folder or ``.safetensors`` file with weights of the ranker; True pulls those
+            that are published (the attention ranker's backbone).
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
 
@@ -64,13 +65,13 @@ def drop_patches(
 def make_ranker(
     name: str,
     backbone: Any,
-    weights: Optional[PathLike] = None,
+    weights: Union[bool, PathLike, None] = None,
     args: Optional[Dict[str, Any]] = None,
 ) -> nn.Module:
     """Create a ranker by name to go with a backbone: its channels, patch size, device and dtype."""
     kind = ranker_class(name)
     defaults: Dict[str, Any] = {}
-    if weights is None and kind.follows_patch_size:
+    if not weights and kind.follows_patch_size:
         defaults["patch_size"] = pixels_per_token(backbone)
     channels = {"in_chans": getattr(backbone, "in_chans", 3)} if kind.learned else {}
     parameter = next(backbone.parameters())

@@ -17,7 +17,7 @@ from ltrp_timm.console import CommandError, say
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.photos import one_line, printable
-from ltrp_timm.rankers import list_rankers
+from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.selection import num_keep
 from ltrp_timm.timm_interface import GENERIC
 from ltrp_timm.visualize import data_config
@@ -83,12 +83,15 @@ def build_model(
     Raises:
         CommandError: the model cannot be built; one line.
     """
-    front = {
+    front: dict[str, Any] = {
         "ranker": ranker,
         "ranker_weights": ranker_weights,
         "keep_ratio": keep_ratio,
         "selection": selection,
     }
+    if pretrained and ranker_weights is None and ranker is not None:
+        # the attention ranker's are those of a backbone that timm publishes
+        front["ranker_weights"] = ranker_class(ranker).has_published_weights or None
     front = {key: value for key, value in front.items() if value is not None}
     sizes = {key: value for key, value in sizes.items() if value is not None}
     try:

@@ -22,7 +22,7 @@ ROOMS = [
     ["visualize", "console"],
     ["arguments", "named_model", "parity", "formats"],
     ["export"],
-    ["demo", "export_command"],
+    ["demo", "rank", "export_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -18,7 +18,7 @@ FAMILIES += ["beit", "beit_shared", "cait", "relpos", "relpos_shared", "relpos_b
 ROPE = ["naflex_eva02", "naflex_mixed"]
 NAFLEX = ["naflex", "naflex_siglip", "naflex_clip", *ROPE]
 FAMILIES += NAFLEX
-RANKERS = ["contrast", "conv", "vit_tiny", "random"]
+RANKERS = ["contrast", "conv", "vit_tiny", "random", "attention"]
 
 # every family with the default ranker, every ranker on one backbone of each slot
 CASES = [(family, "contrast") for family in FAMILIES] + [
@@ -46,7 +46,8 @@ def prepare(
     backbone, images = backbone_of(family)
     full = backbone(images)
     ranker, _, selection = ranker.partition(" ")
-    small = {"img_size": 64, "depth": 1} if ranker.startswith("vit") else {}
+    small = {"img_size": 64, "depth": 1} if ranker.startswith(("vit", "att")) else {}
+    small |= {"backbone": "vit_tiny_patch16_224"} if ranker == "attention" else {}
     small |= {"patch_size": 14} if family == "eva02" and ranker == "random" else {}
     net = create_ranker(ranker, **small)
     net.trained = True

@@ -17,7 +17,8 @@ SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}
 
 
 def small(name: str, **changes: Any) -> Any:
-    args = {**SMALL, **changes} if name.startswith("vit") else changes
+    own_net = name == "attention" or name.startswith("vit")
+    args = {**SMALL, **changes} if own_net else changes
     return create_ranker(name, **args).eval()
 
 
@@ -58,7 +59,7 @@ def test_conv_ranker_is_small() -> None:
 
 
 def test_unknown_names_and_arguments() -> None:
-    with pytest.raises(ValueError, match=r"ranker must be one of contrast, conv.*got 'best'"):
+    with pytest.raises(ValueError, match=r"ranker must be one of attention, contrast.*got 'best'"):
         create_ranker("best")
     with pytest.raises(TypeError, match="not_an_argument"):
         create_ranker("conv", not_an_argument=1)

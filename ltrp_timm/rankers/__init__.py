@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Union
 from torch import nn
 
 from ltrp_timm.checkpoints import PathLike, load_strictly, read_weights
+from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.contrast import ContrastRanker
@@ -14,6 +15,7 @@ from ltrp_timm.rankers.random import RandomRanker
 from ltrp_timm.rankers.vit import VitRanker
 
 __all__ = [
+    "AttentionRanker",
     "ContrastRanker",
     "ConvRanker",
     "InputBridge",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _RANKERS: Dict[str, Callable[..., Any]] = {
+    "attention": AttentionRanker,
     "contrast": ContrastRanker,
     "conv": ConvRanker,
     "vit_tiny": partial(VitRanker, embed_dim=192, depth=12, num_heads=3),
@@ -42,7 +45,7 @@ def list_rankers() -> List[str]:
     """Names that ``create_ranker`` takes.
 
     >>> list_rankers()
-    ['contrast', 'conv', 'random', 'vit_base', 'vit_small', 'vit_tiny']
+    ['attention', 'contrast', 'conv', 'random', 'vit_base', 'vit_small', 'vit_tiny']
     """
     return sorted(_RANKERS)
 
@@ -67,7 +70,7 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
     Args:
         name: one of ``list_rankers()``.
         pretrained: a folder written by ``ranker.save`` or a ``.safetensors`` file with weights of
-            this ranker.
+            this ranker; True for the attention ranker, whose backbone's weights timm publishes.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
 
     Returns:
@@ -82,14 +85,16 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
     >>> create_ranker("contrast", patch_size=14).patch_size
     (14, 14)
     """
-    learned = ranker_class(name).learned
+    kind = ranker_class(name)
     if pretrained is False or pretrained is None:
         return _named(name, kwargs)
-    if not learned:
+    if not kind.learned:
         raise ValueError(
             f"the {name} ranker has no weights: leave pretrained=False, got {pretrained!r}."
         )
     if pretrained is True:
+        if kind.has_published_weights:
+            return _named(name, {**kwargs, "pretrained": True})
         raise ValueError(
             f"no published weights exist for the {name} ranker: pass pretrained=<folder or file>."
         )

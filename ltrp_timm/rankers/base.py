@@ -18,11 +18,13 @@ class Ranker:
     A ranker needs none of this: any ``nn.Module`` with that mapping will do. What it declares is
     used: ``mean`` and ``std`` of the pixels it wants (None: as the backbone gets them), and
     ``img_size`` when it takes one size only. ``trained`` says that its weights mean something: set
-    when weights are loaded, and by whoever trains it.
+    when weights are loaded, and by whoever trains it. ``has_published_weights`` says that its class
+    takes ``pretrained=True``.
     """
 
     name: str = ""
     learned: bool = False
+    has_published_weights: bool = False
     follows_patch_size: bool = True
 
     mean: Optional[List[float]] = None
