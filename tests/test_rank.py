@@ -439,13 +439,14 @@ def test_a_signal_leaves_whole_files(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not list(Path("out").glob(".rank-parts/part-*.npz")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(kind)
+        os.killpg(process.pid, kind)  # as a terminal and torchrun do: data workers too
         _, err = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[kind]
     assert err == ""

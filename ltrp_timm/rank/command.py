@@ -24,8 +24,8 @@ from ltrp_timm.photos import one_line, printable
 from ltrp_timm.rank.images import OVERLAYS, PixelDataset, find_images, fingerprint
 from ltrp_timm.rank.parts import PART_SIZE, Parts, failures
 from ltrp_timm.rank.processes import (
-    default_signals,
     first_alone,
+    ignore_signals,
     processes,
     stopped_between_batches,
     stopped_by_sigterm,
@@ -207,7 +207,7 @@ def _batches(
         batch_size=options.batch_size,
         sampler=indices,
         num_workers=options.workers,
-        worker_init_fn=default_signals,
+        worker_init_fn=ignore_signals,
     )
     for index, pixels, reasons in loader:
         scores, keep = rank_batch(

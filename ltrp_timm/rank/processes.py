@@ -105,7 +105,11 @@ def _signals(handler: Any, *numbers: int) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def default_signals(_: int) -> None:
-    """A data worker leaves Ctrl-C to the process that started it, and dies of SIGTERM at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def ignore_signals(_: int) -> None:
+    """A data worker leaves Ctrl-C and SIGTERM to the process that it works for.
+
+    Both reach the whole group, from a terminal and from torchrun; a worker that dies of one would
+    be an error there before that process could leave in order.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
