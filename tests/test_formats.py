@@ -14,7 +14,7 @@ from ltrp_timm import create_ranker, drop_patches
 
 FAMILIES = ["vit", "registers", "siglip", "hybrid", "eva02", "dinov3", "rope_mixed"]
 FAMILIES += ["beit", "beit_shared", "cait"]
-RANKERS = ["contrast", "conv", "vit_tiny", "random"]
+RANKERS = ["contrast", "conv", "vit_tiny", "random", "contrast at 64", "conv at 64"]
 
 # every family with the default ranker, every ranker on one backbone of each slot
 CASES = [(family, "contrast") for family in FAMILIES] + [
@@ -29,7 +29,9 @@ def prepare(
     """A pruned model, images, its eager output, and that of the full model."""
     backbone, images = backbone_of(family)
     full = backbone(images)
+    ranker, _, side = ranker.partition(" at ")
     small = {"img_size": 64, "depth": 1} if ranker.startswith("vit") else {}
+    small |= {"img_size": int(side)} if side else {}
     small |= {"patch_size": 14} if family == "eva02" and ranker == "random" else {}
     net = create_ranker(ranker, **small)
     net.trained = True

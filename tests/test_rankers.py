@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltrp_timm import create_ranker, drop_patches, list_rankers
 from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker
+from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD
 from ltrp_timm.rankers.bridge import resize_score_map
 from ltrp_timm.rankers.contrast import border_contrast, centre_distance, mean_rank, patch_statistics
 
@@ -289,6 +291,52 @@ def test_a_ranker_of_another_size_and_grid(backbone_of: Callable[..., Any]) -> N
     scores = drop_patches(backbone, ranker=ranker).patch_scores(images)
     assert seen[0].shape == (3, 3, 64, 64)
     assert scores.shape == (3, 36)
+
+
+@pytest.mark.parametrize("name", ["contrast", "conv"])
+@torch.no_grad()
+def test_a_ranker_may_look_at_a_size_of_its_own(
+    backbone_of: Callable[..., Any], name: str, tmp_path: Path
+) -> None:
+    backbone, images = backbone_of("dinov3")  # 96 px, 6x6
+    model = drop_patches(backbone, ranker=name, ranker_args={"img_size": (32, 64)}, keep_ratio=0.5)
+    model.ranker.trained = True
+    seen: list[Tensor] = []
+    model.ranker.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    scores = model.patch_scores(images)
+    assert seen[0].shape == (3, 3, 32, 64)
+    # resizing and normalising change places: each keeps a constant image constant
+    cfg = backbone.pretrained_cfg
+    mean, std = (torch.tensor(cfg[part]).view(1, 3, 1, 1) for part in ("mean", "std"))
+    pixels = nn.functional.interpolate(
+        images * std + mean, (32, 64), mode="bilinear", antialias=True
+    )
+    if name == "conv":
+        mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = (pixels - mean) / std
+    assert torch.allclose(seen[0], pixels, atol=1e-5)
+    expected = resize_score_map(model.ranker(seen[0]), 6, 6)
+    assert torch.equal(scores, expected)
+    assert model(images).isfinite().all()
+    model.set_input_size(img_size=128)
+    assert model.patch_scores(torch.randn(1, 3, 128, 128)).shape == (1, 64)
+    assert seen[-1].shape == (1, 3, 32, 64)
+    args = model._model_args["ranker_args"]
+    assert args == json.loads(json.dumps(args))
+    assert create_ranker(name, **args).img_size == (32, 64)
+    if name == "conv":
+        model.ranker.save(tmp_path)
+        assert create_ranker(name, pretrained=tmp_path).img_size == (32, 64)
+
+
+@pytest.mark.parametrize("name", ["contrast", "conv"])
+def test_a_size_that_holds_no_patch_is_refused(name: str) -> None:
+    assert create_ranker(name, img_size=224).img_size == (224, 224)
+    assert create_ranker(name).img_size is None
+    with pytest.raises(ValueError, match=r"img_size must hold a patch of \(16, 16\), got 8"):
+        create_ranker(name, img_size=8)
+    with pytest.raises(ValueError, match="expected a positive size"):
+        create_ranker(name, img_size=(224, 224, 3))
 
 
 class Brightness(nn.Module):
