@@ -155,10 +155,16 @@ def plot(rows: list[Row], args: argparse.Namespace) -> Any:
             if method != "ideal":
                 share = [100 * row["ranker_share"] for row in line]
                 axes[1][j].plot(x, share, style, ms=3, label=method)
-        axes[0][j].set_title("{}, batch {batch}, keep {keep_ratio:g}".format(model, **first))
+        axes[0][j].set_title(
+            "{}, batch {batch}, keep {keep_ratio:g}".format(model, **first), fontsize=9
+        )
         axes[0][j].set_ylabel("times as fast as full")
+        axes[0][j].set_ylim(bottom=0)
         axes[1][j].set_ylabel("ranker's share of full, %")
         axes[1][j].set_yscale("log")
+        axes[1][j].yaxis.set_major_formatter("{x:g}")
+        axes[1][j].yaxis.set_minor_formatter("{x:g}")
+        axes[1][j].tick_params(which="both", labelsize=8)
         axes[1][j].set_xlabel("image side, pixels")
         for ax in axes[:, j]:
             ax.grid(alpha=0.3)

@@ -73,6 +73,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "resolution": ("--img-sizes", "64", "96", "--rank-size", "64"),
     "peers": ("--rankers", "contrast"),
     "where_does_time_go": (),
+    "break_even": ("--rankers", "contrast", "conv"),
+    "memory": (),
 }
 every = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -85,6 +87,8 @@ def test_rows_say_where_they_were_measured(name: str, run_benchmark: Callable[..
         assert (row["device"], row["dtype"], row["depth"]) == ("cpu", "float32", "1")
         assert set(throughput.environment()) < set(row)
         assert all(row.values()), row
+        if name == "memory":
+            continue
         assert float(row["seconds_median"]) > 0
         per_second = 1 / float(row["seconds_median"])
         assert math.isclose(float(row["images_per_second"]), per_second, rel_tol=1e-2)
@@ -105,7 +109,7 @@ def test_csv_picture_and_table_are_written(name: str, run_benchmark: Callable[..
 def test_each_begins_with_its_claim_and_its_arithmetic(name: str) -> None:
     text = load(name).__doc__ or ""
     assert text.splitlines()[0].endswith("?")
-    for part in ("\nClaim. ", "\nArithmetic. ", "\nTimed, in turns in one process"):
+    for part in ("\nClaim. ", "\nArithmetic. ", "in turns in one process"):
         assert part in text
 
 
@@ -260,6 +264,49 @@ def test_host_syncs_are_seen() -> None:
     assert len(common.operators(lambda: x.exp()[some])) == 2
 
 
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([0.3, 0.6, 0.9], 0.9),  # pays everywhere it was measured
+        ([1.1, 1.2, 1.3], 0.0),  # nowhere
+        ([0.4, 0.9, 1.1], 0.7),  # half way between 0.5 and 0.9
+        ([0.9, 1.1, 0.95], 0.9),  # noise in between: the largest one that pays
+        ([0.5, 1.0, 1.5], 0.5),
+    ],
+)
+def test_break_even_by_hand(costs: list[float], expected: float) -> None:
+    found = load("break_even").break_even([0.25, 0.5, 0.9], costs)
+    assert found == pytest.approx(expected)
+
+
+def test_break_even_rows(run_benchmark: Callable[..., Done]) -> None:
+    done = run_benchmark("break_even", *SCRIPTS["break_even"])
+    ratios = ["0.25", "0.5", "0.75", "0.95"]
+    expected = [(method, ratio) for method in ("contrast", "conv") for ratio in ratios]
+    assert done.cells("method", "keep_ratio") == expected
+    for method in ("contrast", "conv"):
+        assert len({row["break_even"] for row in done.rows if row["method"] == method}) == 1
+    assert done.text.count("| vit_tiny_patch16_224 | 1 |") == 2
+
+
+def test_memory_falls_with_the_tokens() -> None:
+    module = load("memory")
+    found = {"full": [40 * 2**20] * 3, "ideal": [20 * 2**20, 10 * 2**20, 30 * 2**20]}
+    rows = module.to_rows(found, {"model": "m"}, {})
+    assert [row["peak_ratio"] for row in rows] == [1.0, 0.5]
+    low, high = rows[1]["peak_mib_low"], rows[1]["peak_mib_high"]
+    assert (low, rows[1]["peak_mib"], high) == (10, 20, 30)
+    buffers = {"small": lambda: torch.ones(2**20), "large": lambda: torch.ones(2**24)}
+    peaks = module.peaks(buffers, Namespace(repeats=3, device="cpu"))
+    assert min(peaks["large"]) > 2**25 > max(peaks["small"])  # 64 MiB and 4 MiB
+
+
+def test_memory_says_where_it_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "peak_memory", lambda fn, device: None)
+    with pytest.raises(SystemExit, match="peak memory is not known here"):
+        load("memory").peaks({"a": lambda: None}, Namespace(repeats=1, device="cpu"))
+
+
 ON_ONE_CORE = {"device": "cpu", "dtype": "float32", "threads": "1", "rounds": 5}
 BASE = {**ON_ONE_CORE, "model": "vit_base_patch16_224", "batch": 8, "keep_ratio": 0.5}
 B1 = {**BASE, "batch": 1}
@@ -301,6 +348,8 @@ def verdicts(name: str, row: dict[str, Any]) -> list[str]:
             2.2,
             2.1,
         ),
+        ("break_even", {**B1, "method": "conv"}, "speedup", 1.0, 0.99),
+        ("memory", {**BASE, "method": "conv"}, "peak_ratio", 0.7, 0.71),
         ("peers", {**PEER, "method": "merging"}, "gain", 1.1, 1.09),
         ("peers", {**PEER, "method": "merging_plain_fused"}, "gain", 1.05, 1.04),
         (
