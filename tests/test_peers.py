@@ -17,8 +17,8 @@ from peers import (
     merge_tokens,
 )
 from peers.attention import mix, split_heads
-from peers.fuse import reorganise
-from peers.merge import ATTENTION, match_flops
+from peers.fuse import FusingBlocks, reorganise
+from peers.merge import ATTENTION, MergingBlocks, match_flops
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -166,6 +166,31 @@ def test_fusing_by_hand() -> None:
         rest = sum(attention[image, n] * x[image, 1 + n] for n in order[2:])
         assert torch.allclose(out[image, 3], rest, atol=1e-6)
     assert out.shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_later_blocks_attend_in_proportion_to_size(attention: str, vit: Any) -> None:
+    x, size = torch.randn(1, 9, 64), torch.ones(1, 9, 1)
+    out = MergingBlocks(vit.blocks[:2], 2, attention)(x)
+    for block in vit.blocks[:2]:
+        q, k, v = split_heads(block.attn, block.norm1(x))
+        copies = size[0, :, 0].long() if attention != "plain_fused" else torch.ones(1).long()
+        x = x + mix(block.attn, q, *(tensor.repeat_interleave(copies, dim=2) for tensor in (k, v)))
+        x, size = merge_tokens(x, size, k.mean(dim=1), 2)
+        x = x + block.mlp(block.norm2(x))
+    assert size.max() > 1
+    assert torch.allclose(out, x, atol=1e-4)
+
+
+def test_the_class_token_says_which_patches_stay(vit: Any) -> None:
+    x = torch.randn(2, 9, 64)
+    out = FusingBlocks(vit.blocks[:2], 0.5)(x)
+    x, block = vit.blocks[0](x), vit.blocks[1]
+    q, k, _ = split_heads(block.attn, block.norm1(x))
+    matrix = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
+    assert torch.allclose(matrix.sum(dim=2), torch.ones(2, 9))
+    x = reorganise(x + block.attn(block.norm1(x)), matrix[:, 0, 1:], 4)
+    assert torch.allclose(out, x + block.mlp(block.norm2(x)), atol=1e-4)
 
 
 @pytest.mark.parametrize("kept", range(1, 37))
