@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_pair
+from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_img_size, to_pair
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
 
@@ -21,9 +21,11 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         parts: which of "std", "colour" and "centre" count; a mapping sets their weights.
+        img_size: the size it looks at, (H, W) or one side, whatever the backbone's is; None takes
+            images as they come.
 
     Raises:
-        ValueError: no part, or one of another name.
+        ValueError: no part, one of another name, or an ``img_size`` smaller than a patch.
     """
 
     name = "contrast"
@@ -32,6 +34,7 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
         self,
         patch_size: Union[int, Sequence[int]] = 16,
         parts: Union[Sequence[str], Dict[str, float]] = ("std", "colour", "centre"),
+        img_size: Union[int, Sequence[int], None] = None,
     ) -> None:
         super().__init__()
         weights = (
@@ -42,6 +45,7 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
         if not weights or any(part not in PARTS for part in weights):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {parts!r}.")
         self.patch_size = to_pair(patch_size)
+        self.img_size: Optional[Tuple[int, int]] = to_img_size(img_size, self.patch_size)
         self.mean: Optional[List[float]] = [0.0]  # it works on pixels in [0, 1]
         self.std: Optional[List[float]] = [1.0]
         self.std_weight = float(weights.get("std", 0.0))
@@ -54,7 +58,7 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
     def config(self) -> Dict[str, Any]:
         """Arguments that rebuild this ranker."""
         parts = {"std": self.std_weight, "colour": self.colour_weight, "centre": self.centre_weight}
-        return {"patch_size": list(self.patch_size), "parts": parts}
+        return {**self.sizes(), "parts": parts}
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""
