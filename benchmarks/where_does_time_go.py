@@ -14,7 +14,7 @@ Timed, in turns in one process, each part alone on inputs that are in memory alr
     whole      the plain model (`full`) and the pruned ones, by ranker
     ranker     `model.patch_scores(images)`, by ranker
     select     scores (B, N) -> keep indices (B, K), by rule; `mixed` reads the pixels of patches
-    embed      patch embedding and position embedding of all patches
+    embed      patch embedding and position embedding, of all patches and of the kept ones
     gather     tokens (B, P + N, D) -> (B, P + K, D)
     blocks     all blocks, on all tokens (`full`) and on the kept ones (`kept`)
     head       final norm, pooling, classifier, on the kept tokens
@@ -66,7 +66,8 @@ def goals() -> list[Goal]:
     front_end = {**base, "part": "whole", "method": ("contrast", "conv")}
     text = "ViT-B keep 0.5"
     share = {**base, "batch": 8, "part": "ranker", "method": "contrast"}
-    mixed = {**base, "batch": 8, "part": "select", "method": "mixed"}
+    both = ("mixed", "mixed (4 x 4 pixels)")
+    mixed = {**base, "batch": 8, "part": "select", "method": both}
     return [
         Goal(f"{text}, operators ÷ plain", front_end, "operators_ratio", "<=", 1.30),
         Goal(f"{text}, host syncs", front_end, "host_syncs", "<=", 0),
@@ -85,7 +86,15 @@ def selections(scores: Tensor, images: Tensor, grid: tuple[int, int], kept: int)
         "mixed": inference(
             lambda: ltrp_timm.select_mixed(scores, kept, patch_pixels(images, grid))
         ),
+        "mixed (4 x 4 pixels)": inference(
+            lambda: ltrp_timm.select_mixed(scores, kept, patch_pixels(images, grid, 4))
+        ),
     }
+
+
+def _embed_kept(backbone: Any, images: Tensor, keep: Tensor) -> Tensor:
+    backbone.patch_embed.keep_indices = keep
+    return backbone._pos_embed(backbone.patch_embed(images))
 
 
 def parts(full: Any, images: Tensor, keep_ratio: float, rankers: list[str]) -> Calls:
@@ -106,6 +115,7 @@ def parts(full: Any, images: Tensor, keep_ratio: float, rankers: list[str]) -> C
     rules = selections(scores, images, (grid[0], grid[1]), kept)
     calls |= {f"select {name}": call for name, call in rules.items()}
     calls["embed all"] = inference(lambda: full._pos_embed(full.patch_embed(images)))
+    calls["embed kept"] = inference(_embed_kept, models[rankers[0]].backbone, images, keep)
     calls["gather kept"] = inference(keep_tokens, tokens, keep, full.num_prefix_tokens)
     calls["blocks full"] = inference(full.blocks, tokens)
     calls["blocks kept"] = inference(full.blocks, some)
