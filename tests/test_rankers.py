@@ -10,7 +10,7 @@ from common import host_syncs, operators
 from torch import Tensor, nn
 
 from ltrp_timm import create_ranker, drop_patches, list_rankers
-from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker
+from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker, StatisticRanker
 from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD
 from ltrp_timm.rankers.bridge import resize_score_map
 from ltrp_timm.rankers.contrast import border_contrast, centre_distance, mean_rank, patch_statistics
@@ -32,14 +32,14 @@ def test_every_ranker_maps_images_to_the_patch_grid(name: str) -> None:
     scores = ranker(images)
     assert scores.shape == (3, 4, 4)
     assert scores.isfinite().all()
-    if name != "random":  # each image is ranked alone
+    if name not in ("random", "centre"):  # each image is ranked alone
         alone = torch.cat([ranker(image[None]) for image in images])
         assert (alone - scores).abs().max() <= 1e-5
         assert not torch.equal(scores[0], scores[1])
     assert torch.equal(ranker(images), scores)
 
 
-@pytest.mark.parametrize("name", ["contrast", "conv", "random"])
+@pytest.mark.parametrize("name", ["contrast", "conv", "random", "gradient"])
 @torch.no_grad()
 def test_free_rankers_take_any_size(name: str) -> None:
     assert small(name, patch_size=14)(torch.rand(1, 3, 70, 100)).shape == (1, 5, 7)
@@ -61,7 +61,7 @@ def test_conv_ranker_is_small() -> None:
 
 
 def test_unknown_names_and_arguments() -> None:
-    with pytest.raises(ValueError, match=r"ranker must be one of attention, contrast.*got 'best'"):
+    with pytest.raises(ValueError, match=r"ranker must be one of attention, .*contrast.*got 'best'"):
         create_ranker("best")
     with pytest.raises(TypeError, match="not_an_argument"):
         create_ranker("conv", not_an_argument=1)
@@ -399,3 +399,29 @@ def test_operators_of_a_pruned_forward(ranker: str) -> None:
         assert not host_syncs(pruned)
         assert host_syncs(operators(lambda: bool(images.sum() > 0)))  # it would be seen
     assert "aten.sort.stable" in pruned  # it did select
+
+
+def test_statistics_by_hand() -> None:
+    images = torch.rand(2, 3, 34, 50)  # the rest at the border does not count
+    patches = images[:, :, :32, :48].reshape(2, 3, 2, 16, 3, 16)
+    std = patches.var((3, 5), unbiased=False).mean(1).sqrt()
+    assert torch.allclose(create_ranker("pixel_std")(images), std, atol=1e-6)
+    colour = border_contrast(patches.mean((3, 5)))
+    assert torch.allclose(create_ranker("colour")(images), colour, atol=1e-6)
+    steps = torch.zeros(1, 1, 16, 32)
+    steps[:, :, :8, 3] = 0.5  # 2 x 8 steps to the right, one of them down too, one down alone
+    lengths = 0.5 * (2 * 8 - 1 + 2**0.5) / 256
+    assert create_ranker("gradient")(steps).flatten().tolist() == pytest.approx([lengths, 0.0])
+    centre = create_ranker("centre", patch_size=8)(images)
+    assert torch.equal(centre, -centre_distance(4, 6, images.device).expand(2, -1, -1))
+    with pytest.raises(ValueError, match=r"statistic must be one of pixel_std.*got 'edges'"):
+        StatisticRanker("edges")
+
+
+@pytest.mark.parametrize("name", ["pixel_std", "gradient", "colour"])
+def test_statistics_compare_between_images(name: str) -> None:
+    """Twice the contrast is twice the score; ranks within an image would not tell."""
+    images = torch.rand(1, 3, 64, 64) * 0.5
+    ranker = create_ranker(name)
+    assert torch.allclose(ranker(2 * images), 2 * ranker(images), atol=1e-6)
+    assert ranker(torch.full((1, 3, 64, 64), 0.3)).abs().max() <= 1e-6

@@ -12,6 +12,7 @@ from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.contrast import ContrastRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.random import RandomRanker
+from ltrp_timm.rankers.statistic import STATISTICS, StatisticRanker
 from ltrp_timm.rankers.vit import VitRanker
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "InputBridge",
     "RandomRanker",
     "Ranker",
+    "StatisticRanker",
     "VitRanker",
     "adapt_channels",
     "create_ranker",
@@ -38,14 +40,15 @@ _RANKERS: Dict[str, Callable[..., Any]] = {
     "vit_small": partial(VitRanker, embed_dim=384, depth=12, num_heads=6),
     "vit_base": partial(VitRanker, embed_dim=768, depth=12, num_heads=12),
     "random": RandomRanker,
+    **{name: partial(StatisticRanker, name) for name in STATISTICS},
 }
 
 
 def list_rankers() -> List[str]:
     """Names that ``create_ranker`` takes.
 
-    >>> list_rankers()
-    ['attention', 'contrast', 'conv', 'random', 'vit_base', 'vit_small', 'vit_tiny']
+    >>> list_rankers()[:4]
+    ['attention', 'centre', 'colour', 'contrast']
     """
     return sorted(_RANKERS)
 
