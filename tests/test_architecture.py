@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
     ["selection", "checkpoints", "throughput", "photos"],
-    ["slots", "coverage"],
-    ["rankers"],
+    ["slots", "coverage", "metrics"],
+    ["rankers", "losses"],
     ["timm_interface"],
     ["model"],
     ["front_end"],
