@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
-    ["selection", "checkpoints", "throughput", "photos"],
+    ["selection", "checkpoints", "throughput", "photos", "change"],
     ["slots", "coverage", "metrics"],
     ["rankers", "losses"],
-    ["timm_interface"],
-    ["model"],
+    ["timm_interface", "teacher"],
+    ["model", "pseudo_scores"],
     ["front_end"],
     ["factory"],
     ["ltrp_vit"],
