@@ -7,17 +7,19 @@ import importlib
 from typing import Any
 
 from ltrp_timm import ltrp_vit as _ltrp_vit  # registers the models
-from ltrp_timm.coverage import dpc_knn, select_mixed, select_stratified
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.pseudo_scores import semantic_density
 from ltrp_timm.rankers import create_ranker, list_rankers
 from ltrp_timm.selection import (
     PatchSelector,
+    dpc_knn,
     gather_patches,
     num_keep,
     scatter_patches,
+    select_mixed,
     select_random,
+    select_stratified,
     select_top,
 )
 from ltrp_timm.teacher import MAETeacher, create_teacher

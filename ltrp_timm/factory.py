@@ -24,6 +24,7 @@ _FRONT_END = (
     "ranker",
     "keep_ratio",
     "selection",
+    "selection_args",
     "validate",
     "fill",
     "ranker_weights",
@@ -140,9 +141,11 @@ def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any
     if wrapper != "getter" and wrapper is not FeatureGetterNet:
         raise ValueError(f"features of a pruned model need feature_cls='getter', got {wrapper!r}.")
     saved = kwargs.get("pretrained_model_args") or {}
-    if saved and front.get("ranker") != saved.get("ranker"):
-        if front.get("ranker_args") == saved.get("ranker_args"):
-            front.pop("ranker_args", None)  # those of the saved ranker do not fit another one
+    for part in ("ranker", "selection"):
+        options = f"{part}_args"
+        if saved and front.get(part) != saved.get(part):
+            if front.get(options) == saved.get(options):
+                front.pop(options, None)  # those that were saved do not fit another one
     return front, features, rest
 
 

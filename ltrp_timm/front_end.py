@@ -20,6 +20,7 @@ def drop_patches(
     fill: str = "zeros",
     ranker_weights: Optional[PathLike] = None,
     ranker_args: Optional[Dict[str, Any]] = None,
+    selection_args: Optional[Mapping[str, Any]] = None,
 ) -> LTRPModel:
     """Put an LTRP front-end on a timm ViT: rank its patches, drop the weak ones, encode the rest.
 
@@ -30,11 +31,12 @@ def drop_patches(
             DINOv3, RoPE ViTs, …).
         ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
         keep_ratio: share of patches to encode, in (0, 1].
-        selection: "top" or "random".
+        selection: "top", "random", "mixed" or "stratified" (see ``LTRPModel``).
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
         ranker_weights: folder or ``.safetensors`` file with weights of the ranker.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
+        selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
 
     Returns:
         An LTRPModel around the same backbone object.
@@ -56,7 +58,7 @@ def drop_patches(
         raise ValueError(
             "ranker_weights and ranker_args go with a ranker's name; this ranker is a module."
         )
-    return LTRPModel(ranker, model, keep_ratio, selection, validate, fill)
+    return LTRPModel(ranker, model, keep_ratio, selection, validate, fill, selection_args)
 
 
 def make_ranker(

@@ -9,6 +9,7 @@ from torch import nn
 
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.rankers.base import to_pair
+from ltrp_timm.slots import patch_embed_of
 
 GENERIC = "ltrp"  # the registered name of a model around any backbone
 
@@ -37,6 +38,7 @@ class TimmInterface:
         bridge: Any
         in_chans: int
         num_prefix_tokens: int
+        selection_args: Dict[str, float]
         _keep_ratio: float
         _selection: str
         _fill: str
@@ -48,7 +50,7 @@ class TimmInterface:
                 setattr(self, name, getattr(self.backbone, name))
         self.global_pool = getattr(self.backbone, "global_pool", "")
         self._patch_pixels: Tuple[int, int] = pixels_per_token(self.backbone)
-        self._pads = bool(self.backbone.patch_embed.dynamic_img_pad)
+        self._pads = bool(patch_embed_of(self.backbone).dynamic_img_pad)
         infos = getattr(self.backbone, "feature_info", [])
         self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
         traits = getattr(self.backbone, "_traits", None)
@@ -73,6 +75,7 @@ class TimmInterface:
         settings = {
             "keep_ratio": self._keep_ratio,
             "selection": self._selection,
+            "selection_args": self.selection_args,
             "fill": self._fill,
         }
         return {**args, **settings}
@@ -188,7 +191,7 @@ class TimmInterface:
 
 def pixels_per_token(backbone: Any) -> Tuple[int, int]:
     """(height, width) of a patch, also where a convolutional stem stands in front (hybrids)."""
-    rows, cols = backbone.patch_embed.feat_ratio(as_scalar=False)
+    rows, cols = patch_embed_of(backbone).feat_ratio(as_scalar=False)
     return int(rows), int(cols)
 
 

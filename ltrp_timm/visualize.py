@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.photos import load_image
-from ltrp_timm.rankers.contrast import mean_rank
-from ltrp_timm.selection import num_keep
+from ltrp_timm.selection import mean_rank, num_keep
+from ltrp_timm.slots import patch_embed_of
 from ltrp_timm.timm_interface import pixels_per_token
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)
@@ -49,7 +49,7 @@ def data_config(model: LTRPModel) -> dict[str, Any]:
     from timm.data import resolve_model_data_config
 
     config: dict[str, Any] = resolve_model_data_config(model)
-    size = getattr(model.backbone.patch_embed, "img_size", None)
+    size = getattr(patch_embed_of(model.backbone), "img_size", None)
     if size is not None:  # the cfg keeps the published size after img_size=… and set_input_size
         config["input_size"] = (config["input_size"][0], *size)
     return config

@@ -1,5 +1,6 @@
 import copy
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from ltrp_timm.teacher import MAETeacher
 
-# one small model for every kind of backbone that has a patch_drop slot: name, changes, image side
+SMALL = {"embed_dim": 64, "num_heads": 2}
+
+# one small model for every kind of backbone that can drop patches: name, changes, image side
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "vit": ("vit_tiny_patch16_224", {}, 96),
     "vit_gap": ("vit_base_patch16_gap_224", {"embed_dim": 64, "num_heads": 2}, 96),
@@ -45,6 +48,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "beitv2": ("beitv2_base_patch16_224", {"embed_dim": 64, "num_heads": 2}, 96),
     "cait": ("cait_xxs24_224", {"embed_dim": 64, "num_heads": 2}, 96),
     "pe_core": ("vit_pe_core_tiny_patch16_384", {}, 96),
+    "vitamin": ("vitamin_small_224", {}, 96),
+    "relpos": ("vit_relpos_small_patch16_224", SMALL, 96),
+    "relpos_shared": ("vit_srelpos_small_patch16_224", SMALL, 96),
+    "relpos_cls": ("vit_relpos_base_patch16_cls_224", SMALL, 96),
+    "relpos_cls_shared": ("vit_relpos_base_patch16_cls_224", {"shared_rel_pos": True, **SMALL}, 96),
+    "relpos_clsgap": ("vit_relpos_base_patch16_clsgap_224", SMALL, 96),
+    "relpos_rpn": ("vit_relpos_base_patch16_rpn_224", SMALL, 96),
+    "relpos_swin": ("vit_relpos_base_patch16_224", {"rel_pos_type": "mlp-swin", **SMALL}, 96),
+    "relpos_bias": ("vit_relpos_small_patch16_224", {"rel_pos_type": "bias", **SMALL}, 96),
+    "relpos_bias_cls": ("vit_relpos_base_patch16_cls_224", {"rel_pos_type": "bias", **SMALL}, 96),
+    "relpos_bias_shared": ("vit_srelpos_small_patch16_224", {"rel_pos_type": "bias", **SMALL}, 96),
+    "naflex": ("naflexvit_base_patch16_gap", SMALL, 96),
+    "naflex_par": ("naflexvit_base_patch16_par_gap", SMALL, 96),
+    "naflex_parfac": ("naflexvit_base_patch16_parfac_gap", SMALL, 96),
+    "naflex_map": ("naflexvit_base_patch16_map", SMALL, 96),
+    "naflex_siglip": ("naflexvit_base_patch16_siglip", SMALL, 96),
+    "naflex_so150m2": ("naflexvit_so150m2_patch16_reg1_gap", SMALL, 96),
+    "naflex_clip": ("vit_base_patch16_clip_224", {"use_naflex": True, **SMALL}, 96),
+    "naflex_eva02": ("eva02_base_patch14_224", {"use_naflex": True, **SMALL}, 84),
+    "naflex_dinov3": ("vit_small_patch16_dinov3", {"use_naflex": True, **SMALL}, 96),
+    "naflex_mixed": ("vit_small_patch16_rope_mixed_224", {"use_naflex": True, **SMALL}, 96),
+    "naflex_mrope": (
+        "naflexvit_base_patch16_gap",
+        {"rope_type": "mrope", "rope_mrope_section": (4, 6, 6), "pos_embed": "none", **SMALL},
+        96,
+    ),
 }
 
 
@@ -62,15 +91,27 @@ def _one_thread_one_seed() -> None:
 
 
 def awaken(model: nn.Module) -> nn.Module:
-    """Undo initial values that would hide a wrong token: LayerScale near 0, tiny heads."""
+    """Undo initial values that would hide a wrong token: LayerScale near 0, tiny heads and biases.
+
+    A post-norm ViT scales its branches by the weight of a norm instead.
+    """
     for name, parameter in model.named_parameters():
-        if "relative_position_bias_table" in name:
+        if "relative_position_bias_table" in name or "rel_pos.mlp" in name:
             nn.init.normal_(parameter)
+        if re.search(r"blocks.*norm[12]\.weight", name):
+            nn.init.ones_(parameter)
         if "gamma" in name:
             nn.init.ones_(parameter)
         if name.startswith(("head", "backbone.head")) and parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def grid_of(backbone: Any, images: Tensor) -> tuple[int, int]:
+    """The patch grid (h, w) of a plain backbone."""
+    embed = backbone.embeds if hasattr(backbone, "embeds") else backbone.patch_embed
+    h, w = embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    return h, w
 
 
 def make_backbone(family: str, **changes: Any) -> tuple[Any, Tensor]:

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
     ["selection", "checkpoints", "throughput", "photos", "change"],
-    ["slots", "coverage", "metrics"],
+    ["slots", "metrics"],
     ["rankers", "losses"],
-    ["timm_interface", "teacher"],
+    ["timm_interface", "adaptive", "dense", "teacher"],
     ["model", "pseudo_scores"],
     ["front_end"],
     ["factory"],

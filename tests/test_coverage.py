@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ltrp_timm import dpc_knn, select_mixed, select_stratified, select_top
-from ltrp_timm.coverage import patch_distances, patch_pixels
+from ltrp_timm.selection import patch_pixels
+from ltrp_timm.selection.coverage import smallest, squared_distances
 
 DATA = load_file(Path(__file__).parent / "data" / "d_select_small.safetensors")
 
@@ -29,9 +30,17 @@ def test_patch_pixels_by_hand() -> None:
 
 def test_distances_by_hand() -> None:
     tokens = torch.randn(2, 10, 12) + 50.0
-    exact = (tokens[:, :, None].double() - tokens[:, None].double()).square().mean(3).sqrt()
-    assert torch.allclose(patch_distances(tokens).double(), exact, atol=1e-4)
-    assert (patch_distances(tokens).diagonal(dim1=1, dim2=2) == 0).all()
+    exact = (tokens[:, :, None].double() - tokens[:, None].double()).square().mean(3)
+    assert torch.allclose(squared_distances(tokens).double(), exact, atol=1e-4)
+    assert (squared_distances(tokens).diagonal(dim1=1, dim2=2) == 0).all()
+
+
+@pytest.mark.parametrize("columns", [1, 5, 64, 70, 71, 200])
+@pytest.mark.parametrize("k", [1, 5])
+def test_smallest_of_each_row(columns: int, k: int) -> None:
+    values = torch.randint(0, 9, (2, 30, columns)).float()
+    k = min(k, columns)
+    assert torch.equal(smallest(values, k).sort(2)[0], values.sort(2)[0][:, :, :k])
 
 
 @pytest.mark.parametrize("k", [16, 32, 48])

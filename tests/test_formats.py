@@ -8,18 +8,34 @@ import pytest
 import torch
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor
+from torch.fx.proxy import TraceError
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from ltrp_timm import create_ranker, drop_patches
 
 FAMILIES = ["vit", "registers", "siglip", "hybrid", "eva02", "dinov3", "rope_mixed"]
-FAMILIES += ["beit", "beit_shared", "cait"]
+FAMILIES += ["beit", "beit_shared", "cait", "relpos", "relpos_shared", "relpos_bias_cls"]
+ROPE = ["naflex_eva02", "naflex_mixed"]
+NAFLEX = ["naflex", "naflex_siglip", "naflex_clip", *ROPE]
+FAMILIES += NAFLEX
 RANKERS = ["contrast", "conv", "vit_tiny", "random"]
 
 # every family with the default ranker, every ranker on one backbone of each slot
 CASES = [(family, "contrast") for family in FAMILIES] + [
     (family, ranker) for family in ("vit", "eva02") for ranker in RANKERS[1:]
 ]
+# and every selection on one backbone of each slot, with options of its own
+CASES += [
+    (family, f"contrast {selection}")
+    for family in ("vit", "eva02")
+    for selection in ("random", "mixed", "stratified")
+]
+OPTIONS = {
+    "top": {},
+    "random": {"seed": 3},
+    "mixed": {"ratio": 0.4, "pixels": 2},
+    "stratified": {"cell": 3},
+}
 both = pytest.mark.parametrize(("family", "ranker"), CASES)
 
 
@@ -29,11 +45,15 @@ def prepare(
     """A pruned model, images, its eager output, and that of the full model."""
     backbone, images = backbone_of(family)
     full = backbone(images)
+    ranker, _, selection = ranker.partition(" ")
     small = {"img_size": 64, "depth": 1} if ranker.startswith("vit") else {}
     small |= {"patch_size": 14} if family == "eva02" and ranker == "random" else {}
     net = create_ranker(ranker, **small)
     net.trained = True
-    model = drop_patches(backbone, ranker=net, keep_ratio=0.4).eval()
+    selection = selection or "top"
+    model = drop_patches(
+        backbone, net, 0.4, selection=selection, selection_args=OPTIONS[selection]
+    ).eval()
     return model, images, model(images), full
 
 
@@ -42,9 +62,42 @@ def check(out: Tensor, eager: Tensor, full: Tensor, tolerance: float = 1e-5) -> 
     assert (out - full).abs().max() > 1e-3
 
 
+# what timm's own models cannot do either
+NOT_SCRIPTED = ["beit_shared", *NAFLEX]
+NOT_TRACED = ["hybrid", *NAFLEX]  # without timm's leaves
+NOT_TRACED_BY_TIMM = ROPE
+
+
+def fx_by_timm(model: Any) -> Any:
+    """As timm traces its models: its leaves, its functions."""
+    options = {
+        "leaf_modules": get_notrace_modules(),
+        "autowrap_functions": get_notrace_functions(),
+        "param_shapes_constant": True,
+    }
+    nodes = get_graph_node_names(model, tracer_kwargs=options)[1]
+    return create_feature_extractor(
+        model, train_return_nodes=nodes[-1:], eval_return_nodes=nodes[-1:], tracer_kwargs=options
+    )
+
+
 @pytest.mark.parametrize(
-    ("family", "ranker"),
-    [case for case in CASES if case[0] != "beit_shared"],  # timm's own cannot be scripted either
+    ("family", "convert"),
+    [(family, torch.jit.script) for family in NOT_SCRIPTED]
+    + [(family, torch.fx.symbolic_trace) for family in NOT_TRACED]
+    + [(family, fx_by_timm) for family in NOT_TRACED_BY_TIMM],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.jit.script, before it fails
+def test_what_the_plain_model_cannot_do_either(
+    backbone_of: Callable[..., Any], family: str, convert: Callable[..., Any]
+) -> None:
+    plain, _ = backbone_of(family)
+    with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError, TraceError)):
+        convert(plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranker"), [case for case in CASES if case[0] not in NOT_SCRIPTED]
 )
 @torch.no_grad()
 def test_script(backbone_of: Callable[..., Any], family: str, ranker: str) -> None:
@@ -73,21 +126,14 @@ def test_trace(backbone_of: Callable[..., Any], family: str, ranker: str) -> Non
 @both
 def test_fx(backbone_of: Callable[..., Any], family: str, ranker: str) -> None:
     model, images, eager, full = prepare(backbone_of, family, ranker)
-    if family != "hybrid":  # torch.fx cannot trace timm's plain hybrid without timm's leaves
+    if family not in NOT_TRACED:
         graph = torch.fx.symbolic_trace(model)
         check(graph(images), eager, full)
         keep = torch.arange(5).expand(3, -1)
         check(graph(images, keep), model(images, keep_indices=keep), eager)
-    # and as timm traces its models
-    options = {
-        "leaf_modules": get_notrace_modules(),
-        "autowrap_functions": get_notrace_functions(),
-        "param_shapes_constant": True,
-    }
-    nodes = get_graph_node_names(model, tracer_kwargs=options)[1]
-    traced = create_feature_extractor(
-        model, train_return_nodes=nodes[-1:], eval_return_nodes=nodes[-1:], tracer_kwargs=options
-    ).eval()
+    if family in NOT_TRACED_BY_TIMM:
+        return
+    traced = fx_by_timm(model).eval()
     check(next(iter(traced(images).values())), eager, full)
     next(iter(traced(images).values())).sum().backward()
     assert all(p.grad is not None for p in traced.parameters() if p.requires_grad)

@@ -10,10 +10,13 @@ from ltrp_timm import (
     gather_patches,
     num_keep,
     scatter_patches,
+    select_mixed,
     select_random,
+    select_stratified,
     select_top,
 )
 from ltrp_timm.selection import (
+    SELECTIONS,
     check_keep_indices,
     check_keep_ratio,
     keep_tokens,
@@ -217,3 +220,51 @@ def test_patch_selector_bad_input() -> None:
         PatchSelector(num_prefix_tokens=-1)
     with pytest.raises(ValueError, match="selection must be one of"):
         PatchSelector(selection="best")
+
+
+def test_selections_by_name_are_the_functions() -> None:
+    scores, tokens = torch.rand(3, 20), torch.randn(3, 20, 6)
+    by_hand = {
+        "top": (None, select_top(scores, 10)),
+        "random": ({"seed": 4}, select_random(scores, 10, seed=4)),
+        "mixed": ({"ratio": 0.3}, select_mixed(scores, 10, tokens, 0.3)),
+        "stratified": ({"cell": 3}, select_stratified(scores, 10, (4, 5), 3)),
+    }
+    assert {*by_hand, "adaptive"} == set(SELECTIONS)
+    for name, (args, keep) in by_hand.items():
+        layer = PatchSelector(0.5, 2, name, args)
+        prefix = torch.randn(3, 2, 6)
+        kept, found = layer(torch.cat([prefix, tokens], 1), scores, (4, 5))
+        assert torch.equal(found, keep)
+        assert torch.equal(kept[:, 2:], gather_patches(tokens, keep))
+    assert len({tuple(keep.flatten().tolist()) for _, keep in by_hand.values()}) == 4
+
+
+def test_options_of_a_selection() -> None:
+    layer = PatchSelector(selection="mixed", selection_args={"ratio": 1})
+    assert layer.selection_args == {"ratio": 1.0, "neighbours": 5, "pixels": 0}
+    layer.selection_args = {"neighbours": 3}
+    assert layer.selection_args == {"ratio": 0.7, "neighbours": 3, "pixels": 0}
+    layer.selection = "mixed"  # the same one keeps its options
+    assert layer.selection_args["neighbours"] == 3
+    layer.selection = "stratified"
+    assert layer.selection_args == {"cell": 2}
+    assert "selection='stratified', selection_args={'cell': 2}" in repr(layer)
+    with pytest.raises(TypeError, match="selection_args must be a mapping, got list"):
+        layer.selection_args = [2]
+    for name, args, words in (
+        ("top", {"cell": 2}, "selection_args of 'top' are no options, got 'cell'"),
+        ("mixed", {"cell": 2}, "are ratio, neighbours, pixels, got 'cell'"),
+        ("mixed", {"ratio": 1.5}, "ratio must be a number from 0 to 1, got 1.5"),
+        ("mixed", {"ratio": math.nan}, "ratio must be a number from 0 to 1, got nan"),
+        ("stratified", {"cell": 0}, "cell must be a whole number from 1 to"),
+        ("stratified", {"cell": 2.5}, "cell must be a whole number"),
+        ("random", {"seed": "a"}, "seed must be a whole number"),
+        (
+            "best",
+            {},
+            "selection must be one of top, random, .*adaptive, got 'best'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PatchSelector(selection=name, selection_args=args)

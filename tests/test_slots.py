@@ -1,5 +1,6 @@
 """drop ≡ mask: dropping patches equals masking them as attention keys in the full-length run."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import FAMILIES
+import torch.nn.functional as F
+from conftest import FAMILIES, grid_of
+from timm.layers import HybridEmbed, PatchDropoutWithIndices, RelPosBiasTf
 from timm.models.beit import Attention as BeitAttention
 from timm.models.cait import Cait
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
@@ -22,7 +27,7 @@ def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, 
     """The plain model with dropped patches masked as keys: kept tokens (B, P + K, D), logits."""
     if isinstance(model, Cait):
         return gathered_reference(model, images, keep)
-    prefix, n = model.num_prefix_tokens, model.patch_embed.num_patches
+    prefix, n = model.num_prefix_tokens, math.prod(grid_of(model, images))
     visible = torch.zeros(images.shape[0], n, dtype=torch.bool).scatter(1, keep, True)
     visible = torch.cat([torch.ones(images.shape[0], prefix, dtype=torch.bool), visible], dim=1)
     mask = visible[:, None, None, :]
@@ -34,14 +39,32 @@ def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, 
         bias = kwargs["shared_rel_pos_bias"]  # a key column of -inf on top of the bias
         return args, {"shared_rel_pos_bias": column if bias is None else bias + column}
 
-    hooks = [
-        block.attn.register_forward_pre_hook(with_mask, with_kwargs=True) for block in model.blocks
-    ]
-    tokens = model.forward_features(images)
-    for hook in hooks:
-        hook.remove()
+    if isinstance(model, NaFlexVit):  # it takes a mask itself
+        tokens = model.forward_features(images, attn_mask=column)
+    elif isinstance(model, VisionTransformerRelPos):
+        tokens = with_masked_bias(model, images, column)
+    else:
+        hooks = [
+            block.attn.register_forward_pre_hook(with_mask, with_kwargs=True)
+            for block in model.blocks
+        ]
+        tokens = model.forward_features(images)
+        for hook in hooks:
+            hook.remove()
     kept = torch.cat([tokens[:, :prefix], gather_patches(tokens[:, prefix:], keep)], dim=1)
     return kept, model.forward_head(kept)
+
+
+def with_masked_bias(model: Any, images: Tensor, column: Tensor) -> Tensor:
+    """ViT-RelPos with a key column of -inf on top of every full-length bias."""
+    own = [block.attn.rel_pos for block in model.blocks]
+    biases = own if model.shared_rel_pos is None else [model.shared_rel_pos]
+    for bias in biases:
+        bias.get_bias = lambda make=bias.get_bias: make() + column
+    tokens: Tensor = model.forward_features(images)
+    for bias in biases:
+        del bias.get_bias
+    return tokens
 
 
 def gathered_reference(model: Cait, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +85,7 @@ def gathered_reference(model: Cait, images: Tensor, keep: Tensor) -> tuple[Tenso
 def test_drop_equals_mask(backbone_of: Callable[..., Any], family: str, ratio: float) -> None:
     backbone, images = backbone_of(family)
     full_tokens, full = backbone.forward_features(images), backbone(images)
-    n, prefix = backbone.patch_embed.num_patches, backbone.num_prefix_tokens
+    n, prefix = math.prod(grid_of(backbone, images)), backbone.num_prefix_tokens
     k = num_keep(n, ratio)
     keep = torch.stack([torch.randperm(n)[:k].sort().values for _ in images])
     tokens, logits = masked_reference(backbone, images, keep)
@@ -77,6 +100,22 @@ def test_drop_equals_mask(backbone_of: Callable[..., Any], family: str, ratio: f
     assert (logits - full).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("relpos")])
+@torch.no_grad()
+def test_drop_equals_mask_without_fused_attention(
+    backbone_of: Callable[..., Any], family: str
+) -> None:
+    backbone, images = backbone_of(family)
+    full = backbone(images)
+    for block in backbone.blocks:
+        block.attn.fused_attn = False
+    keep = torch.stack([torch.randperm(36)[:12] for _ in images])  # in any order
+    _, logits = masked_reference(backbone, images, keep)
+    out = drop_patches(backbone)(images, keep_indices=keep)
+    assert (out - logits).abs().max() <= 1e-5
+    assert (out - full).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_keeping_all_is_the_plain_model(backbone_of: Callable[..., Any], family: str) -> None:
@@ -85,7 +124,7 @@ def test_keeping_all_is_the_plain_model(backbone_of: Callable[..., Any], family:
     model = drop_patches(backbone, keep_ratio=1.0)
     assert torch.equal(model(images), full)
     assert torch.equal(model.forward_features(images), features)
-    every = torch.arange(backbone.patch_embed.num_patches).expand(3, -1)
+    every = torch.arange(math.prod(grid_of(backbone, images))).expand(3, -1)
     assert torch.equal(model.keep_indices(images), every)
     model.keep_ratio = 0.5
     assert torch.equal(model(images, keep_indices=every), full)
@@ -126,8 +165,6 @@ REFUSED = [
     ("pit_ti_224", "pools"),
     ("mixer_s32_224", "token-mixing"),
     ("convit_tiny", "laid out for the full patch grid"),
-    ("vit_relpos_small_patch16_224", "adapter"),
-    ("naflexvit_base_patch16_gap", "adapter"),
     ("resnet18", "none of the timm families"),
     ("convnext_atto", "none of the timm families"),
 ]
@@ -174,6 +211,69 @@ def test_live_patch_dropout_is_refused(name: str) -> None:
     model.patch_drop = nn.Dropout()
     with pytest.raises(TypeError, match="already in use"):
         find_adapter(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "place", "module", "reason"),
+    [
+        ("naflex", "patch_drop", PatchDropoutWithIndices(0.5), "patch_drop is a live PatchDropout"),
+        ("naflex", "norm_pre", nn.RMSNorm(64), r"norm_pre is already in use \(RMSNorm\)"),
+        ("naflex_eva02", "rope", nn.Identity(), "its rope is a Identity, not one of Rotary"),
+        ("relpos", "patch_embed", HybridEmbed(nn.Conv2d(3, 4, 8, 8), 96), "patch_embed is a Hyb"),
+        ("relpos", "patch_embed.norm", nn.LayerNorm(64), "patch_embed.norm is already in use"),
+        ("relpos_shared", "shared_rel_pos", RelPosBiasTf((6, 6), 2), "position is a RelPosBiasTf"),
+        ("relpos", "blocks.1.attn.rel_pos", RelPosBiasTf((6, 6), 2), "position is a RelPosBiasTf"),
+    ],
+)
+def test_parts_that_no_slot_knows_are_refused_unchanged(
+    backbone_of: Callable[..., Any], family: str, place: str, module: nn.Module, reason: str
+) -> None:
+    backbone, _ = backbone_of(family)
+    parent, _, name = place.rpartition(".")
+    setattr(backbone.get_submodule(parent), name, module)
+    modules = dict(backbone.named_modules())
+    with pytest.raises(
+        TypeError, match=f"cannot drop patches from {type(backbone).__name__}.*{reason}"
+    ):
+        drop_patches(backbone)
+    assert dict(backbone.named_modules()) == modules
+
+
+@pytest.mark.parametrize("family", ["naflex", "naflex_eva02"])
+def test_a_dict_of_patches_is_refused(backbone_of: Callable[..., Any], family: str) -> None:
+    backbone, images = backbone_of(family)
+    model = drop_patches(backbone)
+    side = backbone.embeds.patch_size[0]
+    rows = torch.arange(images.shape[-1] // side)
+    patches = F.unfold(images, side, stride=side).transpose(1, 2)
+    batch = {
+        "patches": patches.unflatten(2, (3, -1)).transpose(2, 3).flatten(2),
+        "patch_coord": torch.cartesian_prod(rows, rows).expand(3, -1, -1),
+        "patch_valid": torch.ones(patches.shape[:2], dtype=torch.bool),
+    }
+    for call in (model, model.patch_scores, model.keep_indices, model.forward_intermediates):
+        with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got dict"):
+            call(batch)
+    if family == "naflex":  # the bare backbone is the plain model, with all that it takes
+        assert torch.allclose(backbone(batch), backbone(images), atol=1e-5)
+
+
+def test_an_error_inside_attention_does_no_harm_later(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("relpos")
+    full = backbone(images)
+    model = drop_patches(backbone)
+    expected = model(images)
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError
+
+    hook = backbone.blocks[1].attn.qkv.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        model(images)
+    hook.remove()
+    assert torch.equal(backbone(images), full)
+    assert torch.equal(model(images), expected)
+    assert torch.equal(model.restore()(images), full)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How each timm family lets go of tokens: one small adapter per family, and who is refused why."""
 
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 from timm.models import FeatureGraphNet
@@ -9,13 +9,29 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListN
 from ltrp_timm.slots.base import SlotAdapter, TokenSlot, run_with_slots
 from ltrp_timm.slots.beit import BeitAdapter
 from ltrp_timm.slots.cait import CaitAdapter
+from ltrp_timm.slots.naflex import NaFlexAdapter
 from ltrp_timm.slots.patch_drop import EvaAdapter, VitAdapter
+from ltrp_timm.slots.relpos import RelPosAdapter
 
-__all__ = ["ADAPTERS", "REFUSED", "SlotAdapter", "TokenSlot", "find_adapter", "run_with_slots"]
+__all__ = [
+    "ADAPTERS",
+    "REFUSED",
+    "SlotAdapter",
+    "TokenSlot",
+    "find_adapter",
+    "patch_embed_of",
+    "run_with_slots",
+]
 
-ADAPTERS = (VitAdapter(), EvaAdapter(), BeitAdapter(), CaitAdapter())
+ADAPTERS = (
+    VitAdapter(),
+    EvaAdapter(),
+    BeitAdapter(),
+    CaitAdapter(),
+    RelPosAdapter(),
+    NaFlexAdapter(),
+)
 
-_LATER = "needs an adapter that this version does not have yet"
 _WINDOWS = "it attends inside fixed windows of the full patch grid"
 _POOLS = "it pools the patch grid between its stages"
 _CONVOLVES = "it mixes neighbouring patches with convolutions over the full grid"
@@ -27,8 +43,6 @@ REFUSED: Dict[str, str] = {
     "DataParallel": "it is a wrapper; drop patches from the model inside, then wrap",
     "DistributedDataParallel": "it is a wrapper; drop patches from the model inside, then wrap",
     "RecursiveScriptModule": "it is scripted; drop patches first, then script",
-    "VisionTransformerRelPos": _LATER,
-    "NaFlexVit": _LATER,
     "SwinTransformer": _WINDOWS,
     "SwinTransformerV2": _WINDOWS,
     "SwinTransformerV2Cr": _WINDOWS,
@@ -75,3 +89,9 @@ def find_adapter(backbone: object) -> SlotAdapter:
     raise TypeError(
         f"cannot drop patches from {kind}: it is none of the timm families that can ({names})."
     )
+
+
+def patch_embed_of(backbone: Any) -> Any:
+    """The module that cuts images into patches, whatever the family calls it."""
+    names = (a.patch_embed for a in ADAPTERS if isinstance(backbone, a.host))
+    return getattr(backbone, next(names, SlotAdapter.patch_embed))

@@ -6,10 +6,13 @@ slot is the identity.
 """
 
 from abc import ABC, abstractmethod
+from operator import attrgetter
+from types import FunctionType
 from typing import Any, Callable, List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
 from ltrp_timm.selection import keep_tokens
@@ -69,6 +72,35 @@ class TokenSlotWithDropout(TokenSlot):
         return self.take(F.dropout(x, self.p, self.training))[0]
 
 
+def renamed(function: Any, name: str) -> Any:
+    """The same function by another name: TorchScript compiles methods under the function's own."""
+    code, scope = function.__code__, function.__globals__
+    twin = FunctionType(code, scope, name, function.__defaults__, function.__closure__)
+    twin.__annotations__ = function.__annotations__
+    return twin
+
+
+def as_kind(module: nn.Module, kind: Type[nn.Module]) -> Any:
+    """The same parameters, buffers, submodules and flags behind an object of a subclass."""
+    twin: nn.Module = kind.__new__(kind)
+    twin.__dict__ = module.__dict__
+    return twin
+
+
+def as_slot(module: nn.Module, kind: Type[nn.Module]) -> Any:
+    """``as_kind`` for a subclass that holds keep indices; there are none in it yet."""
+    slot = as_kind(module, kind)
+    slot.keep_indices = None
+    return slot
+
+
+def undo_slot(original: nn.Module, slot: Any) -> nn.Module:
+    """The module that ``as_slot`` was given, with everything as it is now."""
+    original.__dict__ = slot.__dict__
+    del original.keep_indices
+    return original
+
+
 def run_with_slots(
     slots: List[Any], keep: Optional[Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -90,6 +122,21 @@ def run_with_slots(
     return out
 
 
+def check_free(backbone: Any, place: str) -> None:
+    """Raise TypeError when something is at work where a slot would stand, or at ``patch_drop``."""
+    kind, module = type(backbone).__name__, attrgetter(place)(backbone)
+    if isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
+        raise TypeError(
+            f"cannot drop patches from {kind}: its {place} is a live {type(module).__name__}; "
+            "create the model without patch_drop_rate."
+        )
+    if module is not None and type(module) is not nn.Identity:
+        raise TypeError(
+            f"cannot drop patches from {kind}: its {place} is already in use "
+            f"({type(module).__name__})."
+        )
+
+
 class SlotAdapter(ABC):
     """How one timm family lets go of tokens.
 
@@ -97,12 +144,14 @@ class SlotAdapter(ABC):
         family: the name that errors and tables use.
         host: the class in timm.
         places: attributes of the backbone where slots stand, that of the tokens first.
+        patch_embed: attribute of the module that cuts images into patches.
         prefix_in_blocks: whether prefix tokens are in the sequence while the blocks run.
     """
 
     family: str
     host: Type[nn.Module]
     places: Tuple[str, ...]
+    patch_embed: str = "patch_embed"
     prefix_in_blocks: bool = True
 
     @abstractmethod
@@ -114,18 +163,22 @@ class SlotAdapter(ABC):
 
     def install(self, backbone: Any) -> Any:
         """Put empty slots in; returns what ``restore`` needs: what stood there, or None."""
-        original = getattr(backbone, self.places[0])
+        original = attrgetter(self.places[0])(backbone)
         training = backbone.training if original is None else original.training
-        setattr(backbone, self.places[0], self.make_slot(backbone).train(training))
+        self._put(backbone, self.make_slot(backbone).train(training))
         return original
 
     def restore(self, backbone: Any, original: Any) -> None:
         """Put back what stood there."""
         if original is not None:
-            original.train(getattr(backbone, self.places[0]).training)
-        setattr(backbone, self.places[0], original)
+            original.train(attrgetter(self.places[0])(backbone).training)
+        self._put(backbone, original)
+
+    def _put(self, backbone: Any, module: Optional[nn.Module]) -> None:
+        parent, _, name = self.places[0].rpartition(".")
+        setattr(attrgetter(parent)(backbone) if parent else backbone, name, module)
 
     def slots(self, backbone: Any) -> List[Any]:
         """The modules that hold keep indices while the backbone runs."""
-        modules = [getattr(backbone, place) for place in self.places]
+        modules = [attrgetter(place)(backbone) for place in self.places]
         return [module for module in modules if module is not None]

@@ -6,32 +6,31 @@ pair index of the kept patches, the blocks receive it as that argument, and each
 own table up with it. What a checkpointed block needs thus arrives as an argument, never from state.
 """
 
-from types import FunctionType
-from typing import Any, Optional, Tuple, Type
+from typing import Any, Optional, Tuple
 
 import torch
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
 from torch import Tensor, nn
 
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, TokenSlotWithDropout
+from ltrp_timm.selection import token_indices
+from ltrp_timm.slots.base import (
+    SlotAdapter,
+    TokenSlot,
+    TokenSlotWithDropout,
+    as_kind,
+    as_slot,
+    renamed,
+    undo_slot,
+)
 
 
 def kept_pairs(pair_index: Tensor, keep_indices: Tensor) -> Tensor:
     """Pair index (1 + N, 1 + N), keep_indices (B, K) -> (B, 1 + K, 1 + K)."""
-    first = torch.zeros_like(keep_indices[:, :1])
-    rows = torch.cat([first, keep_indices + 1], dim=1)
+    rows = token_indices(keep_indices, 1)
     return pair_index[rows.unsqueeze(2), rows.unsqueeze(1)]
 
 
 torch.fx.wrap("kept_pairs")
-
-
-def _renamed(function: Any, name: str) -> Any:
-    """The same function by another name: TorchScript compiles methods under the function's own."""
-    code, scope = function.__code__, function.__globals__
-    twin = FunctionType(code, scope, name, function.__defaults__, function.__closure__)
-    twin.__annotations__ = function.__annotations__
-    return twin
 
 
 class PairIndexSlot(nn.Module):
@@ -67,7 +66,7 @@ class PairIndexSlot(nn.Module):
 class PairAttention(Attention):
     """timm's BEiT attention, its bias looked up by the pair index that arrives as an argument."""
 
-    _timm_forward = _renamed(Attention.forward, "_timm_forward")
+    _timm_forward = renamed(Attention.forward, "_timm_forward")
 
     def _get_rel_pos_bias(self) -> Tensor:
         # timm adds this to the bias that forward hands over, which holds all of it
@@ -88,7 +87,7 @@ class SharedBiasSlot(RelativePositionBias):
     """timm's shared bias, of the kept pairs alone while keep indices lie in it."""
 
     keep_indices: Optional[Tensor]
-    _timm_forward = _renamed(RelativePositionBias.forward, "_timm_forward")
+    _timm_forward = renamed(RelativePositionBias.forward, "_timm_forward")
 
     def forward(self) -> Tensor:
         """Bias (H, 1 + N, 1 + N), or (B, H, 1 + K, 1 + K)."""
@@ -124,14 +123,13 @@ class BeitAdapter(SlotAdapter):
         attentions = [block.attn for block in backbone.blocks]
         original = (super().install(backbone), backbone.rel_pos_bias, attentions)
         if backbone.rel_pos_bias is not None:
-            backbone.rel_pos_bias = _as_kind(backbone.rel_pos_bias, SharedBiasSlot)
-            backbone.rel_pos_bias.keep_indices = None
+            backbone.rel_pos_bias = as_slot(backbone.rel_pos_bias, SharedBiasSlot)
         elif attentions[0].relative_position_bias_table is not None:
             table = attentions[0].relative_position_bias_table
             bias = PairIndexSlot(attentions[0].window_size, table.device)
             backbone.rel_pos_bias = bias.train(backbone.training)
             for block in backbone.blocks:
-                block.attn = _as_kind(block.attn, PairAttention)
+                block.attn = as_kind(block.attn, PairAttention)
         return original
 
     def restore(self, backbone: Any, original: Any) -> None:
@@ -139,17 +137,9 @@ class BeitAdapter(SlotAdapter):
         pos_drop, rel_pos_bias, attentions = original
         super().restore(backbone, pos_drop)
         if rel_pos_bias is not None:
-            del backbone.rel_pos_bias.keep_indices
-            rel_pos_bias.__dict__ = backbone.rel_pos_bias.__dict__
+            undo_slot(rel_pos_bias, backbone.rel_pos_bias)
         backbone.rel_pos_bias = rel_pos_bias
         for block, attention in zip(backbone.blocks, attentions):
             if isinstance(block.attn, PairAttention):
                 attention.__dict__ = block.attn.__dict__
                 block.attn = attention
-
-
-def _as_kind(module: nn.Module, kind: Type[nn.Module]) -> Any:
-    """The same parameters, buffers, submodules and flags behind an object of a subclass."""
-    twin: nn.Module = kind.__new__(kind)
-    twin.__dict__ = module.__dict__
-    return twin

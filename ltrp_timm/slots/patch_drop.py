@@ -4,12 +4,10 @@ import inspect
 from typing import Any
 
 import timm.models.eva
-from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, TokenSlotWithIndices
+from ltrp_timm.slots.base import SlotAdapter, TokenSlot, TokenSlotWithIndices, check_free
 
 
 class VitAdapter(SlotAdapter):
@@ -25,17 +23,7 @@ class VitAdapter(SlotAdapter):
 
     def check(self, backbone: Any) -> None:
         """Raise TypeError when ``patch_drop`` is in use."""
-        kind, slot = type(backbone).__name__, backbone.patch_drop
-        if isinstance(slot, (PatchDropout, PatchDropoutWithIndices)):
-            raise TypeError(
-                f"cannot drop patches from {kind}: its patch_drop is a live {type(slot).__name__}; "
-                "create the model without patch_drop_rate."
-            )
-        if slot is not None and type(slot) is not nn.Identity:
-            raise TypeError(
-                f"cannot drop patches from {kind}: its patch_drop is already in use "
-                f"({type(slot).__name__})."
-            )
+        check_free(backbone, "patch_drop")
 
 
 class EvaAdapter(VitAdapter):

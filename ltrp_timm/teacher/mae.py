@@ -15,11 +15,15 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ltrp_timm.checkpoints import PathLike, save_weights
-from ltrp_timm.coverage import patch_pixels
 from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, to_pair
 from ltrp_timm.rankers.bridge import fit_channels
 from ltrp_timm.rankers.vit import sincos_pos_embed
-from ltrp_timm.selection import check_keep_indices, gather_patches, validate_keep_indices
+from ltrp_timm.selection import (
+    check_keep_indices,
+    gather_patches,
+    patch_pixels,
+    validate_keep_indices,
+)
 from ltrp_timm.teacher.masking import Generators, masked_indices, random_visible_indices
 
 

@@ -8,28 +8,61 @@ import math
 from typing import Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm.selection import check_k, select_top
+from ltrp_timm.selection.rules import best_first, check_k, select_top
 
 
-def patch_pixels(images: Tensor, grid_size: Tuple[int, int]) -> Tensor:
-    """Images (B, C, H, W) -> pixels of each patch (B, N, C * p * q), cut at the border."""
+def patch_pixels(images: Tensor, grid_size: Tuple[int, int], side: int = 0) -> Tensor:
+    """Pixels of each patch, cut at the border.
+
+    Args:
+        images: (B, C, H, W).
+        grid_size: (h, w) in patches.
+        side: average each patch to so many pixels a side first; 0 takes them as they are.
+
+    Returns:
+        (B, N, C * p * q) for patches of p x q pixels, or (B, N, C * side * side).
+    """
     h, w = grid_size
     rows, cols = images.shape[2] // h, images.shape[3] // w
-    batch, channels = images.shape[0], images.shape[1]
-    x = images[:, :, : h * rows, : w * cols].reshape(batch, channels, h, rows, w, cols)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, rows * cols * channels)
+    x = images[:, :, : h * rows, : w * cols]
+    if side > 0 and (side < rows or side < cols):
+        rows, cols = min(side, rows), min(side, cols)
+        x = F.adaptive_avg_pool2d(x, (h * rows, w * cols))
+    x = x.reshape(x.shape[0], x.shape[1], h, rows, w, cols)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(x.shape[0], h * w, -1)
 
 
-def patch_distances(tokens: Tensor) -> Tensor:
-    """tokens (B, N, C) -> (B, N, N) float32: Euclid over the square root of C."""
+def squared_distances(tokens: Tensor) -> Tensor:
+    """tokens (B, N, C) -> (B, N, N) float32: squares of Euclid over the square root of C."""
     x = tokens.float()
     x = x - x.mean(dim=1, keepdim=True)  # smaller numbers, less cancellation
-    squares = x.square().sum(dim=2)
-    squared = squares.unsqueeze(2) + squares.unsqueeze(1) - 2.0 * torch.bmm(x, x.transpose(1, 2))
+    squares = x.square().sum(dim=2, keepdim=True)
+    ones = torch.ones_like(squares)
+    # |x|^2 + |y|^2 - 2xy as one product
+    left, right = torch.cat([-2.0 * x, squares, ones], 2), torch.cat([x, ones, squares], 2)
+    distances = torch.bmm(left, right.transpose(1, 2)).clamp(min=0.0) / x.shape[2]
     same = torch.eye(x.shape[1], device=x.device, dtype=torch.bool)
-    return (squared.clamp(min=0.0).masked_fill(same, 0.0) / x.shape[2]).sqrt()
+    return distances.masked_fill(same, 0.0)
+
+
+def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
+    """The k smallest of each row (B, N, M) -> (B, N, k), in no order.
+
+    They lie in the k groups of columns with the smallest minima: looking at those alone takes about
+    half as long on a CPU as ``topk`` over whole rows.
+    """
+    batch, rows, columns = values.shape
+    groups = -(-columns // group)
+    if groups <= 2 * k:
+        return values.topk(k, dim=2, largest=False, sorted=False)[0]
+    padded = F.pad(values, [0, groups * group - columns], value=math.inf)
+    grouped = padded.reshape(batch, rows, groups, group)
+    near = grouped.amin(dim=3).topk(k, dim=2, largest=False, sorted=False)[1]
+    near = near.unsqueeze(3).expand(-1, -1, -1, group)
+    return grouped.gather(2, near).flatten(2).topk(k, dim=2, largest=False, sorted=False)[0]
 
 
 def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tensor]:
@@ -54,16 +87,16 @@ def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tens
 
     Source: Du, Ding, Jia (2016), density peaks clustering based on k nearest neighbours.
     """
-    distances = patch_distances(tokens)
+    distances = squared_distances(tokens)
     n = distances.shape[1]
     check_k(distances[:, 0], num_clusters)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
-    nearest = distances.topk(min(k, n), dim=2, largest=False)[0]
-    density = torch.exp(-nearest.square().mean(dim=2))
-    denser = density.unsqueeze(1) > density.unsqueeze(2)  # [b, i, j]: j is denser than i
-    largest = distances.amax(dim=(1, 2)).reshape(-1, 1, 1)
-    separation = torch.where(denser, distances, largest).amin(dim=2)
+    density = torch.exp(-smallest(distances, min(k, n)).mean(dim=2))
+    not_denser = density.unsqueeze(1) <= density.unsqueeze(2)  # [b, i, j]: j is not denser than i
+    nearest_denser = distances.masked_fill(not_denser, math.inf).amin(dim=2)
+    largest = distances.flatten(1).amax(dim=1, keepdim=True)  # what the densest patch gets
+    separation = torch.minimum(nearest_denser, largest).sqrt()
     centres = select_top(density * separation, num_clusters)
     to_centres = distances.gather(1, centres.unsqueeze(2).expand(-1, -1, n))
     labels = to_centres.argmin(dim=1)
@@ -132,15 +165,11 @@ def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: 
             f"expected scores (B, {h * w}) for a grid of {h}x{w} and a cell of at least 1, got "
             f"{scores.shape[1]} scores and cell = {cell}."
         )
-    scores = torch.nan_to_num(scores, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    places = torch.arange(h * w, device=scores.device)
-    cells = (places // w // cell) * (-(-w // cell)) + (places % w) // cell
-    order = torch.sort(scores, dim=1, descending=True, stable=True)[1]
-    # walking down the order, a patch is the first of its cell when no earlier one lies there
-    cells_in_order = cells[order]
-    by_cell = torch.sort(cells_in_order, dim=1, stable=True)
-    new_cell = torch.ones_like(by_cell[0])
-    new_cell[:, 1:] = (by_cell[0][:, 1:] != by_cell[0][:, :-1]).to(new_cell.dtype)
-    first = torch.zeros_like(new_cell).scatter(1, by_cell[1], new_cell)
-    stratified = torch.sort(first, dim=1, descending=True, stable=True)[1]
-    return order.gather(1, stratified[:, :k]).sort(dim=1)[0]
+    best = best_first(scores)
+    place = torch.arange(h * w, device=scores.device)
+    # the standing of each patch, N for the best and 1 for the last: whole numbers, no ties
+    standing = torch.zeros_like(best).scatter(1, best, (h * w - place).expand_as(best)).float()
+    grid = standing.reshape(-1, 1, h, w)
+    champion = F.max_pool2d(grid, cell, ceil_mode=True)
+    champion = champion.repeat_interleave(cell, 2).repeat_interleave(cell, 3)[:, :, :h, :w]
+    return select_top(standing + h * w * (grid == champion).flatten(1), k)

@@ -1,0 +1,161 @@
+"""The adaptive budget: equal to each image alone, and calibrated to a mean."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ltrp_timm import PatchSelector, drop_patches
+from ltrp_timm.selection.adaptive import asked_for, bucket_sizes, snapped
+
+
+class Brightness(nn.Module):
+    """Mean brightness of each patch: scores that compare between images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images.mean(1, keepdim=True), 16).squeeze(1)
+
+
+@pytest.fixture
+def adaptive(backbone_of: Callable[..., Any]) -> tuple[Any, Tensor]:
+    """A model with an adaptive budget, and images that ask for different numbers of patches."""
+    backbone, _ = backbone_of("vit")
+    images = torch.randn(7, 3, 96, 96)
+    for i, image in enumerate(images):  # i bright rows of patches
+        image[:, : 16 * i] += 5.0
+    model = drop_patches(backbone, Brightness(), 0.5, selection="adaptive").eval()
+    model.selection_args = {"threshold": 2.5, "mass": 0.0, "buckets": 6}
+    return model, images
+
+
+def test_what_scores_ask_for_by_hand() -> None:
+    scores = torch.tensor([[1.0, 5.0, 3.0, 1.0], [9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 8.0, 0.0]])
+    assert asked_for(scores, "threshold", 3.0).tolist() == [2, 4, 1]
+    assert asked_for(scores, "threshold", 99.0).tolist() == [1, 1, 1]
+    # above the lowest: 4 2 0 0, nothing, 8 0 0 0
+    assert asked_for(scores, "mass", 0.5).tolist() == [1, 1, 1]
+    assert asked_for(scores, "mass", 4 / 6).tolist() == [1, 1, 1]
+    assert asked_for(scores, "mass", 0.7).tolist() == [2, 1, 1]
+    assert torch.equal(asked_for(scores * 7 - 3, "mass", 0.7), asked_for(scores, "mass", 0.7))
+    odd = torch.tensor([[torch.nan, 4.0, 0.0, torch.nan], [-torch.inf, 4.0, 3.0, 0.0]])
+    assert asked_for(odd, "mass", 0.9).tolist() == [1, 2]
+    assert bucket_sizes(36, 6) == [6, 12, 18, 24, 30, 36]
+    assert bucket_sizes(3, 8) == [1, 2, 3]
+    assert snapped(torch.tensor([1, 6, 7, 36]), bucket_sizes(36, 6)).tolist() == [6, 6, 12, 36]
+    with pytest.raises(ValueError, match="rule must be one of mass, threshold, got 'most'"):
+        asked_for(scores, "most", 0.5)
+
+
+@torch.no_grad()
+def test_a_batch_equals_each_image_alone(adaptive: tuple[Any, Tensor]) -> None:
+    model, images = adaptive
+    counts = model.keep_counts(images)
+    assert counts.tolist() == [6, 6, 12, 18, 24, 30, 36]
+    shuffled = torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    logits = model(images[shuffled])
+    for place, number in enumerate(shuffled):
+        image = images[number : number + 1]
+        keep = model.keep_indices(image)
+        assert keep.shape[1] == counts[number]
+        alone = model(image)
+        assert torch.equal(alone, model(image, keep_indices=keep))
+        assert (logits[place] - alone[0]).abs().max() <= 1e-5
+    assert (logits[2] - model.backbone(images[6:])[0]).abs().max() <= 1e-5  # all of its patches
+    model.selection = "top"
+    assert (model(images[shuffled]) - logits).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_dense_features_keep_the_order_of_images(adaptive: tuple[Any, Tensor]) -> None:
+    model, images = adaptive
+    images = images.flip(0)
+    options = {"intermediates_only": True, "return_prefix_tokens": True, "norm": True}
+    features = model.forward_intermediates(images, **options)
+    assert len(features) == 2
+    for i in range(len(images)):
+        alone = model.forward_intermediates(images[i : i + 1], **options)
+        for (dense, prefix), (one, its_prefix) in zip(features, alone):
+            assert (dense[i] - one[0]).abs().max() <= 1e-5
+            assert (prefix[i] - its_prefix[0]).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match=r"different numbers of patches \(6, 12, 18"):
+        model.forward_intermediates(images)
+    with pytest.raises(ValueError, match="or give one image"):
+        model.forward_features(images)
+    with pytest.raises(ValueError, match="or give one image"):
+        model.keep_indices(images)
+    assert model.forward_features(images[-1:]).shape[1] == 1 + 6
+
+
+def test_gradients_are_those_of_the_images_alone(adaptive: tuple[Any, Tensor]) -> None:
+    model, images = adaptive
+    model(images).sum().backward()
+    together = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    for image in images:
+        model(image[None]).sum().backward()
+    alone = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(together, alone))
+
+
+@pytest.mark.parametrize("rule", ["mass", "threshold"])
+def test_calibration_reaches_its_mean(backbone_of: Callable[..., Any], rule: str) -> None:
+    backbone, _ = backbone_of("vit")
+    images = torch.rand(64, 3, 96, 96) ** torch.arange(1, 65).reshape(-1, 1, 1, 1)
+    model = drop_patches(backbone, Brightness())
+    reached = {}
+    for target in (0.3, 0.6):
+        reached[target] = model.calibrate(images.split(10), target, rule, buckets=36)
+        assert target - 0.03 <= reached[target] <= target
+        counts = model.keep_counts(images)
+        assert counts.float().mean() / 36 == pytest.approx(reached[target])
+        assert counts.unique().numel() > 1
+        assert model.selection == "adaptive"
+        assert model.keep_ratio == target
+    assert reached[0.3] < reached[0.6]
+
+
+def test_calibration_refuses_nonsense(adaptive: tuple[Any, Tensor]) -> None:
+    model, images = adaptive
+    before = model.selection_args
+    for bad, words in (
+        ({"images": [], "mean_keep_ratio": 0.5}, "needs images"),
+        ({"images": images, "mean_keep_ratio": 1.0}, "needs images and mean_keep_ratio < 1"),
+        ({"images": images, "mean_keep_ratio": 0.0}, "must be in"),
+        ({"images": images, "mean_keep_ratio": 0.5, "rule": "most"}, "got 'most'"),
+        ({"images": images, "mean_keep_ratio": 0.5, "buckets": 0}, "buckets must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.calibrate(**bad)
+    assert model.selection_args == before
+    with pytest.raises(ValueError, match="an adaptive budget has no keep_ratio to set"):
+        model.keep_ratio = 0.7
+    model.keep_ratio = 1.0
+    assert model.keep_counts(images).tolist() == [36] * 7
+    model.selection = "top"
+    with pytest.raises(ValueError, match="only 'adaptive' counts by image, not 'top'"):
+        model.keep_counts(images)
+    with pytest.raises(ValueError, match="for whole models"):
+        PatchSelector(selection="adaptive")
+
+
+@torch.no_grad()
+def test_it_says_that_it_is_eager(adaptive: tuple[Any, Tensor]) -> None:
+    model, images = adaptive
+    with pytest.raises(ValueError, match="eager mode only"):
+        torch.jit.trace(model, images)
+    with pytest.raises(Exception, match="eager mode only"):
+        torch.export.export(model, (images,))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    with pytest.raises(Exception, match="in eager mode"):
+        scripted(images)
+    keep = torch.arange(5).expand(7, -1)
+    assert (scripted(images, keep) - model(images, keep_indices=keep)).abs().max() <= 1e-5
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")  # with breaks between graphs
+    assert (compiled(images) - model(images)).abs().max() <= 1e-5
