@@ -5,6 +5,7 @@ patch, n variants of a chunk. A variant is an image without one of its visible p
 them are one batch, cut into chunks that fit into memory.
 """
 
+import math
 from typing import Callable, Optional, Tuple, Union
 
 import torch
@@ -25,7 +26,7 @@ AGGREGATES = ("mean", "max")
 ImageChange = Callable[[Tensor, Tensor], Tensor]
 
 # what the activations of a chunk may take: on a CPU they should stay near the caches
-_CPU_BYTES = 128 * 2**20
+_CPU_BYTES = 192 * 2**20
 _DEVICE_SHARE = 0.5
 
 
@@ -99,7 +100,7 @@ def semantic_density(
     variants = _Variants(teacher, images, visible_indices, removal)
     change = _Change(variants, images, metric, aggregate)
     rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
-    size = chunk or _fitting_chunk(teacher, visible_indices.shape[1], images.device)
+    size = chunk or _even(len(rows), _fitting_chunk(teacher, visible_indices.shape[1], rows.device))
     scores = [
         change(variants.paint(row, column), row)
         for row, column in zip(rows.split(size), columns.flatten().split(size))
@@ -149,6 +150,11 @@ def _fitting_chunk(teacher: MAETeacher, visible: int, device: torch.device) -> i
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = _DEVICE_SHARE * (free + cached)
     return max(1, int(budget / (4 * max(encoder, decoder))))
+
+
+def _even(total: int, size: int) -> int:
+    """The size of as few chunks as ``size`` allows, all about equal."""
+    return math.ceil(total / math.ceil(total / size))
 
 
 class _Variants:

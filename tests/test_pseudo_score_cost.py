@@ -42,7 +42,13 @@ def test_the_loop_computes_the_same_scores(module: Any, removal: str) -> None:
 
 def test_goals(module: Any) -> None:
     row = {"device": "cpu", "dtype": "float32", "threads": "1", "depth": "all", "rounds": 5}
-    row |= {"method": "batch", "removal": "full", "speedup_low": 1.0, "speedup_high": 2.0}
+    row |= {
+        "batch": 1,
+        "method": "batch",
+        "removal": "full",
+        "speedup_low": 1.0,
+        "speedup_high": 2.0,
+    }
     for changes, verdicts in (
         ({"speedup": 1.26}, ["met"]),
         ({"speedup": 1.24}, ["not met"]),
@@ -51,6 +57,7 @@ def test_goals(module: Any) -> None:
         ({"speedup": 1.3, "removal": "decoder"}, []),
         ({"speedup": 1.3, "method": "drawn:5"}, []),
         ({"speedup": 1.3, "depth": 1}, []),
+        ({"speedup": 1.3, "batch": 4}, []),
         ({"speedup": 1.3, "threads": "2"}, []),
     ):
         lines = [line for goal in module.goals() for line in goal.check([{**row, **changes}])]

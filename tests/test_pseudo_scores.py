@@ -13,7 +13,7 @@ from conftest import small_teacher
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ltrp_timm import create_ranker, semantic_density
+from ltrp_timm import create_ranker, pseudo_scores, semantic_density
 from ltrp_timm.change import METRICS, psnr_change, ssim_change
 from ltrp_timm.losses import list_mle
 from ltrp_timm.metrics import spearman
@@ -177,6 +177,22 @@ def test_the_chunk_does_not_matter(removal: str) -> None:
         scores, _ = semantic_density(teacher, images, visible, removal=removal, chunk=chunk)
         assert (scores - expected).abs().max() <= 1e-6
         assert torch.equal(scores.argsort(dim=1), expected.argsort(dim=1))
+
+
+def test_chunks_are_fitted_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, images, visible = case()  # 12 variants
+    seen = Shapes(teacher.decoder_blocks[0]).seen
+    semantic_density(teacher, images, visible)
+    assert [shape[0] for shape in seen] == [2, 12]
+    one = 192 * 2**20 / pseudo_scores._fitting_chunk(teacher, 6, images.device)
+    monkeypatch.setattr(pseudo_scores, "_CPU_BYTES", 9.5 * one)
+    seen.clear()
+    semantic_density(teacher, images, visible)
+    assert [shape[0] for shape in seen] == [2, 6, 6]  # 9 would fit; even chunks
+    monkeypatch.setattr(pseudo_scores, "_CPU_BYTES", 1)
+    seen.clear()
+    semantic_density(teacher, images, visible)
+    assert [shape[0] for shape in seen] == [2] + 12 * [1]
 
 
 class Shapes:
