@@ -181,18 +181,21 @@ def test_the_chunk_does_not_matter(removal: str) -> None:
 
 def test_chunks_are_fitted_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, images, visible = case()  # 12 variants
-    seen = Shapes(teacher.decoder_blocks[0]).seen
-    semantic_density(teacher, images, visible)
-    assert [shape[0] for shape in seen] == [2, 12]
-    one = 192 * 2**20 / pseudo_scores._fitting_chunk(teacher, 6, images.device)
-    monkeypatch.setattr(pseudo_scores, "_CPU_BYTES", 9.5 * one)
-    seen.clear()
-    semantic_density(teacher, images, visible)
-    assert [shape[0] for shape in seen] == [2, 6, 6]  # 9 would fit; even chunks
-    monkeypatch.setattr(pseudo_scores, "_CPU_BYTES", 1)
-    seen.clear()
-    semantic_density(teacher, images, visible)
-    assert [shape[0] for shape in seen] == [2] + 12 * [1]
+    encoder, decoder = Shapes(teacher.blocks[0]).seen, Shapes(teacher.decoder_blocks[0]).seen
+    expected, _ = semantic_density(teacher, images, visible)
+    assert [shape[0] for shape in encoder] == [shape[0] for shape in decoder] == [2, 12]
+    for budget, encoded, decoded in (
+        (900_000, [2, 12], [2, 6, 6]),
+        (130_000, [2, 6, 6], [2] + 12 * [1]),
+        (1, [2] + 12 * [1], [2] + 12 * [1]),
+    ):
+        monkeypatch.setattr(pseudo_scores, "_CPU_BYTES", budget)
+        encoder.clear()
+        decoder.clear()
+        scores, _ = semantic_density(teacher, images, visible)
+        assert [shape[0] for shape in encoder] == encoded
+        assert [shape[0] for shape in decoder] == decoded
+        assert (scores - expected).abs().max() <= 1e-6
 
 
 class Shapes:
