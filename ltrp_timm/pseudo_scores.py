@@ -64,7 +64,7 @@ def semantic_density(
         aggregate: over the masked patches. "mean" is the paper's; "max", the strongest local
             change, rewards local information instead of a faint shift of the whole picture.
         num_removed: R, score only so many of the visible patches, drawn per image before anything
-            is reconstructed: the cost is R / V. None for all.
+            is reconstructed: the cost is (R + 1) / (V + 1). None for all.
         chunk: variants that are computed at a time; None fits it to the memory, for encoder and
             decoder each. The result does not depend on it.
         generator: draws what is to be drawn: one, or one an image; None for torch's global state.
@@ -86,11 +86,12 @@ def semantic_density(
     (torch.Size([2, 8]), torch.Size([2, 8]))
     """
     _check_choices(removal, metric, aggregate, chunk)
+    teacher.check_images(images)
     if visible_indices is None:
         batch, n = images.shape[0], teacher.num_patches
         visible_indices = random_visible_indices(batch, n, mask_ratio, generator, images.device)
-    visible_indices = visible_indices.to(images.device)
     teacher.check_visible(visible_indices, images.shape[0])
+    visible_indices = visible_indices.to(images.device)
     if not 2 <= visible_indices.shape[1] < teacher.num_patches:
         raise ValueError(
             f"{visible_indices.shape[1]} of {teacher.num_patches} patches are visible: at least 2 "

@@ -406,9 +406,13 @@ def test_wrong_arguments() -> None:
         ({"visible_indices": torch.arange(16).repeat(2, 1)}, "16 of 16 patches are visible"),
         ({"visible_indices": None, "mask_ratio": 1.5}, r"mask_ratio must be in \(0, 1\), got 1.5"),
         ({"generator": [torch.Generator()], "num_removed": 2}, "2 images need as many generators"),
+        ({"images": images[:0]}, r"takes images \(B, 3, 32, 32\), got \[0, 3, 32, 32\]"),
+        ({"images": images[0]}, r"takes images \(B, 3, 32, 32\), got \[3, 32, 32\]"),
         ({"images": images[:, :, :16]}, r"takes images \(B, 3, 32, 32\), got \[2, 3, 16, 32\]"),
     ):
         given = {"images": images, "visible_indices": visible, **arguments}
         with pytest.raises(ValueError, match=text):
             semantic_density(teacher, **given)
+    with pytest.raises(TypeError, match="visible_indices must be an int64 tensor, got list"):
+        semantic_density(teacher, images, visible.tolist())
     assert set(METRICS) >= {"l1", "mse", "ssim", "psnr", "lpips"}
