@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.photos import check_aspect, load_image
-from ltrp_timm.rankers.contrast import mean_rank
-from ltrp_timm.selection import num_keep
+from ltrp_timm.selection import mean_rank, num_keep
 from ltrp_timm.slots import patch_embed_of
 from ltrp_timm.timm_interface import pixels_per_token
 

@@ -11,7 +11,9 @@ from ltrp_timm.selection.by_name import (
 )
 from ltrp_timm.selection.coverage import dpc_knn, patch_pixels, select_mixed, select_stratified
 from ltrp_timm.selection.rules import (
+    best_first,
     check_keep_ratio,
+    mean_rank,
     num_keep,
     seeded_scores,
     select_random,
@@ -31,6 +33,7 @@ __all__ = [
     "SELECTIONS",
     "PatchSelector",
     "SelectsPatches",
+    "best_first",
     "check_fill",
     "check_keep_indices",
     "check_keep_ratio",
@@ -40,6 +43,7 @@ __all__ = [
     "dpc_knn",
     "gather_patches",
     "keep_tokens",
+    "mean_rank",
     "num_keep",
     "patch_pixels",
     "scatter_patches",

@@ -81,6 +81,19 @@ def best_first(scores: Tensor, k: Optional[int] = None) -> Tensor:
     return torch.sort(scores, dim=1, descending=True, stable=True)[1][:, :k]
 
 
+def mean_rank(values: Tensor) -> Tensor:
+    """values (B, N) -> ranks in (0, 1): 0.5/N the lowest, ties share their mean rank."""
+    count = values.shape[1]
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():  # no searchsorted there; counting pairs is the same
+            pairs = values.unsqueeze(2) - values.unsqueeze(1)
+            return (pairs.sign().sum(dim=2) + count) / (2 * count)
+    ordered = values.sort(dim=1)[0]
+    below = torch.searchsorted(ordered, values, right=False)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to) / (2 * count)
+
+
 def select_random(
     scores: Tensor, k: int, generator: Optional[torch.Generator] = None, seed: int = 0
 ) -> Tensor:
