@@ -76,6 +76,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "where_does_time_go": (),
     "break_even": ("--rankers", "contrast", "conv"),
     "memory": (),
+    "adaptive_budget": ("--scenes", "24", "--rankers", "pixel_std", "--keep-ratios", "0.3"),
 }
 every = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -487,3 +488,37 @@ def test_readme_agrees_with_csv_and_code() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_coverage_by_hand() -> None:
+    module = load("coverage")
+    scores = torch.arange(196.0).expand(1, -1)
+    keep = torch.tensor([[0, 195]])
+    pixels = torch.zeros(1, 196, 1)
+    pixels[0, 0] = 1.0
+    found = module.cover(keep, scores, pixels)
+    assert found["empty_cells"].item() == pytest.approx(1 - 2 / 49)
+    assert found["farthest"].item() == pytest.approx(13.0)
+    assert found["unlike"].item() == pytest.approx(0.0, abs=1e-3)  # all others are like the last
+    assert found["score"].item() == pytest.approx((0.5 + 195.5) / (194.5 + 195.5))
+    alone = module.cover(keep[:, :1], scores, pixels)
+    assert alone["unlike"].item() == pytest.approx(255 * 195 / 196, rel=1e-4)
+
+
+def test_coverage(run_benchmark: Callable[..., Done]) -> None:
+    done = run_benchmark("coverage", "--keep-ratios", "0.25")
+    assert done.files == ["coverage.csv", "coverage.md", "coverage.png"]
+    assert done.png.startswith(PNG_MAGIC)
+    rows = {row["method"]: row for row in done.rows}
+    assert float(rows["stratified"]["empty_cells"]) == 0.0
+    assert float(rows["mixed"]["unlike"]) < float(rows["top"]["unlike"])
+    assert float(rows["top"]["score"]) == 1.0 > float(rows["mixed"]["score"])
+
+
+def test_adaptive_budget(run_benchmark: Callable[..., Done]) -> None:
+    done = run_benchmark("adaptive_budget", *SCRIPTS["adaptive_budget"])
+    rows = {row["method"]: row for row in done.rows}
+    assert set(rows) == {"fixed", "mass", "threshold"}
+    assert float(rows["fixed"]["mean_share"]) == pytest.approx(59 / 196, abs=1e-4)
+    assert all(0.3 < float(row["kept_ink"]) <= 1.0 for row in rows.values())
+    assert float(rows["fixed"]["ink_gain"]) == 0.0
