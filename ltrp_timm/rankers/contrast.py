@@ -16,8 +16,7 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
     """rank(patch std) + rank(colour contrast to the border) + 0.7 * rank(nearness to the centre).
 
     No weights, no training, no labels; ranks are taken within an image, ties share their mean rank.
-    The defaults are the best of the analytic scores measured on real photos against object masks;
-    it knows nothing about content.
+    It knows nothing about content, and its scores do not compare between images.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
