@@ -49,7 +49,7 @@ del _ltrp_vit
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``ltrp_timm.visualize`` and ``ltrp_timm.throughput`` when they are first used."""
-    if name in ("visualize", "throughput"):
+    """Import ``ltrp_timm.visualize``, ``throughput`` and ``train`` when they are first used."""
+    if name in ("visualize", "throughput", "train"):
         return importlib.import_module(f"ltrp_timm.{name}")
     raise AttributeError(f"module 'ltrp_timm' has no attribute {name!r}")

@@ -4,10 +4,12 @@ import contextlib
 import os
 import stat
 import warnings
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+MAX_ASPECT = 50  # a longer strip of pixels would be resized to gigabytes before it is cropped
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,14 +42,30 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         _check_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata is no reason to refuse a photo
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(image)
+        return _decode(path)
     except Exception as error:  # what PIL's readers raise on damaged files has no common type
         raise ValueError(f"{printable(path)}: {_reason(error)}") from error
+
+
+def decode_image(file: IO[bytes], name: str) -> Image.Image:
+    """Read a photo from an open file, as ``load_image`` does.
+
+    Raises:
+        ValueError: one line with ``name`` and the reason.
+    """
+    try:
+        return _decode(file)
+    except Exception as error:
+        raise ValueError(f"{printable(name)}: {_reason(error)}") from error
+
+
+def _decode(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged metadata is no reason to refuse a photo
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(source) as image:
+            image.load()
+            return _to_rgb(image)
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ltrp_timm.model import LTRPModel
-from ltrp_timm.photos import load_image
+from ltrp_timm.photos import MAX_ASPECT, load_image
 from ltrp_timm.selection import mean_rank, num_keep
 from ltrp_timm.slots import patch_embed_of
 from ltrp_timm.timm_interface import pixels_per_token
@@ -27,7 +27,9 @@ __all__ = [
     "kept_patches",
     "load_image",
     "overview",
+    "panel",
     "score_map",
+    "side_by_side",
     "stack_rows",
     "to_image",
     "to_tensor",
@@ -38,7 +40,6 @@ _Pixels = npt.NDArray[Any]
 # dark violet, blue, teal, green, yellow: lightness rises steadily, also for the colour-blind
 _RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
 _GREY = np.array([0.299, 0.587, 0.114])
-_MAX_ASPECT = 50  # a strip of pixels would be resized to gigabytes before it is cropped
 _MIN_PANEL, _MAX_PANEL = 224, 264  # pixels; a row of five stays below 1400
 _GAP = 8
 _CAPTION = 24
@@ -74,9 +75,9 @@ def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
     in_chans = getattr(model, "in_chans", 3)
     if in_chans != 3:
         raise ValueError(f"pictures have 3 channels, the model takes {in_chans}.")
-    if max(image.size) > _MAX_ASPECT * min(image.size):
+    if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(
-            f"a picture may be at most {_MAX_ASPECT} times longer than wide, got "
+            f"a picture may be at most {MAX_ASPECT} times longer than wide, got "
             f"{image.width}x{image.height}."
         )
     transform = create_transform(**data_config(model), is_training=False)
@@ -207,7 +208,7 @@ def overview(
         with keeping(model, ratio):
             kept = kept_patches(photo, model.keep_indices(on_device), grid)
         panels.append((kept, f"keep {ratio:g}: {num_keep(h * w, ratio)} of {h * w}"))
-    return _side_by_side([_panel(shown, text if captions else "") for shown, text in panels])
+    return side_by_side([panel(shown, text if captions else "") for shown, text in panels])
 
 
 @contextlib.contextmanager
@@ -269,7 +270,7 @@ def _ramp(levels: _Pixels) -> _Pixels:
     return np.stack([np.interp(levels, places, channel) for channel in _RAMP.T], axis=-1)
 
 
-def _panel(picture: Image.Image, caption: str) -> Image.Image:
+def panel(picture: Image.Image, caption: str) -> Image.Image:
     """A picture brought to a size for reading, its caption above."""
     if picture.width > _MAX_PANEL or picture.width < _MIN_PANEL:
         width = _MAX_PANEL if picture.width > _MAX_PANEL else _MIN_PANEL
@@ -288,11 +289,12 @@ def _panel(picture: Image.Image, caption: str) -> Image.Image:
     return out
 
 
-def _side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
-    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
-    out = Image.new("RGB", (width, max(panel.height for panel in panels)), "white")
+def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row on white."""
+    width = sum(picture.width for picture in panels) + _GAP * (len(panels) - 1)
+    out = Image.new("RGB", (width, max(picture.height for picture in panels)), "white")
     left = 0
-    for panel in panels:
-        out.paste(panel, (left, 0))
-        left += panel.width + _GAP
+    for picture in panels:
+        out.paste(picture, (left, 0))
+        left += picture.width + _GAP
     return out

@@ -20,7 +20,8 @@ ROOMS = [
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console"],
-    ["demo"],
+    ["demo", "train"],
+    ["train_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
