@@ -16,6 +16,7 @@ import torch
 from train_setup import QUIET, TEACHER_ARGS, make_photos, run, same_bits, tiny_teacher, weights
 
 from ltrp_timm.train import NonFiniteLossError, train_teacher
+from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.loop import Trainer
 from ltrp_timm.train.state import check_same, digest, locked, read_state, save_state
@@ -236,7 +237,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(photos: Path, tmp_path: Path) ->
 
     def poison(self: Any, *args: Any) -> Any:
         if self.progress.step == 5:
-            self.model.head.bias.data.fill_(math.nan)
+            self.engine.model.head.bias.data.fill_(math.nan)
         return original(self, *args)
 
     original = Trainer.train_update
@@ -253,14 +254,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(photos: Path, tmp_path: Path) ->
 def test_weights_that_are_not_finite_are_not_saved(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
-    def poison(self: Any) -> None:
-        original(self)
-        if self.progress.step == 4:  # after the last loss of the epoch
+    def poison(self: Any, step: int) -> None:
+        original(self, step)
+        if step == 4:  # after the last loss of the epoch
             self.model.head.bias.data.fill_(math.inf)
 
-    original = Trainer._step
+    original = Engine.update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", poison)
+        patch.setattr(Engine, "update", poison)
         with pytest.raises(NonFiniteLossError, match="a weight is not finite"):
             run(photos, folder, **{**LONG, "ema_decay": None})
     assert _state(folder)["progress"]["step"] == 0

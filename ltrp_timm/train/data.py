@@ -34,6 +34,7 @@ def open_dataset(
     input_key: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
+    training: bool = True,
 ) -> Any:
     """A dataset of timm's by its name, or one that is given.
 
@@ -45,6 +46,7 @@ def open_dataset(
         input_key: where a named dataset keeps its images.
         num_samples: length of a stream that does not know it.
         seed: of a stream's shuffling.
+        training: a stream is shuffled.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -68,7 +70,7 @@ def open_dataset(
             text if named else "",
             root=root if named else text,
             split=split,
-            is_training=split == "train",
+            is_training=training,
             seed=seed,
             **extra,
         )

@@ -9,25 +9,19 @@ import contextlib
 import dataclasses
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, dispatch_clip_grad
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ltrp_timm.checkpoints import CONFIG_NAME, WEIGHTS_NAME, write_atomically
 from ltrp_timm.console import complain, say
 from ltrp_timm.photos import one_line
 from ltrp_timm.train.curves import CURVES_NAME, plot_curves, require_matplotlib
 from ltrp_timm.train.data import Batch
-from ltrp_timm.train.keys import sample_seed
+from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.logs import LOG_NAME, Log, find_writer
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.train.signals import StopRequests, stop_requests
@@ -38,7 +32,6 @@ from ltrp_timm.train.world import World
 
 BEST = "best"
 PICTURES_NAME = "pictures.png"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fit(task: Task, sources: Sources, settings: Settings, world: World, output: Any) -> Summary:
@@ -88,44 +81,14 @@ class Trainer:
         self, task: Task, sources: Sources, settings: Settings, world: World, folder: Path
     ) -> None:
         self.task, self.sources, self.settings = task, sources, settings
-        self.world, self.folder, self.device = world, folder, world.device
+        self.world, self.folder = world, folder
         self.checkpoint = folder / CHECKPOINT_NAME
-        self.model: Any = task.model
+        lr = settings.lr or settings.base_lr * sources.per_update / 256
+        self.engine = Engine(task.model, lr, sources.updates_per_epoch, settings, world)
         self.progress = Progress()
         self.problems: list[str] = []
         self.log: Any = None
         self.rate = 0.0  # of the last update
-        default = "bf16" if self.device.type == "cuda" else "fp32"
-        self.precision = settings.precision or default
-        self.lr = settings.lr or settings.base_lr * sources.per_update / 256
-        self.optimizer = self._make_optimizer()
-        self.scheduler = self._make_scheduler()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        decay = settings.ema_decay
-        self.ema = None if decay is None else ModelEmaV3(self.model, decay=decay)
-
-    def _make_optimizer(self) -> Any:
-        given, name = self.settings.opt_args, self.settings.opt
-        arguments = dict(given or {})
-        if given is None and name == "adamw":
-            arguments = {"betas": (0.9, 0.95)}
-        return create_optimizer_v2(
-            self.model, name, self.lr, self.settings.weight_decay, **arguments
-        )
-
-    def _make_scheduler(self) -> Any:
-        settings = self.settings
-        warmup = settings.warmup_epochs
-        return create_scheduler_v2(
-            self.optimizer,
-            settings.sched,
-            num_epochs=settings.epochs,
-            warmup_epochs=settings.epochs / 10 if warmup is None else warmup,
-            warmup_lr=settings.warmup_lr,
-            min_lr=settings.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.sources.updates_per_epoch,
-        )[0]
 
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
@@ -136,11 +99,9 @@ class Trainer:
             "images_per_update": self.sources.per_update,
             "updates_per_epoch": self.sources.updates_per_epoch,
             **self.settings.fixed(),
-            "precision": self.precision,
-            "lr": self.lr,
+            "precision": self.engine.precision,
+            "lr": self.engine.lr,
         }
-
-    # ------------------------------------------------------------------ begin, save, end
 
     def start(self) -> None:
         """Take up a checkpoint, or write the first one; then wrap the model for the work."""
@@ -148,12 +109,7 @@ class Trainer:
             self.restore()
         else:
             self.world.on_main(self.save_checkpoint)
-        self.forward: Any = self.model
-        if self.world.size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.model, device_ids=ids)
-        if self.settings.compile:
-            self.forward = torch.compile(self.forward)
+        self.engine.wrap()
         if self.world.main:
             p, s = self.progress, self.settings
             self.log = Log(self.folder, p.epoch, p.step, s.tensorboard, s.progress)
@@ -165,17 +121,10 @@ class Trainer:
             NonFiniteLossError: a weight is not finite; the last checkpoint stays.
             OSError: it cannot be written; the last checkpoint stays.
         """
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if not self.engine.is_finite():
             raise NonFiniteLossError(self._not_finite("a weight is not finite"))
-        state = {
-            "config": self.config(),
-            "progress": dataclasses.asdict(self.progress),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-            "scaler": self.scaler.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else {},
-        }
+        progress = dataclasses.asdict(self.progress)
+        state = {"config": self.config(), "progress": progress, **self.engine.state_dict()}
         save_state(self.checkpoint, state)
 
     def restore(self) -> None:
@@ -187,13 +136,7 @@ class Trainer:
         state = read_state(self.checkpoint)
         check_same(state["config"], self.config(), self.checkpoint)
         self.progress = Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.scheduler:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
+        self.engine.load_state_dict(state)
         if self.world.main:
             p = self.progress
             if p.epoch >= self.settings.epochs:
@@ -206,8 +149,6 @@ class Trainer:
         """Put the log away."""
         if self.log:
             self.log.close()
-
-    # ------------------------------------------------------------------ the loop
 
     def run(self, requests: StopRequests) -> Summary:
         """All epochs that are left."""
@@ -233,10 +174,10 @@ class Trainer:
         accumulate = self.settings.accumulate
         self._show_epoch()
         batches = self.sources.training_batches(progress.epoch, progress.update * accumulate)
-        self.model.train()
+        self.engine.model.train()
         with contextlib.closing(batches):
             while progress.update < per_epoch:
-                self.rate = self.optimizer.param_groups[0]["lr"]
+                self.rate = self.engine.rate
                 loss, stopped = self.train_update(list(islice(batches, accumulate)), requests)
                 self._count(loss)
                 if self.log:
@@ -258,41 +199,23 @@ class Trainer:
         Raises:
             NonFiniteLossError: before anything has changed.
         """
-        total = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad()
-        for number, batch in enumerate(batches, start=1):
+        for batch in batches:
             self._name_problems(batch)
-            with self._gradients_together(number == len(batches)), self._own_random_numbers(number):
-                with self.autocast():
-                    loss = self.task.loss(self.forward, batch) / len(batches)
-                self.scaler.scale(loss).backward()
-            total += loss.detach().float()
-        sums = self.world.sum([total.item(), float(requests.signal is not None)])
+        loss = self.engine.gradients(batches, self.task.loss, self.progress.step)
+        sums = self.world.sum([loss, float(requests.signal is not None)])
         loss_value = sums[0] / self.world.size
         if not math.isfinite(loss_value):
             raise NonFiniteLossError(self._not_finite(f"the loss is {loss_value}"))
-        self._step()
-        return loss_value, (requests.signal or signal.SIGTERM) if sums[1] else 0
-
-    def _step(self) -> None:
-        settings = self.settings
-        if settings.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.model.parameters(), settings.clip_grad, mode=settings.clip_mode)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.progress.step += 1
-        if self.scheduler:
-            self.scheduler.step_update(self.progress.step)
-        if self.ema:
-            self.ema.update(self.model, step=self.progress.step)
+        self.engine.update(self.progress.step)
+        return loss_value, (requests.signal or signal.SIGTERM) if sums[1] else 0
 
     def end_epoch(self) -> None:
         """Measure, save, log; the checkpoint comes last: a run killed here does all of it again."""
         speed = self.log.images_per_second() if self.log else 0.0
         metrics = self.evaluate()
         unreadable = self.world.gather_names(self.problems)
-        progress, model = self.progress, self.trained_model
+        progress = self.progress
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -307,12 +230,12 @@ class Trainer:
         if better:
             progress.best = metrics[self.task.metric]
         progress.epoch, progress.update, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        if self.scheduler:
-            self.scheduler.step(progress.epoch, metrics.get(self.task.metric))
-        self.world.on_main(lambda: self._write_epoch(row, model, better))
+        self.engine.end_epoch(progress.epoch, metrics.get(self.task.metric))
+        self.world.on_main(lambda: self._write_epoch(row, better))
 
-    def _write_epoch(self, row: dict[str, Any], model: nn.Module, better: bool) -> None:
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+    def _write_epoch(self, row: dict[str, Any], better: bool) -> None:
+        model = self.engine.trained_model
+        if not self.engine.is_finite():
             raise NonFiniteLossError(self._not_finite("a weight is not finite"))
         try:
             self.task.save(model, self.folder)
@@ -324,7 +247,7 @@ class Trainer:
         self.log.end_epoch(row, self.settings.epochs)
         if self.settings.plot:
             plot_curves(self.log.rows, self.folder / CURVES_NAME)
-            with self._measuring(model):
+            with self.engine.measuring() as model:
                 picture = self.task.draw(model, self.sources.fixed_batch())
             path = self.folder / PICTURES_NAME
             write_atomically(path, lambda file: picture.save(file, format="png"))
@@ -333,12 +256,11 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Means over the held-out images of all processes; none where nothing is held out."""
         sums: dict[str, float] = {}
-        model = self.trained_model
-        with self._measuring(model):
+        with self.engine.measuring() as model:
             for batch in self.sources.held_out_batches():
                 self._name_problems(batch)
                 values = self.task.measure(model, batch)
-                values["images"] = torch.ones(len(batch), device=self.device)
+                values["images"] = batch.real
                 for name, value in values.items():
                     part = value.double()[batch.real].sum().item()
                     sums[name] = sums.get(name, 0.0) + part
@@ -346,46 +268,7 @@ class Trainer:
         names = self.world.gather_names(list(sums))
         totals = dict(zip(names, self.world.sum([sums.get(name, 0.0) for name in names])))
         count = totals.pop("images", 0.0)
-        return {name: totals[name] / count for name in sums if name in totals} if count else {}
-
-    # ------------------------------------------------------------------ parts
-
-    @property
-    def trained_model(self) -> nn.Module:
-        """What is measured and saved: the average of the weights, where there is one."""
-        model: nn.Module = self.ema.module if self.ema else self.model
-        return model
-
-    def autocast(self) -> Any:
-        """The precision of the run."""
-        dtype = _DTYPES[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    @contextlib.contextmanager
-    def _measuring(self, model: nn.Module) -> Iterator[None]:
-        before = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.autocast():
-                yield
-        finally:
-            model.train(before)
-
-    def _gradients_together(self, last: bool) -> Any:
-        """Processes exchange gradients at the last of the batches that are accumulated."""
-        wrapper = self.forward
-        if last or self.world.size == 1:
-            return contextlib.nullcontext()
-        return getattr(wrapper, "_orig_mod", wrapper).no_sync()
-
-    @contextlib.contextmanager
-    def _own_random_numbers(self, number: int) -> Iterator[None]:
-        """What a model draws itself, as drop path does, belongs to the step, not to the process."""
-        index = self.progress.step * self.world.size + self.world.rank
-        devices = [self.device.index or 0] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(sample_seed(self.settings.seed, number, index, "model"))
-            yield
+        return {name: total / count for name, total in totals.items()} if count else {}
 
     def _show_epoch(self) -> None:
         if self.log:
@@ -411,10 +294,9 @@ class Trainer:
     def _not_finite(self, what: str) -> str:
         progress = self.progress
         losses = ", ".join(f"{loss:.4g}" for loss in progress.last_losses) or "none"
-        rate = self.rate
         return (
             f"{what} at step {progress.step + 1} (epoch {progress.epoch + 1}); losses before it: "
-            f"{losses}; learning rate {rate:.3g}. The weights of the last checkpoint are in "
+            f"{losses}; learning rate {self.rate:.3g}. The weights of the last checkpoint are in "
             f"{self.checkpoint}."
         )
 

@@ -54,7 +54,7 @@ class Sources:
         self.seed, self.world, self.workers = settings.seed, world, settings.num_workers
         self._shape, self._min_side = (3, *img_size), min_side
         self._eval_transform = eval_transform
-        dataset = self._open(data, settings, settings.split)
+        dataset = self._open(data, settings, settings.split, training=True)
         self.streaming = isinstance(dataset, IterableDataset)
         self.held_out = self._held_out(settings)
         if self.streaming:
@@ -81,15 +81,9 @@ class Sources:
             self.sampler = KeyedSampler(count, mine, world, self.seed)
         self._loaders: dict[str, Any] = {}
 
-    def _open(self, data: Any, settings: Settings, split: str) -> Any:
-        return open_dataset(
-            data,
-            settings.data_root,
-            split,
-            settings.input_key,
-            settings.num_samples,
-            settings.seed,
-        )
+    def _open(self, data: Any, settings: Settings, split: str, training: bool) -> Any:
+        root, key, count = settings.data_root, settings.input_key, settings.num_samples
+        return open_dataset(data, root, split, key, count, settings.seed, training)
 
     def _stream_length(self, dataset: Any, settings: Settings) -> int:
         """Images of all processes; a stream of timm's knows those of its own."""
@@ -106,7 +100,7 @@ class Sources:
     def _held_out(self, settings: Settings) -> KeyedImages | None:
         if settings.val_data is None:
             return None
-        dataset = self._open(settings.val_data, settings, settings.val_split)
+        dataset = self._open(settings.val_data, settings, settings.val_split, training=False)
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"val_data must not be a stream, got {settings.val_data}.")
         images = Images(dataset, self._min_side)
