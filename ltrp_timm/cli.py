@@ -1,4 +1,4 @@
-"""The command line: ``ltrp-timm demo``, ``rank`` and ``export``.
+"""The command line: ``ltrp-timm demo``, ``rank``, ``train-ranker``, ``train-teacher``, ``export``.
 
 It turns flags into plain arguments. An error is one line on stderr and exit code 2.
 """
@@ -54,6 +54,7 @@ def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.export_command import add_export
     from ltrp_timm.rank.arguments import add_rank
+    from ltrp_timm.train_command import add_train_commands
 
     parser = _Parser(
         prog="ltrp-timm",
@@ -64,6 +65,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     _add_demo(commands)
     add_rank(commands)
+    add_train_commands(commands)
     add_export(commands)
     return parser
 
@@ -110,5 +112,5 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         )
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # torchrun -m ltrp_timm.cli …
     sys.exit(main())

@@ -21,8 +21,8 @@ ROOMS = [
     ["ltrp_vit"],
     ["visualize", "console"],
     ["arguments", "named_model", "parity", "formats"],
-    ["export"],
-    ["demo", "rank", "export_command"],
+    ["export", "train"],
+    ["demo", "rank", "export_command", "train_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
