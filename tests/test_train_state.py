@@ -1,6 +1,7 @@
 """Checkpoints, locks and going on: exact, whole, and refused when they do not fit."""
 
 import math
+import multiprocessing
 import os
 import pickle
 import resource
@@ -302,39 +303,41 @@ def test_equal_weights_have_one_digest() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_twenty_kills_change_nothing(photos: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, workers and all; the weights are those of an undisturbed run."""
-    tiny_teacher().save(tmp_path / "teacher")
-    arguments = [
-        *("train-ranker", "--data", str(photos), "--teacher", str(tmp_path / "teacher")),
-        *("--ranker-args", "width=16", "depth=1", "--mask-ratio", "0.5", "--epochs", "60"),
-        *("--batch-size", "4", "--ema-decay", "0.9", "--lr", "0.01", "--no-tensorboard"),
-        *("--resume", "auto"),
-    ]
+    """SIGKILL at random moments; the weights are those of a run that nothing disturbed."""
+    options = {**LONG, "epochs": 150, "resume": "auto"}
 
-    def start(folder: str, every: int, workers: int) -> subprocess.Popen[bytes]:
-        extra = ["--checkpoint-steps", str(every), "--num-workers", str(workers)]
-        command = [sys.executable, "-m", "ltrp_timm.cli", *arguments, *extra]
-        return subprocess.Popen([*command, "--output", str(tmp_path / folder)])
+    def start(folder: str, every: int, workers: int) -> Any:
+        changes = {**options, "checkpoint_steps": every, "num_workers": workers}
+        # forked, so that it need not import everything again
+        process = multiprocessing.get_context("fork").Process(
+            target=run, args=(photos, tmp_path / folder), kwargs=changes
+        )
+        process.start()
+        return process
 
-    assert start("whole", 100, 0).wait() == 0
-    draw, killed = torch.Generator().manual_seed(0), 0
+    whole = start("whole", 100, 0)
+    whole.join()
+    assert whole.exitcode == 0
+    draw, steps = torch.Generator().manual_seed(0), [0]
     checkpoint = tmp_path / "cut" / "checkpoint.safetensors"
-    steps = []
-    while killed < 20:
-        process = start("cut", 1 + killed % 3, killed % 3)
+    for kill in range(20):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None:  # not while it starts: there is nothing to disturb
+        process = start("cut", 1 + kill % 3, kill % 3)
+        while process.is_alive():  # not while it starts: there is nothing to disturb
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
                 break
-            time.sleep(0.002)
-        time.sleep(float(torch.rand((), generator=draw)) * 0.2)
-        assert process.poll() is None, "the run was too short to be killed"
+            time.sleep(0.001)
+        time.sleep(0.05 * float(torch.rand((), generator=draw)))
         process.kill()
-        process.wait()
-        killed += 1
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
         steps.append(_state(tmp_path / "cut")["progress"]["step"])
-    assert start("cut", 7, 1).wait() == 0
+    last = start("cut", 7, 1)
+    last.join()
+    assert last.exitcode == 0
     print("killed at steps", steps)
     assert len(set(steps)) > 10
     assert equal(_state(tmp_path / "cut"), _state(tmp_path / "whole"))
