@@ -27,7 +27,6 @@ from typing import Any
 
 import tables
 import torch
-import torch.nn.functional as F
 from common import (
     VIT_S,
     Calls,
@@ -42,6 +41,7 @@ from common import (
     spread,
     timing_columns,
 )
+from scenes import ink_per_patch, make_scenes
 from tables import Goal
 from torch import Tensor
 
@@ -49,7 +49,7 @@ from ltrp_timm import throughput
 
 NAME = "adaptive_budget"
 TITLE = "Adaptive budgets against fixed ones of equal mean"
-SIDE, PATCH = 224, 16
+PATCH = 16
 BUDGETS = ("fixed", "mass", "threshold")
 
 
@@ -62,37 +62,9 @@ def goals() -> list[Goal]:
     ]
 
 
-def make_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scenes (B, 3, 224, 224) in [0, 1], and where their ink is (B, 224, 224)."""
-    from sklearn.datasets import load_digits
-
-    generator = torch.Generator().manual_seed(seed)
-    digits = torch.from_numpy(load_digits().images).float() / 16
-    ink = torch.zeros(count, SIDE, SIDE)
-    for image in ink:
-        busy = bool(torch.rand((), generator=generator) < 0.5)
-        low, high = (8, 13) if busy else (1, 3)
-        for _ in range(int(torch.randint(low, high, (), generator=generator))):
-            size = int(torch.randint(24, 57, (), generator=generator))
-            top, left = torch.randint(0, SIDE - size, (2,), generator=generator).tolist()
-            digit = digits[int(torch.randint(len(digits), (), generator=generator))]
-            shape = F.interpolate(digit[None, None], (size, size), mode="bilinear")[0, 0]
-            spot = image[top : top + size, left : left + size]
-            spot.copy_(torch.maximum(spot, shape))
-
-    def noise(side: int, scale: float) -> Tensor:
-        grid = torch.randn(count, 3, side, side, generator=generator)
-        return scale * F.interpolate(grid, (SIDE, SIDE), mode="bilinear")
-
-    background = 0.5 + noise(2, 0.15) + noise(8, 0.05) + noise(SIDE, 0.01)
-    colour = torch.rand(count, 3, 1, 1, generator=generator)
-    scenes = torch.lerp(background, colour, ink.unsqueeze(1))
-    return scenes.clamp(0, 1), (ink > 0.5).float()
-
-
 def kept_ink(model: Any, images: Tensor, ink: Tensor) -> tuple[Tensor, float]:
     """Share of each image's ink in kept patches (B,), and the mean share of patches kept."""
-    per_patch = F.avg_pool2d(ink.unsqueeze(1), PATCH).flatten(1)
+    per_patch = ink_per_patch(ink, PATCH)
     shares, patches = [], []
     for image, amount in zip(images.split(1), per_patch):
         keep = model.keep_indices(image)[0]

@@ -4,6 +4,7 @@ import argparse
 import copy
 import importlib
 import re
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -159,6 +160,13 @@ def timing_columns(timing: throughput.Timing, batch: int) -> Row:
 def spread(name: str, value: throughput.Ratio) -> Row:
     """A ratio as three columns: NAME for its median, NAME_low and NAME_high for its quartiles."""
     figures = {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
+    return {column: round(figure, 5) for column, figure in figures.items()}
+
+
+def summary(name: str, values: Tensor) -> Row:
+    """Mean and quartiles over the images, as columns."""
+    low, _, high = statistics.quantiles(values.tolist(), n=4, method="inclusive")
+    figures = {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
     return {column: round(figure, 5) for column, figure in figures.items()}
 
 

@@ -19,13 +19,12 @@ Measured on square crops of the real photos that scikit-image and scikit-learn b
 """
 
 import argparse
-import statistics
 from typing import Any
 
 import tables
 import torch
-import torch.nn.functional as F
-from common import Row, load_pyplot, make_parser, set_up
+from common import Row, load_pyplot, make_parser, set_up, summary
+from scenes import load_crops
 from tables import Goal
 from torch import Tensor
 
@@ -63,28 +62,6 @@ def goals() -> list[Goal]:
         Goal("empty cells", {**quarter, "method": "stratified"}, "empty_cells", "<=", 0.0),
         Goal("unlike ÷ that of top", mixed, "unlike_of_top", "<=", 0.9),
     ]
-
-
-def load_crops() -> Tensor:
-    """The photos (B, 3, 224, 224), pixels in [0, 1]: the middle square and two at the ends."""
-    from skimage import data
-    from sklearn.datasets import load_sample_images
-
-    names = ("astronaut", "camera", "chelsea", "coffee", "coins", "retina", "rocket")
-    arrays = [getattr(data, name)() for name in names] + list(load_sample_images().images)
-    crops = []
-    for array in arrays:
-        pixels = torch.from_numpy(array.copy()).float() / 255
-        pixels = pixels.unsqueeze(-1).expand(-1, -1, 3) if pixels.dim() == 2 else pixels
-        image = pixels.permute(2, 0, 1)[None]
-        side = int(0.8 * min(image.shape[-2:]))
-        rows, cols = (size - side for size in image.shape[-2:])
-        for place in (0.0, 0.5, 1.0):
-            top, left = int(rows * place), int(cols * place)
-            square = image[:, :, top : top + side, left : left + side]
-            size = (16 * GRID[0], 16 * GRID[1])
-            crops.append(F.interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1))
-    return torch.cat(crops)
 
 
 def cover(keep: Tensor, scores: Tensor, pixels: Tensor) -> dict[str, Tensor]:
@@ -129,13 +106,6 @@ def run(args: argparse.Namespace, where: Row) -> list[Row]:
             row |= summary("unlike_of_top", found[label]["unlike"] / found["top"]["unlike"])
             rows.append({**row, **where})
     return rows
-
-
-def summary(name: str, values: Tensor) -> Row:
-    """Mean and quartiles over the images, as columns."""
-    low, _, high = statistics.quantiles(values.tolist(), n=4, method="inclusive")
-    figures = {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
-    return {column: round(figure, 5) for column, figure in figures.items()}
 
 
 def table(rows: list[Row]) -> list[Row]:

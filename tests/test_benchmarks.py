@@ -14,12 +14,14 @@ from typing import Any
 
 import common
 import pytest
+import scenes
 import tables
 import timm
 import torch
 
 from ltrp_timm import throughput
 from ltrp_timm.selection import keep_tokens
+from ltrp_timm.teacher import MAETeacher
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -522,3 +524,87 @@ def test_adaptive_budget(run_benchmark: Callable[..., Done]) -> None:
     assert float(rows["fixed"]["mean_share"]) == pytest.approx(59 / 196, abs=1e-4)
     assert all(0.3 < float(row["kept_ink"]) <= 1.0 for row in rows.values())
     assert float(rows["fixed"]["ink_gain"]) == 0.0
+
+
+LEARNING = ("--scenes", "20", "--crops", "12", "--held-out", "4", "--draws", "2")
+LEARNING += ("--teacher-epochs", "2", "--ranker-epochs", "1")
+
+
+def test_learning(run_benchmark: Callable[..., Done]) -> None:
+    done = run_benchmark("learning", *LEARNING)
+    assert done.files == ["learning.csv", "learning.md", "learning.png", "learning_maps.png"]
+    assert done.png.startswith(PNG_MAGIC)
+    assert "No goal applies to these settings." in done.text  # nor may it: the teacher is cut
+    rows = {(row["images"], row["aggregate"], row["method"]): row for row in done.rows}
+    free = ["contrast", "pixel_std", "gradient", "colour", "centre", "random"]
+    for aggregate in ("mean", "max"):
+        methods = ["teacher", f"conv, {aggregate}", *free]
+        for images, names in (("scenes", [*methods, "ink"]), ("photos", methods)):
+            assert [key[2] for key in rows if key[:2] == (images, aggregate)] == names
+            figures = {name: float(rows[images, aggregate, name]["spearman"]) for name in names}
+            best = max(figures[name] for name in free)
+            gain = float(rows[images, aggregate, names[1]]["spearman_gain"])
+            assert gain == pytest.approx(figures[names[1]] - best, abs=1e-4)
+            assert max(figures, key=lambda name: figures[name]) == "teacher"
+        assert float(rows["scenes", aggregate, "ink"]["object_auc"]) == 1.0
+        assert rows["photos", aggregate, "contrast"]["object_auc"] == ""
+    # the two teachers are not one: aggregates differ in what a score without weights is worth
+    assert len({rows["scenes", a, "contrast"]["spearman"] for a in ("mean", "max")}) == 2
+    assert len({rows["scenes", a, "contrast"]["ink_kept"] for a in ("mean", "max")}) == 1
+
+
+def test_learning_measures_by_hand() -> None:
+    module = load("learning")
+    ink = torch.tensor([[0.5, 0.1, 0.0, 0.0]])
+    for scores, auc in (([4, 3, 2, 1], 1.0), ([1, 2, 3, 4], 0.0), ([4, 1, 2, 3], 0.5)):
+        assert module.object_auc(torch.tensor([scores]).float(), ink).item() == pytest.approx(auc)
+    assert module.object_auc(torch.zeros(1, 4), ink).item() == pytest.approx(0.5)
+    assert scenes.ink_kept(torch.tensor([[4.0, 1, 2, 3]]), ink, 0.5).item() == pytest.approx(5 / 6)
+    lists = [(torch.tensor([[5.0, 7.0]]), torch.tensor([[3, 0]]))]
+    lists += [(torch.tensor([[2.0, 1.0]]), torch.tensor([[1, 2]]))]
+    found = module.mean_map(lists, 4)
+    assert found.tolist() == [[0.75, 0.75, 0.25, 0.25]]
+    assert module.agreement(found, lists).item() == pytest.approx(1.0)
+    assert module.agreement(torch.tensor([[0.0, 1, 0, 1]]), lists).item() == pytest.approx(0.0)
+
+
+def test_lists_of_a_draw_are_parts_of_the_grid() -> None:
+    module = load("learning")
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
+    teacher = MAETeacher(32, 8, **small, decoder_depth=1, decoder_num_heads=2)
+    lists = module.teacher_lists(teacher, torch.rand(2, 3, 32, 32), "mean", draws=2, seed=0)
+    assert [tuple(scores.shape) for scores, _ in lists] == [(2, 4)] * 8
+    for draw in (lists[:4], lists[4:]):
+        every = torch.cat([indices for _, indices in draw], dim=1).sort(dim=1).values
+        assert torch.equal(every, torch.arange(16).expand(2, -1))
+    assert not torch.equal(lists[0][1], lists[4][1])
+
+
+def test_runs_of_other_images_are_refused(tmp_path: Path) -> None:
+    module = load("learning")
+    module.write_images(torch.rand(3, 3, 8, 8), tmp_path, "scene")
+    module.write_images(torch.rand(3, 3, 8, 8), tmp_path, "scene")
+    with pytest.raises(SystemExit, match="has 1 images of another run"):
+        module.write_images(torch.rand(2, 3, 8, 8), tmp_path, "scene")
+
+
+def test_scenes_by_hand() -> None:
+    images, ink = scenes.make_cluttered_scenes(40, seed=3, side=64)
+    assert images.shape == (40, 3, 64, 64)
+    assert 0.0 <= float(images.min()) < 0.1 < 0.9 < float(images.max()) <= 1.0
+    assert set(ink.unique().tolist()) == {0.0, 1.0}
+    assert bool((ink.sum(dim=(1, 2)) > 0).all())
+    again = scenes.make_cluttered_scenes(40, seed=3, side=64)
+    assert torch.equal(images, again[0])
+    assert not torch.equal(images, scenes.make_cluttered_scenes(40, seed=4, side=64)[0])
+    # digits are cut by the border: no ranker is right for liking the middle
+    border = torch.cat([ink[:, 0], ink[:, -1], ink[:, :, 0], ink[:, :, -1]])
+    assert float(border.mean()) > 0.5 * float(ink.mean())
+    # ink is of one colour in an image, texture is not
+    inked = ink.unsqueeze(1).expand(-1, 3, -1, -1) > 0
+    spread = [float(image[mask].std()) for image, mask in zip(images[:, :1], inked[:, :1])]
+    assert sum(spread) / len(spread) < 0.5 * float(images[:, 0].flatten(1).std(dim=1).mean())
+    crops = scenes.random_crops(("coins", "chelsea"), 4, seed=0, side=48)
+    assert crops.shape == (4, 3, 48, 48)
+    grey = [bool((crop[0] - crop[1]).abs().max() < 1e-6) for crop in crops]
+    assert grey == [True, False, True, False]  # in turns

@@ -1,0 +1,376 @@
+"""Does a ranker trained without labels learn its teacher, and does it find objects?
+
+Claim. A `conv` ranker that saw nothing but images and a small masked autoencoder (MAE) trained on
+the same images puts the patches of new images in its teacher's order, clearly more so than any
+score that needs no weights. Whether it also finds objects better than these is asked here too, and
+answered by the table.
+
+Arithmetic. Images of 128 px are 64 patches of 16; at mask ratio 0.75 the teacher sees V = 16, the
+least that works, and a list has 16 scores. Each costs 17 encodings and paintings of the small
+teacher: that is where the time goes. Chance is a Spearman of 0 and a loss of ln(16!) = 30.7.
+
+Images: generated scenes (digits among textured blobs, the ink is known) and squares of the photos
+of scikit-image and scikit-learn. Scenes that are measured are drawn anew, photos that are measured
+are others than those trained on. The teacher is trained once, a ranker for each aggregate of the
+pseudo-scores ("full" removal). Nothing is chosen by the held-out images: the last weights count.
+    spearman     of a score with the teacher's, over lists of 16 patches, mean of an image
+    object_auc   chance that a patch with ink (10 % of its pixels or more) outranks one without
+    ink_kept     share of the ink in the best 25 % of the patches
+Photos are judged by the first alone: squares of three photos, so their spread says little.
+`teacher` is the mean rank of the teacher's own scores over half of the lists of an image; its
+spearman is with the other half and says how far lists of one image agree. `ink` is the truth.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tables
+import torch
+from common import Row, load_pyplot, make_parser, set_up, summary
+from PIL import Image
+from scenes import PHOTOS, ink_kept, ink_per_patch, make_cluttered_scenes, random_crops
+from tables import Goal
+from torch import Tensor
+
+import ltrp_timm
+from ltrp_timm.metrics import spearman
+from ltrp_timm.rankers import InputBridge, resize_score_map
+from ltrp_timm.selection import mean_rank, num_keep, select_top
+from ltrp_timm.teacher import num_visible
+from ltrp_timm.train import train_ranker, train_teacher
+from ltrp_timm.train.logs import LOG_NAME, read_log
+from ltrp_timm.train.pictures import show_images
+from ltrp_timm.visualize import kept_patches, row, score_map, stack_rows
+
+NAME = "learning"
+TITLE = "A ranker trained without labels, its teacher, and scores without weights"
+SIDE, PATCH, MASK_RATIO, KEEP_RATIO = 128, 16, 0.75, 0.25
+GRID = (SIDE // PATCH, SIDE // PATCH)
+NEW_PHOTOS = ("chelsea", "coins", "flower")  # held out
+AGGREGATES = ("mean", "max")
+WEIGHT_FREE = ("contrast", "pixel_std", "gradient", "colour", "centre", "random")
+MEASURES = ("spearman", "object_auc", "ink_kept")
+
+
+def goals() -> list[Goal]:
+    """What the claim says, and what is asked beside it."""
+    conv = {"method": tuple(f"conv, {name}" for name in AGGREGATES)}
+    scenes, photos = {**conv, "images": "scenes"}, {**conv, "images": "photos"}
+    return [
+        Goal("spearman − best without weights, scenes", scenes, "spearman_gain", ">=", 0.1),
+        Goal("spearman − best without weights, photos", photos, "spearman_gain", ">=", 0.1),
+        Goal("object AUC − best without weights", scenes, "object_auc_gain", ">=", 0.0),
+        Goal("ink kept − best without weights", scenes, "ink_kept_gain", ">=", 0.0),
+    ]
+
+
+class HeldOut(NamedTuple):
+    """Images to measure on, pixels in [0, 1] (B, 3, H, W); ink of each patch (B, N), or None."""
+
+    images: Tensor
+    ink: Tensor | None
+
+
+def write_images(images: Tensor, folder: Path, name: str) -> None:
+    """images (B, 3, H, W) as PNG files, beside none of that name of another run.
+
+    Raises:
+        SystemExit: the folder has others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}_{number:04d}.png" for number in range(len(images))]
+    others = set(folder.glob(f"{name}_*.png")) - set(paths)
+    if others:
+        raise SystemExit(f"{folder} has {len(others)} images of another run; choose another --runs")
+    for path, picture in zip(paths, show_images(images)):
+        picture.save(path)
+
+
+def make_data(args: argparse.Namespace, folder: Path) -> dict[str, HeldOut]:
+    """Write ``train`` and ``held_out`` into the folder; the latter also as tensors."""
+    old_photos = [name for name in PHOTOS if name not in NEW_PHOTOS]
+    write_images(make_cluttered_scenes(args.scenes, 0, SIDE)[0], folder / "train", "scene")
+    write_images(random_crops(old_photos, args.crops, 0, SIDE), folder / "train", "photo")
+    scenes, ink = make_cluttered_scenes(args.held_out, 1, SIDE)
+    photos = random_crops(NEW_PHOTOS, args.held_out, 1, SIDE)
+    found = {
+        "scenes": HeldOut(scenes, ink_per_patch(ink, PATCH)),
+        "photos": HeldOut(photos, None),
+    }
+    for name, held in found.items():
+        write_images(held.images, folder / "held_out", name)
+    return found
+
+
+def train(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Teacher and rankers into folders of their names; seconds of each."""
+    common = {"val_data": folder / "held_out", "num_workers": 0, "device": args.device}
+    common |= {"precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]}
+    common |= {"tensorboard": False, "plot": True, "resume": "auto"}
+    common["seed"] = args.seed
+    small = {"patch_size": PATCH, "embed_dim": 128, "depth": args.depth or 4, "num_heads": 4}
+    small |= {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
+    batch = min(64, args.scenes + args.crops)
+    seconds = {}
+    start = time.perf_counter()
+    options = {**common, "epochs": args.teacher_epochs, "batch_size": batch, "lr": args.teacher_lr}
+    train_teacher(folder / "train", folder / "teacher", SIDE, small, **options)
+    seconds["teacher"] = time.perf_counter() - start
+    for aggregate in AGGREGATES:
+        start = time.perf_counter()
+        options = {
+            **common,
+            "epochs": args.ranker_epochs,
+            "batch_size": min(16, batch),
+            "lr": args.ranker_lr,
+        }
+        options |= {"mask_ratio": MASK_RATIO, "aggregate": aggregate, "removal": "full"}
+        options |= {"teacher": folder / "teacher", "img_size": SIDE, "clip_grad": 1.0}
+        train_ranker(folder / "train", folder / f"conv_{aggregate}", **options)
+        seconds[f"conv, {aggregate}"] = time.perf_counter() - start
+    return seconds
+
+
+def teacher_lists(
+    teacher: Any, images: Tensor, aggregate: str, draws: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Scores of visible patches, and which, each (B, V): all N // V lists of each draw in turn.
+
+    The lists of a draw are the parts of one random order: each patch is scored once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = teacher.num_patches
+    visible, lists = num_visible(count, MASK_RATIO), []
+    shown = as_seen_by(teacher, images)
+    for _ in range(draws):
+        order = torch.rand(len(images), count, generator=generator).argsort(dim=1)
+        for part in order.split(visible, dim=1):
+            chosen = part.sort(dim=1).values.to(images.device)
+            lists.append(ltrp_timm.semantic_density(teacher, shown, chosen, aggregate=aggregate))
+    return lists
+
+
+def as_seen_by(net: Any, images: Tensor) -> Tensor:
+    """Pixels in [0, 1] -> normalised as a net wants them."""
+    plain = ([0.0] * 3, [1.0] * 3)
+    return InputBridge(plain, (net.mean or plain[0], net.std or plain[1]))(images)
+
+
+def mean_map(lists: list[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """The mean rank of each patch over the lists that it is in, (B, N)."""
+    total = torch.zeros(len(lists[0][0]), count)
+    times = torch.zeros_like(total)
+    for scores, indices in lists:
+        total.scatter_add_(1, indices, mean_rank(scores))
+        times.scatter_add_(1, indices, torch.ones_like(scores))
+    return total / times
+
+
+def agreement(scores: Tensor, lists: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """scores (B, N) -> mean Spearman over the lists, (B,)."""
+    found = [spearman(scores.gather(1, at), of, reduction="none") for of, at in lists]
+    return torch.stack(found).mean(dim=0)
+
+
+def object_auc(scores: Tensor, ink: Tensor) -> Tensor:
+    """scores (B, N), ink (B, N) -> chance that a patch with ink outranks one without, (B,)."""
+    ranks, inked = mean_rank(scores), (ink >= 0.1).float()
+    of_ink = (ranks * inked).sum(1) / inked.sum(1)
+    return 0.5 + of_ink - (ranks * (1 - inked)).sum(1) / (1 - inked).sum(1)
+
+
+def all_scores(images: Tensor, folder: Path) -> dict[str, Tensor]:
+    """Scores (B, N) of the trained rankers and of those without weights."""
+    rankers = {
+        f"conv, {name}": ltrp_timm.create_ranker("conv", pretrained=folder / f"conv_{name}")
+        for name in AGGREGATES
+    }
+    rankers |= {
+        name: ltrp_timm.create_ranker(name, patch_size=PATCH)
+        for name in WEIGHT_FREE
+        if name != "random"
+    }
+    with torch.inference_mode():
+        maps = {
+            name: resize_score_map(ranker.eval()(as_seen_by(ranker, images)), *GRID)
+            for name, ranker in rankers.items()
+        }
+    draw = torch.Generator().manual_seed(0)  # an order of its own for each image
+    maps["random"] = torch.rand(len(images), GRID[0] * GRID[1], generator=draw)
+    return maps
+
+
+class Judged(NamedTuple):
+    """What a set of held-out images says.
+
+    Attributes:
+        figures: by aggregate of the teacher and name of the score, each measure's (B,).
+        maps: the scores (B, N) by name.
+    """
+
+    figures: dict[tuple[str, str], dict[str, Tensor]]
+    maps: dict[str, Tensor]
+
+
+def judge(held: HeldOut, folder: Path, draws: int) -> Judged:
+    """Every score against the teacher of each aggregate, and against the ink."""
+    teacher = ltrp_timm.create_teacher(folder / "teacher")
+    plain, figures = all_scores(held.images, folder), {}
+    maps = dict(plain)
+    for aggregate in AGGREGATES:
+        lists = teacher_lists(teacher, held.images, aggregate, draws, seed=2)
+        half = len(lists) // 2
+        of_teacher = mean_map(lists[:half], teacher.num_patches)
+        maps[f"teacher, {aggregate}"] = of_teacher
+        own = f"conv, {aggregate}"
+        others = {name: plain[name] for name in WEIGHT_FREE}
+        candidates = {"teacher": of_teacher, own: plain[own], **others}
+        if held.ink is not None:
+            candidates["ink"] = held.ink
+        for name, scores in candidates.items():
+            used = lists[half:] if name == "teacher" else lists
+            found = {"spearman": agreement(scores, used)}
+            if held.ink is not None:
+                found["object_auc"] = object_auc(scores, held.ink)
+                found["ink_kept"] = ink_kept(scores, held.ink, KEEP_RATIO)
+            figures[aggregate, name] = found
+    return Judged(figures, maps)
+
+
+def to_rows(judged: Judged, fixed: Row) -> list[Row]:
+    """A row for each score: means with quartiles, and how far above the best without weights."""
+    rows: list[Row] = []
+    for (aggregate, name), found in judged.figures.items():
+        line: Row = {"aggregate": aggregate, "method": name}
+        for measure in MEASURES:
+            if measure not in found:
+                columns = (measure, f"{measure}_low", f"{measure}_high", f"{measure}_gain")
+                line |= dict.fromkeys(columns, "")
+                continue
+            free = [judged.figures[aggregate, other][measure].mean() for other in WEIGHT_FREE]
+            line |= summary(measure, found[measure])
+            line[f"{measure}_gain"] = round(float(found[measure].mean() - max(free)), 5)
+        rows.append({**line, **fixed})
+    return rows
+
+
+def draw_maps(
+    held: dict[str, HeldOut], judged: dict[str, Judged], path: Path, count: int = 3
+) -> None:
+    """Score maps of the first held-out images of each kind, and what the learned ones keep."""
+    rows, shown = [], ("teacher, mean", "conv, mean", "teacher, max", "conv, max", "contrast")
+    for kind, images in held.items():
+        for number, photo in enumerate(show_images(images.images[:count])):
+            maps = judged[kind].maps
+            panels = [(photo, kind)]
+            panels += [(score_map(photo, maps[name][number], GRID), name) for name in shown]
+            keep = select_top(maps["conv, max"][number : number + 1], num_keep(64, KEEP_RATIO))
+            panels.append((kept_patches(photo, keep, GRID), "conv, max keeps 25 %"))
+            rows.append(row(panels))
+    picture: Image.Image = stack_rows(rows)
+    picture.resize((picture.width // 2, picture.height // 2)).save(path)
+
+
+def run(args: argparse.Namespace, where: Row, folder: Path) -> tuple[list[Row], Any]:
+    """Make the images, train, judge; rows and the picture."""
+    start = time.perf_counter()
+    held = make_data(args, folder)
+    seconds = {"images": time.perf_counter() - start, **train(args, folder)}
+    start = time.perf_counter()
+    judged = {kind: judge(images, folder, args.draws) for kind, images in held.items()}
+    seconds["judging"] = time.perf_counter() - start
+    for stage, value in seconds.items():
+        print(f"{stage}: {value:.0f} s", flush=True)
+    fixed: Row = {
+        f"seconds_{stage.replace(', ', '_')}": round(s, 1) for stage, s in seconds.items()
+    }
+    fixed |= {"train_scenes": args.scenes, "train_crops": args.crops, "held_out": args.held_out}
+    fixed |= {"teacher_epochs": args.teacher_epochs, "ranker_epochs": args.ranker_epochs}
+    fixed |= {"draws": args.draws, "seed": args.seed, **where}
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw_maps(held, judged, args.output / f"{NAME}_maps.png")
+    rows = [r for kind in held for r in to_rows(judged[kind], {"images": kind, **fixed})]
+    return rows, plot(rows, folder)
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The figures as text."""
+    return [
+        {
+            "images": row["images"],
+            "teacher's aggregate": row["aggregate"],
+            "score": row["method"],
+            "spearman with the teacher": tables.figure(row, "spearman", ".2f"),
+            "object AUC": _figure(row, "object_auc"),
+            "ink kept at 25 %": _figure(row, "ink_kept"),
+        }
+        for row in rows
+    ]
+
+
+def _figure(row: Row, column: str) -> str:
+    return "–" if row[column] == "" else tables.figure(row, column, ".2f")
+
+
+def plot(rows: list[Row], folder: Path) -> Any:
+    """Curves of the training, and a bar for each score."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(1, 5, figsize=(20, 4))
+    for panel, (names, column) in zip(
+        axes, ((["teacher"], "val_loss"), ([f"conv_{a}" for a in AGGREGATES], "val_spearman"))
+    ):
+        for name in names:
+            log = read_log(folder / name / LOG_NAME)
+            line = [(r["epoch"], r[column]) for r in log]
+            panel.plot(*zip(*line), "-o", ms=3, label=name.replace("_", ", "))
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(f"held-out {column.removeprefix('val_')}")
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    for ax, (kind, measure) in zip(
+        axes[2:], (("scenes", "spearman"), ("photos", "spearman"), ("scenes", "ink_kept"))
+    ):
+        _bars(ax, [row for row in rows if row["images"] == kind], measure)
+        ax.set_title(f"{measure.replace('_', ' ')}, {kind}", fontsize=9)
+    return figure
+
+
+def _bars(ax: Any, rows: list[Row], measure: str) -> None:
+    """Both aggregates side by side, a pair of bars for each score."""
+    for shift, aggregate in zip((-0.2, 0.2), AGGREGATES):
+        ours = [row for row in rows if row["aggregate"] == aggregate and row["method"] != "ink"]
+        places = [number + shift for number in range(len(ours))]
+        ax.bar(places, [row[measure] for row in ours], width=0.4, label=aggregate)
+        names = [row["method"].partition(",")[0] for row in ours]
+    ax.set_xticks(range(len(names)), names, rotation=40, fontsize=8)
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3, axis="y")
+
+
+def main() -> None:
+    """Train, judge, write CSV, PNG and Markdown, check the goals."""
+    parser = make_parser((__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--scenes", type=int, default=800, help="to train on")
+    add("--crops", type=int, default=400, help="squares of photos to train on")
+    add("--held-out", type=int, default=48, help="scenes, and as many squares, to measure on")
+    add("--teacher-epochs", type=int, default=60, help="of the MAE")
+    add("--ranker-epochs", type=int, default=8, help="of each ranker")
+    add("--teacher-lr", type=float, default=1e-3, help="learning rate")
+    add("--ranker-lr", type=float, default=2e-3, help="learning rate")
+    add("--draws", type=int, default=4, help="orders of the patches that are cut into lists")
+    add("--seed", type=int, default=0, help="of the training")
+    text = "keep images, runs and weights here; started again, it goes on and times the rest"
+    add("--runs", type=Path, help=text)
+    args = parser.parse_args()
+    where = set_up(args)
+    with tempfile.TemporaryDirectory() as name:
+        rows, picture = run(args, where, args.runs or Path(name))
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), picture, args)
+
+
+if __name__ == "__main__":
+    main()
