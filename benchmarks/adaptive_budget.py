@@ -41,7 +41,8 @@ from common import (
     spread,
     timing_columns,
 )
-from scenes import ink_per_patch, make_scenes
+from judging import ink_per_patch
+from scenes import make_scenes
 from tables import Goal
 from torch import Tensor
 

@@ -30,27 +30,29 @@ from typing import Any, NamedTuple
 import tables
 import torch
 from common import Row, load_pyplot, make_parser, set_up, summary
+from judging import (
+    agreement,
+    as_seen_by,
+    ink_kept,
+    mean_map,
+    object_auc,
+    teacher_lists,
+)
 from PIL import Image
-from scenes import PHOTOS, ink_kept, ink_per_patch, make_cluttered_scenes, random_crops
+from small_run import AGGREGATES, GRID, MASK_RATIO, PATCH, HeldOut, make_data, train
 from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm.metrics import spearman
-from ltrp_timm.rankers import InputBridge, resize_score_map
-from ltrp_timm.selection import mean_rank, num_keep, select_top
-from ltrp_timm.teacher import num_visible
-from ltrp_timm.train import train_ranker, train_teacher
+from ltrp_timm.rankers import resize_score_map
+from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.pictures import show_images
 from ltrp_timm.visualize import kept_patches, row, score_map, stack_rows
 
 NAME = "learning"
 TITLE = "A ranker trained without labels, its teacher, and scores without weights"
-SIDE, PATCH, MASK_RATIO, KEEP_RATIO = 128, 16, 0.75, 0.25
-GRID = (SIDE // PATCH, SIDE // PATCH)
-NEW_PHOTOS = ("chelsea", "coins", "flower")  # held out
-AGGREGATES = ("mean", "max")
+KEEP_RATIO = 0.25
 WEIGHT_FREE = ("contrast", "pixel_std", "gradient", "colour", "centre", "random")
 MEASURES = ("spearman", "object_auc", "ink_kept")
 
@@ -65,121 +67,6 @@ def goals() -> list[Goal]:
         Goal("object AUC − best without weights", scenes, "object_auc_gain", ">=", 0.0),
         Goal("ink kept − best without weights", scenes, "ink_kept_gain", ">=", 0.0),
     ]
-
-
-class HeldOut(NamedTuple):
-    """Images to measure on, pixels in [0, 1] (B, 3, H, W); ink of each patch (B, N), or None."""
-
-    images: Tensor
-    ink: Tensor | None
-
-
-def write_images(images: Tensor, folder: Path, name: str) -> None:
-    """images (B, 3, H, W) as PNG files, beside none of that name of another run.
-
-    Raises:
-        SystemExit: the folder has others.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}_{number:04d}.png" for number in range(len(images))]
-    others = set(folder.glob(f"{name}_*.png")) - set(paths)
-    if others:
-        raise SystemExit(f"{folder} has {len(others)} images of another run; choose another --runs")
-    for path, picture in zip(paths, show_images(images)):
-        picture.save(path)
-
-
-def make_data(args: argparse.Namespace, folder: Path) -> dict[str, HeldOut]:
-    """Write ``train`` and ``held_out`` into the folder; the latter also as tensors."""
-    old_photos = [name for name in PHOTOS if name not in NEW_PHOTOS]
-    write_images(make_cluttered_scenes(args.scenes, 0, SIDE)[0], folder / "train", "scene")
-    write_images(random_crops(old_photos, args.crops, 0, SIDE), folder / "train", "photo")
-    scenes, ink = make_cluttered_scenes(args.held_out, 1, SIDE)
-    photos = random_crops(NEW_PHOTOS, args.held_out, 1, SIDE)
-    found = {
-        "scenes": HeldOut(scenes, ink_per_patch(ink, PATCH)),
-        "photos": HeldOut(photos, None),
-    }
-    for name, held in found.items():
-        write_images(held.images, folder / "held_out", name)
-    return found
-
-
-def train(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Teacher and rankers into folders of their names; seconds of each."""
-    common = {"val_data": folder / "held_out", "num_workers": 0, "device": args.device}
-    common |= {"precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]}
-    common |= {"tensorboard": False, "plot": True, "resume": "auto"}
-    common["seed"] = args.seed
-    small = {"patch_size": PATCH, "embed_dim": 128, "depth": args.depth or 4, "num_heads": 4}
-    small |= {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
-    batch = min(64, args.scenes + args.crops)
-    seconds = {}
-    start = time.perf_counter()
-    options = {**common, "epochs": args.teacher_epochs, "batch_size": batch, "lr": args.teacher_lr}
-    train_teacher(folder / "train", folder / "teacher", SIDE, small, **options)
-    seconds["teacher"] = time.perf_counter() - start
-    for aggregate in AGGREGATES:
-        start = time.perf_counter()
-        options = {
-            **common,
-            "epochs": args.ranker_epochs,
-            "batch_size": min(16, batch),
-            "lr": args.ranker_lr,
-        }
-        options |= {"mask_ratio": MASK_RATIO, "aggregate": aggregate, "removal": "full"}
-        options |= {"teacher": folder / "teacher", "img_size": SIDE, "clip_grad": 1.0}
-        train_ranker(folder / "train", folder / f"conv_{aggregate}", **options)
-        seconds[f"conv, {aggregate}"] = time.perf_counter() - start
-    return seconds
-
-
-def teacher_lists(
-    teacher: Any, images: Tensor, aggregate: str, draws: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Scores of visible patches, and which, each (B, V): all N // V lists of each draw in turn.
-
-    The lists of a draw are the parts of one random order: each patch is scored once.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    count = teacher.num_patches
-    visible, lists = num_visible(count, MASK_RATIO), []
-    shown = as_seen_by(teacher, images)
-    for _ in range(draws):
-        order = torch.rand(len(images), count, generator=generator).argsort(dim=1)
-        for part in order.split(visible, dim=1):
-            chosen = part.sort(dim=1).values.to(images.device)
-            lists.append(ltrp_timm.semantic_density(teacher, shown, chosen, aggregate=aggregate))
-    return lists
-
-
-def as_seen_by(net: Any, images: Tensor) -> Tensor:
-    """Pixels in [0, 1] -> normalised as a net wants them."""
-    plain = ([0.0] * 3, [1.0] * 3)
-    return InputBridge(plain, (net.mean or plain[0], net.std or plain[1]))(images)
-
-
-def mean_map(lists: list[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """The mean rank of each patch over the lists that it is in, (B, N)."""
-    total = torch.zeros(len(lists[0][0]), count)
-    times = torch.zeros_like(total)
-    for scores, indices in lists:
-        total.scatter_add_(1, indices, mean_rank(scores))
-        times.scatter_add_(1, indices, torch.ones_like(scores))
-    return total / times
-
-
-def agreement(scores: Tensor, lists: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """scores (B, N) -> mean Spearman over the lists, (B,)."""
-    found = [spearman(scores.gather(1, at), of, reduction="none") for of, at in lists]
-    return torch.stack(found).mean(dim=0)
-
-
-def object_auc(scores: Tensor, ink: Tensor) -> Tensor:
-    """scores (B, N), ink (B, N) -> chance that a patch with ink outranks one without, (B,)."""
-    ranks, inked = mean_rank(scores), (ink >= 0.1).float()
-    of_ink = (ranks * inked).sum(1) / inked.sum(1)
-    return 0.5 + of_ink - (ranks * (1 - inked)).sum(1) / (1 - inked).sum(1)
 
 
 def all_scores(images: Tensor, folder: Path) -> dict[str, Tensor]:
@@ -221,7 +108,7 @@ def judge(held: HeldOut, folder: Path, draws: int) -> Judged:
     plain, figures = all_scores(held.images, folder), {}
     maps = dict(plain)
     for aggregate in AGGREGATES:
-        lists = teacher_lists(teacher, held.images, aggregate, draws, seed=2)
+        lists = teacher_lists(teacher, held.images, MASK_RATIO, aggregate, draws, seed=2)
         half = len(lists) // 2
         of_teacher = mean_map(lists[:half], teacher.num_patches)
         maps[f"teacher, {aggregate}"] = of_teacher

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm.selection import num_keep, select_top
-
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "coins", "retina", "rocket")
 PHOTOS += ("china", "flower")
 SIDE = 224
@@ -146,14 +144,3 @@ def _add_blob(scene: Tensor, generator: torch.Generator) -> None:
         direction = line.unsqueeze(1) * math.sin(math.pi * angle) + line * math.cos(math.pi * angle)
         texture = 1.4 * torch.sin(2 * math.pi * side / (3 + 6 * wave) * direction)
     scene += mask * (tint + (0.1 + 0.15 * strength) * texture)
-
-
-def ink_per_patch(ink: Tensor, patch_size: int) -> Tensor:
-    """ink (B, H, W) -> the share of each patch's pixels that are ink, (B, N)."""
-    return F.avg_pool2d(ink.unsqueeze(1), patch_size).flatten(1)
-
-
-def ink_kept(scores: Tensor, per_patch: Tensor, keep_ratio: float) -> Tensor:
-    """scores (B, N), ink of each patch (B, N) -> share of the ink in the best patches, (B,)."""
-    keep = select_top(scores, num_keep(scores.shape[1], keep_ratio))
-    return per_patch.gather(1, keep).sum(1) / per_patch.sum(1)

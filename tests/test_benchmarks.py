@@ -13,8 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import common
+import judging
 import pytest
 import scenes
+import small_run
 import tables
 import timm
 import torch
@@ -553,26 +555,35 @@ def test_learning(run_benchmark: Callable[..., Done]) -> None:
     assert len({rows["scenes", a, "contrast"]["ink_kept"] for a in ("mean", "max")}) == 1
 
 
-def test_learning_measures_by_hand() -> None:
-    module = load("learning")
+def test_goals_of_learning() -> None:
+    conv = {"method": "conv, max", "images": "scenes"}
+    good = {"spearman_gain": 0.1, "object_auc_gain": 0.0, "ink_kept_gain": 0.0}
+    good |= dict.fromkeys(("spearman", "object_auc", "ink_kept"), 0.5)
+    assert verdicts("learning", {**conv, **good}) == ["met"] * 3
+    bad = {"spearman_gain": 0.09, "object_auc_gain": -0.01, "ink_kept_gain": -0.01}
+    assert verdicts("learning", {**conv, **good, **bad}) == ["not met"] * 3
+    assert verdicts("learning", {**conv, **bad, "images": "photos"}) == ["not met"]
+    assert verdicts("learning", {**conv, **good, "method": "contrast"}) == []
+
+
+def test_judging_by_hand() -> None:
     ink = torch.tensor([[0.5, 0.1, 0.0, 0.0]])
     for scores, auc in (([4, 3, 2, 1], 1.0), ([1, 2, 3, 4], 0.0), ([4, 1, 2, 3], 0.5)):
-        assert module.object_auc(torch.tensor([scores]).float(), ink).item() == pytest.approx(auc)
-    assert module.object_auc(torch.zeros(1, 4), ink).item() == pytest.approx(0.5)
-    assert scenes.ink_kept(torch.tensor([[4.0, 1, 2, 3]]), ink, 0.5).item() == pytest.approx(5 / 6)
+        assert judging.object_auc(torch.tensor([scores]).float(), ink).item() == pytest.approx(auc)
+    assert judging.object_auc(torch.zeros(1, 4), ink).item() == pytest.approx(0.5)
+    assert judging.ink_kept(torch.tensor([[4.0, 1, 2, 3]]), ink, 0.5).item() == pytest.approx(5 / 6)
     lists = [(torch.tensor([[5.0, 7.0]]), torch.tensor([[3, 0]]))]
     lists += [(torch.tensor([[2.0, 1.0]]), torch.tensor([[1, 2]]))]
-    found = module.mean_map(lists, 4)
+    found = judging.mean_map(lists, 4)
     assert found.tolist() == [[0.75, 0.75, 0.25, 0.25]]
-    assert module.agreement(found, lists).item() == pytest.approx(1.0)
-    assert module.agreement(torch.tensor([[0.0, 1, 0, 1]]), lists).item() == pytest.approx(0.0)
+    assert judging.agreement(found, lists).item() == pytest.approx(1.0)
+    assert judging.agreement(torch.tensor([[0.0, 1, 0, 1]]), lists).item() == pytest.approx(0.0)
 
 
 def test_lists_of_a_draw_are_parts_of_the_grid() -> None:
-    module = load("learning")
     small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
     teacher = MAETeacher(32, 8, **small, decoder_depth=1, decoder_num_heads=2)
-    lists = module.teacher_lists(teacher, torch.rand(2, 3, 32, 32), "mean", draws=2, seed=0)
+    lists = judging.teacher_lists(teacher, torch.rand(2, 3, 32, 32), 0.75, "mean", draws=2, seed=0)
     assert [tuple(scores.shape) for scores, _ in lists] == [(2, 4)] * 8
     for draw in (lists[:4], lists[4:]):
         every = torch.cat([indices for _, indices in draw], dim=1).sort(dim=1).values
@@ -581,11 +592,10 @@ def test_lists_of_a_draw_are_parts_of_the_grid() -> None:
 
 
 def test_runs_of_other_images_are_refused(tmp_path: Path) -> None:
-    module = load("learning")
-    module.write_images(torch.rand(3, 3, 8, 8), tmp_path, "scene")
-    module.write_images(torch.rand(3, 3, 8, 8), tmp_path, "scene")
+    small_run.write_images(torch.rand(3, 3, 8, 8), tmp_path, "scene")
+    small_run.write_images(torch.rand(3, 3, 8, 8), tmp_path, "scene")
     with pytest.raises(SystemExit, match="has 1 images of another run"):
-        module.write_images(torch.rand(2, 3, 8, 8), tmp_path, "scene")
+        small_run.write_images(torch.rand(2, 3, 8, 8), tmp_path, "scene")
 
 
 def test_scenes_by_hand() -> None:
