@@ -576,6 +576,8 @@ def test_judging_by_hand() -> None:
     lists += [(torch.tensor([[2.0, 1.0]]), torch.tensor([[1, 2]]))]
     found = judging.mean_map(lists, 4)
     assert found.tolist() == [[0.75, 0.75, 0.25, 0.25]]
+    twice = judging.mean_map([*lists, (torch.tensor([[1.0, 2.0]]), torch.tensor([[0, 1]]))], 4)
+    assert twice.tolist() == [[0.5, 0.75, 0.25, 0.25]]
     assert judging.agreement(found, lists).item() == pytest.approx(1.0)
     assert judging.agreement(torch.tensor([[0.0, 1, 0, 1]]), lists).item() == pytest.approx(0.0)
 
