@@ -1,7 +1,6 @@
 """A teacher and rankers small enough to train on one core in minutes, and their images."""
 
 import argparse
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +8,8 @@ from judging import ink_per_patch
 from scenes import PHOTOS, make_cluttered_scenes, random_crops
 from torch import Tensor
 
-from ltrp_timm.train import train_ranker, train_teacher
+from ltrp_timm.train import Summary, train_ranker, train_teacher
+from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.pictures import show_images
 
 SIDE, PATCH, MASK_RATIO = 128, 16, 0.75
@@ -57,29 +57,36 @@ def make_data(args: argparse.Namespace, folder: Path) -> dict[str, HeldOut]:
 
 
 def train(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Teacher and rankers into folders of their names; seconds of each."""
+    """Teacher and rankers into folders of their names; seconds of training of each.
+
+    Raises:
+        SystemExit: it was asked to stop; what was reached is saved.
+    """
     common = {"val_data": folder / "held_out", "num_workers": 0, "device": args.device}
     common |= {"precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[args.dtype]}
-    common |= {"tensorboard": False, "plot": True, "resume": "auto"}
-    common["seed"] = args.seed
+    common |= {"tensorboard": False, "plot": True, "resume": "auto", "seed": args.seed}
     small = {"patch_size": PATCH, "embed_dim": 128, "depth": args.depth or 4, "num_heads": 4}
     small |= {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
-    batch = min(64, args.scenes + args.crops)
-    seconds = {}
-    start = time.perf_counter()
+    count = args.scenes + args.crops
+    batch = min(64, count)
     options = {**common, "epochs": args.teacher_epochs, "batch_size": batch, "lr": args.teacher_lr}
-    train_teacher(folder / "train", folder / "teacher", SIDE, small, **options)
-    seconds["teacher"] = time.perf_counter() - start
+    done = train_teacher(folder / "train", folder / "teacher", SIDE, small, **options)
+    seconds = {"teacher": _seconds(done, count // batch * batch)}
+    batch = min(16, count)
+    options = {**common, "epochs": args.ranker_epochs, "batch_size": batch, "lr": args.ranker_lr}
+    options |= {"mask_ratio": MASK_RATIO, "removal": "full", "clip_grad": 1.0}
+    options |= {"teacher": folder / "teacher", "img_size": SIDE}
     for aggregate in AGGREGATES:
-        start = time.perf_counter()
-        options = {
-            **common,
-            "epochs": args.ranker_epochs,
-            "batch_size": min(16, batch),
-            "lr": args.ranker_lr,
-        }
-        options |= {"mask_ratio": MASK_RATIO, "aggregate": aggregate, "removal": "full"}
-        options |= {"teacher": folder / "teacher", "img_size": SIDE, "clip_grad": 1.0}
-        train_ranker(folder / "train", folder / f"conv_{aggregate}", **options)
-        seconds[f"conv, {aggregate}"] = time.perf_counter() - start
+        output = folder / f"conv_{aggregate}"
+        done = train_ranker(folder / "train", output, aggregate=aggregate, **options)
+        seconds[f"conv, {aggregate}"] = _seconds(done, count // batch * batch)
     return seconds
+
+
+def _seconds(done: Summary, images: int) -> float:
+    """Training time by the log, held-out images not counted: right for a run in parts too."""
+    if done.stopped_by:
+        raise SystemExit(
+            f"{done.output} was stopped; started again with the same --runs, it goes on"
+        )
+    return sum(images / row["images_per_second"] for row in read_log(done.output / LOG_NAME))

@@ -1,6 +1,7 @@
 """The benchmarks run, on settings so small that their figures mean nothing."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import math
@@ -24,6 +25,7 @@ import torch
 from ltrp_timm import throughput
 from ltrp_timm.selection import keep_tokens
 from ltrp_timm.teacher import MAETeacher
+from ltrp_timm.train import Summary
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -557,10 +559,10 @@ def test_learning(run_benchmark: Callable[..., Done]) -> None:
 
 def test_goals_of_learning() -> None:
     conv = {"method": "conv, max", "images": "scenes"}
-    good = {"spearman_gain": 0.1, "object_auc_gain": 0.0, "ink_kept_gain": 0.0}
-    good |= dict.fromkeys(("spearman", "object_auc", "ink_kept"), 0.5)
+    good = {"map_spearman_gain": 0.1, "object_auc_gain": 0.0, "ink_kept_gain": 0.0}
+    good |= dict.fromkeys(("map_spearman", "object_auc", "ink_kept"), 0.5)
     assert verdicts("learning", {**conv, **good}) == ["met"] * 3
-    bad = {"spearman_gain": 0.09, "object_auc_gain": -0.01, "ink_kept_gain": -0.01}
+    bad = {"map_spearman_gain": 0.09, "object_auc_gain": -0.01, "ink_kept_gain": -0.01}
     assert verdicts("learning", {**conv, **good, **bad}) == ["not met"] * 3
     assert verdicts("learning", {**conv, **bad, "images": "photos"}) == ["not met"]
     assert verdicts("learning", {**conv, **good, "method": "contrast"}) == []
@@ -598,6 +600,15 @@ def test_runs_of_other_images_are_refused(tmp_path: Path) -> None:
     small_run.write_images(torch.rand(3, 3, 8, 8), tmp_path, "scene")
     with pytest.raises(SystemExit, match="has 1 images of another run"):
         small_run.write_images(torch.rand(2, 3, 8, 8), tmp_path, "scene")
+
+
+def test_seconds_of_a_run_are_those_of_its_log(tmp_path: Path) -> None:
+    rows = [{"epoch": 1, "images_per_second": 20.0}, {"epoch": 2, "images_per_second": 5.0}]
+    tables.write_csv(rows, tmp_path / "log.csv")
+    done = Summary(tmp_path, 2, 8, {}, [], None)
+    assert small_run._seconds(done, 10) == pytest.approx(2.5)
+    with pytest.raises(SystemExit, match="was stopped; started again with the same --runs"):
+        small_run._seconds(dataclasses.replace(done, stopped_by=15), 10)
 
 
 def test_scenes_by_hand() -> None:
