@@ -12,7 +12,7 @@ from ltrp_timm.train import Summary, train_ranker, train_teacher
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.pictures import show_images
 
-SIDE, PATCH, MASK_RATIO = 128, 16, 0.75
+SIDE, PATCH = 128, 16
 GRID = (SIDE // PATCH, SIDE // PATCH)
 NEW_PHOTOS = ("chelsea", "coins", "flower")  # held out
 AGGREGATES = ("mean", "max")
@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     seconds = {"teacher": _seconds(done, count // batch * batch)}
     batch = min(16, count)
     options = {**common, "epochs": args.ranker_epochs, "batch_size": batch, "lr": args.ranker_lr}
-    options |= {"mask_ratio": MASK_RATIO, "removal": "full", "clip_grad": 1.0}
+    options |= {"mask_ratio": args.mask_ratio, "removal": "full", "clip_grad": 1.0}
     options |= {"teacher": folder / "teacher", "img_size": SIDE}
     for aggregate in AGGREGATES:
         output = folder / f"conv_{aggregate}"
