@@ -9,6 +9,7 @@ from typing import Any
 from ltrp_timm import ltrp_vit as _ltrp_vit  # registers the models
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.model import LTRPModel
+from ltrp_timm.pseudo_scores import semantic_density
 from ltrp_timm.rankers import create_ranker, list_rankers
 from ltrp_timm.selection import (
     PatchSelector,
@@ -21,13 +22,16 @@ from ltrp_timm.selection import (
     select_stratified,
     select_top,
 )
+from ltrp_timm.teacher import MAETeacher, create_teacher
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LTRPModel",
+    "MAETeacher",
     "PatchSelector",
     "create_ranker",
+    "create_teacher",
     "dpc_knn",
     "drop_patches",
     "gather_patches",
@@ -38,6 +42,7 @@ __all__ = [
     "select_random",
     "select_stratified",
     "select_top",
+    "semantic_density",
 ]
 
 del _ltrp_vit

@@ -1,17 +1,29 @@
-"""Weights and their configuration on disk: safetensors and JSON, atomic, loaded strictly."""
+"""Weights and their configuration: safetensors and JSON, atomic, loaded strictly.
 
+What is written here is safetensors. What is read may also be a pickle of weights, by a reader that
+runs no code, or a repository of the Hugging Face Hub.
+"""
+
+import argparse
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
+import huggingface_hub
 import safetensors.torch
+import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
+PREPROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "model.safetensors"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 _METADATA_KEY = "ltrp_timm_config"
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -77,36 +89,115 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_weights(source: PathLike) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]]]:
-    """Read a folder written by ``save_weights``, or one ``.safetensors`` file.
+def locate(source: PathLike) -> Path:
+    """A local file or folder as it is; a Hub id as the folder that its files are downloaded to.
 
     Args:
-        source: folder with ``config.json`` and ``model.safetensors``, or a file.
+        source: a path, or ``owner/name`` (also ``hf-hub:owner/name`` and ``owner/name@revision``).
+
+    Raises:
+        FileNotFoundError: nothing is there, and the Hub has or gives nothing by that name.
+    """
+    path, name = Path(source), str(source).removeprefix("hf-hub:")
+    if path.exists():
+        return path
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if found is None or path.suffix in (".safetensors", *PICKLE_SUFFIXES) or name[0] in "./":
+        raise FileNotFoundError(f"{source} does not exist.")
+    files = [CONFIG_NAME, PREPROCESSOR_NAME, WEIGHTS_NAME]
+    try:
+        folder = _download(found, files)
+        if not (folder / WEIGHTS_NAME).is_file():  # older repositories hold a pickle alone
+            folder = _download(found, [*files, PICKLE_NAME])
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source} is no local path, and the Hugging Face Hub does not give it: "
+            f"{_first_line(error)}"
+        ) from error
+    return folder
+
+
+def _download(name: "re.Match[str]", files: List[str]) -> Path:
+    repository, revision = name.groups()
+    return Path(
+        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def read_weights(source: PathLike) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]]]:
+    """Read a folder with weights and their configuration, or one file of weights.
+
+    Args:
+        source: folder with ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``), a
+            ``.safetensors`` file, or a ``.pth``, ``.pt`` or ``.bin`` file: a pickle of tensors, in
+            which the weights may lie under "model" or "state_dict".
 
     Returns:
         State dict, and the configuration (None when the file carries none).
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: what is there is no safetensors file or its configuration is no JSON object.
+        ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
     """
     path = Path(source)
     if path.is_dir():
         weights, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
+        if not weights.is_file() and (path / PICKLE_NAME).is_file():
+            weights = path / PICKLE_NAME
         missing = [file.name for file in (weights, config_file) if not file.is_file()]
         if missing:
             raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
-        state_dict, _ = _read_safetensors(weights)
-        return state_dict, _parse_config(
-            config_file.read_text(encoding="utf-8", errors="replace"), config_file
-        )
+        config = read_json(config_file)
+        return (_read_file(weights)[0], config)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} must be a folder or a .safetensors file.")
-    state_dict, metadata = _read_safetensors(path)
+    state_dict, metadata = _read_file(path)
     text = metadata.get(_METADATA_KEY)
     return state_dict, None if text is None else _parse_config(text, path)
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return _parse_config(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return _read_pickle(path), {}
+    kinds = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+    raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
+
+
+def _read_pickle(path: Path) -> Dict[str, Tensor]:
+    """Weights out of a pickle; the reader knows tensors and plain containers and runs no code."""
+    try:
+        # training scripts leave their arguments beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the unpickler raise anything
+        raise ValueError(
+            f"{path} is no readable pickle of weights alone: {_first_line(error)}"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{path} holds more than tensors: {', '.join(others[:5])}.")
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:

@@ -9,6 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ltrp_timm.teacher import MAETeacher
+
 SMALL = {"embed_dim": 64, "num_heads": 2}
 
 # one small model for every kind of backbone that can drop patches: name, changes, image side
@@ -133,3 +135,28 @@ def backbone_of() -> Callable[..., tuple[Any, Tensor]]:
         return copy.deepcopy(model), images
 
     return make
+
+
+# a small MAE: 16 patches
+SMALL_MAE: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "decoder_embed_dim": 24,
+    "decoder_depth": 2,
+    "decoder_num_heads": 3,
+}
+
+
+def small_teacher(**changes: Any) -> MAETeacher:
+    return lively(MAETeacher(**{**SMALL_MAE, **changes}))
+
+
+def lively(model: Any) -> Any:
+    """Random biases and LayerNorms too: a tensor at the wrong place must show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

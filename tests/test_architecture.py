@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
-    ["selection", "checkpoints", "throughput", "photos"],
-    ["slots"],
-    ["rankers"],
-    ["timm_interface", "adaptive", "dense"],
-    ["model"],
+    ["selection", "checkpoints", "throughput", "photos", "change"],
+    ["slots", "metrics"],
+    ["rankers", "losses"],
+    ["timm_interface", "teacher", "adaptive", "dense"],
+    ["model", "pseudo_scores"],
     ["front_end"],
     ["factory"],
     ["ltrp_vit"],

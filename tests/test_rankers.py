@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ltrp_timm import create_ranker, drop_patches, list_rankers
 from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker
 from ltrp_timm.rankers.bridge import resize_score_map
-from ltrp_timm.rankers.contrast import border_contrast, centre_distance, mean_rank, patch_statistics
+from ltrp_timm.rankers.contrast import border_contrast, centre_distance, patch_statistics
+from ltrp_timm.selection import mean_rank
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}
 

@@ -71,7 +71,7 @@ class InputBridge(nn.Module):
         super().__init__()
         self.size: Optional[List[int]] = None if img_size is None else list(img_size)
         (mean, std), (new_mean, new_std) = (
-            [_channels(values, in_chans) for values in stats] for stats in (source, target)
+            [fit_channels(values, in_chans) for values in stats] for stats in (source, target)
         )
         # x * std + mean are pixels; (pixels - new_mean) / new_std is what the ranker wants
         self._scale = [s / n for s, n in zip(std, new_std)]
@@ -101,7 +101,12 @@ class InputBridge(nn.Module):
         return resize_images(images, self.scale, self.shift, self.size)
 
 
-def _channels(values: Sequence[float], in_chans: int) -> List[float]:
+def fit_channels(values: Sequence[float], in_chans: int) -> List[float]:
+    """A mean or std for another number of channels: RGB values are averaged to one, as timm does.
+
+    Raises:
+        ValueError: neither 1, nor 3, nor ``in_chans`` values.
+    """
     if len(values) == in_chans:
         return list(values)
     if len(values) not in (1, 3):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_pair
+from ltrp_timm.selection import mean_rank
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
 
@@ -126,16 +127,3 @@ def in_levels(values: Tensor) -> Tensor:
     Differences below that are rounding noise: flat patches must tie, not race.
     """
     return (values * 4080.0).round()  # 255 * 16
-
-
-def mean_rank(values: Tensor) -> Tensor:
-    """values (B, N) -> ranks in (0, 1): 0.5/N the lowest, ties share their mean rank."""
-    count = values.shape[1]
-    if not torch.jit.is_scripting():
-        if torch.onnx.is_in_onnx_export():  # no searchsorted there; counting pairs is the same
-            pairs = values.unsqueeze(2) - values.unsqueeze(1)
-            return (pairs.sign().sum(dim=2) + count) / (2 * count)
-    ordered = values.sort(dim=1)[0]
-    below = torch.searchsorted(ordered, values, right=False)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    return (below + up_to) / (2 * count)

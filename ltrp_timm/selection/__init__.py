@@ -12,6 +12,7 @@ from ltrp_timm.selection.by_name import (
 from ltrp_timm.selection.coverage import dpc_knn, patch_pixels, select_mixed, select_stratified
 from ltrp_timm.selection.rules import (
     check_keep_ratio,
+    mean_rank,
     num_keep,
     seeded_scores,
     select_random,
@@ -40,6 +41,7 @@ __all__ = [
     "dpc_knn",
     "gather_patches",
     "keep_tokens",
+    "mean_rank",
     "num_keep",
     "patch_pixels",
     "scatter_patches",

@@ -19,8 +19,12 @@ def check_fill(fill: str) -> str:
     return fill
 
 
-def check_keep_indices(keep_indices: Tensor, batch_size: int, num_patches: int) -> None:
+def check_keep_indices(
+    keep_indices: Tensor, batch_size: int, num_patches: int, name: str = "keep_indices"
+) -> None:
     """Check shape (B, K), 1 <= K <= N, and dtype int64 of indices; their values are not read.
+
+    ``name`` is what the caller's argument is called.
 
     Raises:
         ValueError: the shape is off.
@@ -29,20 +33,20 @@ def check_keep_indices(keep_indices: Tensor, batch_size: int, num_patches: int) 
     if not torch.jit.is_scripting():
         if not isinstance(keep_indices, Tensor):
             kind = type(keep_indices).__name__
-            raise TypeError(
-                f"keep_indices must be an int64 tensor, got {kind}: use torch.as_tensor."
-            )
+            raise TypeError(f"{name} must be an int64 tensor, got {kind}: use torch.as_tensor.")
     if keep_indices.dtype != torch.int64:
-        raise TypeError(f"keep_indices must be int64, got {keep_indices.dtype}.")
+        raise TypeError(f"{name} must be int64, got {keep_indices.dtype}.")
     shape = keep_indices.shape
     if len(shape) != 2 or shape[0] != batch_size or shape[1] < 1 or shape[1] > num_patches:
         raise ValueError(
-            f"keep_indices must be (B, K) with B = {batch_size} and 1 <= K <= N = {num_patches}, "
+            f"{name} must be (B, K) with B = {batch_size} and 1 <= K <= N = {num_patches}, "
             f"got {list(shape)}."
         )
 
 
-def validate_keep_indices(keep_indices: Tensor, num_patches: int) -> None:
+def validate_keep_indices(
+    keep_indices: Tensor, num_patches: int, name: str = "keep_indices"
+) -> None:
     """Check that indices (B, K) are in range and without duplicates; reads from the device.
 
     Raises:
@@ -52,10 +56,10 @@ def validate_keep_indices(keep_indices: Tensor, num_patches: int) -> None:
         return
     low, high = int(keep_indices.min()), int(keep_indices.max())
     if low < 0 or high >= num_patches:
-        raise ValueError(f"keep_indices must lie in 0 … {num_patches - 1}, got {low} … {high}.")
+        raise ValueError(f"{name} must lie in 0 … {num_patches - 1}, got {low} … {high}.")
     ordered = keep_indices.sort(dim=1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise ValueError("keep_indices holds the same patch twice in one row.")
+        raise ValueError(f"{name} holds the same patch twice in one row.")
 
 
 def gather_patches(tokens: Tensor, keep_indices: Tensor) -> Tensor:

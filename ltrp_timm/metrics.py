@@ -1,0 +1,185 @@
+"""How well scores put patches in order: metrics of ranking, one figure per list.
+
+Axes: B lists, V items of a list. All take pred (B, V) and target (B, V), higher = earlier; ties in
+an order go to the lower index, as everywhere in this library. A list without any order (all values
+equal) has a correlation of 0.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ltrp_timm.selection import mean_rank, select_top
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_lists(pred: Tensor, target: Tensor) -> None:
+    """Check that both are (B, V) with at least one item.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if pred.dim() != 2 or pred.shape != target.shape or pred.numel() == 0:
+        raise ValueError(
+            f"pred and target must both be (B, V), got {list(pred.shape)} and {list(target.shape)}."
+        )
+
+
+def widen(values: Tensor) -> Tensor:
+    """Half precision and integers as float32; float32 and float64 as they are."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def reduce_lists(values: Tensor, reduction: str) -> Tensor:
+    """values (B,) -> their mean or sum, or as they are for "none".
+
+    Raises:
+        ValueError: ``reduction`` is none of these.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()
+
+
+def check_top(k: Optional[int], num_items: int) -> int:
+    """Return ``k``, or V for None.
+
+    Raises:
+        ValueError: k is not in 1 … V.
+    """
+    if k is None:
+        return num_items
+    if k < 1 or k > num_items:
+        raise ValueError(f"k must be in 1 … {num_items}, the length of the lists, got {k}.")
+    return k
+
+
+def spearman(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Spearman's rank correlation, ties share their mean rank.
+
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [-1, 1]; float32 (float64 where pred is).
+
+    Raises:
+        ValueError: other shapes, or an unknown reduction.
+
+    >>> spearman(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 4.0, 9.0]]))
+    tensor(1.)
+    """
+    check_lists(pred, target)
+    dtype = widen(pred).dtype
+    ranks = [mean_rank(widen(values).contiguous()).to(dtype) for values in (pred, target)]
+    x, y = (rank - rank.mean(dim=1, keepdim=True) for rank in ranks)
+    return reduce_lists(_ratio((x * y).sum(dim=1), x.norm(dim=1) * y.norm(dim=1)), reduction)
+
+
+def kendall(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Kendall's tau-b: pairs in the same order minus pairs in the other one, corrected for ties.
+
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [-1, 1].
+
+    Raises:
+        ValueError: other shapes, or an unknown reduction.
+
+    >>> kendall(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]]))
+    tensor(0.3333)
+    """
+    check_lists(pred, target)
+    dtype = widen(pred).dtype
+    wide = (widen(values) for values in (pred, target))
+    x, y = ((values.unsqueeze(2) - values.unsqueeze(1)).sign().to(dtype) for values in wide)
+    untied = x.abs().sum(dim=(1, 2)) * y.abs().sum(dim=(1, 2))
+    return reduce_lists(_ratio((x * y).sum(dim=(1, 2)), untied.sqrt()), reduction)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 0 where the whole is 0."""
+    return torch.where(whole > 0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
+
+
+def gains(target: Tensor) -> Tensor:
+    """target (B, V) -> what an item is worth to NDCG: how far it lies above the least of its list.
+
+    Scores of any sign have a gain so, and a shift of all changes nothing.
+    """
+    wide = widen(target)
+    return wide - wide.amin(dim=1, keepdim=True)
+
+
+def discounts(num_items: int, k: Optional[int], like: Tensor) -> Tensor:
+    """Weight of each place, (V,): 1 / log2(2 + place), and 0 from place k on."""
+    places = torch.arange(num_items, device=like.device, dtype=like.dtype)
+    return torch.where(places < check_top(k, num_items), 1.0 / torch.log2(places + 2.0), 0.0)
+
+
+def descending(values: Tensor) -> Tensor:
+    """values (B, V) -> indices (B, V) from the highest to the lowest, ties to the lower index."""
+    return torch.sort(values, dim=1, descending=True, stable=True)[1]
+
+
+def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str = "mean") -> Tensor:
+    """Normalised discounted cumulative gain of the first k places.
+
+    The gain of an item is linear: its target above the least target of the list.
+
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        k: places that count; None for all.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [0, 1], 1 for the best order; 1 too for a list whose targets are all equal.
+
+    Raises:
+        ValueError: other shapes, k out of range, or an unknown reduction.
+
+    >>> ndcg(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]]), k=2)
+    tensor(1.)
+    """
+    check_lists(pred, target)
+    gain = gains(target)
+    weight = discounts(pred.shape[1], k, gain)
+    found = (gain.gather(1, descending(widen(pred))) * weight).sum(dim=1)
+    best = (gain.sort(dim=1, descending=True)[0] * weight).sum(dim=1)
+    return reduce_lists(torch.where(best > 0, _ratio(found, best), 1.0), reduction)
+
+
+def top_k_overlap(pred: Tensor, target: Tensor, k: int, reduction: str = "mean") -> Tensor:
+    """Share of the k best items by target that are among the k best by pred.
+
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        k: how many, 1 <= k <= V; chance is k / V.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: other shapes, k out of range, or an unknown reduction.
+
+    >>> top_k_overlap(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[3.0, 1.0, 2.0]]), k=2)
+    tensor(0.5000)
+    """
+    check_lists(pred, target)
+    check_top(k, pred.shape[1])
+    chosen, best = (select_top(widen(values), k) for values in (pred, target))
+    hits = (chosen.unsqueeze(2) == best.unsqueeze(1)).sum(dim=(1, 2))
+    return reduce_lists(hits / k, reduction)

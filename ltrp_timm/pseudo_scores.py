@@ -1,0 +1,242 @@
+"""What a patch is worth: how much a teacher's picture of the rest changes without it.
+
+Axes: B images, N patches, V visible, M = N - V masked, R removed one at a time, C pixel values of a
+patch, n variants of a chunk. A variant is an image without one of its visible patches; all B * R of
+them are one batch, cut into chunks that fit into memory.
+"""
+
+from typing import Callable, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from ltrp_timm.change import METRICS, PIXEL_CHANGES, PREDICTION_CHANGES, lpips_change
+from ltrp_timm.selection import gather_patches, select_top
+from ltrp_timm.teacher import (
+    Generators,
+    MAETeacher,
+    draw_uniform,
+    masked_indices,
+    random_visible_indices,
+)
+
+REMOVALS = ("full", "decoder", "encoder")
+AGGREGATES = ("mean", "max")
+ImageChange = Callable[[Tensor, Tensor], Tensor]
+
+# what the activations of a chunk may take: on a CPU they should stay near the caches
+_CPU_BYTES = 128 * 2**20
+_DEVICE_SHARE = 0.5
+
+
+@torch.no_grad()
+def semantic_density(
+    teacher: MAETeacher,
+    images: Tensor,
+    visible_indices: Optional[Tensor] = None,
+    mask_ratio: float = 0.9,
+    removal: str = "full",
+    metric: Union[str, ImageChange] = "l1",
+    aggregate: str = "mean",
+    num_removed: Optional[int] = None,
+    chunk: Optional[int] = None,
+    generator: Optional[Generators] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Score visible patches by what the teacher's reconstruction of the masked ones loses.
+
+    The teacher paints the M masked patches from the V visible ones, and once more without each of
+    these. The score of a patch is the change of the painting: the paper's pseudo-label.
+
+    Args:
+        teacher: an MAE, see ``create_teacher``.
+        images: (B, channels, H, W) of the teacher's size, normalised by its mean and std.
+        visible_indices: (B, V) int64, without duplicates, 2 <= V < N; drawn when None.
+        mask_ratio: share of patches to mask when they are drawn: V = int(N (1 - mask_ratio)). It
+            must leave enough to see; at 64 patches 0.5 to 0.75 works and 0.9 does not.
+        removal: "full": the patch is absent from the encoder, and a mask token stands at its place
+            in the decoder. "decoder" (of the published code): the encoder sees all V, the token is
+            deleted from the decoder's sequence; its neighbours' latents still hold it. "encoder"
+            (likewise): the token is isolated in every block of the encoder, the decoder gets it.
+        metric: "l1" or "mse" of the predicted values; "ssim" or "psnr" of the pixels, a patch as
+            window; "lpips" of whole pictures; or a function of two batches of pictures
+            (n, channels, H, W), pixels about in [0, 1], that returns their distances (n,).
+        aggregate: over the masked patches. "mean" is the paper's; "max", the strongest local
+            change, rewards local information instead of a faint shift of the whole picture.
+        num_removed: R, score only so many of the visible patches, drawn per image before anything
+            is reconstructed: the cost is R / V. None for all.
+        chunk: variants that are computed at a time; None fits it to the memory. The result does not
+            depend on it.
+        generator: draws what is to be drawn: one, or one an image; None for torch's global state.
+
+    Returns:
+        Scores (B, R) float32, larger = more change = keep first, and the patches that they belong
+        to, (B, R) int64, in the order of ``visible_indices``.
+
+    Raises:
+        ValueError: an argument is out of its range, or does not fit the teacher.
+        ImportError: metric="lpips" without torchmetrics.
+
+    Source: LTRP (CVPR 2024, arXiv 2404.00680), semantic density.
+
+    >>> small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
+    >>> teacher = MAETeacher(64, 16, **small, decoder_depth=1, decoder_num_heads=2)
+    >>> scores, indices = semantic_density(teacher, torch.rand(2, 3, 64, 64), mask_ratio=0.5)
+    >>> scores.shape, indices.shape
+    (torch.Size([2, 8]), torch.Size([2, 8]))
+    """
+    _check_choices(removal, metric, aggregate, chunk)
+    if visible_indices is None:
+        batch, n = images.shape[0], teacher.num_patches
+        visible_indices = random_visible_indices(batch, n, mask_ratio, generator, images.device)
+    visible_indices = visible_indices.to(images.device)
+    teacher.check_visible(visible_indices, images.shape[0])
+    if not 2 <= visible_indices.shape[1] < teacher.num_patches:
+        raise ValueError(
+            f"{visible_indices.shape[1]} of {teacher.num_patches} patches are visible: at least 2 "
+            "are needed, and one that is masked; choose another mask_ratio."
+        )
+    columns = _columns_to_remove(visible_indices, num_removed, generator)
+    variants = _Variants(teacher, images, visible_indices, removal)
+    change = _Change(variants, images, metric, aggregate)
+    rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
+    size = chunk or _fitting_chunk(teacher, visible_indices.shape[1], images.device)
+    scores = [
+        change(variants.paint(row, column), row)
+        for row, column in zip(rows.split(size), columns.flatten().split(size))
+    ]
+    return torch.cat(scores).reshape(columns.shape), visible_indices.gather(1, columns)
+
+
+def _check_choices(
+    removal: str, metric: Union[str, ImageChange], aggregate: str, chunk: Optional[int]
+) -> None:
+    if removal not in REMOVALS:
+        raise ValueError(f"removal must be one of {', '.join(REMOVALS)}, got {removal!r}.")
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}.")
+    if not callable(metric) and metric not in METRICS:
+        names = ", ".join(METRICS)
+        raise ValueError(f"metric must be one of {names}, or a function, got {metric!r}.")
+    if (callable(metric) or metric == "lpips") and aggregate != "mean":
+        raise ValueError(
+            "a metric of whole pictures has one value, not one per patch: leave "
+            f"aggregate='mean', got {aggregate!r}."
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+
+
+def _columns_to_remove(
+    visible_indices: Tensor, num_removed: Optional[int], generator: Optional[Generators]
+) -> Tensor:
+    """Which of the V columns to remove, (B, R), ascending."""
+    batch, visible = visible_indices.shape
+    if num_removed is None:
+        return torch.arange(visible, device=visible_indices.device).expand(batch, -1)
+    if not 1 <= num_removed <= visible:
+        raise ValueError(f"num_removed must be in 1 … V = {visible}, got {num_removed}.")
+    return select_top(draw_uniform(batch, visible, generator, visible_indices.device), num_removed)
+
+
+def _fitting_chunk(teacher: MAETeacher, visible: int, device: torch.device) -> int:
+    """Variants at a time, by what the widest layers of the networks take."""
+    encoder = (visible + 1) * teacher.cls_token.shape[-1] * (8 + 2 * teacher.mlp_ratio)
+    decoder = teacher.mask_token.shape[-1] * (8 + 2 * teacher.decoder_mlp_ratio)
+    decoder = (teacher.num_patches + 1) * (decoder + 4 * teacher.decoder_pred.out_features)
+    budget: float = _CPU_BYTES
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = _DEVICE_SHARE * (free + cached)
+    return max(1, int(budget / (4 * max(encoder, decoder))))
+
+
+class _Variants:
+    """Paints the masked patches: all visible ones given, or one of them removed."""
+
+    def __init__(
+        self, teacher: MAETeacher, images: Tensor, visible_indices: Tensor, removal: str
+    ) -> None:
+        self.teacher, self.removal, self.visible = teacher, removal, visible_indices
+        self.masked = masked_indices(visible_indices, teacher.num_patches)
+        self.tokens = teacher.embed(images, visible_indices)
+        self.mask_tokens = teacher.mask_tokens(self.masked)
+        self.placed = teacher.place(teacher.encode_tokens(self.tokens), visible_indices)
+        self.anchor = self._predict(self.placed, self.mask_tokens)
+        self.isolated = _isolate(teacher, self.tokens) if removal == "encoder" else None
+
+    def _predict(self, *parts: Tensor) -> Tensor:
+        """The decoder's tokens, mask tokens of the M masked patches last -> (n, M, C) float32."""
+        dtype = parts[0].dtype
+        tokens = torch.cat([part.to(dtype) for part in parts], dim=1)
+        return self.teacher.predict(tokens, self.masked.shape[1]).float()
+
+    def paint(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Image rows (n,) without their visible patch of columns (n,) -> (n, M, C)."""
+        kept = torch.arange(self.visible.shape[1] - 1, device=columns.device)
+        kept = kept + (kept >= columns.unsqueeze(1))  # (n, V - 1): all columns but one
+        masks = self.mask_tokens[rows]
+        if self.removal == "decoder":
+            with_class = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], dim=1)
+            return self._predict(gather_patches(self.placed[rows], with_class), masks)
+        visible, removed = self.visible[rows], columns.unsqueeze(1)
+        places, gone = visible.gather(1, kept), visible.gather(1, removed)
+        latents = self.teacher.encode_tokens(gather_patches(self.tokens[rows], kept))
+        if self.isolated is None:
+            own = self.teacher.mask_tokens(gone)
+            return self._predict(self.teacher.place(latents, places), own, masks)
+        lonely = gather_patches(self.isolated[rows], removed)
+        latents, places = torch.cat([latents, lonely], dim=1), torch.cat([places, gone], dim=1)
+        return self._predict(self.teacher.place(latents, places), masks)
+
+
+def _isolate(teacher: MAETeacher, tokens: Tensor) -> Tensor:
+    """Tokens (B, V, D) that neither attend nor are attended to -> their latents (B, V, D).
+
+    What attention gives such a token is the bias of its projection. No token sees another, so that
+    all of them are computed at once.
+    """
+    for block in teacher.blocks:
+        tokens = tokens + block.attn.proj.bias
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return teacher.norm(tokens)
+
+
+class _Change:
+    """Compares what was painted with the anchor: (n, M, C) of image rows (n,) -> scores (n,)."""
+
+    def __init__(
+        self,
+        variants: _Variants,
+        images: Tensor,
+        metric: Union[str, ImageChange],
+        aggregate: str,
+    ) -> None:
+        self.teacher, self.aggregate = variants.teacher, aggregate
+        self.anchor, self.masked = variants.anchor, variants.masked
+        self.patches = self.teacher.patchify(images).float()
+        self.of_patches = PREDICTION_CHANGES.get(metric) if isinstance(metric, str) else None
+        self.of_pixels = PIXEL_CHANGES.get(metric) if isinstance(metric, str) else None
+        self.of_images: ImageChange = lpips_change if isinstance(metric, str) else metric
+
+    def __call__(self, painted: Tensor, rows: Tensor) -> Tensor:
+        anchor, channels = self.anchor[rows], self.teacher.in_chans
+        if self.of_patches is not None:
+            return self._over_patches(self.of_patches(painted, anchor, channels))
+        true, masked = self.patches[rows], self.masked[rows]
+        hidden = gather_patches(true, masked)
+        pixels = [self.teacher.to_pixels(values, hidden) for values in (painted, anchor)]
+        if self.of_pixels is not None:
+            return self._over_patches(self.of_pixels(pixels[0], pixels[1], channels))
+        seen, places = self.teacher.denormalise(true), masked.unsqueeze(2).expand_as(hidden)
+        pictures = [self.teacher.unpatchify(seen.scatter(1, places, part)) for part in pixels]
+        values = self.of_images(pictures[0], pictures[1]).float()
+        if values.shape != rows.shape:
+            raise ValueError(
+                f"metric must return one distance a picture, {list(rows.shape)}, "
+                f"got {list(values.shape)}."
+            )
+        return values
+
+    def _over_patches(self, values: Tensor) -> Tensor:
+        return values.mean(dim=1) if self.aggregate == "mean" else values.amax(dim=1)

@@ -1,0 +1,150 @@
+"""The names that MAE weights have in different files, and what sizes they tell."""
+
+import math
+import re
+from typing import Any, Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor
+
+# Hugging Face -> plain names; what transformers writes today has `decoder.decoder_encoder.layer`
+_RENAMES: Tuple[Tuple[str, str], ...] = (
+    (r"^(?:vit\.)?embeddings\.cls_token$", "cls_token"),
+    (r"^(?:vit\.)?embeddings\.position_embeddings$", "pos_embed"),
+    (r"^(?:vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:vit\.)?layernorm\.", "norm."),
+    (r"^(?:vit\.)?(?:encoder\.layer|layers)\.(?=\d)", "blocks."),
+    (r"^decoder\.(?:decoder_encoder\.layer|decoder_layers)\.(?=\d)", "decoder_blocks."),
+    (r"^decoder\.(?=mask_token$|decoder_)", ""),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
+)
+_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+_DECODER_PARTS = (
+    "decoder_embed",
+    "mask_token",
+    "decoder_pos_embed",
+    "decoder_blocks",
+    "decoder_norm",
+    "decoder_pred",
+)
+_HEADS = {768: 12, 1024: 16, 1280: 16}  # encoders of the published sizes
+_DECODER_HEADS = {512: 16}
+_CONFIG_ARGS = {
+    "num_heads": "num_attention_heads",
+    "decoder_num_heads": "decoder_num_attention_heads",
+    "img_size": "image_size",
+    "norm_eps": "layer_norm_eps",
+    "norm_pix_loss": "norm_pix_loss",
+}
+
+
+def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> Dict[str, Tensor]:
+    """Weights of any known layout -> the names of the authors, which are ``MAETeacher``'s.
+
+    Raises:
+        ValueError: a part of the MAE is not there at all; it is named.
+    """
+    inner = {name[4:]: t for name, t in state_dict.items() if name.startswith("mim.")}
+    out = _fuse_qkv({_rename(name): t for name, t in (inner or state_dict).items()})
+    present = {name.split(".")[0] for name in out}
+    missing = [part for part in (*_PARTS, *_DECODER_PARTS) if part not in present]
+    if missing:
+        kind = "is an encoder only" if set(_DECODER_PARTS) <= set(missing) else "is no whole MAE"
+        raise ValueError(
+            f"{source} {kind}: it lacks {', '.join(missing)}. A teacher needs encoder and decoder, "
+            "as in facebook/vit-mae-base or mae_visualize_vit_base.pth."
+        )
+    return out
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _fuse_qkv(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Separate query, key and value -> one qkv; a part without its companions keeps its name."""
+    out: Dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        found = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
+        parts: List[str] = []
+        if found is not None:
+            parts = [f"{found[1]}{part}.{found[3]}" for part in "qkv"]
+        if not parts or not all(part in state_dict for part in parts):
+            out[name] = tensor
+        elif found is not None and found[2] == "q":
+            fused = torch.cat([state_dict[part] for part in parts])
+            out[f"{found[1]}qkv.{found[3]}"] = fused
+    return out
+
+
+def config_args(config: Mapping[str, Any], source: str) -> Dict[str, Any]:
+    """A saved configuration, ours or that of Hugging Face -> arguments of ``MAETeacher``.
+
+    Raises:
+        ValueError: it describes another model, or one with another activation than GELU.
+    """
+    if isinstance(config.get("args"), dict) and config.get("teacher") == "mae":
+        return dict(config["args"])
+    if config.get("model_type") != "vit_mae":
+        return {}
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise ValueError(f"{source} uses hidden_act={activation!r}; only 'gelu' is supported.")
+    defaults = {"norm_eps": 1e-12, "norm_pix_loss": False}  # what that class takes when silent
+    stated = {ours: config[name] for ours, name in _CONFIG_ARGS.items() if name in config}
+    return {**defaults, **stated}
+
+
+def infer_args(
+    state_dict: Mapping[str, Tensor], given: Mapping[str, Any], source: str
+) -> Dict[str, Any]:
+    """Complete the arguments of ``MAETeacher`` by what shapes tell; ``given`` ones win.
+
+    Raises:
+        ValueError: a shape that no MAE has, or something that shapes do not tell is not given.
+    """
+    kernel, table = state_dict.get("patch_embed.proj.weight"), state_dict["pos_embed"]
+    embed = state_dict.get("decoder_embed.weight")
+    if kernel is None or kernel.dim() != 4 or table.dim() != 3 or embed is None or embed.dim() != 2:
+        raise ValueError(f"{source} is no MAE: its embeddings have shapes of something else.")
+    width, decoder_width = kernel.shape[0], embed.shape[0]
+    args: Dict[str, Any] = {
+        "patch_size": tuple(kernel.shape[2:]),
+        "in_chans": kernel.shape[1],
+        "embed_dim": width,
+        "depth": _depth(state_dict, "blocks"),
+        "mlp_ratio": _mlp_ratio(state_dict, "blocks", width),
+        "decoder_embed_dim": decoder_width,
+        "decoder_depth": _depth(state_dict, "decoder_blocks"),
+        "decoder_mlp_ratio": _mlp_ratio(state_dict, "decoder_blocks", decoder_width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
+        **given,
+    }
+    side = math.isqrt(table.shape[1] - 1)
+    if side * side == table.shape[1] - 1:
+        args.setdefault("img_size", tuple(side * p for p in kernel.shape[2:]))
+    known = {"num_heads": _HEADS.get(width), "decoder_num_heads": _DECODER_HEADS.get(decoder_width)}
+    for name, heads in known.items():
+        if heads is not None:
+            args.setdefault(name, heads)
+    unknown = [name for name in ("img_size", *known) if name not in args]
+    if unknown:
+        raise ValueError(f"{source} does not tell {' and '.join(unknown)}: pass them as arguments.")
+    return args
+
+
+def _depth(state_dict: Mapping[str, Tensor], stem: str) -> int:
+    found = (re.match(rf"{stem}\.(\d+)\.", name) for name in state_dict)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def _mlp_ratio(state_dict: Mapping[str, Tensor], stem: str, width: int) -> float:
+    weight = state_dict.get(f"{stem}.0.mlp.fc1.weight")
+    return 4.0 if weight is None else weight.shape[0] / width

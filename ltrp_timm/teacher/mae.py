@@ -1,0 +1,369 @@
+"""The masked autoencoder, of timm's blocks.
+
+Axes: B images, N patches, V visible and M = N - V masked ones, C = p * q * channels pixel values of
+a patch, D widths. Sequences are [class token, visible patches, mask tokens]: attention does not
+care for the order, each token carries its position.
+"""
+
+from functools import partial
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+import torch
+from einops import rearrange
+from timm.layers import LayerNorm, PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ltrp_timm.checkpoints import PathLike, save_weights
+from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, to_pair
+from ltrp_timm.rankers.bridge import fit_channels
+from ltrp_timm.rankers.vit import sincos_pos_embed
+from ltrp_timm.selection import (
+    check_keep_indices,
+    gather_patches,
+    patch_pixels,
+    validate_keep_indices,
+)
+from ltrp_timm.teacher.masking import Generators, masked_indices, random_visible_indices
+
+
+class MAETeacher(nn.Module):
+    """A masked autoencoder: sees V patches, paints the others.
+
+    Its state dict has the plain names of the authors' files (``blocks.0.attn.qkv.weight``,
+    ``decoder_blocks.0…``, ``mask_token``). As a teacher it is frozen: no parameter takes a
+    gradient, and it stays in eval mode also after ``.train()``. Images come normalised by its own
+    ``mean`` and ``std``.
+
+    Args:
+        img_size: side of an image in pixels, or (height, width): a multiple of the patch size.
+        patch_size: side of a patch in pixels, or (height, width).
+        embed_dim: width of the encoder, a multiple of 4 and of ``num_heads``.
+        depth: its number of blocks.
+        num_heads: its attention heads.
+        decoder_embed_dim: width of the decoder.
+        decoder_depth: its number of blocks.
+        decoder_num_heads: its attention heads.
+        mlp_ratio: hidden width of the encoder's MLPs over ``embed_dim``.
+        decoder_mlp_ratio: the same of the decoder.
+        qkv_bias: whether query, key and value have a bias.
+        in_chans: channels of an image.
+        norm_eps: eps of the LayerNorms.
+        norm_pix_loss: it was, or will be, trained to paint each patch normalised by its own mean
+            and standard deviation.
+        mean: normalisation of the images, in units of pixels in [0, 1].
+        std: likewise.
+        frozen: False makes it an ordinary module that can be trained.
+
+    Raises:
+        ValueError: sizes that do not divide.
+
+    Source: He et al. (2022), Masked autoencoders are scalable vision learners.
+    """
+
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+    blocks: Any
+    decoder_blocks: Any
+
+    def __init__(
+        self,
+        img_size: Union[int, Sequence[int]] = 224,
+        patch_size: Union[int, Sequence[int]] = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        decoder_mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        in_chans: int = 3,
+        norm_eps: float = 1e-6,
+        norm_pix_loss: bool = False,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        frozen: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = to_pair(img_size), to_pair(patch_size)
+        self.grid_size = _grid(self.img_size, self.patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.in_chans, self.norm_eps, self.norm_pix_loss = in_chans, norm_eps, bool(norm_pix_loss)
+        self.mean, self.std = fit_channels(mean, in_chans), fit_channels(std, in_chans)
+        self.frozen = frozen
+        self.mlp_ratio, self.decoder_mlp_ratio, self.qkv_bias = (
+            mlp_ratio,
+            decoder_mlp_ratio,
+            qkv_bias,
+        )
+        dd: Dict[str, Any] = {"device": device, "dtype": dtype}
+        self._build_encoder(embed_dim, depth, num_heads, dd)
+        self._build_decoder(embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads, dd)
+        self._init_weights()
+        if frozen:
+            self.requires_grad_(False).eval()
+
+    def _build_encoder(self, width: int, depth: int, num_heads: int, dd: Dict[str, Any]) -> None:
+        self.patch_embed = PatchEmbed(self.img_size, self.patch_size, self.in_chans, width, **dd)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width, **dd))
+        self.register_buffer("pos_embed", sincos_pos_embed(width, self.grid_size).to(**dd))
+        self.blocks = self._blocks(width, depth, num_heads, self.mlp_ratio, dd)
+        self.norm = LayerNorm(width, eps=self.norm_eps, **dd)
+
+    def _build_decoder(
+        self, embed_dim: int, width: int, depth: int, num_heads: int, dd: Dict[str, Any]
+    ) -> None:
+        self.decoder_embed = nn.Linear(embed_dim, width, **dd)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width, **dd))
+        self.register_buffer("decoder_pos_embed", sincos_pos_embed(width, self.grid_size).to(**dd))
+        self.decoder_blocks = self._blocks(width, depth, num_heads, self.decoder_mlp_ratio, dd)
+        self.decoder_norm = LayerNorm(width, eps=self.norm_eps, **dd)
+        values = self.patch_size[0] * self.patch_size[1] * self.in_chans
+        self.decoder_pred = nn.Linear(width, values, **dd)
+
+    def _blocks(
+        self, width: int, depth: int, num_heads: int, mlp_ratio: float, dd: Dict[str, Any]
+    ) -> nn.ModuleList:
+        if depth < 1 or num_heads < 1 or width % num_heads:
+            raise ValueError(
+                "an MAE needs at least one block, and a width that its heads divide; got "
+                f"{depth} blocks of width {width} with {num_heads} heads."
+            )
+        norm_layer = partial(LayerNorm, eps=self.norm_eps)
+        args = {"mlp_ratio": mlp_ratio, "qkv_bias": self.qkv_bias, "norm_layer": norm_layer, **dd}
+        return nn.ModuleList([Block(width, num_heads, **args) for _ in range(depth)])
+
+    def _init_weights(self) -> None:
+        """Initial values as the paper trains from."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.cls_token.shape[-1], -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def train(self, mode: bool = True) -> "MAETeacher":
+        """Set training mode; a frozen teacher stays in eval."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def config(self) -> Dict[str, Any]:
+        """Arguments that rebuild this teacher, frozen, as JSON can hold them."""
+        names = ["mlp_ratio", "decoder_mlp_ratio", "qkv_bias", "in_chans", "norm_eps"]
+        names += ["norm_pix_loss", "mean", "std"]
+        return {
+            "img_size": list(self.img_size),
+            "patch_size": list(self.patch_size),
+            "embed_dim": self.cls_token.shape[-1],
+            "depth": len(self.blocks),
+            "num_heads": self.blocks[0].attn.num_heads,
+            "decoder_embed_dim": self.mask_token.shape[-1],
+            "decoder_depth": len(self.decoder_blocks),
+            "decoder_num_heads": self.decoder_blocks[0].attn.num_heads,
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def save(self, directory: PathLike, overwrite: bool = False) -> None:
+        """Write ``config.json`` and ``model.safetensors`` for ``create_teacher``.
+
+        Raises:
+            FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
+        """
+        config = {"teacher": "mae", "args": self.config()}
+        save_weights(directory, config, self.state_dict(), overwrite=overwrite)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """images (B, channels, H, W) -> (B, N, C), a patch by rows, columns, channels.
+
+        Raises:
+            ValueError: images of another size than the teacher's.
+        """
+        self._check_images(images)
+        return patch_pixels(images, self.grid_size)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """patches (B, N, C) -> images (B, channels, H, W), the inverse of ``patchify``.
+
+        Raises:
+            ValueError: another number of patches or values.
+        """
+        (h, w), (p, q) = self.grid_size, self.patch_size
+        expected = (h * w, p * q * self.in_chans)
+        if patches.dim() != 3 or tuple(patches.shape[1:]) != expected:
+            raise ValueError(
+                f"patches must be (B, {expected[0]}, {expected[1]}), got {list(patches.shape)}."
+            )
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
+
+    def embed(self, images: Tensor, visible_indices: Optional[Tensor] = None) -> Tensor:
+        """images (B, channels, H, W), visible_indices (B, V) -> tokens with positions (B, V, D).
+
+        Raises:
+            ValueError: images of another size, or indices that do not fit them.
+        """
+        self._check_images(images)
+        tokens: Tensor = self.patch_embed(images) + self.pos_embed[:, 1:]
+        return tokens if visible_indices is None else gather_patches(tokens, visible_indices)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens with positions (B, V, D) -> latents (B, 1 + V, D), the class token first."""
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+        x = torch.cat([cls_token.to(tokens.dtype), tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def encode(self, images: Tensor, visible_indices: Optional[Tensor] = None) -> Tensor:
+        """Encode the visible patches; the others are absent.
+
+        Args:
+            images: (B, channels, H, W).
+            visible_indices: (B, V) int64, without duplicates; None for all patches.
+
+        Returns:
+            Latents (B, 1 + V, D), the class token first, patches in the order of the indices.
+
+        Raises:
+            ValueError: images of another size, or indices that do not fit them.
+        """
+        if visible_indices is not None:
+            self.check_visible(visible_indices, images.shape[0])
+        return self.encode_tokens(self.embed(images, visible_indices))
+
+    def place(self, latents: Tensor, visible_indices: Tensor) -> Tensor:
+        """Latents (B, 1 + V, D) at their places (B, V) -> the decoder's tokens (B, 1 + V, D')."""
+        x = self.decoder_embed(latents)
+        with_class = torch.cat([torch.zeros_like(visible_indices[:, :1]), visible_indices + 1], 1)
+        return x + self.decoder_pos_embed[0][with_class]
+
+    def mask_tokens(self, indices: Tensor) -> Tensor:
+        """Mask tokens for places (B, M) -> (B, M, D')."""
+        return self.mask_token + self.decoder_pos_embed[0][indices + 1]
+
+    def predict(self, tokens: Tensor, num_predicted: int) -> Tensor:
+        """The decoder's tokens (B, L, D') -> predictions (B, M, C) for the last M of them."""
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens[:, -num_predicted:]))
+
+    def decode(self, latents: Tensor, visible_indices: Tensor) -> Tensor:
+        """Paint all patches.
+
+        Args:
+            latents: (B, 1 + V, D) from ``encode``.
+            visible_indices: (B, V) the places that they belong to.
+
+        Returns:
+            Predictions (B, N, C), in the order of the grid.
+
+        Raises:
+            ValueError: indices that do not fit the latents.
+        """
+        self.check_visible(visible_indices, latents.shape[0])
+        if latents.shape[1] != 1 + visible_indices.shape[1]:
+            raise ValueError(
+                f"{visible_indices.shape[1]} visible_indices need a class token and as many "
+                f"latents, got {latents.shape[1]} tokens."
+            )
+        tokens = self.place(latents, visible_indices)
+        places = visible_indices
+        if visible_indices.shape[1] < self.num_patches:
+            masked = masked_indices(visible_indices, self.num_patches)
+            places = torch.cat([places, masked], dim=1)
+            tokens = torch.cat([tokens, self.mask_tokens(masked).to(tokens.dtype)], dim=1)
+        return gather_patches(self.predict(tokens, self.num_patches), places.argsort(dim=1))
+
+    def forward(
+        self,
+        images: Tensor,
+        visible_indices: Optional[Tensor] = None,
+        mask_ratio: float = 0.75,
+        generator: Optional[Generators] = None,
+    ) -> Tuple[Tensor, Tensor]:
+        """Paint all patches of images of which some are visible.
+
+        Args:
+            images: (B, channels, H, W).
+            visible_indices: (B, V); when None they are drawn.
+            mask_ratio: share of patches to mask, when they are drawn.
+            generator: draws them: one, or one an image; None for torch's global state.
+
+        Returns:
+            Predictions (B, N, C) and visible_indices (B, V).
+
+        Raises:
+            ValueError: images of another size, or indices or a ratio that do not fit.
+        """
+        if visible_indices is None:
+            visible_indices = random_visible_indices(
+                images.shape[0], self.num_patches, mask_ratio, generator, images.device
+            )
+        return self.decode(self.encode(images, visible_indices), visible_indices), visible_indices
+
+    def reconstruction_loss(
+        self, images: Tensor, predictions: Tensor, visible_indices: Tensor
+    ) -> Tensor:
+        """Mean squared error of predictions (B, N, C) over the masked patches: what an MAE learns.
+
+        With ``norm_pix_loss`` each true patch is normalised by its own mean and standard deviation.
+        """
+        target = self.patchify(images).float()
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        error = (predictions.float() - target).square().mean(dim=2)
+        return error.gather(1, masked_indices(visible_indices, self.num_patches)).mean()
+
+    def to_pixels(self, predictions: Tensor, patches: Tensor) -> Tensor:
+        """Predictions (…, C) -> pixel values (…, C), in [0, 1] where they are those of an image.
+
+        Args:
+            predictions: what the decoder gives.
+            patches: the true patches there, from ``patchify``; read with ``norm_pix_loss`` only.
+        """
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            predictions = predictions * std + mean
+        return self.denormalise(predictions)
+
+    def denormalise(self, patches: Tensor) -> Tensor:
+        """Patches (…, C) normalised by ``mean`` and ``std`` -> pixel values."""
+        repeats = patches.shape[-1] // self.in_chans  # channels come last in a patch
+        scale, shift = (patches.new_tensor(v).repeat(repeats) for v in (self.std, self.mean))
+        return patches * scale + shift
+
+    def check_visible(self, visible_indices: Tensor, batch_size: int) -> None:
+        """Check (B, V) int64 indices, in range and without duplicates; reads from the device.
+
+        Raises:
+            ValueError: they are not.
+            TypeError: another dtype.
+        """
+        check_keep_indices(visible_indices, batch_size, self.num_patches, "visible_indices")
+        validate_keep_indices(visible_indices, self.num_patches, "visible_indices")
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (self.in_chans, *self.img_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"this teacher takes images (B, {', '.join(map(str, expected))}), "
+                f"got {list(images.shape)}."
+            )
+
+
+def patch_statistics(patches: Tensor) -> Tuple[Tensor, Tensor]:
+    """patches (…, C) -> mean and standard deviation (…, 1), as MAE normalises its targets."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def _grid(img_size: Tuple[int, int], patch_size: Tuple[int, int]) -> Tuple[int, int]:
+    if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
+        raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}.")
+    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]

@@ -1,0 +1,223 @@
+"""Ranking losses against values derived by hand, reference vectors, and their own gradients."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from ltrp_timm.losses import (
+    focused_rank,
+    lambda_rank,
+    list_mle,
+    list_net,
+    pointwise_mse,
+    rank_net,
+)
+from ltrp_timm.metrics import ndcg
+
+VECTORS = load_file(Path(__file__).parent / "data" / "b_losses.safetensors")
+Loss = Callable[..., Tensor]
+LOSSES: dict[str, Loss] = {
+    "list_mle": list_mle,
+    "list_net": list_net,
+    "list_net_sum": partial(list_net, average_items=False),
+    "rank_net": rank_net,
+    "focused_rank": partial(focused_rank, k=3),
+    "pointwise_mse": pointwise_mse,
+    "lambda_rank": lambda_rank,
+    "lambda_rank_top": partial(lambda_rank, k=2, sigma=2.0),
+}
+every_loss = pytest.mark.parametrize("name", list(LOSSES))
+
+
+@pytest.mark.parametrize(
+    ("case", "loss"),
+    [
+        ("list_mle", list_mle),
+        ("list_mleEx", list_mle),
+        ("list_net", list_net),
+        ("rank_net_t0.001_s1", rank_net),
+        ("rank_net_t0.01_s2", partial(rank_net, threshold=0.01, sigma=2.0)),
+        ("focused_rank_k5", partial(focused_rank, k=5)),
+        ("focused_rank_k10", focused_rank),
+        ("point_wise", pointwise_mse),
+    ],
+)
+def test_reference_vectors(case: str, loss: Loss) -> None:
+    pred = VECTORS["y_pred"].clone().requires_grad_()
+    value = loss(pred, VECTORS["y_true"])
+    value.backward()
+    assert (value - VECTORS[f"loss_{case}"]).abs().max() <= 1e-5
+    assert (pred.grad - VECTORS[f"grad_{case}"]).abs().max() <= 1e-6
+    other = loss(VECTORS["y_pred"].flip(1), VECTORS["y_true"])  # another order, another loss
+    assert (other - VECTORS[f"loss_{case}"]).abs().max() > 1e-4
+
+
+def test_list_mle_by_hand() -> None:
+    # order by target: items 2, 0, 1 with scores 0, ln 2, ln 3, that is weights 1, 2, 3
+    pred = torch.tensor([[math.log(2), math.log(3), 0.0]])
+    target = torch.tensor([[5.0, 1.0, 9.0]])
+    probability = (1 / 6) * (2 / 5)
+    assert list_mle(pred, target).item() == pytest.approx(-math.log(probability), abs=1e-6)
+
+
+def test_chance_of_list_mle() -> None:
+    chance = math.lgamma(19 + 1)
+    assert list_mle(torch.full((2, 19), 3.0), torch.rand(2, 19)).item() == pytest.approx(chance)
+    assert chance == pytest.approx(39.34, abs=5e-3)
+
+
+def test_list_net_by_hand() -> None:
+    # softmax of the target (1/4, 3/4), of the scores (1/3, 2/3)
+    pred = torch.tensor([[0.0, math.log(2)]])
+    target = torch.tensor([[0.0, math.log(3)]])
+    entropy = 0.25 * math.log(3) + 0.75 * math.log(1.5)
+    assert list_net(pred, target, average_items=False).item() == pytest.approx(entropy)
+    assert list_net(pred, target).item() == pytest.approx(entropy / 2)
+
+
+def test_rank_net_by_hand() -> None:
+    # two items, logits ± ln 3: sigmoid 3/4; four ordered pairs, two of them an item with itself
+    pred = torch.tensor([[math.log(3), 0.0]])
+    right, tied = -2 * math.log(0.75), -math.log(0.75) - math.log(0.25)
+    for gap, pairs in ((0.5, right), (-0.5, -2 * math.log(0.25)), (0.0009, tied), (0.0, tied)):
+        value = rank_net(pred, torch.tensor([[gap, 0.0]]))
+        assert value.item() == pytest.approx((pairs + 2 * math.log(2)) / 8), gap
+
+
+def test_focused_rank_by_hand() -> None:
+    # top 2 are items 1 and 2 with weights 3 and 1; the rest is item 0 with weight 2
+    pred = torch.tensor([[math.log(2), math.log(3), 0.0]])
+    target = torch.tensor([[1.0, 9.0, 5.0]])
+    pairs = -(math.log(3 / 5) + math.log(1 / 3)) / 2
+    value = focused_rank(pred, target, k=2)
+    assert value.item() == pytest.approx(-math.log(3 / 4) + pairs / 2)
+    assert focused_rank(pred, target, k=3).item() == pytest.approx(list_mle(pred, target).item())
+    # the order among the rest does not count
+    pred, target = torch.randn(1, 6), torch.arange(6.0).unsqueeze(0)
+    moved = target[:, [1, 2, 0, 3, 4, 5]]
+    assert torch.equal(focused_rank(pred, target, k=3), focused_rank(pred, moved, k=3))
+    assert not torch.equal(focused_rank(pred, target, k=4), focused_rank(pred, moved, k=4))
+
+
+def test_lambda_rank_by_hand() -> None:
+    # gains 2, 1, 0; the order now is items 1, 0, 2; discounts 1, 1 / log2 3, 1 / 2
+    second = 1 / math.log2(3)
+    best = 2 + second
+    pred = torch.tensor([[math.log(2), math.log(3), 0.0]])
+    expected = (1 - second) * math.log(1 + 3 / 2)  # items 0 and 1: weights 2 and 3
+    expected += 2 * (second - 0.5) * math.log(1 + 1 / 2)  # items 0 and 2
+    expected += (1 - 0.5) * math.log(1 + 1 / 3)  # items 1 and 2
+    value = lambda_rank(pred, torch.tensor([[2.0, 1.0, 0.0]]))
+    assert value.item() == pytest.approx(expected / best, rel=1e-5)
+    shifted = lambda_rank(pred, torch.tensor([[-28.0, -29.0, -30.0]]))  # as with -PSNR
+    assert shifted.item() == pytest.approx(expected / best, rel=1e-5)
+    assert lambda_rank(pred, torch.ones(1, 3)).item() == 0.0
+
+
+def test_lambda_rank_cuts_at_k() -> None:
+    # with k = 1 the pair (1, 2) at places 1 and 2 cannot change anything
+    pred, target = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    expected = (0.5 * math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) * 1.0
+    assert lambda_rank(pred, target, k=1).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_lambda_rank_raises_ndcg() -> None:
+    target = torch.rand(4, 12)
+    pred = torch.zeros(4, 12).normal_().requires_grad_()
+    before = ndcg(pred.detach(), target, k=3)
+    optimiser = torch.optim.SGD([pred], lr=1.0)
+    for _ in range(100):
+        optimiser.zero_grad()
+        lambda_rank(pred, target, k=3, reduction="sum").backward()
+        optimiser.step()
+    assert before < 0.9
+    assert ndcg(pred.detach(), target, k=3) > 0.99
+
+
+@every_loss
+def test_gradients(name: str) -> None:
+    pred = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(3, 7, dtype=torch.float64)
+    assert gradcheck(lambda scores: LOSSES[name](scores, target), (pred,))
+    assert gradcheck(lambda scores: LOSSES[name](scores, target, reduction="none"), (pred,))
+
+
+@every_loss
+def test_the_right_order_costs_less_than_the_wrong_one(name: str) -> None:
+    target = torch.arange(7.0).repeat(2, 1)
+    loss = LOSSES[name]
+    assert loss(target, target) < loss(target.roll(1, dims=1), target)
+    assert loss(target, target) < loss(-target, target)
+
+
+@every_loss
+def test_reduction_and_batch(name: str) -> None:
+    pred, target = torch.randn(4, 6), torch.rand(4, 6)
+    loss = LOSSES[name]
+    alone = torch.stack([loss(p[None], t[None]) for p, t in zip(pred, target)])
+    each = loss(pred, target, reduction="none")
+    assert each.shape == (4,)
+    assert (each - alone).abs().max() <= 1e-6
+    assert torch.allclose(loss(pred, target), each.mean())
+    assert torch.allclose(loss(pred, target, reduction="sum"), each.sum())
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'all'"):
+        loss(pred, target, reduction="all")
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_stable(name: str, dtype: torch.dtype) -> None:
+    pred = (300 * torch.randn(3, 19)).to(dtype).requires_grad_()  # exp(300) overflows everywhere
+    target = torch.rand(3, 19).to(dtype)
+    value = LOSSES[name](pred, target)
+    value.backward()
+    assert value.dtype is torch.float32
+    assert value.isfinite()
+    assert pred.grad is not None
+    assert pred.grad.isfinite().all()
+    wide = LOSSES[name](pred.detach().float(), target.float())
+    assert torch.equal(value, wide)
+
+
+@every_loss
+def test_autocast_changes_nothing(name: str) -> None:
+    pred, target = torch.randn(3, 9), torch.rand(3, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = LOSSES[name](pred, target)
+    assert torch.equal(inside, LOSSES[name](pred, target))
+
+
+@every_loss
+def test_no_gradient_reaches_the_targets(name: str) -> None:
+    pred = torch.randn(2, 5, requires_grad=True)
+    target = torch.rand(2, 5, requires_grad=True)
+    LOSSES[name](pred, target).backward()
+    assert pred.grad is not None
+    assert target.grad is None
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(5,), (2, 6), (2, 5, 1)])
+def test_wrong_shapes(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must both be \(B, V\), got \[2, 5\] and"):
+        LOSSES[name](torch.rand(2, 5), torch.rand(shape))
+
+
+def test_wrong_arguments() -> None:
+    lists = (torch.rand(2, 5), torch.rand(2, 5))
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k must be in 1 … 5, .* got {k}"):
+            focused_rank(*lists, k=k)
+        with pytest.raises(ValueError, match=f"k must be in 1 … 5, .* got {k}"):
+            lambda_rank(*lists, k=k)
+    with pytest.raises(ValueError, match=r"threshold must be at least 0, got -0\.1"):
+        rank_net(*lists, threshold=-0.1)
+    with pytest.raises(ValueError, match="sigma must be above 0, got 0"):
+        lambda_rank(*lists, sigma=0)
