@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
+    ["configs"],
+    ["hub"],
     ["selection", "checkpoints", "throughput", "photos", "change"],
     ["slots", "metrics"],
     ["rankers", "losses"],
@@ -19,7 +21,8 @@ ROOMS = [
     ["front_end"],
     ["factory"],
     ["ltrp_vit"],
-    ["visualize", "console"],
+    ["visualize", "console", "cards"],
+    ["sharing"],
     ["demo"],
     ["cli"],
 ]

@@ -1,11 +1,13 @@
 """Rankers: images (B, C, H, W) -> score map (B, h, w), higher = keep first."""
 
+import inspect
 from functools import partial
-from typing import Any, Callable, Dict, List, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Union
 
 from torch import nn
 
-from ltrp_timm.checkpoints import PathLike, load_strictly, read_weights
+from ltrp_timm.checkpoints import PathLike, build_and_load, read_weights
+from ltrp_timm.configs import check_saved_args
 from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.contrast import ContrastRanker
@@ -26,6 +28,7 @@ __all__ = [
     "make_bridge",
     "ranker_class",
     "resize_score_map",
+    "saved_names",
 ]
 
 _RANKERS: Dict[str, Callable[..., Any]] = {
@@ -61,13 +64,21 @@ def ranker_class(name: str) -> Any:
     return factory.func if isinstance(factory, partial) else factory
 
 
-def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs: Any) -> Any:
+def create_ranker(
+    name: str,
+    pretrained: Union[bool, PathLike] = False,
+    cache_dir: Optional[PathLike] = None,
+    token: Optional[str] = None,
+    **kwargs: Any,
+) -> Any:
     """Make a ranker.
 
     Args:
         name: one of ``list_rankers()``.
-        pretrained: a folder written by ``ranker.save`` or a ``.safetensors`` file with weights of
-            this ranker.
+        pretrained: a folder written by ``ranker.save``, a ``.safetensors`` file with weights of
+            this ranker, or ``hf-hub:owner/name[@revision]``.
+        cache_dir: where downloads lie; as in huggingface_hub.
+        token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
 
     Returns:
@@ -77,6 +88,7 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
         ValueError: unknown name, weights for a ranker without any, or a saved configuration of
             another ranker.
         FileNotFoundError: ``pretrained`` names nothing.
+        OSError: the Hub refuses or does not answer; the message says what to do.
         RuntimeError: the weights do not fit; every name that is missing or too much is listed.
 
     >>> create_ranker("contrast", patch_size=14).patch_size
@@ -91,11 +103,17 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
         )
     if pretrained is True:
         raise ValueError(
-            f"no published weights exist for the {name} ranker: pass pretrained=<folder or file>."
+            f"no published weights exist for the {name} ranker: pass pretrained=<folder, file "
+            "or hf-hub:owner/name>."
         )
-    state_dict, config = read_weights(pretrained)
-    ranker: Any = _named(name, {**_saved_args(name, config, pretrained), **kwargs})
-    load_strictly(ranker, adapt_channels(state_dict, ranker.state_dict()), str(pretrained))
+    state_dict, config = read_weights(pretrained, cache_dir=cache_dir, token=token)
+    ranker: Any = build_and_load(
+        lambda **args: _named(name, args),
+        {**_saved_args(name, config, pretrained), **kwargs},
+        state_dict,
+        str(pretrained),
+        lambda tensors, model: adapt_channels(tensors, model.state_dict()),
+    )
     ranker.trained = True
     return ranker
 
@@ -109,7 +127,13 @@ def _named(name: str, kwargs: Dict[str, Any]) -> nn.Module:
 def _saved_args(name: str, config: Any, source: PathLike) -> Dict[str, Any]:
     if config is None:
         return {}
-    saved, args = config.get("ranker"), config.get("args")
-    if saved != name or not isinstance(args, dict):
+    saved = config.get("ranker")
+    if saved != name:
         raise ValueError(f"{source} holds a {saved!r} ranker, not {name!r}.")
-    return args
+    return check_saved_args(config.get("args"), source, saved_names(name))
+
+
+def saved_names(name: str) -> Set[str]:
+    """The arguments that a saved configuration of a ranker may have."""
+    parameters = inspect.signature(ranker_class(name).__init__).parameters
+    return set(parameters) - {"self", "device", "dtype", "generator"}
