@@ -20,7 +20,7 @@ def check_card(card: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
 
     Args:
         card: "license" (an identifier such as "apache-2.0"), "training_data", "ranker" (where its
-            weights come from), "base_model" (the repository that it was trained from), "description":
+            weights come from), "base_model" (the repository it was trained from), "description":
             texts; "measured": ``{keep_ratio: {what: value}}``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command line: ``ltrp-timm demo``.
+"""The command line: ``ltrp-timm demo``, ``save`` and ``push``.
 
 It turns flags into plain arguments. An error is one line on stderr and exit code 2.
 """
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
+    from ltrp_timm.share_command import add_push, add_save
 
     parser = _Parser(
         prog="ltrp-timm",
@@ -59,7 +60,10 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ltrp-timm {__version__}")
-    _add_demo(parser.add_subparsers(dest="command", title="commands", metavar="COMMAND"))
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    _add_demo(commands)
+    add_save(commands)
+    add_push(commands)
     return parser
 
 
@@ -137,3 +141,7 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -26,6 +27,7 @@ from ltrp_timm.configs import first_line
 
 PREFIX = "hf-hub:"
 _REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TRANSPORT = ("httpx", "httpx2", "requests", "urllib3", "huggingface_hub", "hf_xet")
 _UNREACHED = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError")
 _LOGIN = "set HF_TOKEN or run `hf auth login`"
@@ -81,7 +83,7 @@ def download(
                 raise _missing(repository, names, revision)
             if path is not None and folder is None:
                 folder = path.parent
-                if re.fullmatch(r"[0-9a-f]{40}", folder.name):
+                if _COMMIT.fullmatch(folder.name):
                     at = folder.name  # a push in between must not mix two commits
     if folder is None:
         raise ValueError("download needs at least one wanted file.")
@@ -96,6 +98,12 @@ def _pull(
     token: Optional[str],
 ) -> Optional[Path]:
     """One file; None when the repository has none of that name, or the cache of an offline user."""
+    if revision is not None and _COMMIT.fullmatch(revision):
+        known = huggingface_hub.try_to_load_from_cache(
+            repository, name, cache_dir=cache_dir, revision=revision
+        )
+        if known is not None and not isinstance(known, str):
+            return None  # a mark that this commit has no such file
     try:
         return Path(
             huggingface_hub.hf_hub_download(
@@ -161,9 +169,11 @@ def upload(
     api = huggingface_hub.HfApi(token=token, library_name="ltrp-timm")
     with hub_errors(repository, revision):
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        if revision is not None and revision != "main" and not revision.startswith("refs/"):
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        present: Set[str] = set(api.list_repo_files(repository, revision=revision)) & set(names)
+        present: Set[str] = set()
+        if revision is None or api.revision_exists(repository, revision):
+            present = set(api.list_repo_files(repository, revision=revision)) & set(names)
+        else:  # what a new branch starts with stays on the one it comes from
+            api.create_branch(repository, branch=revision)
         if present - set(keep) and not overwrite:
             raise FileExistsError(
                 f"{repository} already holds {' and '.join(sorted(present - set(keep)))}; "
@@ -227,6 +237,10 @@ def _meaning(error: BaseException, name: str, revision: Optional[str]) -> Option
     broken = str(error).startswith("Consistency check failed")
     if not broken and type(error).__module__.split(".")[0] not in _TRANSPORT:
         return None
+    if isinstance(error, FileMetadataError):
+        return ConnectionError(
+            f"what answers at {constants.ENDPOINT} for {name} is no Hub: check HF_ENDPOINT."
+        )
     if type(error).__name__ in _UNREACHED:
         return ConnectionError(
             f"the Hub at {constants.ENDPOINT} cannot be reached for {name}: check the connection, "
@@ -242,9 +256,7 @@ def _meaning_of_status(error: HfHubHTTPError, name: str) -> Exception:
     response = error.response
     status = response.status_code if response is not None else 0
     if status == 401:
-        return PermissionError(
-            f"the Hub refused the token for {name} (401): {_LOGIN} with one that is valid."
-        )
+        return PermissionError(f"the Hub wants a token that is valid for {name} (401): {_LOGIN}.")
     if status == 403:
         return PermissionError(
             f"this account or token has no right to do that with {name} (403): use a token that "

@@ -23,7 +23,7 @@ ROOMS = [
     ["ltrp_vit"],
     ["visualize", "console", "cards"],
     ["sharing"],
-    ["demo"],
+    ["demo", "share_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -128,6 +128,8 @@ def _saved_args(name: str, config: Any, source: PathLike) -> Dict[str, Any]:
     if config is None:
         return {}
     saved = config.get("ranker")
+    if saved is None and "architecture" in config:
+        raise ValueError(f"{source} holds a whole model, not a {name} ranker alone.")
     if saved != name:
         raise ValueError(f"{source} holds a {saved!r} ranker, not {name!r}.")
     return check_saved_args(config.get("args"), source, saved_names(name))
