@@ -74,11 +74,22 @@ def check_saved_args(
         if name in refused or (known is not None and name not in known):
             why = f"; known are {', '.join(sorted(known))}" if known is not None else ""
             raise ValueError(f"the configuration in {source} must not set {name!r}{why}.")
-        if not _harmless(str(name), value, 0):
+        fine = _is_statistic(name, value) if name in ("mean", "std") else True
+        if not fine or not _harmless(str(name), value, 0):
             text = repr(value)
             shown = text if len(text) <= 80 else f"{text[:80]}…"
             raise ValueError(f"the configuration in {source} sets {name!r} to {shown}: refused.")
     return dict(args)
+
+
+def _is_statistic(name: str, value: Any) -> bool:
+    """Whether it is a mean or standard deviation of pixels, one number a channel."""
+    if value is None:
+        return True
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    return numbers and (name == "mean" or min(value) > 0)
 
 
 def _harmless(name: str, value: Any, level: int) -> bool:

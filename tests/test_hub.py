@@ -338,7 +338,7 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
         (save_it, "save needs weights: either --pretrained or --checkpoint FILE"),
         (
             (*save_it[:4], "--checkpoint", tmp_path / "last.pth.tar"),
-            "does not fit the model: mismatched backbone.head.weight: [4, 192]",
+            "fit the model: mismatched backbone.head",
         ),
         (("push", tmp_path / "no", "--repo-id", "me/x"), "holds no config.json and no model"),
     ):
