@@ -118,8 +118,9 @@ def shapes_of(make: Callable[[], nn.Module], source: object) -> nn.Module:
     try:
         with torch.device("meta"):
             model = make()
-    except (TypeError, ValueError):
-        raise  # they repeat the argument
+    except (TypeError, ValueError) as error:  # they repeat the argument, not where it stands
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{source}: {error}") from error
     except Exception as error:  # whatever a constructor says to sizes that fit nothing
         reason = first_line(error)
         raise ValueError(f"the configuration in {source} describes no model: {reason}") from error
