@@ -25,7 +25,7 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "model.safetensors"
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
-_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 _METADATA_KEY = "ltrp_timm_config"
 _DIGEST_KEY = "ltrp_timm_sha256"
 
@@ -66,7 +66,7 @@ def save_weights(
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
     }
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(dict(config))}
-    metadata[_DIGEST_KEY] = _digest(tensors)
+    metadata[_DIGEST_KEY] = _digest(tensors, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / WEIGHTS_NAME,
@@ -117,7 +117,9 @@ def locate(
     """
     text, path = os.fspath(source), Path(source)
     named = text.startswith(hub.PREFIX)
-    if not named and (path.exists() or not bare or path.suffix in _SUFFIXES or text[0] in "./"):
+    if not named and (
+        path.exists() or not bare or path.suffix in WEIGHT_SUFFIXES or text[0] in "./"
+    ):
         if not path.exists():
             raise FileNotFoundError(f"{source} does not exist.")
         return path
@@ -177,7 +179,7 @@ def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
         return _read_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:
         return _read_pickle(path), {}
-    kinds = ", ".join(_SUFFIXES)
+    kinds = ", ".join(WEIGHT_SUFFIXES)
     raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
 
 
@@ -209,14 +211,14 @@ def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # a damaged header may also name types and sizes that torch refuses
         raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
-    if _DIGEST_KEY in metadata and metadata[_DIGEST_KEY] != _digest(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were saved.")
+    if _DIGEST_KEY in metadata and metadata[_DIGEST_KEY] != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its content is not what was saved.")
     return tensors, metadata
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over names, shapes, types, bytes: the format itself notices no flipped bit."""
-    out = hashlib.sha256()
+    out = hashlib.sha256(metadata.get(_METADATA_KEY, "").encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         out.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -285,7 +287,7 @@ def build_and_load(
         RuntimeError: a table of what is missing, unexpected or of another shape.
     """
     sizes = {name: value for name, value in args.items() if name != "device"}
-    outline = shapes_of(lambda: make(**sizes), source)
+    outline = shapes_of(lambda: make(**sizes), source, sum(t.nbytes for t in state_dict.values()))
     check_keys(outline.state_dict(), fit(state_dict, outline), source)
     module = make(**args)
     module.load_state_dict(dict(fit(state_dict, module)))

@@ -14,6 +14,8 @@ MAX_BYTES = 4 * 2**20  # class names of the largest data sets take one of them
 _MAX_INT = 2**31
 _MAX_DEPTH = 1024  # blocks are built one by one
 _MAX_ITEMS = 64
+_GROWTH = 4  # weights of one byte fill a model of float32
+_SPARE = 2**30  # for a new head, other channels, position tables of larger images
 _WORD = re.compile(r"[\w +,.-]{0,128}")  # no separators of paths, drives or sources
 
 
@@ -108,11 +110,19 @@ def _harmless(name: str, value: Any, level: int) -> bool:
     return all(_harmless(name, item, level + 1) for item in value)
 
 
-def shapes_of(make: Callable[[], nn.Module], source: object) -> nn.Module:
+def shapes_of(
+    make: Callable[[], nn.Module], source: object, weights: Optional[int] = None
+) -> nn.Module:
     """Build a model of a saved configuration on the meta device: its shapes, no memory.
 
+    Args:
+        make: builds it.
+        source: named in the errors.
+        weights: bytes of the weights that are to fill it, if it is known.
+
     Raises:
-        ValueError: no model comes of it, or one that is larger than the memory of this machine.
+        ValueError: no model comes of it, or one that is far larger than its weights or than the
+            memory of this machine.
         TypeError: an argument is of another type, or unknown.
     """
     try:
@@ -125,12 +135,12 @@ def shapes_of(make: Callable[[], nn.Module], source: object) -> nn.Module:
         reason = first_line(error)
         raise ValueError(f"the configuration in {source} describes no model: {reason}") from error
     tensors = [*model.parameters(), *model.buffers()]
-    size, most = sum(t.numel() * t.element_size() for t in tensors), _memory()
-    if size > most:
-        raise ValueError(
-            f"the configuration in {source} describes a model of {size / 2**30:.0f} GiB; "
-            f"this machine has {most / 2**30:.0f}."
-        )
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    text = f"the configuration in {source} describes a model of {size / 2**30:.0f} GiB; "
+    if weights is not None and size > _GROWTH * weights + _SPARE:
+        raise ValueError(f"{text}its weights have {weights / 2**30:.1f}.")
+    if size > _memory():
+        raise ValueError(f"{text}this machine has {_memory() / 2**30:.0f}.")
     return model
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import logging
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import timm
@@ -12,10 +13,10 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from ltrp_timm.checkpoints import check_keys
+from ltrp_timm.checkpoints import WEIGHT_SUFFIXES, check_keys, locate
 from ltrp_timm.configs import check_saved_args, shapes_of
 from ltrp_timm.front_end import drop_patches
-from ltrp_timm.hub import hub_errors
+from ltrp_timm.hub import PREFIX, hub_errors
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import adapt_channels
 from ltrp_timm.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
@@ -109,10 +110,21 @@ def create_ltrp(
     cfg = resolve_pretrained_cfg(variant, base, overlay).to_dict()
     if saved and "device" not in rest:
         own = {name: value for name, value in front.items() if name != "ranker_weights"}
-        shapes_of(lambda: drop_patches(_bare_backbone(backbone, cfg, rest), **own), saved)
+        weights = _weights_size(cfg, cache_dir) if pretrained else None
+        shapes_of(lambda: drop_patches(_bare_backbone(backbone, cfg, rest), **own), saved, weights)
     net = _bare_backbone(backbone, cfg, rest)
     with hub_errors(str(cfg.get("hf_hub_id") or variant)):
         return _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
+
+
+def _weights_size(cfg: Mapping[str, Any], cache_dir: Optional[str]) -> Optional[int]:
+    """Bytes of the weights in a folder or repository; None when that has none."""
+    if cfg.get("source") == "local-dir":
+        folder = Path(str(cfg.get("file")))
+    else:
+        folder = locate(f"{PREFIX}{cfg.get('hf_hub_id')}", cache_dir=cache_dir)
+    files = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    return max((path.stat().st_size for path in files), default=None)
 
 
 def _check_saved(cfg: Any, args: Any) -> str:
