@@ -1,20 +1,31 @@
-"""What the benchmarks share: command-line options, the tables they write, the goals they check."""
+"""What the benchmarks share: command-line options, models, images, and how time is taken."""
 
 import argparse
-import csv
+import copy
 import importlib
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import ltrp_timm
 from ltrp_timm import throughput
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+Calls = dict[str, Callable[[], Any]]
+
+VIT_TI, VIT_S, VIT_B, VIT_L = (
+    f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")
+)
+# where the project's goals hold; a row must say all of it
+ON_ONE_CORE = {"device": "cpu", "dtype": "float32", "threads": "1"}
 
 
 def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -23,38 +34,126 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", default=["vit_base_patch16_224"], help="timm models")
+    add("--models", nargs="+", default=[VIT_B], help="timm models")
     add("--batch-sizes", nargs="+", type=int, default=[1, 8], help="images per call")
     add("--keep-ratios", nargs="+", type=float, default=[0.5], help="shares of patches to encode")
     add("--rankers", nargs="+", default=["contrast", "conv"], help="names of ltrp_timm rankers")
+    add("--depth", type=int, default=0, help="blocks of each model; 0 takes all of them")
     add("--device", default="cpu", help="cpu, cuda, …")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of all")
     add("--threads", type=int, default=1, help="threads of torch; 0 leaves them as they are")
     add("--repeats", type=int, default=0, help="timed rounds; 0 fits them to --seconds")
     add("--seconds", type=float, default=20.0, help="what one comparison may take, in seconds")
-    add("--compile", action="store_true", help="torch.compile (on a CPU with frozen weights)")
     add("--output", type=Path, default=RESULTS, help="folder of the CSV, PNG and Markdown files")
     parser.set_defaults(**defaults)
     return parser
 
 
+def set_up(args: argparse.Namespace) -> Row:
+    """Apply ``--threads``; returns the columns that say where and how a row was measured."""
+    # an untrained ranker warns; here only its time counts, which its weights do not change
+    warnings.filterwarnings("ignore", message=".*no trained weights.*")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    depth = {"depth": args.depth} if args.depth else {"depth": "all"}
+    env = throughput.environment(args.device)
+    return {"device": args.device, "dtype": args.dtype, **depth, **env}
+
+
+def create_full(name: str, args: argparse.Namespace, **kwargs: Any) -> Any:
+    """The plain timm model, random weights, in eval."""
+    depth = {"depth": args.depth} if args.depth else {}
+    model = timm.create_model(name, pretrained=False, **depth, **kwargs)
+    model = model.eval().requires_grad_(False)
+    return model.to(device=args.device, dtype=getattr(torch, args.dtype))
+
+
+def twin(model: Any) -> Any:
+    """Modules of its own, the weights in common with ``model``."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+class FirstTokens(nn.Module):
+    """Stands at a backbone's ``patch_drop``: the patches to keep are known, and are the first."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, P + N, D) -> (B, P + K, D)."""
+        return x[:, : self.length].contiguous()
+
+
+def ideal(full: Any, kept: int) -> Any:
+    """The ceiling: a twin of the plain model that is given K patches for nothing."""
+    model = twin(full)
+    model.patch_drop = FirstTokens(full.num_prefix_tokens + kept)
+    return model
+
+
+def pruned(full: Any, ranker: str, keep_ratio: float, **ranker_args: Any) -> Any:
+    """A twin of the plain model behind a front-end."""
+    return ltrp_timm.drop_patches(
+        twin(full), ranker=ranker, keep_ratio=keep_ratio, ranker_args=ranker_args or None
+    )
+
+
+def make_images(model: Any, batch: int, args: argparse.Namespace) -> Tensor:
+    """Noise (B, C, H, W) of the model's own size: what is in an image does not change the time."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = model.patch_embed.img_size
+    images = torch.randn(
+        batch, model.patch_embed.proj.in_channels, height, width, generator=generator
+    )
+    return images.to(device=args.device, dtype=getattr(torch, args.dtype))
+
+
+def inference(fn: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
+    """``fn(*inputs)`` as a callable without arguments, in inference mode."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return fn(*inputs)
+
+    return call
+
+
 def compare(
-    fns: Mapping[str, Callable[[], Any]],
-    args: argparse.Namespace,
-    min_rounds: int = 5,
-    max_rounds: int = 41,
+    fns: Mapping[str, Callable[[], Any]], args: argparse.Namespace
 ) -> dict[str, throughput.Timing]:
     """``throughput.compare`` with ``--repeats`` rounds, or as many as fit into ``--seconds``.
 
-    The round that is timed to find that number out is a warm-up too.
+    The round that is timed to find that number out is the warm-up.
     """
-    rounds = args.repeats
-    if rounds < 1:
-        warmup = 1 if args.compile else 0  # the first call compiles
-        probe = throughput.compare(fns, repeats=1, warmup=warmup, device=args.device)
-        round_seconds = sum(timing.median for timing in probe.values())
-        rounds = max(min_rounds, min(max_rounds, round(args.seconds / round_seconds)))
-    return throughput.compare(fns, repeats=rounds, warmup=1, device=args.device)
+    if args.repeats > 0:
+        return throughput.compare(fns, repeats=args.repeats, warmup=1, device=args.device)
+    probe = throughput.compare(fns, repeats=1, warmup=0, device=args.device)
+    seconds = sum(timing.median for timing in probe.values())
+    # another warm-up where it costs little: a first call also pays for buffers that stay
+    warmup = 1 if seconds < args.seconds / 10 else 0
+    rounds = num_rounds(seconds, args.seconds)
+    return throughput.compare(fns, repeats=rounds, warmup=warmup, device=args.device)
+
+
+def num_rounds(round_seconds: float, seconds: float) -> int:
+    """As many rounds as fit, at most 41; at least 5, or 3 where 5 take three times too long."""
+    least = 5 if 5 * round_seconds <= 3 * seconds else 3
+    return max(least, min(41, round(seconds / round_seconds)))
+
+
+def seconds_of(fn: Callable[[], Any], args: argparse.Namespace) -> float:
+    """What one call takes, after another: enough to plan by."""
+    return throughput.measure(fn, repeats=1, warmup=1, device=args.device).median
+
+
+def timing_columns(timing: throughput.Timing, batch: int) -> Row:
+    """rounds, seconds_median with its quartiles, images_per_second."""
+    row: Row = {"rounds": len(timing.seconds)}
+    row |= {
+        f"seconds_{part}": round(getattr(timing, part), 7) for part in ("median", "low", "high")
+    }
+    return {**row, "images_per_second": round(timing.items_per_second(batch), 3)}
 
 
 def spread(name: str, value: throughput.Ratio) -> Row:
@@ -63,21 +162,34 @@ def spread(name: str, value: throughput.Ratio) -> Row:
     return {column: round(figure, 5) for column, figure in figures.items()}
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """All rows and columns; the columns are those of the first row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # a boolean index is a nonzero inside one operator
+        indices = args[1] if str(func) in ("aten.index.Tensor", "aten.index_put_.default") else ()
+        masked = any(index is not None and index.dtype == torch.bool for index in indices)
+        self.names.append("aten.masked_select (index)" if masked else str(func))
+        return func(*args, **(kwargs or {}))
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Rows of text as a Markdown table; the columns are those of the first row."""
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
-    return "\n".join(lines)
+def operators(fn: Callable[[], Any]) -> list[str]:
+    """The operators that one call dispatches, in order; views count, as they cost a launch too."""
+    with _Operators() as mode:
+        fn()
+    return mode.names
+
+
+# with inference mode the dispatcher sees composite operators as they are
+_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero")
+_WAITS += ("masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive")
+
+
+def host_syncs(names: Iterable[str]) -> list[str]:
+    """Those of ``operators`` for which the host waits for the device: they read a value from it."""
+    return [name for name in names if re.split("[. ]", name)[1] in _WAITS]
 
 
 def load_pyplot() -> Any:
@@ -91,53 +203,3 @@ def load_pyplot() -> Any:
     except ImportError as error:
         raise SystemExit("plots need matplotlib: pip install 'ltrp-timm[demo]'") from error
     return importlib.import_module("matplotlib.pyplot")
-
-
-def environment_line(env: Mapping[str, str], args: argparse.Namespace) -> str:
-    """Machine, settings and versions in one line of prose."""
-    mode = "compiled" if args.compile else "eager"
-    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "timm", "ltrp_timm"))
-    where = f"{env['machine']} ({env['cores']} cores, {env['threads']} used)"
-    return f"{where}, {args.device}, {args.dtype}, {mode}; {versions}"
-
-
-def set_up_torch(args: argparse.Namespace) -> None:
-    """Apply ``--threads``, and let ``--compile`` make a graph for each number of tokens."""
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    if args.compile:
-        dynamo: Any = importlib.import_module("torch._dynamo.config")
-        inductor: Any = importlib.import_module("torch._inductor.config")
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
-        inductor.freezing = torch.device(args.device).type == "cpu"
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure to reach: ``column`` of the rows that ``where`` describes, against ``bound``."""
-
-    text: str
-    where: Mapping[str, Any]
-    column: str
-    relation: str
-    bound: float
-
-    def check(self, rows: Sequence[Row]) -> list[Row]:
-        """One line for each row that the goal speaks of."""
-        holds = {">=": operator.ge, "<=": operator.le}[self.relation]
-        return [
-            {
-                "goal": f"{self.text}, {row['method']}",
-                "asked": f"{self.relation} {self.bound:g}",
-                "measured": f"{row[self.column]:.4g} "
-                f"({row[f'{self.column}_low']:.4g} – {row[f'{self.column}_high']:.4g})",
-                "rounds": row["rounds"],
-                "": "met" if holds(row[self.column], self.bound) else "not met",
-            }
-            for row in rows
-            if all(self._matches(row[name], value) for name, value in self.where.items())
-        ]
-
-    @staticmethod
-    def _matches(found: Any, wanted: Any) -> bool:
-        return found in wanted if isinstance(wanted, tuple) else bool(found == wanted)

@@ -1,89 +1,227 @@
-"""Write the README's speed table from the committed CSV: never by hand.
+"""Write the README's tables, figures from the committed CSVs, support from the code.
 
-python benchmarks/report.py          writes it
-python benchmarks/report.py --check  exits with 1 when README and CSV disagree
+python benchmarks/report.py          writes them; a benchmark that is new gets its place
+python benchmarks/report.py --check  exits with 1 when README and CSVs or code disagree
 """
 
-import csv
-import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from common import markdown_table
+from tables import environment_line, markdown_table, read_csv
+
+from ltrp_timm.slots import support_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-MARKERS = ("<!-- speed: written by benchmarks/report.py -->", "<!-- /speed -->")
 
-Row = dict[str, Any]
-
-
-def read_rows() -> list[Row]:
-    """The rows of the speed benchmark as text."""
-    with (RESULTS / "speed_vs_keep_ratio.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+Row = Mapping[str, str]
+Cell = Callable[[Row], str]
 
 
-def speed_section(rows: list[Row]) -> str:
-    """Table, picture and machine, as Markdown."""
-    cases = {(row["model"], row["batch"], row["keep_ratio"]): None for row in rows}
-    kept = [case for case in cases if case[2] in ("0.5", "0.25")]
-    lines = [_line(rows, *case) for case in kept]
-    first = rows[0]
-    where = (
-        f"{first['machine']}, {first['threads']} thread, {first['dtype']}, eager, PyTorch "
-        f"{first['torch']}, timm {first['timm']}"
-    )
-    return "\n".join(
-        [
-            f"Times as fast as the plain model, ranker's time included ({where}; median of paired",
-            "rounds in one process, quartiles in the CSV). *Ideal* is the same encoder given as",
-            "many tokens for nothing; *of ideal* says how much of it is reached.",
-            "",
-            markdown_table(lines),
-            "",
-            "![Speed-up against keep ratio](benchmarks/results/speed_vs_keep_ratio.png)",
-            "",
-            "All rows, with spread: [CSV](benchmarks/results/speed_vs_keep_ratio.csv), "
-            "[table and goals](benchmarks/results/speed_vs_keep_ratio.md); measured by "
-            "`python benchmarks/speed_vs_keep_ratio.py`.",
+class Section(NamedTuple):
+    """One benchmark's part of the README.
+
+    Args:
+        marker: its name in the comments around it.
+        file: name of CSV, PNG, Markdown and script.
+        says: what the figures of the table are.
+        line: row -> columns in front, by name; rows with equal ones share a line.
+        column: row -> heading of its figure.
+        cell: row -> its figure as text.
+        keep: which rows are shown.
+    """
+
+    marker: str
+    file: str
+    says: str
+    line: Callable[[Row], dict[str, str]]
+    column: Cell
+    cell: Cell
+    keep: Callable[[Row], bool] = lambda row: True
+
+    def text(self, rows: Sequence[Row]) -> str:
+        """What was measured, table, picture and links, as Markdown."""
+        path = f"benchmarks/results/{self.file}"
+        links = f"All rows, with spread: [CSV]({path}.csv), [table and goals]({path}.md); measured "
+        parts = [
+            f"{self.says} ({_where(rows[0])}; medians of rounds taken in turns in one process).",
+            pivot([row for row in rows if self.keep(row)], self),
+            f"![{self.says.split('.')[0]}]({path}.png)",
+            f"{links}by `python benchmarks/{self.file}.py`.",
         ]
+        return "\n\n".join(parts)
+
+
+def _where(row: Row) -> str:
+    if "depth" in row:
+        return environment_line(row)
+    return f"{row['machine']}, {row['threads']} thread, {row['dtype']}; torch {row['torch']}"
+
+
+def pivot(rows: Sequence[Row], section: Section) -> str:
+    """Rows that share a line side by side, a column for each heading; what is missing is –."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        front = section.line(row)
+        line = lines.setdefault(tuple(front.values()), dict(front))
+        line[section.column(row)] = section.cell(row)
+    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+    return markdown_table(
+        [{name: line.get(name, "–") for name in columns} for line in lines.values()]
     )
 
 
-def _line(rows: list[Row], model: str, batch: str, keep_ratio: str) -> Row:
-    found = {
-        row["method"]: row
-        for row in rows
-        if (row["model"], row["batch"], row["keep_ratio"]) == (model, batch, keep_ratio)
-    }
-    line = {"model": f"`{model}`", "batch": batch, "keep": keep_ratio}
-    line["full"] = f"{1e3 * float(found['full']['seconds_median']):.0f} ms"
-    line["ideal"] = f"{float(found['ideal']['speedup']):.2f}×"
-    for method in (name for name in found if name not in ("full", "ideal")):
-        speed, share = float(found[method]["speedup"]), float(found[method]["achieved"])
-        line[f"`{method}` (of ideal)"] = f"{speed:.2f}× ({share:.2f})"
-    return line
+def _milliseconds(row: Row) -> str:
+    return f"{1e3 * float(row['seconds_median']):.0f} ms"
 
 
-def with_section(text: str, section: str) -> str:
-    """The README's text with its speed section replaced."""
-    start, end = (re.escape(marker) for marker in MARKERS)
-    new = f"{MARKERS[0]}\n{section}\n{MARKERS[1]}"
-    out, count = re.subn(f"{start}.*?{end}", lambda _: new, text, flags=re.S)
-    if count != 1:
-        raise SystemExit(f"{README.name} must hold the markers {' and '.join(MARKERS)} once.")
-    return out
+def _speed_cell(row: Row) -> str:
+    if row["method"] == "full":
+        return _milliseconds(row)
+    speed = f"{float(row['speedup']):.2f}×"
+    return speed if row["method"] == "ideal" else f"{speed} ({float(row['achieved']):.2f})"
+
+
+def _model(row: Row) -> dict[str, str]:
+    return {"model": f"`{row['model']}`", "batch": row["batch"]}
+
+
+def _where_model(row: Row) -> str:
+    return f"`{row['model']}` batch {row['batch']}"
+
+
+SECTIONS = [
+    Section(
+        "speed",
+        "speed_vs_keep_ratio",
+        "Times as fast as the plain model, ranker's time included. *Ideal* is the same encoder "
+        "given as many tokens for nothing; in brackets how much of it is reached",
+        lambda row: {**_model(row), "keep": row["keep_ratio"]},
+        lambda row: row["method"] if row["method"] in ("full", "ideal") else f"`{row['method']}`",
+        _speed_cell,
+        lambda row: row["keep_ratio"] in ("0.5", "0.25"),
+    ),
+    Section(
+        "compile",
+        "compile_and_export",
+        "Times as fast as the plain eager model when compiled (on a CPU with frozen weights) or "
+        "run by ONNX Runtime",
+        lambda row: {**_model(row), "keep": row["keep_ratio"], "form": row["form"]},
+        lambda row: row["method"] if row["method"] == "full" else f"`{row['method']}`",
+        lambda row: f"{float(row['speedup_over_eager']):.2f}×",
+    ),
+    Section(
+        "resolution",
+        "resolution",
+        "Times as fast as the plain model at larger images, in brackets the ranker's share of the "
+        "plain model's time. `@224` ranks the image at 224 px and encodes it at full size",
+        lambda row: {**_model(row), "px": row["img_size"]},
+        lambda row: row["method"] if row["method"] in ("full", "ideal") else f"`{row['method']}`",
+        lambda row: (
+            _milliseconds(row)
+            if row["method"] == "full"
+            else f"{float(row['speedup']):.2f}×"
+            + (f" ({float(row['ranker_share']):.2%})" if row["method"] != "ideal" else "")
+        ),
+    ),
+    Section(
+        "peers",
+        "peers",
+        "Times as fast as the plain model, in brackets the method's time ÷ ours. Merging and "
+        "fusing are written from their papers and set to equal FLOPs, or to as many tokens at the "
+        "end",
+        lambda row: {"model": f"`{row['model']}`", "method": row["method"].replace("_", " ")},
+        lambda row: f"batch {row['batch']}, keep {row['keep_ratio']}, equal {row['matched']}",
+        lambda row: f"{float(row['speedup']):.2f}× ({float(row['gain']):.2f})",
+    ),
+    Section(
+        "parts",
+        "where_does_time_go",
+        "Each part's share of the plain model's time",
+        lambda row: {"part": row["part"], "": row["method"]},
+        _where_model,
+        lambda row: f"{float(row['share']):.2%}",
+    ),
+    Section(
+        "break-even",
+        "break_even",
+        "The largest keep ratio up to which a ranker pays for itself",
+        lambda row: {"ranker": f"`{row['method']}`"},
+        _where_model,
+        lambda row: f"{float(row['break_even']):.2f}" if float(row["break_even"]) else "never",
+    ),
+    Section(
+        "memory",
+        "memory",
+        "Peak memory of one forward beside weights and images, in brackets ÷ the plain model's",
+        lambda row: {**_model(row), "keep": row["keep_ratio"]},
+        lambda row: row["method"],
+        lambda row: f"{float(row['peak_mib']):.0f} MiB ({float(row['peak_ratio']):.2f})",
+    ),
+]
+
+
+def ends(marker: str) -> tuple[str, str]:
+    """The comments around a section."""
+    return f"<!-- {marker}: written by benchmarks/report.py -->", f"<!-- /{marker} -->"
+
+
+def with_sections(text: str, results: Path) -> str:
+    """The README's text with the sections of all CSVs in ``results`` as they should be.
+
+    Raises:
+        SystemExit: a section without its CSV, half a section, figures of models that were cut
+            short, or no section to put the first new one behind.
+    """
+    behind = ""
+    for section in SECTIONS:
+        start, end = ends(section.marker)
+        count = (text.count(start), text.count(end))
+        path = results / f"{section.file}.csv"
+        if not path.exists():
+            if count != (0, 0):
+                raise SystemExit(f"README has a {section.marker} section, but there is no {path}.")
+            continue
+        rows = read_csv(path)
+        if rows[0].get("depth", "all") != "all":
+            raise SystemExit(f"{path} is of models cut to {rows[0]['depth']} blocks.")
+        new = f"{start}\n{section.text(rows)}\n{end}"
+        if count == (0, 0) and behind:
+            text = text.replace(behind, f"{behind}\n\n{new}")
+        else:
+            text = with_section(text, section.marker, new)
+        behind = end
+    return text
+
+
+def with_section(text: str, marker: str, new: str) -> str:
+    """The README's text with the section of this marker, the comments included, replaced.
+
+    Raises:
+        SystemExit: it is not there once, whole.
+    """
+    start, end = ends(marker)
+    if (text.count(start), text.count(end)) != (1, 1) or text.index(start) > text.index(end):
+        raise SystemExit(f"README must hold the markers {start} and {end} once, in this order.")
+    return text.replace(text[text.index(start) : text.index(end) + len(end)], new)
+
+
+def with_support(text: str) -> str:
+    """The README's text with the table of backbones as the code has it."""
+    start, end = ends("support")
+    return with_section(text, "support", f"{start}\n{markdown_table(support_rows())}\n{end}")
 
 
 def main() -> None:
     """Write or check."""
     before = README.read_text(encoding="utf-8")
-    after = with_section(before, speed_section(read_rows()))
+    after = with_support(with_sections(before, RESULTS))
     if "--check" in sys.argv[1:]:
-        sys.exit(None if before == after else "README and CSV disagree: run benchmarks/report.py")
+        wrong = "README and CSVs or code disagree: run benchmarks/report.py"
+        sys.exit(None if before == after else wrong)
     README.write_text(after, encoding="utf-8")
 
 

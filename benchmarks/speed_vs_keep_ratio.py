@@ -1,8 +1,8 @@
 """How much faster is a pruned ViT than the full one, ranker included, and how close to the ceiling?
 
-Claim. A pruned ViT-S or ViT-B is 1.5 to 2 times as fast at keep ratio 0.5, at batch 1 too, and its
-ranking costs so little that it reaches more than 0.9 of what would be possible if the right patches
-were known for free. A ViT-Ti is so cheap that ranking shows.
+Claim. A pruned ViT-S, ViT-B or ViT-L is 1.5 to 2 times as fast at keep ratio 0.5, at batch 1 too,
+and its ranking costs so little that it reaches more than 0.9 of what would be possible if the right
+patches were known for free. A ViT-Ti is so cheap that ranking shows.
 
 Arithmetic. A block of width D on L tokens takes 12 L D² + 2 L² D multiply-adds, nearly linear in L
 at L = 197 (the quadratic part is L / 6D of the other: 4 % for ViT-B, 17 % for ViT-Ti). Half of the
@@ -19,152 +19,121 @@ Timed, in turns in one process, each call for itself on a batch that is in memor
               as in timm, and nobody has to find out which ones to keep
     contrast, conv, …   ltrp_timm.drop_patches with that ranker: rank, select, gather, encode
     ranker    `model.patch_scores(images)` alone; its share is of the full model's time
-Not timed: reading, decoding and moving images, building models, warm-up, compiling.
+Where one call of the full model takes more than a fourth of --seconds, only the keep ratios of the
+goals (0.5 and 0.25) are measured, and few rounds: a large model's ratios scatter less.
+Not timed: reading, decoding and moving images, building models, warm-up.
 Weights are random: they do not change the time. All variants share one set of weights in memory.
 """
 
 import argparse
-import copy
-import textwrap
-import warnings
-from collections.abc import Callable
 from typing import Any
 
-import common
-import timm
-import torch
-from common import Goal, Row
-from torch import Tensor, nn
+import tables
+from common import (
+    ON_ONE_CORE,
+    VIT_B,
+    VIT_L,
+    VIT_S,
+    VIT_TI,
+    Calls,
+    Row,
+    compare,
+    create_full,
+    ideal,
+    inference,
+    load_pyplot,
+    make_images,
+    make_parser,
+    pruned,
+    seconds_of,
+    set_up,
+    spread,
+    timing_columns,
+)
+from tables import Goal
+from torch import Tensor
 
 import ltrp_timm
 from ltrp_timm import throughput
 
 NAME = "speed_vs_keep_ratio"
+TITLE = "Pruned ViTs against the full ones, ranker included"
 BASELINES = ("full", "ideal")
-
-_B, _S, _TI, _L = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny", "large"))
-_CPU = {"device": "cpu", "dtype": "float32", "threads": "1"}
-_EAGER = {**_CPU, "compiled": False}
+GOAL_RATIOS = (0.5, 0.25)
 
 
 def _achieved(short: str, model: str, keep_ratio: float, bound: float) -> Goal:
-    where = {**_EAGER, "model": model, "batch": 8, "keep_ratio": keep_ratio, "method": "conv"}
+    where = {**ON_ONE_CORE, "model": model, "batch": 8, "keep_ratio": keep_ratio, "method": "conv"}
     return Goal(f"{short} keep {keep_ratio:g} batch 8, achieved", where, "achieved", ">=", bound)
 
 
-def _goals(rankers: list[str]) -> list[Goal]:
+def goals() -> list[Goal]:
     """The project's goals that this file's rows can answer."""
-    fast = {"model": _B, "batch": 1, "keep_ratio": 0.5, "method": tuple(rankers)}
-    share = {**_EAGER, "model": _B, "batch": 8, "method": "contrast"}
-    text = "ViT-B keep 0.5 batch 1, times as fast as eager full"
+    fast = {**ON_ONE_CORE, "model": VIT_B, "batch": 1, "keep_ratio": 0.5}
+    fast["method"] = ("contrast", "conv")
+    share = {**ON_ONE_CORE, "model": VIT_B, "batch": 8, "method": "contrast"}
     return [
-        _achieved("ViT-L", _L, 0.5, 0.98),
-        _achieved("ViT-B", _B, 0.5, 0.97),
-        _achieved("ViT-S", _S, 0.5, 0.94),
-        _achieved("ViT-Ti", _TI, 0.5, 0.88),
-        _achieved("ViT-B", _B, 0.25, 0.96),
-        _achieved("ViT-S", _S, 0.25, 0.92),
+        _achieved("ViT-L", VIT_L, 0.5, 0.98),
+        _achieved("ViT-B", VIT_B, 0.5, 0.97),
+        _achieved("ViT-S", VIT_S, 0.5, 0.94),
+        _achieved("ViT-Ti", VIT_TI, 0.5, 0.88),
+        _achieved("ViT-B", VIT_B, 0.25, 0.96),
+        _achieved("ViT-S", VIT_S, 0.25, 0.92),
         Goal("ViT-B batch 8, ranker's share of full", share, "ranker_share", "<=", 0.005),
-        Goal(text, {**_EAGER, **fast}, "speedup_over_eager", ">=", 1.55),
-        Goal(
-            f"{text}, compiled", {**_CPU, "compiled": True, **fast}, "speedup_over_eager", ">=", 2.2
-        ),
+        Goal("ViT-B keep 0.5 batch 1, times as fast as full", fast, "speedup", ">=", 1.55),
     ]
 
 
-class FirstTokens(nn.Module):
-    """Stands at a backbone's ``patch_drop``: the patches to keep are known, and are the first."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, P + N, D) -> (B, P + K, D)."""
-        return x[:, : self.length].contiguous()
-
-
-def build(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The full model and its variants by name: modules of their own, weights in common."""
-    full = timm.create_model(name, pretrained=False).eval().requires_grad_(False)
-    full = full.to(device=args.device, dtype=getattr(torch, args.dtype))
-    models = {"full": full}
-    for method in ("ideal", *args.rankers):
-        shared = {id(parameter): parameter for parameter in full.parameters()}
-        twin = copy.deepcopy(full, shared)
-        models[method] = twin if method == "ideal" else ltrp_timm.drop_patches(twin, ranker=method)
-    return models
-
-
-def callables(
-    models: dict[str, Any], images: Tensor, keep_ratio: float, compiled: bool
-) -> dict[str, Callable[[], Tensor]]:
+def callables(full: Any, models: dict[str, Any], images: Tensor, keep_ratio: float) -> Calls:
     """What is timed for images (B, C, H, W) at one keep ratio, in the order of a round."""
-    full = models["full"]
     kept = ltrp_timm.num_keep(full.patch_embed.num_patches, keep_ratio)
-    models["ideal"].patch_drop = FirstTokens(full.num_prefix_tokens + kept)
-    fns = {"eager": _inference(full, images)} if compiled else {}
+    fns: Calls = {"full": inference(full, images), "ideal": inference(ideal(full, kept), images)}
     for method, model in models.items():
-        if method not in BASELINES:
-            model.keep_ratio = keep_ratio
-        run = torch.compile(model, dynamic=False) if compiled else model
-        fns[method] = _inference(run, images)
+        model.keep_ratio = keep_ratio
+        fns[method] = inference(model, images)
     for method, model in models.items():
-        if method not in BASELINES:
-            rank = model.patch_scores
-            rank = torch.compile(rank, dynamic=False) if compiled else rank
-            fns[f"rank:{method}"] = _inference(rank, images)
+        fns[f"rank:{method}"] = inference(model.patch_scores, images)
     return fns
 
 
-def _inference(fn: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.inference_mode():
-            return fn(images)
-
-    return call
-
-
-def to_rows(
-    timings: dict[str, throughput.Timing], case: Row, args: argparse.Namespace, env: Row
-) -> list[Row]:
+def to_rows(timings: dict[str, throughput.Timing], case: Row, where: Row) -> list[Row]:
     """One row for the full model, the ideal one and each ranker."""
-    full, ideal = timings["full"], timings["ideal"]
+    full, best = timings["full"], timings["ideal"]
     rows = []
-    for method in (*BASELINES, *args.rankers):
+    for method in (name for name in timings if not name.startswith("rank:")):
         timing = timings[method]
-        row = {**case, "method": method, "rounds": len(timing.seconds)}
-        for part in ("median", "low", "high"):
-            row[f"seconds_{part}"] = round(getattr(timing, part), 7)
-        row["images_per_second"] = round(timing.items_per_second(case["batch"]), 3)
-        row |= common.spread("speedup", throughput.ratio(full, timing))
-        eager = timings.get("eager", full)
-        row |= common.spread("speedup_over_eager", throughput.ratio(eager, timing))
-        row |= common.spread("achieved", throughput.ratio(ideal, timing))
+        row = {**case, "method": method, **timing_columns(timing, case["batch"])}
+        row |= spread("speedup", throughput.ratio(full, timing))
+        row |= spread("achieved", throughput.ratio(best, timing))
         rank = timings.get(f"rank:{method}")
-        share = common.spread("ranker_share", throughput.ratio(rank or full, full))
+        share = spread("ranker_share", throughput.ratio(rank or full, full))
         row |= share if rank else dict.fromkeys(share, 0.0)  # the baselines rank nothing
-        row |= {"device": args.device, "dtype": args.dtype, "compiled": args.compile, **env}
-        rows.append(row)
+        rows.append({**row, **where})
     return rows
 
 
-def run(args: argparse.Namespace, env: Row) -> list[Row]:
+def keep_ratios(args: argparse.Namespace, full_seconds: float) -> list[float]:
+    """Those asked for; of a slow model those of the goals, where any is among them."""
+    slow = not args.repeats and full_seconds > args.seconds / 4
+    some = [ratio for ratio in args.keep_ratios if ratio in GOAL_RATIOS]
+    return some if slow and some else list(args.keep_ratios)
+
+
+def run(args: argparse.Namespace, where: Row) -> list[Row]:
     """Measure every model, batch size and keep ratio."""
     rows: list[Row] = []
     for name in args.models:
-        models = build(name, args)
-        channels, *size = models["full"].pretrained_cfg["input_size"]
+        full = create_full(name, args)
+        models = {ranker: pruned(full, ranker, 1.0) for ranker in args.rankers}
+        patches = full.patch_embed.num_patches
         for batch in args.batch_sizes:
-            generator = torch.Generator().manual_seed(0)
-            images = torch.randn(batch, channels, *size, generator=generator)
-            images = images.to(device=args.device, dtype=getattr(torch, args.dtype))
-            for keep_ratio in args.keep_ratios:
-                patches = models["full"].patch_embed.num_patches
+            images = make_images(full, batch, args)
+            full_seconds = 0.0 if args.repeats else seconds_of(inference(full, images), args)
+            for keep_ratio in keep_ratios(args, full_seconds):
                 case = {"model": name, "batch": batch, "keep_ratio": keep_ratio}
                 case["patches_kept"] = ltrp_timm.num_keep(patches, keep_ratio)
-                fns = callables(models, images, keep_ratio, args.compile)
-                new = to_rows(common.compare(fns, args), case, args, env)
+                fns = callables(full, models, images, keep_ratio)
+                new = to_rows(compare(fns, args), case, where)
                 rows += new
                 print(_progress(new), flush=True)
     return rows
@@ -181,37 +150,32 @@ def _progress(rows: list[Row]) -> str:
     return f"{head} {'; '.join(parts)}"
 
 
-def summary(rows: list[Row]) -> str:
-    """The figures as a Markdown table."""
-    shown = [
+def table(rows: list[Row]) -> list[Row]:
+    """The figures as text."""
+    return [
         {
             "model": row["model"],
             "batch": row["batch"],
             "keep": f"{row['keep_ratio']:g}",
             "method": row["method"],
             "ms": f"{row['seconds_median'] * 1e3:.1f}",
-            "times as fast (quartiles)": _figure(row, "speedup", ".2f"),
-            "achieved ÷ ceiling": _figure(row, "achieved", ".3f"),
-            "ranker's share of full": _figure(row, "ranker_share", ".2%"),
+            "times as fast (quartiles)": tables.figure(row, "speedup", ".2f"),
+            "achieved ÷ ceiling": _front_end_figure(row, "achieved", ".3f"),
+            "ranker's share of full": _front_end_figure(row, "ranker_share", ".2%"),
         }
         for row in rows
         if row["method"] != "full"
     ]
-    return common.markdown_table(shown)
 
 
-def _figure(row: Row, column: str, spec: str) -> str:
-    if row["method"] == "ideal" and column != "speedup":
-        return "–"
-    low, high = row[f"{column}_low"], row[f"{column}_high"]
-    return f"{row[column]:{spec}} ({low:{spec}} – {high:{spec}})"
+def _front_end_figure(row: Row, column: str, spec: str) -> str:
+    return "–" if row["method"] in BASELINES else tables.figure(row, column, spec)
 
 
-def plot(rows: list[Row], args: argparse.Namespace, title: str) -> Any:
+def plot(rows: list[Row], args: argparse.Namespace) -> Any:
     """Speed-up against keep ratio: a column of panels per model, a row per batch size."""
-    pyplot = common.load_pyplot()
     shape = (len(args.batch_sizes), len(args.models))
-    figure, axes = pyplot.subplots(
+    figure, axes = load_pyplot().subplots(
         *shape, figsize=(1 + 3.6 * shape[1], 1 + 3.1 * shape[0]), squeeze=False, sharex=True
     )
     for i, batch in enumerate(args.batch_sizes):
@@ -223,8 +187,6 @@ def plot(rows: list[Row], args: argparse.Namespace, title: str) -> Any:
     for ax in axes[-1]:
         ax.set_xlabel("keep ratio")
     axes[0][0].legend(fontsize=8)
-    figure.suptitle(textwrap.fill(title, 30 + 40 * shape[1]), fontsize=8)
-    figure.tight_layout()
     return figure
 
 
@@ -246,26 +208,13 @@ def _plot_panel(ax: Any, rows: list[Row], args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, write CSV, PNG and Markdown, check the goals."""
-    args = common.make_parser(
+    args = make_parser(
         (__doc__ or "").splitlines()[0],
-        models=[_TI, _S, _B],
+        models=[VIT_TI, VIT_S, VIT_B, VIT_L],
         keep_ratios=[0.75, 0.5, 0.25, 0.1],
     ).parse_args()
-    # an untrained ranker warns; here only its time counts, which its weights do not change
-    warnings.filterwarnings("ignore", message=".*no trained weights.*")
-    common.set_up_torch(args)
-    env = throughput.environment(args.device)
-    rows = run(args, env)
-
-    title = "Pruned ViTs against the full ones, ranker included"
-    line = common.environment_line(env, args)
-    checks = [check for goal in _goals(args.rankers) for check in goal.check(rows)]
-    goals = common.markdown_table(checks) if checks else "No goal applies to these settings."
-    text = f"# {title}\n\n{line}\n\n{summary(rows)}\n\n## Goals\n\n{goals}\n"
-    common.write_csv(rows, args.output / f"{NAME}.csv")
-    (args.output / f"{NAME}.md").write_text(text, encoding="utf-8")
-    plot(rows, args, f"{title} ({line})").savefig(args.output / f"{NAME}.png", dpi=150)
-    print(f"\nGoals\n{goals}")
+    rows = run(args, set_up(args))
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ __all__ = [
     "create_teacher",
     "dpc_knn",
     "drop_patches",
+    "export_model",
     "gather_patches",
     "list_rankers",
     "num_keep",
@@ -52,7 +53,9 @@ del _ltrp_vit
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``ltrp_timm.visualize`` and ``ltrp_timm.throughput`` when they are first used."""
-    if name in ("visualize", "throughput"):
+    """Import what deployment, pictures and measurements need when it is first used."""
+    if name in ("export", "throughput", "visualize"):
         return importlib.import_module(f"ltrp_timm.{name}")
+    if name == "export_model":
+        return importlib.import_module("ltrp_timm.export").export_model
     raise AttributeError(f"module 'ltrp_timm' has no attribute {name!r}")

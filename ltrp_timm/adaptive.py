@@ -64,7 +64,7 @@ class AdaptiveBudget:
         self,
         images: Union[Tensor, Iterable[Tensor]],
         mean_keep_ratio: float,
-        rule: str = "mass",
+        rule: str = "threshold",
         buckets: int = 8,
     ) -> float:
         """Choose "adaptive" with the level that keeps a given share of patches on average.
@@ -72,9 +72,9 @@ class AdaptiveBudget:
         Args:
             images: (B, C, H, W), or batches of them, like those that the model will see.
             mean_keep_ratio: share of patches to keep, averaged over the images, in (0, 1).
-            rule: "mass" keeps as few patches as hold a share of each image's score mass,
-                "threshold" those with a score of at least the level: for rankers whose scores
-                compare between images.
+            rule: "threshold" keeps patches with a score of at least the level: for rankers whose
+                scores compare between images, as those of ``contrast`` do not. "mass" keeps as few
+                as hold a share of each image's own score mass.
             buckets: how many sizes there are: the multiples of N / buckets.
 
         Returns:

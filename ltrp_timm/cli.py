@@ -1,15 +1,15 @@
-"""The command line: ``ltrp-timm demo``, ``save`` and ``push``.
+"""The command line: ``ltrp-timm demo``, ``rank``, ``export``, ``save`` and ``push``.
 
 It turns flags into plain arguments. An error is one line on stderr and exit code 2.
 """
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ltrp_timm.arguments import keep_ratio, positive, threads
 from ltrp_timm.console import CommandError, complain
 
 
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
+    from ltrp_timm.export_command import add_export
+    from ltrp_timm.rank.arguments import add_rank
     from ltrp_timm.share_command import add_push, add_save
 
     parser = _Parser(
@@ -62,6 +64,8 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ltrp-timm {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     _add_demo(commands)
+    add_rank(commands)
+    add_export(commands)
     add_save(commands)
     add_push(commands)
     return parser
@@ -77,11 +81,11 @@ def _add_demo(commands: Any) -> None:
     add = demo.add_argument
     add("--image", nargs="+", metavar="FILE", help="photos; without, three of scikit-image's")
     add("--model", default="ltrp_vit_base", help="an ltrp_* name or any timm ViT (%(default)s)")
-    add("--ranker", default="contrast", help="what scores the patches (%(default)s)")
+    add("--ranker", help="what scores the patches (the model's own, or contrast)")
     add(
         "--keep-ratio",
         nargs="+",
-        type=_keep_ratio,
+        type=keep_ratio,
         default=list(KEEP_RATIOS),
         metavar="R",
         help="shares of patches to keep, in (0, 1] (0.7 0.5 0.25)",
@@ -89,29 +93,14 @@ def _add_demo(commands: Any) -> None:
     add("--output", default=DEFAULT_OUTPUT, metavar="PNG", help="the picture (%(default)s)")
     add("--overwrite", action="store_true", help="replace an existing --output")
     add("--pretrained", action="store_true", help="download the backbone's weights if need be")
-    add("--repeats", type=_positive, default=10, metavar="N", help="timed rounds (%(default)s)")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (torch's own choice)")
-
-
-def _keep_ratio(text: str) -> float:
-    from ltrp_timm.selection import check_keep_ratio
-
-    try:
-        return check_keep_ratio(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}.") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}.")
-    return int(text)
+    add("--repeats", type=positive, default=10, metavar="N", help="timed rounds (%(default)s)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (torch's own choice)")
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     from ltrp_timm.demo import demo
 
-    with _threads(arguments.threads):
+    with threads(arguments.threads):
         return demo(
             None if arguments.image is None else list(dict.fromkeys(arguments.image)),
             model_name=arguments.model,
@@ -122,25 +111,6 @@ def _run_demo(arguments: argparse.Namespace) -> int:
             pretrained=arguments.pretrained,
             repeats=arguments.repeats,
         )
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads for a while; None leaves torch's own choice.
-
-    Raises:
-        CommandError: more than the machine has.
-    """
-    import torch
-
-    before, most = torch.get_num_threads(), os.cpu_count() or 1
-    if count is not None and count > most:
-        raise CommandError(f"--threads must be from 1 to {most}, the cores here, got {count}.")
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,18 @@ _MAX_DEPTH = 1024  # blocks are built one by one
 _MAX_ITEMS = 64
 _GROWTH = 4  # weights of one byte fill a model of float32
 _SPARE = 2**30  # for a new head, other channels, position tables of larger images
+# arguments that name files, reach the Hub or say where a model lies: the caller's alone
+NEVER_SAVED = (
+    "ranker_weights",
+    "checkpoint_path",
+    "cache_dir",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "device",
+    "dtype",
+)
 _WORD = re.compile(r"[\w +,.-]{0,128}")  # no separators of paths, drives or sources
 
 

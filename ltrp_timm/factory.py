@@ -14,7 +14,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from ltrp_timm.checkpoints import WEIGHT_SUFFIXES, check_keys, locate
-from ltrp_timm.configs import check_saved_args, shapes_of
+from ltrp_timm.configs import NEVER_SAVED, check_saved_args, shapes_of
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.hub import PREFIX, hub_errors
 from ltrp_timm.model import LTRPModel
@@ -39,18 +39,6 @@ _PREFIX = "backbone."
 _DESCRIPTIVE = (  # fields of a cfg that nothing is built of
     *("license", "description", "origin_url", "paper_name", "paper_ids", "notes"),
     *("label_names", "label_descriptions"),
-)
-# arguments that name files, reach the Hub or say where a model lies: the caller's alone
-_NEVER_SAVED = (
-    "ranker_weights",
-    "checkpoint_path",
-    "cache_dir",
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_model_args",
-    "device",
-    "dtype",
 )
 
 
@@ -136,7 +124,7 @@ def _check_saved(cfg: Any, args: Any) -> str:
     if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
         return ""
     source = str(cfg.get("file") or cfg.get("hf_hub_id"))
-    check_saved_args(args or {}, source, refused=_NEVER_SAVED)
+    check_saved_args(args or {}, source, refused=NEVER_SAVED)
     for name in ("custom_load", "hf_hub_filename", "state_dict"):
         if cfg.get(name):
             raise ValueError(f"the configuration in {source} must not set {name!r}.")

@@ -18,7 +18,7 @@ def drop_patches(
     selection: str = "top",
     validate: bool = False,
     fill: str = "zeros",
-    ranker_weights: Optional[PathLike] = None,
+    ranker_weights: Union[bool, PathLike, None] = None,
     ranker_args: Optional[Dict[str, Any]] = None,
     selection_args: Optional[Mapping[str, Any]] = None,
     cache_dir: Optional[PathLike] = None,
@@ -29,14 +29,15 @@ def drop_patches(
 
     Args:
         model: a timm ViT (ViT, DeiT, DINOv2, CLIP, SigLIP, FlexiViT, hybrids, AIMv2, EVA-02,
-            DINOv3, RoPE ViTs, …).
+            DINOv3, RoPE ViTs, BEiT, CaiT, ViT-RelPos, NaFlexVit; see the README).
         ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
         keep_ratio: share of patches to encode, in (0, 1].
         selection: "top", "random", "mixed" or "stratified" (see ``LTRPModel``).
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
         ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
-            ``hf-hub:owner/name[@revision]``.
+            ``hf-hub:owner/name[@revision]``; True pulls those that are published (the attention
+            ranker's backbone).
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
         cache_dir: where downloaded weights of the ranker lie; as in huggingface_hub.
@@ -68,14 +69,14 @@ def drop_patches(
 def make_ranker(
     name: str,
     backbone: Any,
-    weights: Optional[PathLike] = None,
+    weights: Union[bool, PathLike, None] = None,
     args: Optional[Dict[str, Any]] = None,
     cache_dir: Optional[PathLike] = None,
 ) -> nn.Module:
     """Create a ranker by name to go with a backbone: its channels, patch size, device and dtype."""
     kind = ranker_class(name)
     defaults: Dict[str, Any] = {}
-    if weights is None and kind.follows_patch_size:
+    if not weights and kind.follows_patch_size:
         defaults["patch_size"] = pixels_per_token(backbone)
     channels = {"in_chans": getattr(backbone, "in_chans", 3)} if kind.learned else {}
     parameter = next(backbone.parameters())

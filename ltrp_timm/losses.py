@@ -14,12 +14,12 @@ from torch import Tensor
 from ltrp_timm.metrics import (
     check_lists,
     check_top,
-    descending,
     discounts,
     gains,
     reduce_lists,
     widen,
 )
+from ltrp_timm.selection import best_first
 
 
 def _prepare(pred: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def list_mle(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     tensor(1.7918)
     """
     scores, relevance = _prepare(pred, target)
-    ordered = scores.gather(1, descending(relevance))
+    ordered = scores.gather(1, best_first(relevance))
     rest = ordered.flip(1).logcumsumexp(dim=1).flip(1)  # of this item and all that come after it
     return reduce_lists((rest - ordered).sum(dim=1), reduction)
 
@@ -170,7 +170,7 @@ def focused_rank(
     _check_pairs(threshold, sigma)
     scores, relevance = _prepare(pred, target)
     check_top(k, scores.shape[1])
-    order = descending(relevance)
+    order = best_first(relevance)
     s, t = scores.gather(1, order), relevance.gather(1, order)
     values = list_mle(s[:, :k], t[:, :k], reduction="none")
     if k < s.shape[1]:
@@ -235,7 +235,7 @@ def lambda_rank(
     weight = discounts(scores.shape[1], k, gain)
     best = (gain.sort(dim=1, descending=True)[0] * weight).sum(dim=1)
     place = torch.empty_like(gain)  # the discount at the place that an item has now
-    place.scatter_(1, descending(scores.detach()), weight.expand_as(gain))
+    place.scatter_(1, best_first(scores.detach()), weight.expand_as(gain))
     gaps = gain.unsqueeze(2) - gain.unsqueeze(1)
     swaps = gaps.clamp(min=0.0) * (place.unsqueeze(2) - place.unsqueeze(1)).abs()
     swaps = swaps / best.clamp(min=torch.finfo(best.dtype).tiny).reshape(-1, 1, 1)

@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ltrp_timm.selection import mean_rank, select_top
+from ltrp_timm.selection import best_first, mean_rank, select_top
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -127,11 +127,6 @@ def discounts(num_items: int, k: Optional[int], like: Tensor) -> Tensor:
     return torch.where(places < check_top(k, num_items), 1.0 / torch.log2(places + 2.0), 0.0)
 
 
-def descending(values: Tensor) -> Tensor:
-    """values (B, V) -> indices (B, V) from the highest to the lowest, ties to the lower index."""
-    return torch.sort(values, dim=1, descending=True, stable=True)[1]
-
-
 def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str = "mean") -> Tensor:
     """Normalised discounted cumulative gain of the first k places.
 
@@ -155,7 +150,7 @@ def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str =
     check_lists(pred, target)
     gain = gains(target)
     weight = discounts(pred.shape[1], k, gain)
-    found = (gain.gather(1, descending(widen(pred))) * weight).sum(dim=1)
+    found = (gain.gather(1, best_first(widen(pred))) * weight).sum(dim=1)
     best = (gain.sort(dim=1, descending=True)[0] * weight).sum(dim=1)
     return reduce_lists(torch.where(best > 0, _ratio(found, best), 1.0), reduction)
 

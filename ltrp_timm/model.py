@@ -21,7 +21,13 @@ from ltrp_timm.selection import (
     num_keep,
     validate_keep_indices,
 )
-from ltrp_timm.slots import find_adapter, patch_embed_of, run_with_slots
+from ltrp_timm.slots import (
+    find_adapter,
+    install_kept_embed,
+    patch_embed_of,
+    restore_kept_embed,
+    run_with_slots,
+)
 from ltrp_timm.timm_interface import TimmInterface, wrap_pretrained_cfg
 
 torch.fx.wrap("choose_keep_indices")
@@ -88,7 +94,8 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         self.training = backbone.training
         # nothing was changed before and nothing fails from here on; tuples hide their modules
         self.ranker.requires_grad_(False).eval()
-        self._original_slot = (self._adapter.install(backbone),)
+        slot = self._adapter.install(backbone)
+        self._originals = (slot, install_kept_embed(backbone, self._adapter))
         self._slots = tuple(self._adapter.slots(backbone))
 
     @property
@@ -135,8 +142,8 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         """Scores (B, h * w) of images that were checked."""
         if not torch.jit.is_scripting():
             self._warn_if_untrained()
-        images = self._padded(x.detach(), h, w)
-        scores = resize_score_map(self.ranker(self.bridge(images)), h, w).detach()
+        images = self.bridge(self._padded(x, h, w))
+        scores = resize_score_map(self.ranker(images), h, w).detach()
         if not torch.jit.is_scripting():
             self._check_scores(scores, x)
         return scores
@@ -199,7 +206,7 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
             self._selection,
             self._selection_args,
             (h, w),
-            self._padded(x.detach(), h, w),
+            self._padded(x, h, w),
         )
 
     @torch.jit.unused
@@ -311,6 +318,8 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
             if hasattr(self.backbone, "rel_pos_bias"):
                 if self.backbone.rel_pos_bias is not None:
                     self.backbone.rel_pos_bias.keep_indices = keep
+        if hasattr(self.backbone.patch_embed, "keep_indices"):
+            self.backbone.patch_embed.keep_indices = keep
 
     def train(self, mode: bool = True) -> "LTRPModel":
         """Set training mode; the frozen ranker stays in eval."""
@@ -330,7 +339,8 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
             The backbone. This model cannot run afterwards.
         """
         if self._adapter.slots(self.backbone)[:1] == list(self._slots[:1]):
-            self._adapter.restore(self.backbone, self._original_slot[0])
+            self._adapter.restore(self.backbone, self._originals[0])
+            restore_kept_embed(self.backbone, self._adapter, self._originals[1])
         backbone: nn.Module = self.backbone
         return backbone
 

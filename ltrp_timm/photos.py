@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+_MAX_ASPECT = 50  # a strip of pixels would be resized to gigabytes before it is cropped
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,6 +49,19 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
                 return _to_rgb(image)
     except Exception as error:  # what PIL's readers raise on damaged files has no common type
         raise ValueError(f"{printable(path)}: {_reason(error)}") from error
+
+
+def check_aspect(image: Image.Image) -> None:
+    """Check that a picture can be resized by its shorter side.
+
+    Raises:
+        ValueError: it is a strip more than 50 times longer than wide.
+    """
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        raise ValueError(
+            f"a picture may be at most {_MAX_ASPECT} times longer than wide, got "
+            f"{image.width}x{image.height}."
+        )
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -5,6 +5,7 @@ patch, n variants of a chunk. A variant is an image without one of its visible p
 them are one batch, cut into chunks that fit into memory.
 """
 
+import math
 from typing import Callable, Optional, Tuple, Union
 
 import torch
@@ -24,8 +25,8 @@ REMOVALS = ("full", "decoder", "encoder")
 AGGREGATES = ("mean", "max")
 ImageChange = Callable[[Tensor, Tensor], Tensor]
 
-# what the activations of a chunk may take: on a CPU they should stay near the caches
-_CPU_BYTES = 128 * 2**20
+# what the activations of a chunk may take: on a CPU they should stay in the caches
+_CPU_BYTES = 32 * 2**20
 _DEVICE_SHARE = 0.5
 
 
@@ -63,9 +64,9 @@ def semantic_density(
         aggregate: over the masked patches. "mean" is the paper's; "max", the strongest local
             change, rewards local information instead of a faint shift of the whole picture.
         num_removed: R, score only so many of the visible patches, drawn per image before anything
-            is reconstructed: the cost is R / V. None for all.
-        chunk: variants that are computed at a time; None fits it to the memory. The result does not
-            depend on it.
+            is reconstructed: the cost is (R + 1) / (V + 1). None for all.
+        chunk: variants that are computed at a time; None fits it to the memory, for encoder and
+            decoder each. The result does not depend on it.
         generator: draws what is to be drawn: one, or one an image; None for torch's global state.
 
     Returns:
@@ -85,11 +86,12 @@ def semantic_density(
     (torch.Size([2, 8]), torch.Size([2, 8]))
     """
     _check_choices(removal, metric, aggregate, chunk)
+    teacher.check_images(images)
     if visible_indices is None:
         batch, n = images.shape[0], teacher.num_patches
         visible_indices = random_visible_indices(batch, n, mask_ratio, generator, images.device)
-    visible_indices = visible_indices.to(images.device)
     teacher.check_visible(visible_indices, images.shape[0])
+    visible_indices = visible_indices.to(images.device)
     if not 2 <= visible_indices.shape[1] < teacher.num_patches:
         raise ValueError(
             f"{visible_indices.shape[1]} of {teacher.num_patches} patches are visible: at least 2 "
@@ -99,11 +101,14 @@ def semantic_density(
     variants = _Variants(teacher, images, visible_indices, removal)
     change = _Change(variants, images, metric, aggregate)
     rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
-    size = chunk or _fitting_chunk(teacher, visible_indices.shape[1], images.device)
-    scores = [
-        change(variants.paint(row, column), row)
-        for row, column in zip(rows.split(size), columns.flatten().split(size))
-    ]
+    encoded, decoded = _chunks(teacher, visible_indices.shape[1], rows, chunk)
+    scores = []
+    for row, column in zip(rows.split(encoded), columns.flatten().split(encoded)):
+        shown = variants.show(row, column)
+        scores += [
+            change(variants.paint(tokens, image), image)
+            for tokens, image in zip(shown.split(decoded), row.split(decoded))
+        ]
     return torch.cat(scores).reshape(columns.shape), visible_indices.gather(1, columns)
 
 
@@ -138,17 +143,33 @@ def _columns_to_remove(
     return select_top(draw_uniform(batch, visible, generator, visible_indices.device), num_removed)
 
 
-def _fitting_chunk(teacher: MAETeacher, visible: int, device: torch.device) -> int:
-    """Variants at a time, by what the widest layers of the networks take."""
-    encoder = (visible + 1) * teacher.cls_token.shape[-1] * (8 + 2 * teacher.mlp_ratio)
-    decoder = teacher.mask_token.shape[-1] * (8 + 2 * teacher.decoder_mlp_ratio)
-    decoder = (teacher.num_patches + 1) * (decoder + 4 * teacher.decoder_pred.out_features)
+def _chunks(
+    teacher: MAETeacher, visible: int, rows: Tensor, chunk: Optional[int]
+) -> Tuple[int, int]:
+    """Variants at a time for the encoder and for the decoder, by what their layers take.
+
+    The encoder's variants are short: many of them are needed to be worth reading its weights, and
+    many fit. The decoder's are as long as an image.
+    """
+    if chunk is not None:
+        return chunk, chunk
+    width, decoder_width = teacher.cls_token.shape[-1], teacher.mask_token.shape[-1]
+    values = teacher.decoder_pred.out_features
+    encoder = (visible + 1) * width * (8 + 2 * teacher.mlp_ratio)
+    decoder = decoder_width * (8 + 2 * teacher.decoder_mlp_ratio) + 4 * values
+    decoder = (teacher.num_patches + 1) * decoder
     budget: float = _CPU_BYTES
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if rows.device.type == "cuda":
+        free = torch.cuda.mem_get_info(rows.device)[0]
+        cached = torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
         budget = _DEVICE_SHARE * (free + cached)
-    return max(1, int(budget / (4 * max(encoder, decoder))))
+    encoded = _even(len(rows), int(budget / (4 * encoder)))
+    return encoded, _even(encoded, int(budget / (4 * decoder)))
+
+
+def _even(total: int, size: int) -> int:
+    """The size of as few chunks as ``size`` allows, all about equal."""
+    return math.ceil(total / math.ceil(total / max(1, size)))
 
 
 class _Variants:
@@ -162,32 +183,34 @@ class _Variants:
         self.tokens = teacher.embed(images, visible_indices)
         self.mask_tokens = teacher.mask_tokens(self.masked)
         self.placed = teacher.place(teacher.encode_tokens(self.tokens), visible_indices)
-        self.anchor = self._predict(self.placed, self.mask_tokens)
+        every = torch.arange(len(images), device=images.device)
+        self.anchor = self.paint(self.placed, every)
         self.isolated = _isolate(teacher, self.tokens) if removal == "encoder" else None
 
-    def _predict(self, *parts: Tensor) -> Tensor:
-        """The decoder's tokens, mask tokens of the M masked patches last -> (n, M, C) float32."""
-        dtype = parts[0].dtype
-        tokens = torch.cat([part.to(dtype) for part in parts], dim=1)
-        return self.teacher.predict(tokens, self.masked.shape[1]).float()
+    def show(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """What the decoder knows of image rows (n,) without their visible patch of columns (n,).
 
-    def paint(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Image rows (n,) without their visible patch of columns (n,) -> (n, M, C)."""
+        Tokens (n, L, D'): the class token and those of the V places.
+        """
         kept = torch.arange(self.visible.shape[1] - 1, device=columns.device)
         kept = kept + (kept >= columns.unsqueeze(1))  # (n, V - 1): all columns but one
-        masks = self.mask_tokens[rows]
         if self.removal == "decoder":
             with_class = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], dim=1)
-            return self._predict(gather_patches(self.placed[rows], with_class), masks)
+            return gather_patches(self.placed[rows], with_class)
         visible, removed = self.visible[rows], columns.unsqueeze(1)
         places, gone = visible.gather(1, kept), visible.gather(1, removed)
         latents = self.teacher.encode_tokens(gather_patches(self.tokens[rows], kept))
         if self.isolated is None:
-            own = self.teacher.mask_tokens(gone)
-            return self._predict(self.teacher.place(latents, places), own, masks)
+            known = self.teacher.place(latents, places)
+            return torch.cat([known, self.teacher.mask_tokens(gone).to(known.dtype)], dim=1)
         lonely = gather_patches(self.isolated[rows], removed)
         latents, places = torch.cat([latents, lonely], dim=1), torch.cat([places, gone], dim=1)
-        return self._predict(self.teacher.place(latents, places), masks)
+        return self.teacher.place(latents, places)
+
+    def paint(self, shown: Tensor, rows: Tensor) -> Tensor:
+        """Tokens (n, L, D') of image rows (n,) -> their masked patches (n, M, C) float32."""
+        tokens = torch.cat([shown, self.mask_tokens[rows].to(shown.dtype)], dim=1)
+        return self.teacher.predict(tokens, self.masked.shape[1]).float()
 
 
 def _isolate(teacher: MAETeacher, tokens: Tensor) -> Tensor:

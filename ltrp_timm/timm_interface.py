@@ -48,6 +48,8 @@ class TimmInterface:
         for name in _MIRRORED:
             if hasattr(self.backbone, name):
                 setattr(self, name, getattr(self.backbone, name))
+            elif name == "num_prefix_tokens":
+                self.num_prefix_tokens = 1  # an older timm's CaiT does not tell of its class token
         self.global_pool = getattr(self.backbone, "global_pool", "")
         self._patch_pixels: Tuple[int, int] = pixels_per_token(self.backbone)
         self._pads = bool(patch_embed_of(self.backbone).dynamic_img_pad)

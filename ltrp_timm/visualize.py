@@ -14,9 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ltrp_timm.model import LTRPModel
-from ltrp_timm.photos import load_image
-from ltrp_timm.rankers.contrast import mean_rank
-from ltrp_timm.selection import num_keep
+from ltrp_timm.photos import check_aspect, load_image
+from ltrp_timm.selection import mean_rank, num_keep
 from ltrp_timm.slots import patch_embed_of
 from ltrp_timm.timm_interface import pixels_per_token
 
@@ -28,6 +27,7 @@ __all__ = [
     "kept_patches",
     "load_image",
     "overview",
+    "row",
     "score_map",
     "stack_rows",
     "to_image",
@@ -39,7 +39,6 @@ _Pixels = npt.NDArray[Any]
 # dark violet, blue, teal, green, yellow: lightness rises steadily, also for the colour-blind
 _RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
 _GREY = np.array([0.299, 0.587, 0.114])
-_MAX_ASPECT = 50  # a strip of pixels would be resized to gigabytes before it is cropped
 _MIN_PANEL, _MAX_PANEL = 224, 264  # pixels; a row of five stays below 1400
 _GAP = 8
 _CAPTION = 24
@@ -75,11 +74,7 @@ def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
     in_chans = getattr(model, "in_chans", 3)
     if in_chans != 3:
         raise ValueError(f"pictures have 3 channels, the model takes {in_chans}.")
-    if max(image.size) > _MAX_ASPECT * min(image.size):
-        raise ValueError(
-            f"a picture may be at most {_MAX_ASPECT} times longer than wide, got "
-            f"{image.width}x{image.height}."
-        )
+    check_aspect(image)
     transform = create_transform(**data_config(model), is_training=False)
     tensor: Tensor = transform(image.convert("RGB"))
     return tensor.unsqueeze(0)
@@ -208,7 +203,12 @@ def overview(
         with keeping(model, ratio):
             kept = kept_patches(photo, model.keep_indices(on_device), grid)
         panels.append((kept, f"keep {ratio:g}: {num_keep(h * w, ratio)} of {h * w}"))
-    return _side_by_side([_panel(shown, text if captions else "") for shown, text in panels])
+    return row([(shown, text if captions else "") for shown, text in panels])
+
+
+def row(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Pictures side by side, each at a size for reading, its caption above; "" for none."""
+    return _side_by_side([_panel(picture, caption) for picture, caption in panels])
 
 
 @contextlib.contextmanager

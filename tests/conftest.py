@@ -67,14 +67,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "naflex_so150m2": ("naflexvit_so150m2_patch16_reg1_gap", SMALL, 96),
     "naflex_clip": ("vit_base_patch16_clip_224", {"use_naflex": True, **SMALL}, 96),
     "naflex_eva02": ("eva02_base_patch14_224", {"use_naflex": True, **SMALL}, 84),
-    "naflex_dinov3": ("vit_small_patch16_dinov3", {"use_naflex": True, **SMALL}, 96),
     "naflex_mixed": ("vit_small_patch16_rope_mixed_224", {"use_naflex": True, **SMALL}, 96),
-    "naflex_mrope": (
-        "naflexvit_base_patch16_gap",
-        {"rope_type": "mrope", "rope_mrope_section": (4, 6, 6), "pos_embed": "none", **SMALL},
-        96,
-    ),
 }
+if hasattr(timm.layers.pos_embed_sincos, "RotaryEmbeddingMRope"):  # an older timm has none
+    changes = {"rope_type": "mrope", "rope_mrope_section": (4, 6, 6), "pos_embed": "none"}
+    FAMILIES["naflex_dinov3"] = ("vit_small_patch16_dinov3", {"use_naflex": True, **SMALL}, 96)
+    FAMILIES["naflex_mrope"] = ("naflexvit_base_patch16_gap", {**changes, **SMALL}, 96)
 
 
 # an older timm keeps no record of how a model was built: what saves by it cannot work there

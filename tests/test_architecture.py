@@ -16,14 +16,15 @@ ROOMS = [
     ["selection", "checkpoints", "throughput", "photos", "change"],
     ["slots", "metrics"],
     ["rankers", "losses"],
-    ["timm_interface", "teacher", "adaptive", "dense"],
+    ["timm_interface", "adaptive", "dense", "teacher"],
     ["model", "pseudo_scores"],
     ["front_end"],
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console", "cards"],
-    ["sharing"],
-    ["demo", "share_command"],
+    ["arguments", "named_model", "parity", "formats"],
+    ["export", "sharing"],
+    ["demo", "rank", "export_command", "share_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -73,7 +74,8 @@ def test_the_import_is_silent_and_light() -> None:
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "heavy = {'matplotlib', 'skimage', 'sklearn', 'transformers', 'onnx', 'PIL'}\n"
         "assert not new & heavy, new\n"
-        "assert 'ltrp_timm.cli' not in sys.modules\n"
+        "assert not {'ltrp_timm.cli', 'ltrp_timm.export'} & set(sys.modules)\n"
+        "assert ltrp_timm.export_model is ltrp_timm.export.export_model\n"
         "assert timm.is_model('ltrp_vit_base')\n"
     )
     done = subprocess.run(

@@ -120,7 +120,7 @@ def test_nothing_good_means_no_picture(here: Path, capsys: pytest.CaptureFixture
         (["demo", "--repeats", "0"], r"--repeats: must be a whole number from 1, got 0\."),
         (["demo", "--threads", "two"], r"--threads: must be a whole number from 1, got two\."),
         (["demo", "--threads", "99999"], r"--threads must be from 1 to \d+, .* got 99999\."),
-        (["demo", "--ranker", "best"], "--ranker must be one of contrast, conv, .* got 'best'"),
+        (["demo", "--ranker", "best"], "--ranker must be one of attention, .* got 'best'"),
         (["demo", "--model", "ltrp_vit_bse"], "is unknown: did you mean ltrp_vit_base"),
         (["demo", "--model", "qqqqqqqqq"], "is unknown: see timm.list_models"),
         (["demo", "--model", "ltrp_vit_tiny.best"], r"Invalid pretrained tag \(best\)"),

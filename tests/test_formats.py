@@ -18,7 +18,7 @@ FAMILIES += ["beit", "beit_shared", "cait", "relpos", "relpos_shared", "relpos_b
 ROPE = ["naflex_eva02", "naflex_mixed"]
 NAFLEX = ["naflex", "naflex_siglip", "naflex_clip", *ROPE]
 FAMILIES += NAFLEX
-RANKERS = ["contrast", "conv", "vit_tiny", "random"]
+RANKERS = ["contrast", "conv", "vit_tiny", "random", "attention", "contrast at 64", "conv at 64"]
 
 # every family with the default ranker, every ranker on one backbone of each slot
 CASES = [(family, "contrast") for family in FAMILIES] + [
@@ -26,7 +26,7 @@ CASES = [(family, "contrast") for family in FAMILIES] + [
 ]
 # and every selection on one backbone of each slot, with options of its own
 CASES += [
-    (family, f"contrast {selection}")
+    (family, f"contrast with {selection}")
     for family in ("vit", "eva02")
     for selection in ("random", "mixed", "stratified")
 ]
@@ -45,8 +45,11 @@ def prepare(
     """A pruned model, images, its eager output, and that of the full model."""
     backbone, images = backbone_of(family)
     full = backbone(images)
-    ranker, _, selection = ranker.partition(" ")
-    small = {"img_size": 64, "depth": 1} if ranker.startswith("vit") else {}
+    ranker, _, selection = ranker.partition(" with ")
+    ranker, _, side = ranker.partition(" at ")
+    small = {"img_size": 64, "depth": 1} if ranker.startswith(("vit", "att")) else {}
+    small |= {"backbone": "vit_tiny_patch16_224"} if ranker == "attention" else {}
+    small |= {"img_size": int(side)} if side else {}
     small |= {"patch_size": 14} if family == "eva02" and ranker == "random" else {}
     net = create_ranker(ranker, **small)
     net.trained = True

@@ -13,7 +13,7 @@ from conftest import small_teacher
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ltrp_timm import create_ranker, semantic_density
+from ltrp_timm import create_ranker, pseudo_scores, semantic_density
 from ltrp_timm.change import METRICS, psnr_change, ssim_change
 from ltrp_timm.losses import list_mle
 from ltrp_timm.metrics import spearman
@@ -177,6 +177,25 @@ def test_the_chunk_does_not_matter(removal: str) -> None:
         scores, _ = semantic_density(teacher, images, visible, removal=removal, chunk=chunk)
         assert (scores - expected).abs().max() <= 1e-6
         assert torch.equal(scores.argsort(dim=1), expected.argsort(dim=1))
+
+
+def test_chunks_are_fitted_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, images, visible = case()  # 12 variants
+    encoder, decoder = Shapes(teacher.blocks[0]).seen, Shapes(teacher.decoder_blocks[0]).seen
+    expected, _ = semantic_density(teacher, images, visible)
+    assert [shape[0] for shape in encoder] == [shape[0] for shape in decoder] == [2, 12]
+    for budget, encoded, decoded in (
+        (900_000, [2, 12], [2, 6, 6]),
+        (130_000, [2, 6, 6], [2] + 12 * [1]),
+        (1, [2] + 12 * [1], [2] + 12 * [1]),
+    ):
+        monkeypatch.setattr(pseudo_scores, "_CPU_BYTES", budget)
+        encoder.clear()
+        decoder.clear()
+        scores, _ = semantic_density(teacher, images, visible)
+        assert [shape[0] for shape in encoder] == encoded
+        assert [shape[0] for shape in decoder] == decoded
+        assert (scores - expected).abs().max() <= 1e-6
 
 
 class Shapes:
@@ -387,9 +406,13 @@ def test_wrong_arguments() -> None:
         ({"visible_indices": torch.arange(16).repeat(2, 1)}, "16 of 16 patches are visible"),
         ({"visible_indices": None, "mask_ratio": 1.5}, r"mask_ratio must be in \(0, 1\), got 1.5"),
         ({"generator": [torch.Generator()], "num_removed": 2}, "2 images need as many generators"),
+        ({"images": images[:0]}, r"takes images \(B, 3, 32, 32\), got \[0, 3, 32, 32\]"),
+        ({"images": images[0]}, r"takes images \(B, 3, 32, 32\), got \[3, 32, 32\]"),
         ({"images": images[:, :, :16]}, r"takes images \(B, 3, 32, 32\), got \[2, 3, 16, 32\]"),
     ):
         given = {"images": images, "visible_indices": visible, **arguments}
         with pytest.raises(ValueError, match=text):
             semantic_density(teacher, **given)
+    with pytest.raises(TypeError, match="visible_indices must be an int64 tensor, got list"):
+        semantic_density(teacher, images, visible.tolist())
     assert set(METRICS) >= {"l1", "mse", "ssim", "psnr", "lpips"}

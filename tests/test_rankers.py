@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -5,11 +6,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from common import host_syncs, operators
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltrp_timm import create_ranker, drop_patches, list_rankers
-from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker
+from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker, StatisticRanker
+from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD
 from ltrp_timm.rankers.bridge import resize_score_map
 from ltrp_timm.rankers.contrast import border_contrast, centre_distance, patch_statistics
 from ltrp_timm.selection import mean_rank
@@ -18,7 +20,8 @@ SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}
 
 
 def small(name: str, **changes: Any) -> Any:
-    args = {**SMALL, **changes} if name.startswith("vit") else changes
+    own_net = name == "attention" or name.startswith("vit")
+    args = {**SMALL, **changes} if own_net else changes
     return create_ranker(name, **args).eval()
 
 
@@ -30,14 +33,14 @@ def test_every_ranker_maps_images_to_the_patch_grid(name: str) -> None:
     scores = ranker(images)
     assert scores.shape == (3, 4, 4)
     assert scores.isfinite().all()
-    if name != "random":  # each image is ranked alone
+    if name not in ("random", "centre"):  # each image is ranked alone
         alone = torch.cat([ranker(image[None]) for image in images])
         assert (alone - scores).abs().max() <= 1e-5
         assert not torch.equal(scores[0], scores[1])
     assert torch.equal(ranker(images), scores)
 
 
-@pytest.mark.parametrize("name", ["contrast", "conv", "random"])
+@pytest.mark.parametrize("name", ["contrast", "conv", "random", "gradient"])
 @torch.no_grad()
 def test_free_rankers_take_any_size(name: str) -> None:
     assert small(name, patch_size=14)(torch.rand(1, 3, 70, 100)).shape == (1, 5, 7)
@@ -53,13 +56,13 @@ def test_free_rankers_take_any_size(name: str) -> None:
 def test_conv_ranker_is_small() -> None:
     ranker = small("conv")
     assert sum(parameter.numel() for parameter in ranker.parameters()) <= 200_000
-    with torch.no_grad(), Count() as calls:
-        ranker(torch.rand(1, 3, 224, 224))
-    assert len(calls.names) <= 30, calls.names
+    with torch.no_grad():
+        names = operators(lambda: ranker(torch.rand(1, 3, 224, 224)))
+    assert len(names) <= 30, names
 
 
 def test_unknown_names_and_arguments() -> None:
-    with pytest.raises(ValueError, match=r"ranker must be one of contrast, conv.*got 'best'"):
+    with pytest.raises(ValueError, match=r"ranker must be one of attention, .*got 'best'"):
         create_ranker("best")
     with pytest.raises(TypeError, match="not_an_argument"):
         create_ranker("conv", not_an_argument=1)
@@ -292,6 +295,52 @@ def test_a_ranker_of_another_size_and_grid(backbone_of: Callable[..., Any]) -> N
     assert scores.shape == (3, 36)
 
 
+@pytest.mark.parametrize("name", ["contrast", "conv"])
+@torch.no_grad()
+def test_a_ranker_may_look_at_a_size_of_its_own(
+    backbone_of: Callable[..., Any], name: str, tmp_path: Path
+) -> None:
+    backbone, images = backbone_of("dinov3")  # 96 px, 6x6
+    model = drop_patches(backbone, ranker=name, ranker_args={"img_size": (32, 64)}, keep_ratio=0.5)
+    model.ranker.trained = True
+    seen: list[Tensor] = []
+    model.ranker.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    scores = model.patch_scores(images)
+    assert seen[0].shape == (3, 3, 32, 64)
+    # resizing and normalising change places: each keeps a constant image constant
+    cfg = backbone.pretrained_cfg
+    mean, std = (torch.tensor(cfg[part]).view(1, 3, 1, 1) for part in ("mean", "std"))
+    pixels = nn.functional.interpolate(
+        images * std + mean, (32, 64), mode="bilinear", antialias=True
+    )
+    if name == "conv":
+        mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = (pixels - mean) / std
+    assert torch.allclose(seen[0], pixels, atol=1e-5)
+    expected = resize_score_map(model.ranker(seen[0]), 6, 6)
+    assert torch.equal(scores, expected)
+    assert model(images).isfinite().all()
+    model.set_input_size(img_size=128)
+    assert model.patch_scores(torch.randn(1, 3, 128, 128)).shape == (1, 64)
+    assert seen[-1].shape == (1, 3, 32, 64)
+    args = model._model_args["ranker_args"]
+    assert args == json.loads(json.dumps(args))
+    assert create_ranker(name, **args).img_size == (32, 64)
+    if name == "conv":
+        model.ranker.save(tmp_path)
+        assert create_ranker(name, pretrained=tmp_path).img_size == (32, 64)
+
+
+@pytest.mark.parametrize("name", ["contrast", "conv"])
+def test_a_size_that_holds_no_patch_is_refused(name: str) -> None:
+    assert create_ranker(name, img_size=224).img_size == (224, 224)
+    assert create_ranker(name).img_size is None
+    with pytest.raises(ValueError, match=r"img_size must hold a patch of \(16, 16\), got 8"):
+        create_ranker(name, img_size=8)
+    with pytest.raises(ValueError, match="expected a positive size"):
+        create_ranker(name, img_size=(224, 224, 3))
+
+
 class Brightness(nn.Module):
     """A ranker of somebody else's: it declares nothing."""
 
@@ -337,30 +386,43 @@ def test_an_untrained_ranker_warns_once(backbone_of: Callable[..., Any], tmp_pat
         drop_patches(model.restore(), ranker=model.ranker, ranker_weights=tmp_path)
 
 
-class Count(TorchDispatchMode):
-    """Every operator that is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("ranker", ["contrast", "conv", "random"])
 def test_operators_of_a_pruned_forward(ranker: str) -> None:
     """At most 1.30 times those of the plain ViT-B, and none that waits for the device."""
     backbone = timm.create_model("vit_base_patch16_224", embed_dim=48, num_heads=2).eval()
     images = torch.randn(1, 3, 224, 224)
-    with torch.inference_mode(), Count() as plain:
-        backbone(images)
-    model = drop_patches(backbone, ranker=ranker)
-    if ranker == "conv":
+    with torch.inference_mode():
+        plain = operators(lambda: backbone(images))
+        model = drop_patches(backbone, ranker=ranker)
         model.ranker.trained = True
-    with torch.inference_mode(), Count() as pruned:
-        model(images)
-    assert len(pruned.names) <= 1.30 * len(plain.names)
-    assert not [name for name in pruned.names if "_local_scalar_dense" in name or "item" in name]
-    assert "aten.sort.stable" in pruned.names  # it did select
+        pruned = operators(lambda: model(images))
+        assert len(pruned) <= 1.30 * len(plain)
+        assert not host_syncs(pruned)
+        assert host_syncs(operators(lambda: bool(images.sum() > 0)))  # it would be seen
+    assert "aten.sort.stable" in pruned  # it did select
+
+
+def test_statistics_by_hand() -> None:
+    images = torch.rand(2, 3, 34, 50)  # the rest at the border does not count
+    patches = images[:, :, :32, :48].reshape(2, 3, 2, 16, 3, 16)
+    std = patches.var((3, 5), unbiased=False).mean(1).sqrt()
+    assert torch.allclose(create_ranker("pixel_std")(images), std, atol=1e-6)
+    colour = border_contrast(patches.mean((3, 5)))
+    assert torch.allclose(create_ranker("colour")(images), colour, atol=1e-6)
+    steps = torch.zeros(1, 1, 16, 32)
+    steps[:, :, :8, 3] = 0.5  # 2 x 8 steps to the right, one of them down too, one down alone
+    lengths = 0.5 * (2 * 8 - 1 + 2**0.5) / 256
+    assert create_ranker("gradient")(steps).flatten().tolist() == pytest.approx([lengths, 0.0])
+    centre = create_ranker("centre", patch_size=8)(images)
+    assert torch.equal(centre, -centre_distance(4, 6, images.device).expand(2, -1, -1))
+    with pytest.raises(ValueError, match=r"statistic must be one of pixel_std.*got 'edges'"):
+        StatisticRanker("edges")
+
+
+@pytest.mark.parametrize("name", ["pixel_std", "gradient", "colour"])
+def test_statistics_compare_between_images(name: str) -> None:
+    """Twice the contrast is twice the score; ranks within an image would not tell."""
+    images = torch.rand(1, 3, 64, 64) * 0.5
+    ranker = create_ranker(name)
+    assert torch.allclose(ranker(2 * images), 2 * ranker(images), atol=1e-6)
+    assert ranker(torch.full((1, 3, 64, 64), 0.3)).abs().max() <= 1e-6

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from ltrp_timm import drop_patches, gather_patches, num_keep
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import Ranker
-from ltrp_timm.slots import TokenSlot, find_adapter
+from ltrp_timm.slots import ADAPTERS, REFUSED, SlotAdapter, TokenSlot, find_adapter
+from ltrp_timm.slots.refused import REFUSED_MODELS
 
 
 def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,12 +87,13 @@ def gathered_reference(model: Cait, images: Tensor, keep: Tensor) -> tuple[Tenso
 def test_drop_equals_mask(backbone_of: Callable[..., Any], family: str, ratio: float) -> None:
     backbone, images = backbone_of(family)
     full_tokens, full = backbone.forward_features(images), backbone(images)
-    n, prefix = math.prod(grid_of(backbone, images)), backbone.num_prefix_tokens
+    n = math.prod(grid_of(backbone, images))
     k = num_keep(n, ratio)
     keep = torch.stack([torch.randperm(n)[:k].sort().values for _ in images])
     tokens, logits = masked_reference(backbone, images, keep)
 
     model = drop_patches(backbone, keep_ratio=ratio)
+    prefix = model.num_prefix_tokens
     dropped = model.forward_features(images, keep_indices=keep)
     assert (dropped - tokens).abs().max() <= 1e-5
     assert (model(images, keep_indices=keep) - logits).abs().max() <= 1e-5
@@ -155,33 +158,57 @@ def test_restore_gives_the_same_object_back(backbone_of: Callable[..., Any], fam
     drop_patches(backbone)(images)  # and it can be wrapped again
 
 
-# one model of each kind that cannot drop patches, and a word of the reason
-REFUSED = [
-    ("swin_tiny_patch4_window7_224", "windows"),
-    ("swinv2_tiny_window8_256", "windows"),
-    ("samvit_base_patch16_224", "windows"),
-    ("xcit_nano_12_p16_224", "convolutions"),
-    ("hiera_tiny_224", "pools"),
-    ("pit_ti_224", "pools"),
-    ("mixer_s32_224", "token-mixing"),
-    ("convit_tiny", "laid out for the full patch grid"),
-    ("resnet18", "none of the timm families"),
-    ("convnext_atto", "none of the timm families"),
-]
+MODELS = [(kind, name, why) for why, of in REFUSED_MODELS.items() for kind, name in of.items()]
+MODELS += [("ResNet", "resnet18", "none of the timm families"), ("VGG", "vgg11", "none of the")]
 
 
-@pytest.mark.parametrize(("name", "reason"), REFUSED)
-def test_other_families_are_refused_unchanged(name: str, reason: str) -> None:
-    with torch.device("meta"):
+@pytest.mark.parametrize(("kind", "name", "reason"), MODELS)
+def test_other_families_are_refused_unchanged(kind: str, name: str, reason: str) -> None:
+    if name not in timm.list_models():
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with torch.device("cpu" if name == "csatv2" else "meta"):  # an older timm cannot build it there
         model = timm.create_model(name)
     before, keys = repr(model), list(model.state_dict())
-    with pytest.raises(
-        TypeError, match=f"cannot drop patches from {type(model).__name__}.*{reason}"
-    ):
+    with pytest.raises(TypeError, match=f"^cannot drop patches from {kind}: .*{re.escape(reason)}"):
         drop_patches(model)
     assert repr(model) == before
     assert list(model.state_dict()) == keys
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_subclasses_are_refused_for_the_same_reason() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("levit_128s")
+    with pytest.raises(TypeError, match="from LevitDistilled: it pools the patch grid"):
+        drop_patches(model)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.family)
+def test_every_example_of_the_table_drops_patches(adapter: SlotAdapter) -> None:
+    for name in (name for names in adapter.examples.values() for name in names):
+        with torch.device("meta"):
+            model = drop_patches(timm.create_model(name, depth=1), keep_ratio=0.25)
+            side = model.pretrained_cfg["input_size"][-1]
+            keep = torch.arange(9).expand(2, -1)
+            tokens = model.forward_features(torch.zeros(2, 3, side, side), keep_indices=keep)
+        assert isinstance(model.backbone, adapter.host)
+        assert tokens.shape[:2] == (2, model.num_prefix_tokens + 9)
+
+
+def test_no_vit_of_timm_is_without_an_answer() -> None:
+    unknown = set()
+    for name, module in sys.modules.items():
+        if not name.startswith("timm.models."):
+            continue
+        for kind in vars(module).values():
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                continue
+            vit = re.search("vit|former|mixer|hiera", kind.__name__.lower())
+            if vit and hasattr(kind, "forward_features") and kind.__module__ == name:
+                bases = {base.__name__ for base in kind.__mro__}
+                if not bases & {*REFUSED, *(adapter.host.__name__ for adapter in ADAPTERS)}:
+                    unknown.add(kind.__name__)
+    assert unknown == set()
 
 
 def test_wrapped_models_are_refused() -> None:

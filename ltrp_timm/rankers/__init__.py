@@ -7,20 +7,25 @@ from typing import Any, Callable, Dict, List, Optional, Set, Union
 from torch import nn
 
 from ltrp_timm.checkpoints import PathLike, build_and_load, read_weights
-from ltrp_timm.configs import check_saved_args
+from ltrp_timm.configs import NEVER_SAVED, check_saved_args
+from ltrp_timm.hub import hub_errors
+from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.contrast import ContrastRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.random import RandomRanker
+from ltrp_timm.rankers.statistic import STATISTICS, StatisticRanker
 from ltrp_timm.rankers.vit import VitRanker
 
 __all__ = [
+    "AttentionRanker",
     "ContrastRanker",
     "ConvRanker",
     "InputBridge",
     "RandomRanker",
     "Ranker",
+    "StatisticRanker",
     "VitRanker",
     "adapt_channels",
     "create_ranker",
@@ -28,24 +33,25 @@ __all__ = [
     "make_bridge",
     "ranker_class",
     "resize_score_map",
-    "saved_names",
 ]
 
 _RANKERS: Dict[str, Callable[..., Any]] = {
+    "attention": AttentionRanker,
     "contrast": ContrastRanker,
     "conv": ConvRanker,
     "vit_tiny": partial(VitRanker, embed_dim=192, depth=12, num_heads=3),
     "vit_small": partial(VitRanker, embed_dim=384, depth=12, num_heads=6),
     "vit_base": partial(VitRanker, embed_dim=768, depth=12, num_heads=12),
     "random": RandomRanker,
+    **{name: partial(StatisticRanker, name) for name in STATISTICS},
 }
 
 
 def list_rankers() -> List[str]:
     """Names that ``create_ranker`` takes.
 
-    >>> list_rankers()
-    ['contrast', 'conv', 'random', 'vit_base', 'vit_small', 'vit_tiny']
+    >>> list_rankers()[:4]
+    ['attention', 'centre', 'colour', 'contrast']
     """
     return sorted(_RANKERS)
 
@@ -76,7 +82,8 @@ def create_ranker(
     Args:
         name: one of ``list_rankers()``.
         pretrained: a folder written by ``ranker.save``, a ``.safetensors`` file with weights of
-            this ranker, or ``hf-hub:owner/name[@revision]``.
+            this ranker, or ``hf-hub:owner/name[@revision]``; True for the attention ranker, whose
+            backbone's weights timm publishes.
         cache_dir: where downloads lie; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
@@ -94,14 +101,17 @@ def create_ranker(
     >>> create_ranker("contrast", patch_size=14).patch_size
     (14, 14)
     """
-    learned = ranker_class(name).learned
+    kind = ranker_class(name)
     if pretrained is False or pretrained is None:
         return _named(name, kwargs)
-    if not learned:
+    if not kind.learned:
         raise ValueError(
             f"the {name} ranker has no weights: leave pretrained=False, got {pretrained!r}."
         )
     if pretrained is True:
+        if kind.has_published_weights:
+            with hub_errors(str(kwargs.get("backbone", name))):
+                return _named(name, {**kwargs, "pretrained": True})
         raise ValueError(
             f"no published weights exist for the {name} ranker: pass pretrained=<folder, file "
             "or hf-hub:owner/name>."
@@ -132,10 +142,12 @@ def _saved_args(name: str, config: Any, source: PathLike) -> Dict[str, Any]:
         raise ValueError(f"{source} holds a whole model, not a {name} ranker alone.")
     if saved != name:
         raise ValueError(f"{source} holds a {saved!r} ranker, not {name!r}.")
-    return check_saved_args(config.get("args"), source, saved_names(name))
+    return check_saved_args(config.get("args"), source, _saved_names(name), NEVER_SAVED)
 
 
-def saved_names(name: str) -> Set[str]:
-    """The arguments that a saved configuration of a ranker may have."""
+def _saved_names(name: str) -> Optional[Set[str]]:
+    """The arguments that a saved configuration of a ranker may have; None where timm knows them."""
     parameters = inspect.signature(ranker_class(name).__init__).parameters
-    return set(parameters) - {"self", "device", "dtype", "generator"}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return set(parameters) - {"self", "generator", *NEVER_SAVED}

@@ -17,12 +17,14 @@ class Ranker:
 
     A ranker needs none of this: any ``nn.Module`` with that mapping will do. What it declares is
     used: ``mean`` and ``std`` of the pixels it wants (None: as the backbone gets them), and
-    ``img_size`` when it takes one size only. ``trained`` says that its weights mean something: set
-    when weights are loaded, and by whoever trains it.
+    ``img_size`` when it looks at one size only: images are resized to it, its map to the grid.
+    ``trained`` says that its weights mean something: set when weights are loaded, and by whoever
+    trains it. ``has_published_weights`` says that its class takes ``pretrained=True``.
     """
 
     name: str = ""
     learned: bool = False
+    has_published_weights: bool = False
     follows_patch_size: bool = True
 
     mean: Optional[List[float]] = None
@@ -33,6 +35,11 @@ class Ranker:
     def config(self) -> Dict[str, Any]:
         """Arguments of ``create_ranker`` that rebuild this ranker, as JSON can hold them."""
         return {}
+
+    def sizes(self: Any) -> Dict[str, Any]:
+        """Patch and image size for ``config``."""
+        size = None if self.img_size is None else list(self.img_size)
+        return {"patch_size": list(self.patch_size), "img_size": size}
 
     def save(self: Any, directory: PathLike, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` for ``create_ranker(pretrained=…)``.
@@ -76,6 +83,22 @@ def to_pair(value: Union[int, Sequence[int]]) -> Tuple[int, int]:
     if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
         raise ValueError(f"expected a positive size or a pair (height, width), got {value!r}.")
     return pair[0], pair[1]
+
+
+def to_img_size(
+    img_size: Union[int, Sequence[int], None], patch_size: Tuple[int, int]
+) -> Optional[Tuple[int, int]]:
+    """The size a ranker looks at: 224 -> (224, 224); None means images as they come.
+
+    Raises:
+        ValueError: no size, or smaller than a patch.
+    """
+    if img_size is None:
+        return None
+    size = to_pair(img_size)
+    if size[0] < patch_size[0] or size[1] < patch_size[1]:
+        raise ValueError(f"img_size must hold a patch of {patch_size}, got {img_size!r}.")
+    return size
 
 
 def grid_of(images: Tensor, patch_size: Tuple[int, int]) -> Tuple[int, int]:

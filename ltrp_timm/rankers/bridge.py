@@ -12,11 +12,10 @@ from ltrp_timm.rankers.base import to_pair
 def resize_images(
     images: Tensor, scale: Tensor, shift: Tensor, size: Optional[List[int]]
 ) -> Tensor:
-    """images (B, C, H, W) * scale + shift, resized to (H', W') where ``size`` differs."""
-    images = torch.addcmul(shift, images, scale)  # one pass, one temporary
+    """images (B, C, H, W), resized to (H', W') where ``size`` differs, * scale + shift."""
     if size is not None and (images.shape[-2] != size[0] or images.shape[-1] != size[1]):
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-    return images
+    return torch.addcmul(shift, images, scale)  # one pass, one temporary
 
 
 def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:

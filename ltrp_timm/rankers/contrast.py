@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_pair
+from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_img_size, to_pair
 from ltrp_timm.selection import mean_rank
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
@@ -16,15 +16,16 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
     """rank(patch std) + rank(colour contrast to the border) + 0.7 * rank(nearness to the centre).
 
     No weights, no training, no labels; ranks are taken within an image, ties share their mean rank.
-    The defaults are the best of the analytic scores measured on real photos against object masks;
-    it knows nothing about content.
+    It knows nothing about content, and its scores do not compare between images.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         parts: which of "std", "colour" and "centre" count; a mapping sets their weights.
+        img_size: the size it looks at, (H, W) or one side, whatever the backbone's is; None takes
+            images as they come.
 
     Raises:
-        ValueError: no part, or one of another name.
+        ValueError: no part, one of another name, or an ``img_size`` smaller than a patch.
     """
 
     name = "contrast"
@@ -33,6 +34,7 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
         self,
         patch_size: Union[int, Sequence[int]] = 16,
         parts: Union[Sequence[str], Dict[str, float]] = ("std", "colour", "centre"),
+        img_size: Union[int, Sequence[int], None] = None,
     ) -> None:
         super().__init__()
         weights = (
@@ -43,6 +45,7 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
         if not weights or any(part not in PARTS for part in weights):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {parts!r}.")
         self.patch_size = to_pair(patch_size)
+        self.img_size: Optional[Tuple[int, int]] = to_img_size(img_size, self.patch_size)
         self.mean: Optional[List[float]] = [0.0]  # it works on pixels in [0, 1]
         self.std: Optional[List[float]] = [1.0]
         self.std_weight = float(weights.get("std", 0.0))
@@ -55,7 +58,7 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
     def config(self) -> Dict[str, Any]:
         """Arguments that rebuild this ranker."""
         parts = {"std": self.std_weight, "colour": self.colour_weight, "centre": self.centre_weight}
-        return {"patch_size": list(self.patch_size), "parts": parts}
+        return {**self.sizes(), "parts": parts}
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""
@@ -79,15 +82,13 @@ def contrast_scores(
     h, w = grid_of(images, patch_size)
     batch = images.shape[0]
     mean, variance = patch_statistics(images, patch_size, h, w)
-    parts = [
-        in_levels(variance.mean(1).sqrt()),
-        in_levels(border_contrast(mean)),
-        centre_distance(h, w, images.device).expand(batch, -1, -1),
-    ]
+    seen = in_levels(torch.cat([variance.mean(1).sqrt(), border_contrast(mean)]))
+    parts = torch.cat([seen, centre_distance(h, w, images.device).expand(batch, -1, -1)])
     # all parts in one sort; NaN comes lowest
-    ranks = mean_rank(torch.nan_to_num(torch.cat(parts).flatten(1), nan=-1.0))
-    ranks = ranks.reshape(3, batch, h, w)
-    return std_weight * ranks[0] + colour_weight * ranks[1] - centre_weight * ranks[2]
+    ranks = mean_rank(torch.nan_to_num(parts.flatten(1), nan=-1.0)).reshape(3, batch, h, w)
+    std, colour, centre = ranks.unbind(0)
+    scores = torch.add(std * std_weight, colour, alpha=colour_weight)
+    return torch.sub(scores, centre, alpha=centre_weight)
 
 
 torch.fx.wrap("contrast_scores")
@@ -111,7 +112,7 @@ def border_contrast(mean: Tensor) -> Tensor:
     inside = mean[:, :, 1:-1, 1:-1]
     count = mean.shape[2] * mean.shape[3] - inside.shape[2] * inside.shape[3]
     ring = mean.sum([2, 3], keepdim=True) - inside.sum([2, 3], keepdim=True)
-    return torch.sub(mean, ring, alpha=1.0 / count).square().sum(dim=1).sqrt()
+    return torch.linalg.vector_norm(torch.sub(mean, ring, alpha=1.0 / count), dim=1)
 
 
 def centre_distance(h: int, w: int, device: torch.device) -> Tensor:

@@ -1,12 +1,12 @@
 """The small learned ranker: straight to the patch grid, then a few large-kernel blocks."""
 
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from timm.layers import GroupNorm1, trunc_normal_
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_pair
+from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_img_size, to_pair
 
 
 class ConvRanker(Ranker, nn.Module):
@@ -23,9 +23,11 @@ class ConvRanker(Ranker, nn.Module):
         in_chans: channels of an image.
         mean: normalisation that the images come in, in units of pixels in [0, 1].
         std: likewise.
+        img_size: the size it looks at, (H, W) or one side, whatever the backbone's is; None takes
+            images as they come.
 
     Raises:
-        ValueError: a size that is none, or an even kernel.
+        ValueError: a size that is none, an ``img_size`` smaller than a patch, or an even kernel.
     """
 
     name = "conv"
@@ -40,6 +42,7 @@ class ConvRanker(Ranker, nn.Module):
         in_chans: int = 3,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        img_size: Union[int, Sequence[int], None] = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -48,6 +51,7 @@ class ConvRanker(Ranker, nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
         dd: Dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = to_pair(patch_size)
+        self.img_size: Optional[Tuple[int, int]] = to_img_size(img_size, self.patch_size)
         self.width, self.depth, self.kernel_size, self.in_chans = (
             width,
             depth,
@@ -77,10 +81,7 @@ class ConvRanker(Ranker, nn.Module):
     def config(self) -> Dict[str, Any]:
         """Arguments that rebuild this ranker."""
         names = ("width", "depth", "kernel_size", "in_chans", "mean", "std")
-        return {
-            "patch_size": list(self.patch_size),
-            **{name: getattr(self, name) for name in names},
-        }
+        return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w)."""

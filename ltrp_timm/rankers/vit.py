@@ -108,8 +108,7 @@ class VitRanker(Ranker, VisionTransformer):
     def config(self) -> Dict[str, Any]:
         """Arguments that rebuild this ranker."""
         names = ("embed_dim", "depth", "num_heads", "in_chans", "mean", "std")
-        sizes = {"img_size": list(self.img_size or ()), "patch_size": list(self.patch_size)}
-        return {**sizes, **{name: getattr(self, name) for name in names}}
+        return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 
     def set_input_size(
         self,

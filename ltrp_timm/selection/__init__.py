@@ -11,6 +11,7 @@ from ltrp_timm.selection.by_name import (
 )
 from ltrp_timm.selection.coverage import dpc_knn, patch_pixels, select_mixed, select_stratified
 from ltrp_timm.selection.rules import (
+    best_first,
     check_keep_ratio,
     mean_rank,
     num_keep,
@@ -32,6 +33,7 @@ __all__ = [
     "SELECTIONS",
     "PatchSelector",
     "SelectsPatches",
+    "best_first",
     "check_fill",
     "check_keep_indices",
     "check_keep_ratio",

@@ -134,7 +134,7 @@ def choose_keep_indices(
         return keep_indices
     tokens: Optional[Tensor] = None
     if selection == "mixed":
-        tokens = patch_pixels(images, grid_size, int(args["pixels"]))
+        tokens = patch_pixels(images.detach(), grid_size, int(args["pixels"]))
     k = num_keep(scores.shape[1], keep_ratio)
     return select_patches(scores, k, selection, args, grid_size, tokens)
 

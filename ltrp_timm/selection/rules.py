@@ -81,6 +81,19 @@ def best_first(scores: Tensor, k: Optional[int] = None) -> Tensor:
     return torch.sort(scores, dim=1, descending=True, stable=True)[1][:, :k]
 
 
+def mean_rank(values: Tensor) -> Tensor:
+    """values (B, N) -> ranks in (0, 1): 0.5/N the lowest, ties share their mean rank."""
+    count = values.shape[1]
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():  # no searchsorted there; counting pairs is the same
+            pairs = values.unsqueeze(2) - values.unsqueeze(1)
+            return (pairs.sign().sum(dim=2) + count) / (2 * count)
+    ordered = values.sort(dim=1)[0]
+    below = torch.searchsorted(ordered, values, right=False)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to) / (2 * count)
+
+
 def select_random(
     scores: Tensor, k: int, generator: Optional[torch.Generator] = None, seed: int = 0
 ) -> Tensor:
@@ -105,19 +118,6 @@ def select_random(
             draw = torch.rand(scores.shape, generator=generator, device=generator.device)
             return select_top(draw.to(scores.device), k)
     return select_top(seeded_scores(scores.shape[0], scores.shape[1], seed, scores.device), k)
-
-
-def mean_rank(values: Tensor) -> Tensor:
-    """values (B, N) -> ranks in (0, 1): 0.5/N the lowest, ties share their mean rank."""
-    count = values.shape[1]
-    if not torch.jit.is_scripting():
-        if torch.onnx.is_in_onnx_export():  # no searchsorted there; counting pairs is the same
-            pairs = values.unsqueeze(2) - values.unsqueeze(1)
-            return (pairs.sign().sum(dim=2) + count) / (2 * count)
-    ordered = values.sort(dim=1)[0]
-    below = torch.searchsorted(ordered, values, right=False)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    return (below + up_to) / (2 * count)
 
 
 def seeded_scores(batch_size: int, num_patches: int, seed: int, device: torch.device) -> Tensor:

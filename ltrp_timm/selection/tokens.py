@@ -99,7 +99,10 @@ def keep_tokens(tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int) ->
     Returns:
         (B, P + K, D).
     """
-    return gather_patches(tokens, token_indices(keep_indices, num_prefix_tokens))
+    if num_prefix_tokens == 0:
+        return gather_patches(tokens, keep_indices)
+    kept = gather_patches(tokens[:, num_prefix_tokens:], keep_indices)
+    return torch.cat([tokens[:, :num_prefix_tokens], kept], dim=1)
 
 
 def scatter_patches(
@@ -124,9 +127,9 @@ def scatter_patches(
         check_fill(fill)
     if fill == "nearest":
         return gather_patches(tokens, nearest_kept(keep_indices, grid_size))
-    batch, _, width = tokens.shape
-    dense = tokens.new_zeros(batch, grid_size[0] * grid_size[1], width)
-    return dense.scatter(1, keep_indices.unsqueeze(-1).expand(-1, -1, width), tokens)
+    dense = tokens.new_zeros(tokens.shape[0], grid_size[0] * grid_size[1], tokens.shape[2])
+    images = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+    return dense.index_put((images, keep_indices), tokens)
 
 
 def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:

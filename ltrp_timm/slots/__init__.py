@@ -1,6 +1,6 @@
 """How each timm family lets go of tokens: one small adapter per family, and who is refused why."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Iterable, List
 
 import torch
 from timm.models import FeatureGraphNet
@@ -9,8 +9,10 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListN
 from ltrp_timm.slots.base import SlotAdapter, TokenSlot, run_with_slots
 from ltrp_timm.slots.beit import BeitAdapter
 from ltrp_timm.slots.cait import CaitAdapter
+from ltrp_timm.slots.kept_embed import install_kept_embed, restore_kept_embed
 from ltrp_timm.slots.naflex import NaFlexAdapter
 from ltrp_timm.slots.patch_drop import EvaAdapter, VitAdapter
+from ltrp_timm.slots.refused import REFUSED, REFUSED_MODELS
 from ltrp_timm.slots.relpos import RelPosAdapter
 
 __all__ = [
@@ -19,8 +21,11 @@ __all__ = [
     "SlotAdapter",
     "TokenSlot",
     "find_adapter",
+    "install_kept_embed",
     "patch_embed_of",
+    "restore_kept_embed",
     "run_with_slots",
+    "support_rows",
 ]
 
 ADAPTERS = (
@@ -31,38 +36,6 @@ ADAPTERS = (
     RelPosAdapter(),
     NaFlexAdapter(),
 )
-
-_WINDOWS = "it attends inside fixed windows of the full patch grid"
-_POOLS = "it pools the patch grid between its stages"
-_CONVOLVES = "it mixes neighbouring patches with convolutions over the full grid"
-_MIXES = "its token-mixing weights have one entry for each patch position"
-
-REFUSED: Dict[str, str] = {
-    "LTRPModel": "it drops patches already; set its keep_ratio instead",
-    "OptimizedModule": "it is compiled; drop patches first, then compile",
-    "DataParallel": "it is a wrapper; drop patches from the model inside, then wrap",
-    "DistributedDataParallel": "it is a wrapper; drop patches from the model inside, then wrap",
-    "RecursiveScriptModule": "it is scripted; drop patches first, then script",
-    "SwinTransformer": _WINDOWS,
-    "SwinTransformerV2": _WINDOWS,
-    "SwinTransformerV2Cr": _WINDOWS,
-    "VisionTransformerSAM": _WINDOWS,
-    "Twins": _WINDOWS,
-    "MaxxVit": _WINDOWS,
-    "Hiera": _POOLS,
-    "HieraDet": _POOLS,
-    "PoolingVisionTransformer": _POOLS,
-    "MultiScaleVit": _POOLS,
-    "Nest": _POOLS,
-    "Xcit": _CONVOLVES,
-    "CoaT": _CONVOLVES,
-    "Levit": _CONVOLVES,
-    "VOLO": _CONVOLVES,
-    "MlpMixer": _MIXES,
-    "ConVit": "its attention positions are laid out for the full patch grid",
-    "TNT": "it carries a second, pixel-level token stream",
-    "CrossVit": "it carries two token streams of different patch sizes",
-}
 
 
 def find_adapter(backbone: object) -> SlotAdapter:
@@ -83,8 +56,9 @@ def find_adapter(backbone: object) -> SlotAdapter:
         )
     if isinstance(backbone, torch.fx.GraphModule):
         raise TypeError("cannot drop patches from a traced graph: drop first, then trace.")
-    if kind in REFUSED:
-        raise TypeError(f"cannot drop patches from {kind}: {REFUSED[kind]}.")
+    for base in type(backbone).__mro__:
+        if base.__name__ in REFUSED:
+            raise TypeError(f"cannot drop patches from {kind}: {REFUSED[base.__name__]}.")
     names = ", ".join(adapter.family for adapter in ADAPTERS)
     raise TypeError(
         f"cannot drop patches from {kind}: it is none of the timm families that can ({names})."
@@ -95,3 +69,21 @@ def patch_embed_of(backbone: Any) -> Any:
     """The module that cuts images into patches, whatever the family calls it."""
     names = (a.patch_embed for a in ADAPTERS if isinstance(backbone, a.host))
     return getattr(backbone, next(names, SlotAdapter.patch_embed))
+
+
+def support_rows() -> List[Dict[str, str]]:
+    """Which timm models drop patches, which are refused, and why, as rows of text for a table."""
+    rows = [
+        _support_row(kinds, "supported", models, adapter.how)
+        for adapter in ADAPTERS
+        for kinds, models in adapter.examples.items()
+    ]
+    for reason, models in REFUSED_MODELS.items():
+        kinds = ", ".join(f"`{kind}`" for kind in models)
+        rows.append(_support_row(kinds, "refused", list(models.values())[:2], reason))
+    return rows
+
+
+def _support_row(kinds: str, answer: str, models: Iterable[str], why: str) -> Dict[str, str]:
+    names = ", ".join(f"`{name}`" for name in models)
+    return {"family": kinds, "drops patches": answer, "examples": names, "how, or why not": why}

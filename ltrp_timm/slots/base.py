@@ -8,7 +8,7 @@ slot is the identity.
 from abc import ABC, abstractmethod
 from operator import attrgetter
 from types import FunctionType
-from typing import Any, Callable, List, Optional, Tuple, Type
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,8 @@ class SlotAdapter(ABC):
         places: attributes of the backbone where slots stand, that of the tokens first.
         patch_embed: attribute of the module that cuts images into patches.
         prefix_in_blocks: whether prefix tokens are in the sequence while the blocks run.
+        how: where tokens go, in words for a table.
+        examples: kinds of models of this class -> names of such.
     """
 
     family: str
@@ -153,6 +155,8 @@ class SlotAdapter(ABC):
     places: Tuple[str, ...]
     patch_embed: str = "patch_embed"
     prefix_in_blocks: bool = True
+    how: str
+    examples: ClassVar[Dict[str, Tuple[str, ...]]]
 
     @abstractmethod
     def make_slot(self, backbone: Any) -> TokenSlot:
@@ -179,6 +183,8 @@ class SlotAdapter(ABC):
         setattr(attrgetter(parent)(backbone) if parent else backbone, name, module)
 
     def slots(self, backbone: Any) -> List[Any]:
-        """The modules that hold keep indices while the backbone runs."""
+        """The modules that hold keep indices while the backbone runs, that of the tokens first."""
         modules = [attrgetter(place)(backbone) for place in self.places]
+        embed = getattr(backbone, self.patch_embed)
+        modules += [embed] if hasattr(embed, "keep_indices") else []
         return [module for module in modules if module is not None]

@@ -6,7 +6,7 @@ pair index of the kept patches, the blocks receive it as that argument, and each
 own table up with it. What a checkpointed block needs thus arrives as an argument, never from state.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, ClassVar, Optional, Tuple
 
 import torch
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
@@ -105,6 +105,8 @@ class BeitAdapter(SlotAdapter):
     family = "Beit"
     host = Beit
     places = ("pos_drop", "rel_pos_bias")
+    how = "at `pos_drop`; the relative position bias follows, own or shared"
+    examples: ClassVar = {"BEiT, BEiT v2": ("beit_base_patch16_224", "beitv2_base_patch16_224")}
 
     def make_slot(self, backbone: Any) -> TokenSlot:
         """The slot of the tokens, behind the position embedding."""

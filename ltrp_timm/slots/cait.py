@@ -1,6 +1,6 @@
 """CaiT: no ``patch_drop``, and no class token yet where positions are added."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models.cait import Cait
 
@@ -13,6 +13,8 @@ class CaitAdapter(SlotAdapter):
     family = "Cait"
     host = Cait
     places = ("pos_drop",)
+    how = "at `pos_drop`; the class token joins behind the blocks"
+    examples: ClassVar = {"CaiT": ("cait_xxs24_224",)}
     prefix_in_blocks = False
 
     def make_slot(self, backbone: Any) -> TokenSlot:

@@ -3,15 +3,15 @@
 Only batches of images of one size: a dict of patches has been cut up before a ranker could see it.
 """
 
-from typing import Any, Dict, Optional, Type
+from typing import Any, ClassVar, Dict, Optional, Type
 
 from timm.layers import (
     LayerNorm,
     RotaryEmbeddingCat,
     RotaryEmbeddingDinoV3,
     RotaryEmbeddingMixed,
+    pos_embed_sincos,
 )
-from timm.layers.pos_embed_sincos import RotaryEmbeddingMRope
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
@@ -68,16 +68,18 @@ class MixedSlot(RopeSlot, RotaryEmbeddingMixed):
     """Learned, another one for each block."""
 
 
-class MRopeSlot(RopeSlot, RotaryEmbeddingMRope):
-    """Multimodal."""
-
-
 SLOTS: Dict[Any, Type[nn.Module]] = {
     RotaryEmbeddingCat: CatSlot,
     RotaryEmbeddingDinoV3: DinoV3Slot,
     RotaryEmbeddingMixed: MixedSlot,
-    RotaryEmbeddingMRope: MRopeSlot,
 }
+
+if hasattr(pos_embed_sincos, "RotaryEmbeddingMRope"):  # an older timm has none
+
+    class MRopeSlot(RopeSlot, pos_embed_sincos.RotaryEmbeddingMRope):
+        """Multimodal."""
+
+    SLOTS[pos_embed_sincos.RotaryEmbeddingMRope] = MRopeSlot
 
 
 class NaFlexAdapter(SlotAdapter):
@@ -86,6 +88,13 @@ class NaFlexAdapter(SlotAdapter):
     family = "NaFlexVit"
     host = NaFlexVit
     places = ("norm_pre", "rope")
+    how = "at `norm_pre`; the RoPE follows; image tensors only, no dict of patches"
+    examples: ClassVar = {
+        "NaFlexVit, and what `use_naflex=True` makes": (
+            "naflexvit_base_patch16_gap",
+            "naflexvit_base_patch16_siglip",
+        )
+    }
     patch_embed = "embeds"
 
     def make_slot(self, backbone: Any) -> TokenSlot:

@@ -6,7 +6,7 @@ hands out the keep indices as that argument, and each attention gives them to it
 checkpointed block needs thus arrives as an argument, never from state.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, ClassVar, Optional, Tuple
 
 import torch
 from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
@@ -28,7 +28,10 @@ from ltrp_timm.slots.base import (
 def bias_of_kept(bias: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
     """Bias (1, H, P + N, P + N) of all pairs, keep_indices (B, K) -> (B, H, P + K, P + K)."""
     rows = token_indices(keep_indices, num_prefix_tokens)
-    return bias.squeeze(0)[:, rows.unsqueeze(2), rows.unsqueeze(1)].transpose(0, 1)
+    pairs = rows.unsqueeze(2) * bias.shape[-1] + rows.unsqueeze(1)
+    # one flat index: several times faster than rows and columns, forward and backward
+    kept = bias.flatten(2).squeeze(0).index_select(1, pairs.flatten())
+    return kept.reshape(-1, pairs.shape[0], pairs.shape[1], pairs.shape[2]).transpose(0, 1)
 
 
 torch.fx.wrap("bias_of_kept")
@@ -107,6 +110,13 @@ class RelPosAdapter(SlotAdapter):
     family = "VisionTransformerRelPos"
     host = VisionTransformerRelPos
     places = ("patch_embed.norm", "shared_rel_pos")
+    how = "behind `patch_embed`; the relative position bias follows, own or shared"
+    examples: ClassVar = {
+        "ViT-RelPos, ViT-SRelPos": (
+            "vit_relpos_base_patch16_cls_224",
+            "vit_srelpos_small_patch16_224",
+        )
+    }
 
     def make_slot(self, backbone: Any) -> TokenSlot:
         """The slot of the tokens; the class token joins behind it."""

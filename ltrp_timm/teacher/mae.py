@@ -184,7 +184,7 @@ class MAETeacher(nn.Module):
         Raises:
             ValueError: images of another size than the teacher's.
         """
-        self._check_images(images)
+        self.check_images(images)
         return patch_pixels(images, self.grid_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class MAETeacher(nn.Module):
         Raises:
             ValueError: images of another size, or indices that do not fit them.
         """
-        self._check_images(images)
+        self.check_images(images)
         tokens: Tensor = self.patch_embed(images) + self.pos_embed[:, 1:]
         return tokens if visible_indices is None else gather_patches(tokens, visible_indices)
 
@@ -348,9 +348,14 @@ class MAETeacher(nn.Module):
         check_keep_indices(visible_indices, batch_size, self.num_patches, "visible_indices")
         validate_keep_indices(visible_indices, self.num_patches, "visible_indices")
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Check images (B, channels, H, W): at least one, of the teacher's size.
+
+        Raises:
+            ValueError: they are not.
+        """
         expected = (self.in_chans, *self.img_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected or images.shape[0] < 1:
             raise ValueError(
                 f"this teacher takes images (B, {', '.join(map(str, expected))}), "
                 f"got {list(images.shape)}."

@@ -1,0 +1,158 @@
+"""How much memory does a pruned forward need beside the weights?
+
+Claim. The peak of a pruned forward at batch 8 falls nearly with the tokens: at keep ratio 0.5 a
+ViT-B needs at most 0.7 of what the plain model needs beside weights and images.
+
+Arithmetic. At its peak a block holds its input, the normalised input and the MLP's hidden layer
+twice (before and after the activation): about 10 values of D a token, so 8 · 197 · 10 · 768 · 4
+bytes = 48 MB for a ViT-B in float32, and half of it for half of the tokens. The embedding of all
+patches (8 · 196 · 768 · 4 = 5 MB) and the ranker's maps do not shrink; both come before the blocks
+and are freed.
+
+Measured: bytes at the highest point of one call above what was in use before it, after a call that
+warms buffers up: on CUDA the allocator's count, on a Linux CPU the resident set. Median and range
+of --repeats calls (5 where it is 0), in turns in one process. Weights, images and what libraries
+keep do not count. Weights are random.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+import tables
+from common import (
+    ON_ONE_CORE,
+    VIT_B,
+    VIT_S,
+    Calls,
+    Row,
+    create_full,
+    ideal,
+    inference,
+    load_pyplot,
+    make_images,
+    make_parser,
+    pruned,
+    set_up,
+)
+from tables import Goal
+
+import ltrp_timm
+from ltrp_timm import throughput
+
+NAME = "memory"
+TITLE = "Peak memory of a forward beside the weights"
+
+
+def goals() -> list[Goal]:
+    """What the claim says."""
+    where = {**ON_ONE_CORE, "model": VIT_B, "batch": 8, "keep_ratio": 0.5}
+    where["method"] = ("contrast", "conv")
+    return [Goal("ViT-B keep 0.5 batch 8, peak ÷ full", where, "peak_ratio", "<=", 0.7)]
+
+
+def peaks(calls: Calls, args: argparse.Namespace) -> dict[str, list[int]]:
+    """Bytes by method, one for each round.
+
+    Raises:
+        SystemExit: this system does not tell them.
+    """
+    found: dict[str, list[int]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(args.repeats or 5):
+        for name, call in calls.items():
+            peak = throughput.peak_memory(call, args.device)
+            if peak is None:
+                raise SystemExit("peak memory is not known here: it needs CUDA or Linux's /proc")
+            found[name].append(peak)
+    return found
+
+
+def run(args: argparse.Namespace, where: Row) -> list[Row]:
+    """Measure every model, batch size and keep ratio."""
+    rows: list[Row] = []
+    for name in args.models:
+        full = create_full(name, args)
+        for batch in args.batch_sizes:
+            images = make_images(full, batch, args)
+            for keep_ratio in args.keep_ratios:
+                kept = ltrp_timm.num_keep(full.patch_embed.num_patches, keep_ratio)
+                models = {"full": full, "ideal": ideal(full, kept)}
+                models |= {ranker: pruned(full, ranker, keep_ratio) for ranker in args.rankers}
+                calls: Calls = {key: inference(model, images) for key, model in models.items()}
+                case = {"model": name, "batch": batch, "keep_ratio": keep_ratio}
+                new = to_rows(peaks(calls, args), case, where)
+                rows += new
+                shown = ["{method} {peak_mib:.1f} MiB".format(**row) for row in new]
+                print(f"{name} batch {batch} keep {keep_ratio:g}: {'; '.join(shown)}", flush=True)
+    return rows
+
+
+def to_rows(found: dict[str, list[int]], case: Row, where: Row) -> list[Row]:
+    """One row for each method; ratios are to the full model."""
+    full = statistics.median(found["full"])
+    rows = []
+    for method, sizes in found.items():
+        peak = statistics.median(sizes)
+        row = {**case, "method": method, "rounds": len(sizes)}
+        row |= {"peak_mib": round(peak / 2**20, 3), "peak_mib_low": round(min(sizes) / 2**20, 3)}
+        row |= {"peak_mib_high": round(max(sizes) / 2**20, 3)}
+        row["peak_ratio"] = round(peak / full, 4) if full else float("nan")
+        rows.append({**row, **where})
+    return rows
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The figures as text."""
+    return [
+        {
+            "model": row["model"],
+            "batch": row["batch"],
+            "keep": f"{row['keep_ratio']:g}",
+            "method": row["method"],
+            "peak MiB (range)": tables.figure(row, "peak_mib", ".1f"),
+            "÷ full": f"{row['peak_ratio']:.2f}",
+        }
+        for row in rows
+    ]
+
+
+def plot(rows: list[Row], args: argparse.Namespace) -> Any:
+    """Peak against keep ratio: a panel per model, a row per batch size."""
+    shape = (len(args.batch_sizes), len(args.models))
+    figure, axes = load_pyplot().subplots(
+        *shape, figsize=(1 + 4 * shape[1], 1 + 3 * shape[0]), squeeze=False, sharex=True
+    )
+    for i, batch in enumerate(args.batch_sizes):
+        for j, model in enumerate(args.models):
+            for method in ("full", "ideal", *args.rankers):
+                line = [
+                    row
+                    for row in rows
+                    if (row["model"], row["batch"], row["method"]) == (model, batch, method)
+                ]
+                style = {"full": "k:o", "ideal": "k--o"}.get(method, "-o")
+                x, y = ([row[column] for row in line] for column in ("keep_ratio", "peak_mib"))
+                axes[i][j].plot(x, y, style, ms=3, label=method)
+            axes[i][j].set_title(f"{model}, batch {batch}", fontsize=9)
+            axes[i][j].set_ylim(bottom=0)
+            axes[i][j].grid(alpha=0.3)
+        axes[i][0].set_ylabel("peak, MiB")
+    for ax in axes[-1]:
+        ax.set_xlabel("keep ratio")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Measure, write CSV, PNG and Markdown, check the goals."""
+    args = make_parser(
+        (__doc__ or "").splitlines()[0], models=[VIT_S, VIT_B], keep_ratios=[0.75, 0.5, 0.25]
+    ).parse_args()
+    rows = run(args, set_up(args))
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
+
+
+if __name__ == "__main__":
+    main()

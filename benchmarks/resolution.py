@@ -1,0 +1,189 @@
+"""Does the gain grow with the resolution when patches are ranked at 224 px, encoded at full size?
+
+Claim. At 1024 px a pruned ViT gains more than at 224, and a ranker that looks at 224 px costs so
+little there that its share vanishes: the pruned model is the ideal one.
+
+Arithmetic. A block of width D on L tokens takes 12 L D² + 2 L² D multiply-adds. The quadratic part
+is L / 6D of the other: 4 % of a ViT-B at 224 px (197 tokens), 89 % at 1024 px (4097 tokens). Half
+of the tokens is half of the first and a quarter of the second, so the gain at keep 0.5 grows from
+2.0 to 2.6 (ViT-S: from 2.1 to 2.9). A ranker on the full image grows with the pixels, 21-fold from
+224 to 1024, while a ViT-B grows 38-fold; one that looks at 224 px grows by its reading of the image
+alone: one resize.
+
+Timed, in turns in one process, batch by batch:
+    full            the plain timm model, made for that image size
+    ideal           the same given the K patches for nothing
+    contrast, …     ltrp_timm.drop_patches with that ranker, which looks at the full image
+    contrast@224    the same with ranker_args={"img_size": 224}: the image is resized for the
+                    ranker, the score map to the grid (where the image is larger)
+    ranker          `model.patch_scores(images)` alone, resizing included; its share is of full
+Image sizes are rounded down to whole patches: 518 is 512 for patches of 16 pixels.
+Weights are random: they do not change the time. What low resolution costs in accuracy is not asked.
+"""
+
+import argparse
+from typing import Any
+
+import tables
+from common import (
+    ON_ONE_CORE,
+    VIT_B,
+    VIT_S,
+    Calls,
+    Row,
+    compare,
+    create_full,
+    ideal,
+    inference,
+    load_pyplot,
+    make_images,
+    make_parser,
+    pruned,
+    set_up,
+    spread,
+    timing_columns,
+)
+from tables import Goal
+
+import ltrp_timm
+from ltrp_timm import throughput
+
+NAME = "resolution"
+TITLE = "Rank at low resolution, encode at high"
+
+
+def goals(args: argparse.Namespace) -> list[Goal]:
+    """What must hold at the largest size asked for: the ranker's share vanishes."""
+    low = tuple(f"{ranker}@{args.rank_size}" for ranker in args.rankers)
+    where = {**ON_ONE_CORE, "model": (VIT_S, VIT_B), "img_size": 1024, "method": low}
+    text = "1024 px batch 1"
+    return [
+        Goal(f"{text}, ranker's share of full", {**where, "batch": 1}, "ranker_share", "<=", 0.005),
+        Goal(f"{text}, achieved", {**where, "batch": 1}, "achieved", ">=", 0.98),
+    ]
+
+
+def rankers_at(size: int, args: argparse.Namespace) -> dict[str, tuple[str, Row]]:
+    """Method -> (ranker, its arguments) for images of one size."""
+    methods: dict[str, tuple[str, Row]] = {ranker: (ranker, {}) for ranker in args.rankers}
+    if size > args.rank_size:
+        for ranker in args.rankers:
+            methods[f"{ranker}@{args.rank_size}"] = (ranker, {"img_size": args.rank_size})
+    return methods
+
+
+def run_case(full: Any, batch: int, case: Row, args: argparse.Namespace, where: Row) -> list[Row]:
+    """All methods at one image size, batch size and keep ratio."""
+    images = make_images(full, batch, args)
+    keep_ratio = case["keep_ratio"]
+    kept = ltrp_timm.num_keep(full.patch_embed.num_patches, keep_ratio)
+    fns: Calls = {"full": inference(full, images), "ideal": inference(ideal(full, kept), images)}
+    ranks: Calls = {}
+    for method, (ranker, options) in rankers_at(case["img_size"], args).items():
+        model = pruned(full, ranker, keep_ratio, **options)
+        fns[method] = inference(model, images)
+        ranks[f"rank:{method}"] = inference(model.patch_scores, images)
+    timings = compare({**fns, **ranks}, args)
+    rows = []
+    for method in fns:
+        timing, rank = timings[method], timings.get(f"rank:{method}")
+        row = {**case, "batch": batch, "patches_kept": kept, "method": method}
+        row |= timing_columns(timing, batch)
+        row |= spread("speedup", throughput.ratio(timings["full"], timing))
+        row |= spread("achieved", throughput.ratio(timings["ideal"], timing))
+        share = spread("ranker_share", throughput.ratio(rank or timing, timings["full"]))
+        row |= share if rank else dict.fromkeys(share, 0.0)  # the baselines rank nothing
+        rows.append({**row, **where})
+    return rows
+
+
+def run(args: argparse.Namespace, where: Row) -> list[Row]:
+    """Measure every model, image size, batch size and keep ratio."""
+    rows: list[Row] = []
+    for name in args.models:
+        patch = create_full(name, argparse.Namespace(**{**vars(args), "depth": 1})).patch_embed
+        for size in (side // patch.patch_size[0] * patch.patch_size[0] for side in args.img_sizes):
+            full = create_full(name, args, img_size=size)
+            case = {"model": name, "img_size": size, "patches": full.patch_embed.num_patches}
+            for batch in args.batch_sizes:
+                for keep_ratio in args.keep_ratios:
+                    new = run_case(full, batch, {**case, "keep_ratio": keep_ratio}, args, where)
+                    rows += new
+                    print(_progress(new), flush=True)
+    return rows
+
+
+def _progress(rows: list[Row]) -> str:
+    head = "{model} {img_size} px batch {batch} keep {keep_ratio:g}, {rounds} rounds: "
+    parts = ["{method} ×{speedup:.2f} (ranker {ranker_share:.2%})".format(**row) for row in rows]
+    return head.format(**rows[0]) + "; ".join(parts)
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The figures as text."""
+    return [
+        {
+            "model": row["model"],
+            "px": row["img_size"],
+            "batch": row["batch"],
+            "keep": f"{row['keep_ratio']:g}",
+            "method": row["method"],
+            "ms": f"{row['seconds_median'] * 1e3:.1f}",
+            "times as fast as full": tables.figure(row, "speedup", ".2f"),
+            "achieved ÷ ceiling": tables.figure(row, "achieved", ".3f"),
+            "ranker's share of full": tables.figure(row, "ranker_share", ".3%"),
+        }
+        for row in rows
+    ]
+
+
+def plot(rows: list[Row], args: argparse.Namespace) -> Any:
+    """Above the speed-up, below the ranker's share, against the image size; a column per model."""
+    first = {"batch": args.batch_sizes[0], "keep_ratio": args.keep_ratios[0]}
+    shown = [row for row in rows if all(row[key] == value for key, value in first.items())]
+    methods = list(dict.fromkeys(row["method"] for row in shown if row["method"] != "full"))
+    columns = len(args.models)
+    figure, axes = load_pyplot().subplots(
+        2, columns, figsize=(1 + 4.5 * columns, 6.5), squeeze=False, sharex=True
+    )
+    for j, model in enumerate(args.models):
+        for method in methods:
+            line = [row for row in shown if row["model"] == model and row["method"] == method]
+            x = [row["img_size"] for row in line]
+            style = "k--o" if method == "ideal" else "-o"
+            axes[0][j].plot(x, [row["speedup"] for row in line], style, ms=3, label=method)
+            if method != "ideal":
+                share = [100 * row["ranker_share"] for row in line]
+                axes[1][j].plot(x, share, style, ms=3, label=method)
+        axes[0][j].set_title(
+            "{}, batch {batch}, keep {keep_ratio:g}".format(model, **first), fontsize=9
+        )
+        axes[0][j].set_ylabel("times as fast as full")
+        axes[0][j].set_ylim(bottom=0)
+        axes[1][j].set_ylabel("ranker's share of full, %")
+        axes[1][j].set_yscale("log")
+        axes[1][j].yaxis.set_major_formatter("{x:g}")
+        axes[1][j].yaxis.set_minor_formatter("{x:g}")
+        axes[1][j].tick_params(which="both", labelsize=8)
+        axes[1][j].set_xlabel("image side, pixels")
+        for ax in axes[:, j]:
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Measure, write CSV, PNG and Markdown, check the goals."""
+    parser = make_parser(
+        (__doc__ or "").splitlines()[0], models=[VIT_S, VIT_B], batch_sizes=[1], seconds=20.0
+    )
+    add = parser.add_argument
+    add("--img-sizes", nargs="+", type=int, default=[224, 384, 518, 1024], help="sides in pixels")
+    add("--rank-size", type=int, default=224, help="side that a low-resolution ranker looks at")
+    args = parser.parse_args()
+    rows = run(args, set_up(args))
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(args), plot(rows, args), args)
+
+
+if __name__ == "__main__":
+    main()

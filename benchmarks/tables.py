@@ -1,0 +1,114 @@
+"""What the benchmarks write: rows as CSV and Markdown, goals, pictures."""
+
+import argparse
+import csv
+import operator
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach: ``column`` of the rows that ``where`` describes, against ``bound``."""
+
+    text: str
+    where: Mapping[str, Any]
+    column: str
+    relation: str
+    bound: float
+
+    def check(self, rows: Sequence[Row]) -> list[Row]:
+        """One line for each row that the goal speaks of."""
+        holds = {">=": operator.ge, "<=": operator.le}[self.relation]
+        return [
+            {
+                "goal": f"{self.text}, {row['method']}",
+                "asked": f"{self.relation} {self.bound:g}",
+                "measured": figure(row, self.column, ".4g"),
+                "rounds": row.get("rounds", "–"),
+                "": "met" if holds(row[self.column], self.bound) else "not met",
+            }
+            for row in rows
+            if all(self._matches(row.get(name), value) for name, value in self.where.items())
+        ]
+
+    @staticmethod
+    def _matches(found: Any, wanted: Any) -> bool:
+        return found in wanted if isinstance(wanted, tuple) else bool(found == wanted)
+
+
+def figure(row: Row, column: str, spec: str) -> str:
+    """A column as text, its quartiles behind it where the row has them."""
+    text = f"{row[column]:{spec}}"
+    if f"{column}_low" in row:
+        text += f" ({row[f'{column}_low']:{spec}} – {row[f'{column}_high']:{spec}})"
+    return text
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """All rows and columns; the columns are those of the first row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of ``write_csv``, as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of text as a Markdown table; the columns are those of the first row."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def environment_line(row: Mapping[str, Any]) -> str:
+    """Machine, settings and versions of a row in one line of prose."""
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "timm", "ltrp_timm"))
+    where = f"{row['machine']} ({row['cores']} cores, {row['threads']} used)"
+    short = "" if row["depth"] == "all" else f", models cut to {row['depth']} blocks"
+    return f"{where}, {row['device']}, {row['dtype']}{short}; {versions}"
+
+
+def conclude(
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    table: Sequence[Row],
+    goals: Iterable[Goal],
+    picture: Any,
+    args: argparse.Namespace,
+) -> None:
+    """Write NAME.csv, NAME.md and NAME.png into ``--output``, print the goals.
+
+    Args:
+        name: of the files.
+        title: of picture and Markdown.
+        rows: what was measured; environment columns in each.
+        table: the same as text, for readers.
+        goals: what the rows are held against; only at full depth.
+        picture: a matplotlib figure.
+        args: the benchmark's.
+    """
+    line = environment_line(rows[0])
+    checks = [] if args.depth else [check for goal in goals for check in goal.check(rows)]
+    verdict = markdown_table(checks) if checks else "No goal applies to these settings."
+    text = f"# {title}\n\n{line}\n\n{markdown_table(table)}\n\n## Goals\n\n{verdict}\n"
+    write_csv(rows, args.output / f"{name}.csv")
+    (args.output / f"{name}.md").write_text(text, encoding="utf-8")
+    inches = picture.get_size_inches()[0]
+    picture.suptitle(textwrap.fill(f"{title} ({line})", int(12 * inches)), fontsize=8)
+    picture.tight_layout()
+    picture.savefig(args.output / f"{name}.png", dpi=150)
+    print(f"\nGoals\n{verdict}")

@@ -1,0 +1,218 @@
+"""Where does the time of a pruned forward go, and what does the front-end launch?
+
+Claim. Ranking, selecting and gathering together are below 1 % of a ViT-B's time on a CPU; a pruned
+forward dispatches at most 1.30 times the operators of the plain one, never makes the host wait for
+the device, and gives the same bits at every call.
+
+Arithmetic. The contrast ranker reads 224 · 224 · 3 = 150 528 values a few times, the conv ranker
+takes 0.037 G multiply-adds, a ViT-B 17.5 G. Selecting is two sorts of 196 numbers; gathering copies
+99 · 768 · 4 bytes = 0.3 MB. At batch 1 what counts is the number of operators: some microseconds
+each on a CPU, and on a GPU the whole cost of a small batch. `mixed` clusters the pixels of all
+patches (196 distances of 768 values each: 30 M multiply-adds) and is allowed 2 ms for 8 images.
+
+Timed, in turns in one process, each part alone on inputs that are in memory already:
+    whole      the plain model (`full`) and the pruned ones, by ranker
+    ranker     `model.patch_scores(images)`, by ranker
+    select     scores (B, N) -> keep indices (B, K), by rule; `mixed` reads the pixels of patches
+    embed      patch embedding and position embedding, of all patches and of the kept ones
+    gather     tokens (B, P + N, D) -> (B, P + K, D)
+    blocks     all blocks, on all tokens (`full`) and on the kept ones (`kept`)
+    head       final norm, pooling, classifier, on the kept tokens
+`share` is of the plain model's time. `operators` are those that the dispatcher sees in one call,
+`host_syncs` those among them that read a value from the device, `same_bits` says whether two calls
+gave equal tensors.
+Weights are random: they do not change the time.
+"""
+
+import argparse
+from typing import Any
+
+import tables
+import torch
+from common import (
+    ON_ONE_CORE,
+    VIT_B,
+    VIT_S,
+    VIT_TI,
+    Calls,
+    Row,
+    compare,
+    create_full,
+    host_syncs,
+    inference,
+    load_pyplot,
+    make_images,
+    make_parser,
+    operators,
+    pruned,
+    set_up,
+    spread,
+    timing_columns,
+)
+from tables import Goal
+from torch import Tensor
+
+import ltrp_timm
+from ltrp_timm import throughput
+from ltrp_timm.selection import keep_tokens, patch_pixels
+
+NAME = "where_does_time_go"
+TITLE = "Where the time of a pruned forward goes"
+
+
+def goals() -> list[Goal]:
+    """The project's goals that this file's rows can answer."""
+    base = {**ON_ONE_CORE, "model": VIT_B, "keep_ratio": 0.5}
+    front_end = {**base, "part": "whole", "method": ("contrast", "conv")}
+    text = "ViT-B keep 0.5"
+    share = {**base, "batch": 8, "part": "ranker", "method": "contrast"}
+    both = ("mixed", "mixed (4 x 4 pixels)")
+    mixed = {**base, "batch": 8, "part": "select", "method": both}
+    return [
+        Goal(f"{text}, operators ÷ plain", front_end, "operators_ratio", "<=", 1.30),
+        Goal(f"{text}, host syncs", front_end, "host_syncs", "<=", 0),
+        Goal(f"{text}, two calls give the same bits", front_end, "same_bits", ">=", 1),
+        Goal(f"{text} batch 8, ranker's share of full", share, "share", "<=", 0.005),
+        Goal(f"{text} batch 8, seconds", mixed, "seconds_median", "<=", 0.002),
+    ]
+
+
+def selections(scores: Tensor, images: Tensor, grid: tuple[int, int], kept: int) -> Calls:
+    """Every selection rule by name, on scores (B, N)."""
+    return {
+        "top": inference(ltrp_timm.select_top, scores, kept),
+        "random": inference(ltrp_timm.select_random, scores, kept),
+        "stratified": inference(ltrp_timm.select_stratified, scores, kept, grid),
+        "mixed": inference(
+            lambda: ltrp_timm.select_mixed(scores, kept, patch_pixels(images, grid))
+        ),
+        "mixed (4 x 4 pixels)": inference(
+            lambda: ltrp_timm.select_mixed(scores, kept, patch_pixels(images, grid, 4))
+        ),
+    }
+
+
+def _embed_kept(backbone: Any, images: Tensor, keep: Tensor) -> Tensor:
+    backbone.patch_embed.keep_indices = keep
+    return backbone._pos_embed(backbone.patch_embed(images))
+
+
+def parts(full: Any, images: Tensor, keep_ratio: float, rankers: list[str]) -> Calls:
+    """What is timed, by "part method"; the parts of one pruned forward are all there."""
+    grid = tuple(full.patch_embed.grid_size)
+    models = {ranker: pruned(full, ranker, keep_ratio) for ranker in rankers}
+    kept = ltrp_timm.num_keep(full.patch_embed.num_patches, keep_ratio)
+    with torch.inference_mode():
+        tokens = full._pos_embed(full.patch_embed(images))
+        scores = models[rankers[0]].patch_scores(images)
+        keep = ltrp_timm.select_top(scores, kept)
+        some = keep_tokens(tokens, keep, full.num_prefix_tokens)
+    calls: Calls = {"whole full": inference(full, images)}
+    calls |= {f"whole {name}": inference(model, images) for name, model in models.items()}
+    calls |= {
+        f"ranker {name}": inference(model.patch_scores, images) for name, model in models.items()
+    }
+    rules = selections(scores, images, (grid[0], grid[1]), kept)
+    calls |= {f"select {name}": call for name, call in rules.items()}
+    calls["embed all"] = inference(lambda: full._pos_embed(full.patch_embed(images)))
+    calls["embed kept"] = inference(_embed_kept, models[rankers[0]].backbone, images, keep)
+    calls["gather kept"] = inference(keep_tokens, tokens, keep, full.num_prefix_tokens)
+    calls["blocks full"] = inference(full.blocks, tokens)
+    calls["blocks kept"] = inference(full.blocks, some)
+    calls["head kept"] = inference(lambda: full.forward_head(full.norm(some)))
+    return calls
+
+
+def run_case(
+    full: Any, images: Tensor, case: Row, args: argparse.Namespace, where: Row
+) -> list[Row]:
+    """All parts at one batch size and keep ratio."""
+    calls = parts(full, images, case["keep_ratio"], args.rankers)
+    timings = compare(calls, args)
+    plain = len(operators(calls["whole full"]))
+    rows = []
+    for name, call in calls.items():
+        part, method = name.split(" ", 1)
+        names = operators(call)
+        row = {**case, "part": part, "method": method}
+        row |= timing_columns(timings[name], case["batch"])
+        row |= spread("share", throughput.ratio(timings[name], timings["whole full"]))
+        row |= {"operators": len(names), "operators_ratio": round(len(names) / plain, 4)}
+        row |= {"host_syncs": len(host_syncs(names)), "same_bits": int(torch.equal(call(), call()))}
+        rows.append({**row, **where})
+    return rows
+
+
+def run(args: argparse.Namespace, where: Row) -> list[Row]:
+    """Measure every model, batch size and keep ratio."""
+    rows: list[Row] = []
+    for name in args.models:
+        full = create_full(name, args)
+        for batch in args.batch_sizes:
+            images = make_images(full, batch, args)
+            for keep_ratio in args.keep_ratios:
+                case = {"model": name, "batch": batch, "keep_ratio": keep_ratio}
+                new = run_case(full, images, case, args, where)
+                rows += new
+                print(_progress(new), flush=True)
+    return rows
+
+
+def _progress(rows: list[Row]) -> str:
+    head = "{model} batch {batch} keep {keep_ratio:g}, {rounds} rounds: ".format(**rows[0])
+    return head + "; ".join("{part} {method} {share:.2%}".format(**row) for row in rows)
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The figures as text."""
+    return [
+        {
+            "model": row["model"],
+            "batch": row["batch"],
+            "keep": f"{row['keep_ratio']:g}",
+            "part": row["part"],
+            "method": row["method"],
+            "ms": f"{row['seconds_median'] * 1e3:.3f}",
+            "share of full": tables.figure(row, "share", ".2%"),
+            "operators": row["operators"],
+            "÷ plain": f"{row['operators_ratio']:.2f}",
+            "host syncs": row["host_syncs"],
+        }
+        for row in rows
+    ]
+
+
+def plot(rows: list[Row], args: argparse.Namespace) -> Any:
+    """Shares of the plain model's time, logarithmic: a panel per model, a colour per batch size."""
+    shown = [row for row in rows if row["keep_ratio"] == args.keep_ratios[0]]
+    columns = len(args.models)
+    figure, axes = load_pyplot().subplots(
+        1, columns, figsize=(2 + 4 * columns, 5.5), squeeze=False, sharey=True
+    )
+    height = 0.8 / len(args.batch_sizes)
+    for ax, model in zip(axes[0], args.models):
+        for i, batch in enumerate(args.batch_sizes):
+            bars = [row for row in shown if row["model"] == model and row["batch"] == batch]
+            places = [j + i * height for j in range(len(bars))]
+            ax.barh(places, [100 * row["share"] for row in bars], height, label=f"batch {batch}")
+        names = ["{part} {method}".format(**row) for row in bars]
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_xscale("log")
+        ax.set_xlabel("% of the plain model's time")
+        ax.set_title(f"{model}, keep {args.keep_ratios[0]:g}", fontsize=9)
+        ax.grid(alpha=0.3, axis="x")
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Measure, write CSV, PNG and Markdown, check the goals."""
+    parser = make_parser((__doc__ or "").splitlines()[0], models=[VIT_TI, VIT_S, VIT_B])
+    args = parser.parse_args()
+    rows = run(args, set_up(args))
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the flags of several commands mean."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+
+from ltrp_timm.console import CommandError
+
+
+def keep_ratio(text: str) -> float:
+    """A number in (0, 1].
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    from ltrp_timm.selection import check_keep_ratio
+
+    try:
+        return check_keep_ratio(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}.") from None
+
+
+def positive(text: str) -> int:
+    """A whole number from 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    return _whole(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text}.")
+    return int(text)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads for a while; None leaves torch's own choice.
+
+    Raises:
+        CommandError: more than the machine has.
+    """
+    import torch
+
+    before, most = torch.get_num_threads(), os.cpu_count() or 1
+    if count is not None and count > most:
+        raise CommandError(f"--threads must be from 1 to {most}, the cores here, got {count}.")
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

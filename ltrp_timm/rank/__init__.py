@@ -1,0 +1,1 @@
+"""``ltrp-timm rank``: scores and kept patches of whole folders of images, in parts, resumable."""
