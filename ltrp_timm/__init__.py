@@ -53,8 +53,8 @@ del _ltrp_vit
 
 
 def __getattr__(name: str) -> Any:
-    """Import what deployment, pictures and measurements need when it is first used."""
-    if name in ("export", "throughput", "visualize"):
+    """Import what deployment, training, pictures and measurements need when it is first used."""
+    if name in ("export", "throughput", "train", "visualize"):
         return importlib.import_module(f"ltrp_timm.{name}")
     if name == "export_model":
         return importlib.import_module("ltrp_timm.export").export_model

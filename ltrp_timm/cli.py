@@ -1,4 +1,4 @@
-"""The command line: ``ltrp-timm demo``, ``rank``, ``export``, ``save`` and ``push``.
+"""The command line: what ``ltrp-timm`` understands.
 
 It turns flags into plain arguments. An error is one line on stderr and exit code 2.
 """
@@ -55,6 +55,7 @@ def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm.export_command import add_export
     from ltrp_timm.rank.arguments import add_rank
     from ltrp_timm.share_command import add_push, add_save
+    from ltrp_timm.train_command import add_train_commands
 
     parser = _Parser(
         prog="ltrp-timm",
@@ -65,6 +66,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     _add_demo(commands)
     add_rank(commands)
+    add_train_commands(commands)
     add_export(commands)
     add_save(commands)
     add_push(commands)
@@ -113,5 +115,5 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         )
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # torchrun -m ltrp_timm.cli …
     sys.exit(main())

@@ -4,11 +4,12 @@ import contextlib
 import os
 import stat
 import warnings
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-_MAX_ASPECT = 50  # a strip of pixels would be resized to gigabytes before it is cropped
+MAX_ASPECT = 50  # a longer strip of pixels would be resized to gigabytes before it is cropped
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,12 +42,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         _check_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata is no reason to refuse a photo
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(image)
+        return _decode(path)
     except Exception as error:  # what PIL's readers raise on damaged files has no common type
         raise ValueError(f"{printable(path)}: {_reason(error)}") from error
 
@@ -57,11 +53,32 @@ def check_aspect(image: Image.Image) -> None:
     Raises:
         ValueError: it is a strip more than 50 times longer than wide.
     """
-    if max(image.size) > _MAX_ASPECT * min(image.size):
+    if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(
-            f"a picture may be at most {_MAX_ASPECT} times longer than wide, got "
+            f"a picture may be at most {MAX_ASPECT} times longer than wide, got "
             f"{image.width}x{image.height}."
         )
+
+
+def decode_image(file: IO[bytes], name: str) -> Image.Image:
+    """Read a photo from an open file, as ``load_image`` does.
+
+    Raises:
+        ValueError: one line with ``name`` and the reason.
+    """
+    try:
+        return _decode(file)
+    except Exception as error:
+        raise ValueError(f"{printable(name)}: {_reason(error)}") from error
+
+
+def _decode(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged metadata is no reason to refuse a photo
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(source) as image:
+            image.load()
+            return _to_rgb(image)
 
 
 def printable(path: str | os.PathLike[str]) -> str:

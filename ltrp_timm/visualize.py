@@ -290,10 +290,11 @@ def _panel(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def _side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
-    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
-    out = Image.new("RGB", (width, max(panel.height for panel in panels)), "white")
+    """Pictures in a row on white."""
+    width = sum(picture.width for picture in panels) + _GAP * (len(panels) - 1)
+    out = Image.new("RGB", (width, max(picture.height for picture in panels)), "white")
     left = 0
-    for panel in panels:
-        out.paste(panel, (left, 0))
-        left += panel.width + _GAP
+    for picture in panels:
+        out.paste(picture, (left, 0))
+        left += picture.width + _GAP
     return out

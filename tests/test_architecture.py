@@ -23,8 +23,8 @@ ROOMS = [
     ["ltrp_vit"],
     ["visualize", "console", "cards"],
     ["arguments", "named_model", "parity", "formats"],
-    ["export", "sharing"],
-    ["demo", "rank", "export_command", "share_command"],
+    ["export", "train", "sharing"],
+    ["demo", "rank", "export_command", "train_command", "share_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -1,0 +1,345 @@
+"""Images without labels, from all that timm reads, each with random numbers of its own.
+
+A sample is asked for by (epoch, index): what comes is a function of that and the seed, whichever
+process or worker is asked, see ``keys``.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
+
+from ltrp_timm.photos import MAX_ASPECT, decode_image, one_line
+from ltrp_timm.train.keys import HELD_OUT, generators, sample_seed, seeded
+from ltrp_timm.train.world import World
+
+NAMED = ("hfds", "hfids", "tfds", "torch", "wds")  # prefixes of timm's readers
+Sample = dict[str, Any]
+Transform = Callable[[Image.Image], Tensor]
+
+
+def open_dataset(
+    data: Any,
+    root: str | None = None,
+    split: str = "train",
+    input_key: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    training: bool = True,
+) -> Any:
+    """A dataset of timm's by its name, or one that is given.
+
+    Args:
+        data: a folder (subfolders or none), a ``.tar``, ``hfds/…``, ``hfids/…``, ``tfds/…``,
+            ``torch/…``, ``wds/…``, or a torch dataset of pictures.
+        root: folder of a named dataset.
+        split: as timm's ``create_dataset`` takes it.
+        input_key: where a named dataset keeps its images.
+        num_samples: length of a stream that does not know it.
+        seed: of a stream's shuffling.
+        training: a stream is shuffled.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it holds no image, or timm cannot read it.
+        ImportError: the package behind a prefix is missing.
+    """
+    if not isinstance(data, (str, os.PathLike)):
+        return data
+    text = str(data)
+    prefix = text.partition("/")[0].lower()
+    named = prefix in NAMED and not Path(text).exists()
+    if not named and not Path(text).exists():
+        raise FileNotFoundError(f"{text} does not exist.")
+    extra: dict[str, Any] = {"input_key": input_key} if named and input_key else {}
+    if prefix == "hfds" and named:
+        extra["target_key"] = input_key or "image"  # a dataset need not have labels
+    if named and num_samples:
+        extra["num_samples"] = num_samples
+    try:
+        return create_dataset(
+            text if named else "",
+            root=root if named else text,
+            split=split,
+            is_training=training,
+            seed=seed,
+            **extra,
+        )
+    except ImportError as error:
+        raise ImportError(
+            f"{text} needs a package that is missing ({one_line(error)}): "
+            "pip install 'ltrp-timm[train]'"
+        ) from error
+    except Exception as error:  # timm and what it calls raise anything, AssertionError included
+        raise ValueError(f"{text} cannot be read as a dataset: {one_line(error)}") from error
+
+
+class Images:
+    """Pictures of a dataset by index, upright RGB, or one line on what is wrong with one.
+
+    Args:
+        dataset: timm's, or any map-style torch dataset whose items are, or begin with, a picture.
+        min_side: smaller pictures, and strips, count as unreadable.
+    """
+
+    def __init__(self, dataset: Any, min_side: int = 1) -> None:
+        self.dataset, self.min_side = dataset, min_side
+        self.reader = getattr(dataset, "reader", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """What to call an image when something is wrong with it."""
+        known = getattr(self.dataset, "filename", None)
+        return str(known(index)) if known is not None else f"image {index}"
+
+    def read(self, index: int) -> Image.Image:
+        """The picture.
+
+        Raises:
+            ValueError: one line with its name and the reason.
+        """
+        name = self.name(index)
+        picture = self._from_reader(index, name) if self.reader else self._item(index, name)
+        size, least = f"{picture.width}x{picture.height} pixels", min(picture.size)
+        if least < self.min_side:
+            raise ValueError(f"{name}: {size}, smaller than a patch of {self.min_side}.")
+        if max(picture.size) > MAX_ASPECT * least:
+            raise ValueError(f"{name}: {size}, over {MAX_ASPECT} times longer than wide.")
+        return picture
+
+    def _from_reader(self, index: int, name: str) -> Image.Image:
+        try:
+            file = self.reader[index][0]  # type: ignore[index]
+        except Exception as error:
+            raise ValueError(f"{name}: {one_line(error)}") from error
+        with file:
+            picture = decode_image(file, name)
+        close_tars(self.reader)
+        return picture
+
+    def _item(self, index: int, name: str) -> Image.Image:
+        try:
+            item = self.dataset[index]
+            picture = item[0] if isinstance(item, (tuple, list)) else item
+            if not isinstance(picture, Image.Image):
+                raise TypeError(f"expected a PIL image, got {type(picture).__name__}.")
+            return picture.convert("RGB")
+        except Exception as error:
+            raise ValueError(f"{name}: {one_line(error)}") from error
+
+    def fingerprint(self, indices: Sequence[int]) -> dict[str, Any]:
+        """What tells these images from others: their number, and names where those are at hand."""
+        if not hasattr(self.reader, "samples"):
+            return {"images": len(indices)}
+        names = "\n".join(self.name(index) for index in indices)
+        return {"images": len(indices), "names": sample_seed(0, 0, 0, names)}
+
+
+def close_tars(reader: Any) -> None:
+    """Close what timm's tar reader keeps open: workers would share one position in the file."""
+    state = getattr(reader, "tar_state", None)
+    states = list(state.values()) if isinstance(state, dict) else [state] if state else []
+    while states:
+        state = states.pop()
+        states += state.children.values()
+        if state.tf is not None:
+            state.tf.close()
+            state.reset()
+
+
+def split_indices(count: int, holdout: float) -> tuple[list[int], list[int]]:
+    """0 … n - 1 as training and held-out indices, ascending; a function of (n, share) alone.
+
+    >>> [len(part) for part in split_indices(10, 0.2)]
+    [8, 2]
+    """
+    held = min(max(1, round(count * holdout)), count - 1) if holdout else 0
+    draw = torch.Generator().manual_seed(sample_seed(0, 0, count, "held out"))
+    order = torch.randperm(count, generator=draw).tolist()
+    return sorted(order[held:]), sorted(order[:held])
+
+
+class KeyedImages(Dataset[Sample]):
+    """Samples by (epoch, place), the place being one of ``indices``.
+
+    In place of an image that cannot be read, training gets the next one that can; a held-out sample
+    is marked as not real, and counts nowhere.
+
+    Args:
+        images: to read from.
+        indices: of the images that belong to this set.
+        transform: picture -> (3, H, W).
+        seed: of what the transform draws.
+        shape: (3, H, W).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        indices: Sequence[int],
+        transform: Transform,
+        seed: int,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.images, self.indices, self.transform = images, list(indices), transform
+        self.seed, self.shape = seed, shape
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, place = key
+        picture, problems = self._read(place, 1 if epoch == HELD_OUT else len(self))
+        index = self.indices[place]
+        if picture is None:
+            return _sample(torch.zeros(self.shape), index, problems, real=False)
+        with seeded(sample_seed(self.seed, epoch, index, "transform")):
+            return _sample(self.transform(picture), index, problems)
+
+    def _read(self, place: int, attempts: int) -> tuple[Image.Image | None, list[str]]:
+        problems: list[str] = []
+        for attempt in range(attempts):
+            try:
+                index = self.indices[(place + attempt) % len(self)]
+                return self.images.read(index), problems
+            except ValueError as error:
+                problems.append(str(error))
+        return None, problems
+
+    def check_readable(self) -> None:
+        """Look for one image that can be read.
+
+        Raises:
+            ValueError: there is none; with what is wrong with the first.
+        """
+        if not len(self):
+            raise ValueError("there are no images.")
+        picture, problems = self._read(0, len(self))
+        if picture is None:
+            raise ValueError(f"none of {len(self)} images can be read; {problems[0]}")
+
+
+def _sample(image: Tensor, index: int, problems: Sequence[str] = (), real: bool = True) -> Sample:
+    return {"image": image, "index": index, "real": real, "problems": "\n".join(problems)}
+
+
+class KeyedStream(IterableDataset[Sample]):
+    """A timm stream; an image's index is its number in the stream of its worker and process."""
+
+    def __init__(self, dataset: Any, transform: Transform, seed: int, world: World) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.rank, self.size, self.epoch = world.rank, world.size, 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for count, (picture, _) in enumerate(self.dataset):
+            index = (count * workers + number) * self.size + self.rank
+            with seeded(sample_seed(self.seed, self.epoch, index, "transform")):
+                yield _sample(self.transform(picture.convert("RGB")), index)
+
+
+class KeyedSampler(Sampler[tuple[int, int]]):
+    """(epoch, place) of the samples of one process, from any point of an epoch on.
+
+    The order is that of torch's DistributedSampler; what does not fill a last batch is left out, so
+    that no sample counts twice.
+    """
+
+    def __init__(self, count: int, per_epoch: int, world: World, seed: int) -> None:
+        self.order: DistributedSampler[int] = DistributedSampler(
+            range(count),  # type: ignore[arg-type]
+            num_replicas=world.size,
+            rank=world.rank,
+            seed=seed,
+            drop_last=True,
+        )
+        self.per_epoch, self.epoch, self.start = per_epoch, 0, 0
+
+    def set_position(self, epoch: int, start: int) -> None:
+        """Begin at sample ``start`` of this process in that epoch."""
+        self.epoch, self.start = epoch, start
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        places = islice(self.order, self.start, self.per_epoch)
+        return ((self.epoch, place) for place in places)
+
+    def __len__(self) -> int:
+        return self.per_epoch - self.start
+
+
+class HeldOutSampler(Sampler[tuple[int, int]]):
+    """Each held-out sample in one process: without padding there is none to leave out again."""
+
+    def __init__(self, count: int, world: World) -> None:
+        self.places = range(world.rank, count, world.size)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((HELD_OUT, place) for place in self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def make_loader(
+    dataset: Dataset[Sample],
+    sampler: Sampler[tuple[int, int]] | None,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    persistent: bool,
+) -> DataLoader[Sample]:
+    """torch's loader, with a generator of its own: the global one stays as it is."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0 and persistent and sampler is not None,
+        worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal; the main one finishes its step, and needs us."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Batch:
+    """Images of a batch, on the device, and what was drawn for each of them.
+
+    Attributes:
+        images: (B, 3, H, W), normalised.
+        real: (B,) bool; False where an image could not be read.
+        problems: one line for each image that could not be read.
+    """
+
+    def __init__(self, sample: Sample, seed: int, epoch: int, device: torch.device) -> None:
+        self.images: Tensor = sample["image"].to(device, non_blocking=True)
+        self.real: Tensor = sample["real"].to(device)
+        self.indices: list[int] = sample["index"].tolist()
+        self.problems = [line for text in sample["problems"] for line in text.splitlines()]
+        self._seed, self._epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A generator for each image, of its own random numbers for that purpose."""
+        return generators(self._seed, self._epoch, self.indices, purpose)

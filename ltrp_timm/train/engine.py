@@ -1,0 +1,176 @@
+"""The model at work: gradients, updates, precision, the average of the weights."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ltrp_timm.train.data import Batch
+from ltrp_timm.train.keys import sample_seed
+from ltrp_timm.train.settings import Settings
+from ltrp_timm.train.world import World
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def make_optimizer(model: nn.Module, lr: float, settings: Settings) -> Any:
+    """timm's optimiser of that name; AdamW has betas (0.9, 0.95) unless told otherwise."""
+    arguments = dict(settings.opt_args or {})
+    if settings.opt_args is None and settings.opt == "adamw":
+        arguments = {"betas": (0.9, 0.95)}
+    return create_optimizer_v2(model, settings.opt, lr, settings.weight_decay, **arguments)
+
+
+def make_scheduler(optimizer: Any, updates_per_epoch: int, settings: Settings) -> Any:
+    """timm's schedule of that name, stepped at every update; None for "none"."""
+    warmup = settings.warmup_epochs
+    return create_scheduler_v2(
+        optimizer,
+        settings.sched,
+        num_epochs=settings.epochs,
+        warmup_epochs=settings.epochs / 10 if warmup is None else warmup,
+        warmup_lr=settings.warmup_lr,
+        min_lr=settings.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )[0]
+
+
+class Engine:
+    """A model and all that changes its weights.
+
+    Args:
+        model: on the device of the world.
+        lr: learning rate at the top of the schedule.
+        updates_per_epoch: length of an epoch.
+        settings: of the run.
+        world: who takes part.
+    """
+
+    def __init__(
+        self, model: Any, lr: float, updates_per_epoch: int, settings: Settings, world: World
+    ) -> None:
+        self.model, self.lr, self.settings, self.world = model, lr, settings, world
+        self.device = world.device
+        default = "bf16" if self.device.type == "cuda" else "fp32"
+        self.precision = settings.precision or default
+        self.optimizer = make_optimizer(model, lr, settings)
+        self.scheduler = make_scheduler(self.optimizer, updates_per_epoch, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        decay = settings.ema_decay
+        self.ema = None if decay is None else ModelEmaV3(model, decay=decay)
+        self.forward: Any = model
+
+    def wrap(self) -> None:
+        """Put DistributedDataParallel and the compiler around the model, once its weights stand."""
+        if self.world.size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.model, device_ids=ids)
+        if self.settings.compile:
+            self.forward = torch.compile(self.forward)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """What is measured and saved: the average of the weights, where there is one."""
+        model: nn.Module = self.ema.module if self.ema else self.model
+        return model
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+
+    def gradients(self, batches: list[Batch], loss_of: Loss, step: int) -> float:
+        """Gradients of the mean loss over some batches; returns that loss, of this process."""
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        for number, batch in enumerate(batches, start=1):
+            together = self._gradients_together(number == len(batches))
+            with together, self._own_random_numbers(step, number):
+                with self.autocast():
+                    loss = loss_of(self.forward, batch) / len(batches)
+                self.scaler.scale(loss).backward()
+            total += loss.detach().float()
+        return total.item()
+
+    def update(self, step: int) -> None:
+        """Change the weights by the gradients; ``step`` updates are done then."""
+        clip, mode = self.settings.clip_grad, self.settings.clip_mode
+        if clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), clip, mode=mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler:
+            self.scheduler.step_update(step)
+        if self.ema:
+            self.ema.update(self.model, step=step)
+
+    def end_epoch(self, epoch: int, metric: float | None) -> None:
+        """Tell the schedule that so many epochs are done."""
+        if self.scheduler:
+            self.scheduler.step(epoch, metric)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a continuation needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+
+    def autocast(self) -> Any:
+        """The precision of the run."""
+        dtype = _DTYPES[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[nn.Module]:
+        """The trained model, in eval mode and without gradients, for a while."""
+        model = self.trained_model
+        before = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield model
+        finally:
+            model.train(before)
+
+    def _gradients_together(self, last: bool) -> Any:
+        """Processes exchange gradients at the last of the batches that are accumulated."""
+        if last or self.world.size == 1:
+            return contextlib.nullcontext()
+        return getattr(self.forward, "_orig_mod", self.forward).no_sync()
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self, step: int, number: int) -> Iterator[None]:
+        """What a model draws itself, as drop path does, belongs to the step, not to the process."""
+        index = step * self.world.size + self.world.rank
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(sample_seed(self.settings.seed, number, index, "model"))
+            yield

@@ -1,0 +1,128 @@
+"""What a run says while it goes: a bar, a table, TensorBoard's events."""
+
+import csv
+import io
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.console import say
+
+LOG_NAME = "log.csv"
+Row = dict[str, Any]
+
+
+def read_log(path: Path) -> list[Row]:
+    """The rows of a log, numbers as numbers; none when there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {name: float(text) if text else None for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+class Log:
+    """The log of a run in its output folder; other processes than the main one keep quiet.
+
+    Args:
+        folder: of the run.
+        epoch: rows of this epoch and later ones, of a run that got further than its checkpoint,
+            are dropped: they come again.
+        step: update to go on from.
+        tensorboard: True, False, or None for "if it is installed".
+        progress: the same for the bar and a terminal.
+
+    Raises:
+        ImportError: ``tensorboard=True`` and it is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        epoch: int,
+        step: int,
+        tensorboard: bool | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.path, self.progress = folder / LOG_NAME, progress
+        self.rows = [row for row in read_log(self.path) if row["epoch"] <= epoch]
+        writer = None if tensorboard is False else find_writer(bool(tensorboard))
+        self.writer = writer and writer(str(folder), purge_step=step)
+        self.bar: Any = None
+        self._seen, self._since = 0, time.perf_counter()
+
+    def start_epoch(self, epoch: int, epochs: int, images: int, done: int) -> None:
+        """A new bar for an epoch of so many images, some of them done before."""
+        hidden = None if self.progress is None else not self.progress
+        text = f"epoch {epoch}/{epochs}"
+        self.bar = tqdm(
+            total=images, initial=done, desc=text, unit="image", disable=hidden, leave=False
+        )
+        self._seen, self._since = 0, time.perf_counter()
+
+    def update(self, step: int, images: int, loss: float, rate: float) -> None:
+        """One update done."""
+        self._seen += images
+        self.bar.update(images)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}", refresh=False)
+        if self.writer:
+            self.writer.add_scalar("train/loss", loss, step)
+            self.writer.add_scalar("train/lr", rate, step)
+
+    def images_per_second(self) -> float:
+        """Since the epoch began, or was taken up again."""
+        return self._seen / max(time.perf_counter() - self._since, 1e-9)
+
+    def end_epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        """Write the row of an epoch, and say it."""
+        self.bar.close()
+        self.rows.append(dict(row))
+        write_atomically(self.path, lambda path: path.write_text(_table(self.rows), "utf-8"))
+        if self.writer:
+            for name, value in row.items():
+                if name not in ("epoch", "step") and value is not None:
+                    self.writer.add_scalar(f"epoch/{name}", value, row["step"])
+            self.writer.flush()
+        shown = [f"{name} {_short(value)}" for name, value in row.items() if value is not None]
+        say(f"epoch {row['epoch']}/{epochs}: " + ", ".join(shown[1:]))
+
+    def close(self) -> None:
+        """Put the bar away and the events on the disk."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+
+def find_writer(required: bool) -> Any:
+    """TensorBoard's SummaryWriter, or None where it is not installed.
+
+    Raises:
+        ImportError: it is required.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        if required:
+            raise ImportError("TensorBoard is missing: pip install 'ltrp-timm[train]'") from error
+        return None
+    return SummaryWriter
+
+
+def _table(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _short(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"

@@ -1,0 +1,229 @@
+"""What a ranker is to learn: lists of patches, and the scores that order them."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ltrp_timm.checkpoints import read_weights
+from ltrp_timm.pseudo_scores import semantic_density
+from ltrp_timm.rankers import (
+    InputBridge,
+    create_ranker,
+    list_rankers,
+    ranker_class,
+    resize_score_map,
+)
+from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, to_pair
+from ltrp_timm.selection import select_top
+from ltrp_timm.teacher import (
+    MAETeacher,
+    create_teacher,
+    draw_uniform,
+    num_visible,
+    random_visible_indices,
+)
+from ltrp_timm.train.data import Batch
+from ltrp_timm.train.state import digest
+
+LIST_SIZE = 20
+
+
+class Lists(NamedTuple):
+    """The lists of a batch.
+
+    Attributes:
+        indices: (B, R) patches of the grid.
+        scores: (B, R) targets, larger = keep first, each with its weight in the loss.
+        visible: (B, V) patches that the teacher saw, or None.
+    """
+
+    indices: Tensor
+    scores: list[tuple[float, Tensor]]
+    visible: Tensor | None
+
+
+class Targets:
+    """The scores of an MAE, of another ranker, or of both, for images of one size.
+
+    Args:
+        teacher: what ``create_teacher`` takes, a MAETeacher, or None.
+        distill_from: folder of a ranker, name of one without weights, or None.
+        distill_weight: its share of the loss beside a teacher.
+        img_size: side of the images, or (height, width); None for the teacher's.
+        patch_size: of the grid when there is no teacher.
+        list_size: patches of a list; None: 20, or all when there is no teacher.
+        mask_ratio: share of patches that the teacher does not see.
+        scoring: removal, metric, aggregate and chunk of ``semantic_density``.
+        device: where it happens.
+
+    Raises:
+        ValueError: neither teacher nor ranker, or too few visible patches.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        distill_from: Any,
+        distill_weight: float,
+        img_size: Any,
+        patch_size: Any,
+        list_size: int | None,
+        mask_ratio: float,
+        scoring: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        if teacher is None and distill_from is None:
+            raise ValueError("a ranker needs a teacher, or distill_from, to learn from.")
+        if not 0.0 < distill_weight < 1.0:
+            raise ValueError(f"distill_weight must be in (0, 1), got {distill_weight}.")
+        self.teacher = None if teacher is None else _open_teacher(teacher, img_size).to(device)
+        self.mask_ratio, self.scoring, self.device = mask_ratio, dict(scoring), device
+        self.mean, self.std = tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)
+        if self.teacher is not None:
+            self.mean, self.std = tuple(self.teacher.mean), tuple(self.teacher.std)
+            self.img_size, self.patch_size = self.teacher.img_size, self.teacher.patch_size
+        else:
+            self.img_size, self.patch_size = to_pair(img_size or 224), to_pair(patch_size or 16)
+        (height, width), (p, q) = self.img_size, self.patch_size
+        if height < p or width < q:
+            raise ValueError(f"img_size {self.img_size} is smaller than a patch {self.patch_size}.")
+        self.grid_size = (height // p, width // q)
+        self.list_size = self._check_list(list_size)
+        self._check_scoring()
+        self.shares = (1.0, 0.0) if distill_from is None else (1.0 - distill_weight, distill_weight)
+        self.other: nn.Module | None = None
+        if distill_from is not None:
+            self.other = open_ranker(distill_from, self.patch_size).to(device)
+            self.bridge = self.bridge_to(self.other)
+
+    def _check_list(self, list_size: int | None) -> int:
+        count = self.grid_size[0] * self.grid_size[1]
+        if self.teacher is not None:
+            visible = num_visible(count, self.mask_ratio)
+            if visible < 2:
+                raise ValueError(
+                    f"mask_ratio = {self.mask_ratio} leaves {visible} of {count} patches visible: "
+                    "an order needs at least 2."
+                )
+            count, list_size = visible, list_size or LIST_SIZE
+        if list_size is not None and list_size < 2:
+            raise ValueError(f"list_size must be at least 2, got {list_size}.")
+        return min(count, list_size or count)
+
+    def _check_scoring(self) -> None:
+        """Score one image: what cannot be done is to be said before anything is written."""
+        if self.teacher is not None:
+            image = torch.zeros(1, 3, *self.img_size, device=self.device)
+            draw = torch.Generator().manual_seed(0)
+            ratio = self.mask_ratio
+            semantic_density(
+                self.teacher,
+                image,
+                mask_ratio=ratio,
+                num_removed=1,
+                generator=draw,
+                **self.scoring,
+            )
+
+    def bridge_to(self, ranker: Any) -> nn.Module:
+        """The module between these images and those that a ranker wants."""
+        mean, std = getattr(ranker, "mean", None), getattr(ranker, "std", None)
+        size = getattr(ranker, "img_size", None)
+        stats = (self.mean, self.std)
+        wanted = (mean or self.mean, std or self.std)
+        return InputBridge(stats, wanted, None if size is None else to_pair(size)).to(self.device)
+
+    def config(self) -> dict[str, Any]:
+        """What a continuation must not change."""
+        teacher, other = self.teacher, self.other
+        return {
+            "teacher": None if teacher is None else digest(teacher.state_dict()),
+            "distill_from": other and [getattr(other, "name", ""), digest(other.state_dict())],
+            "shares": list(self.shares),
+            "img_size": list(self.img_size),
+            "patch_size": list(self.patch_size),
+            "list_size": self.list_size,
+            "mask_ratio": self.mask_ratio,
+            **{name: str(value) for name, value in self.scoring.items() if name != "chunk"},
+        }
+
+    @torch.no_grad()
+    def draw(self, batch: Batch) -> Lists:
+        """The lists of a batch, each drawn by its image's own random numbers."""
+        own = batch.generators("patches")
+        count, rows = self.grid_size[0] * self.grid_size[1], len(batch)
+        scores: list[tuple[float, Tensor]] = []
+        visible = None
+        if self.teacher is None:
+            uniform = draw_uniform(rows, count, own, self.device)
+            indices = select_top(uniform, self.list_size)
+        else:
+            visible = random_visible_indices(rows, count, self.mask_ratio, own, self.device)
+            values, indices = semantic_density(
+                self.teacher,
+                batch.images,
+                visible,
+                num_removed=self.list_size,
+                generator=own,
+                **self.scoring,
+            )
+            scores.append((self.shares[0] if self.other is not None else 1.0, values))
+        if self.other is not None:
+            every = resize_score_map(self.other(self.bridge(batch.images)), *self.grid_size)
+            scores.append((self.shares[1] if scores else 1.0, every.gather(1, indices)))
+        return Lists(indices, scores, visible)
+
+
+def _open_teacher(teacher: Any, img_size: Any) -> MAETeacher:
+    if isinstance(teacher, MAETeacher):
+        if img_size is not None and to_pair(img_size) != teacher.img_size:
+            raise ValueError(f"img_size is {img_size}, the teacher takes {teacher.img_size}.")
+        return teacher
+    return create_teacher(teacher, **({} if img_size is None else {"img_size": img_size}))
+
+
+def saved_name(source: Any) -> str:
+    """The name of the ranker that a folder or file holds.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it holds no ranker.
+    """
+    if not Path(source).exists():
+        names = ", ".join(list_rankers())
+        raise FileNotFoundError(f"{source} is no folder or file of a ranker, and none of {names}.")
+    name = (read_weights(source)[1] or {}).get("ranker")
+    if not isinstance(name, str):
+        raise ValueError(f"{source} holds no ranker.")
+    return name
+
+
+def open_ranker(source: Any, patch_size: tuple[int, int]) -> Any:
+    """A frozen ranker: from its folder, or by its name where it needs no weights.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it holds no ranker, or the name is of one that must be trained.
+    """
+    if isinstance(source, nn.Module):
+        ranker: Any = source
+    elif str(source) in list_rankers():
+        kind = ranker_class(str(source))
+        if kind.learned:
+            raise ValueError(
+                f"the {source} ranker must be trained: give the folder of a saved one."
+            )
+        sized: dict[str, Any] = {"patch_size": patch_size} if "patch_size" in accepted(kind) else {}
+        ranker = create_ranker(str(source), **sized)
+    else:
+        ranker = create_ranker(saved_name(source), pretrained=source)
+    return ranker.requires_grad_(False).eval()
+
+
+def accepted(kind: Any) -> list[str]:
+    """Names of the arguments of a class."""
+    return list(inspect.signature(kind.__init__).parameters)

@@ -1,0 +1,92 @@
+"""One process or many: what ``torchrun`` has started."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+
+
+class World:
+    """The processes of a run and the device of this one.
+
+    Args:
+        rank: of this process; 0 writes and talks.
+        size: number of processes.
+        device: of this process.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and talks."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        out: list[float] = tensor.tolist()
+        return out
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Run on rank 0; what is raised there is raised everywhere, so that no process waits."""
+        error: list[Exception | None] = [None]
+        if self.main:
+            try:
+                action()
+            except Exception as problem:
+                error[0] = problem
+        if self.size > 1:
+            dist.broadcast_object_list(error, src=0, device=self.device)
+        if error[0] is not None:
+            raise error[0]
+
+    def gather_names(self, names: Sequence[str]) -> list[str]:
+        """The names of all processes, each once, sorted."""
+        every: list[list[str]] = [list(names)]
+        if self.size > 1:
+            every = [[] for _ in range(self.size)]
+            dist.all_gather_object(every, list(names))
+        return sorted({name for some in every for name in some})
+
+
+@contextlib.contextmanager
+def join_world(device: str | None = None) -> Iterator[World]:
+    """The world that the environment describes: that of ``torchrun``, or this process alone.
+
+    Args:
+        device: "cpu", "cuda", …; None for a GPU when there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    mine = not dist.is_initialized()
+    if mine:
+        found = init_distributed_device_so(device)
+        rank, size, device = found["global_rank"], found["world_size"], found["device"]
+    else:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        yield World(rank, size, torch.device(device))
+    finally:
+        if mine and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error

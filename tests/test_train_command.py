@@ -1,0 +1,150 @@
+"""``ltrp-timm train-ranker`` and ``train-teacher``: flags, messages, exit codes."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_setup import make_photos, run, tiny_teacher
+
+import ltrp_timm
+from ltrp_timm import train_command
+from ltrp_timm.cli import main
+from ltrp_timm.train import Settings
+from ltrp_timm.train.logs import read_log
+
+QUICK = ["--num-workers", "0", "--no-tensorboard", "--no-progress", "--epochs", "1"]
+TINY = ["--ranker-args", "width=16", "depth=1", "--mask-ratio", "0.5"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_photos(Path("photos"))
+    tiny_teacher().save("teacher")
+    return tmp_path
+
+
+def ranker(*flags: str) -> int:
+    return main(["train-ranker", "--data", "photos", "--output", "run", *QUICK, *TINY, *flags])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("ltrp-timm: "), err
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+def test_a_teacher_and_then_a_ranker(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["patch_size=8", "embed_dim=32", "depth=1", "num_heads=2"]
+    sizes += ["decoder_embed_dim=32", "decoder_depth=1", "decoder_num_heads=2"]
+    command = ["train-teacher", "--data", "photos", "--output", "mae", "--img-size", "32"]
+    assert main([*command, "--teacher-args", *sizes, *QUICK]) == 0
+    assert "create_teacher('mae')" in capsys.readouterr().out
+    Path("photos/bad.jpg").write_text("text")
+    assert ranker("--teacher", "mae", "--ema-decay", "0.9", "--plot") == 0
+    out, err = capsys.readouterr()
+    assert "epoch 1/1: step 1, lr " in out
+    assert "chance 10.6" in out
+    assert "1 images could not be read" in out
+    assert "create_ranker('conv', pretrained='run')" in out
+    assert err == "ltrp-timm: skipped bad.jpg: is not an image in a known format.\n"
+    assert ltrp_timm.create_ranker("conv", pretrained="run").trained
+    assert Path("run/pictures.png").is_file()
+
+
+def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def note(**values: Any) -> Any:
+        seen.update(values)
+        return type("Summary", (), {"stopped_by": None, "unreadable": [], "epochs": 1, "steps": 1})
+
+    monkeypatch.setattr("ltrp_timm.train.ranker.train_ranker", note)
+    plain = ["train-ranker", "--data", "d", "--output", "o"]
+    assert main(plain) == 0
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert not names & set(seen)  # what is not given keeps the recipe's default
+    assert seen["teacher"] == "facebook/vit-mae-base"
+    flags = [
+        *("--teacher", "none", "--distill-from", "r", "--distill-weight", "0.3", "--chunk", "5"),
+        *("--ranker", "vit_tiny", "--ranker-args", "depth=2", "mean=[0.5]", "x=y"),
+        *("--visible-only", "--list-size", "7", "--opt-args", "momentum=0.5", "--resume", "auto"),
+        *("--batch-size", "3", "--lr", "1e-3", "--compile", "--precision", "bf16", "--opt", "sgd"),
+    ]
+    assert main([*plain, *flags]) == 0
+    assert seen["ranker_args"] == {"depth": 2, "mean": [0.5], "x": "y"}
+    assert seen["opt_args"] == {"momentum": 0.5}
+    expected = {"teacher": None, "distill_from": "r", "distill_weight": 0.3, "chunk": 5}
+    expected |= {"visible_only": True, "list_size": 7, "resume": "auto", "batch_size": 3}
+    expected |= {"lr": 1e-3, "compile": True, "precision": "bf16", "opt": "sgd"}
+    assert {name: seen[name] for name in expected} == expected
+
+
+def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-ranker", "--help"]) == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Settings):
+        assert "--" + field.name.replace("_", "-") in text
+        assert train_command._documentation(field.name) != train_command._HELP
+    assert "updates between checkpoints; None for one an epoch." in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--teacher", "missing.pth"], "missing.pth does not exist."),
+        (["--teacher", "teacher", "--mask-ratio", "0.95"], "leaves 0 of 16"),
+        (["--teacher", "teacher", "--data", "nowhere"], "nowhere does not exist."),
+        (["--teacher", "teacher", "--opt", "nonsense"], "nonsense"),
+        (["--teacher", "teacher", "--ranker-args", "width"], "expected NAME=VALUE, got 'width'."),
+        (["--teacher", "teacher", "--ranker-args", "kernel_size=2"], "kernel_size must be odd"),
+        (["--teacher", "teacher", "--epochs", "0"], "epochs must be at least 1, got 0."),
+        (["--teacher", "none"], "a ranker needs a teacher, or distill_from"),
+        (["--resume", "always"], "argument --resume: invalid choice: 'always'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], text: str
+) -> None:
+    assert ranker(*flags) == 2
+    assert text in one_line(capsys)
+    assert not Path("run").exists()
+
+
+def test_a_folder_in_the_way(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Path("photos"), Path("run"), epochs=1)
+    assert ranker("--teacher", "teacher") == 2
+    assert "run already holds checkpoint.safetensors" in one_line(capsys)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_from_outside(here: Path, number: signal.Signals) -> None:
+    """To the whole group, as Ctrl-C does it: the loader's workers must not die of it."""
+    command = ["-m", "ltrp_timm.cli", "train-ranker", "--data", "photos", "--output", "run", *TINY]
+    command += ["--teacher", "teacher", "--epochs", "5000", "--batch-size", "4"]
+    command += ["--num-workers", "1", "--no-tensorboard", "--holdout", "0"]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(6000):
+        if Path("run/log.csv").exists() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    import os
+
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    assert f"stopped by signal {int(number)} in epoch" in out
+    assert "Traceback" not in err
+    assert len(read_log(Path("run/log.csv"))) >= 1

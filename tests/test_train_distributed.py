@@ -1,0 +1,83 @@
+"""Two processes of torchrun do what one does with twice the batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+from train_setup import distance, make_photos, tiny_teacher, weights
+
+from ltrp_timm.train.logs import read_log
+
+# they shift all scores alike, so that their gradient is 0; AdamW makes steps of its rounding noise
+SHIFTS = ("head.bias", "norm.bias")
+COMMON = [
+    *("--ranker-args", "width=16", "depth=1", "--mask-ratio", "0.5", "--epochs", "1"),
+    *("--lr", "0.01", "--warmup-epochs", "0", "--device", "cpu", "--num-workers", "0"),
+    *("--no-tensorboard", "--no-progress", "--ema-decay", "0.5"),
+]
+
+
+def train(folder: Path, processes: int, *flags: str, check: bool = True) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ltrp_timm.cli"]
+    done = subprocess.run(
+        [*command, "train-ranker", *COMMON, "--output", str(folder), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_photos(folder / "photos", 23)  # 5 updates of 4, 3 images are left over
+    make_photos(folder / "held", 5)  # 3 for one process, 2 for the other
+    (folder / "held" / "bad.png").write_text("text")
+    tiny_teacher().save(folder / "teacher")
+    return folder
+
+
+def without_shifts(folder: Path) -> dict[str, Tensor]:
+    return {name: value for name, value in weights(folder).items() if name not in SHIFTS}
+
+
+def test_two_processes_are_one_with_twice_the_batch(folder: Path) -> None:
+    data = ["--data", str(folder / "photos"), "--val-data", str(folder / "held")]
+    data += ["--teacher", str(folder / "teacher")]
+    train(folder / "two", 2, *data, "--batch-size", "2")
+    train(folder / "one", 1, *data, "--batch-size", "4")
+    train(folder / "half", 1, *data, "--batch-size", "2")
+    two, one, half = (without_shifts(folder / name) for name in ("two", "one", "half"))
+    assert distance(two, one) <= 1e-5
+    assert distance(half, one) > 1e-3
+    rows = [read_log(folder / name / "log.csv")[-1] for name in ("two", "one")]
+    assert rows[0]["step"] == rows[1]["step"] == 5
+    for name in ("loss", "val_loss", "val_spearman", "val_ndcg"):  # each held-out image once
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-5), name
+    assert [row["unreadable"] for row in rows] == [1, 1]
+
+
+def test_accumulating_in_two_processes(folder: Path) -> None:
+    data = ["--data", str(folder / "photos"), "--teacher", str(folder / "teacher")]
+    data += ["--holdout", "0"]
+    train(folder / "parts", 2, *data, "--batch-size", "1", "--accumulate", "2", "--opt", "sgd")
+    train(folder / "whole", 1, *data, "--batch-size", "4", "--opt", "sgd")
+    assert distance(weights(folder / "parts"), weights(folder / "whole")) <= 1e-6
+
+
+def test_what_is_wrong_is_said_once_and_nothing_waits(folder: Path) -> None:
+    data = ["--data", str(folder / "photos"), "--teacher", str(folder / "teacher")]
+    (folder / "taken").mkdir()
+    (folder / "taken" / "config.json").touch()
+    out = train(folder / "taken", 2, *data, check=False)  # known to the first process alone
+    assert out.count("taken already holds config.json; choose another") == 1
+    make_photos(folder / "single", 1)
+    out = train(folder / "new", 2, "--data", str(folder / "single"), *data[2:], check=False)
+    assert out.count("1 training images are too few for 2 processes") == 1
+    assert not (folder / "new").exists()

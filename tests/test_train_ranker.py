@@ -1,0 +1,335 @@
+"""Training a ranker: it learns, every option does what it says, bad input is refused in time."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train_setup import QUIET, TINY, distance, make_photos, run, same_bits, tiny_teacher, weights
+
+import ltrp_timm
+from ltrp_timm.metrics import spearman
+from ltrp_timm.train import train_ranker
+from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.ranker import LOSSES
+
+VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+def test_it_learns_and_the_folder_loads(photos: Path, tmp_path: Path) -> None:
+    summary = run(photos, tmp_path / "run", epochs=12, holdout=0.2)
+    rows = read_log(tmp_path / "run" / "log.csv")
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
+    assert rows[0]["chance"] == pytest.approx(math.log(math.factorial(8)), abs=1e-4)
+    assert rows[-1]["loss"] < rows[-1]["chance"] - 1.0 < rows[0]["loss"]
+    assert rows[-1]["val_spearman"] > 0.5
+    assert summary.steps == 12 * 4
+    assert summary.metrics == rows[-1]
+    ranker = ltrp_timm.create_ranker("conv", pretrained=tmp_path / "run")
+    assert ranker.trained
+    assert ranker.patch_size == (8, 8)  # the teacher's
+    best = max(rows, key=lambda row: row["val_spearman"])
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+    assert best["val_spearman"] >= rows[-1]["val_spearman"]
+
+
+def test_the_held_out_metric_is_that_of_the_saved_ranker(photos: Path, tmp_path: Path) -> None:
+    held = make_photos(tmp_path / "held", 5)
+    summary = run(photos, tmp_path / "run", val_data=held, batch_size=2)
+    from ltrp_timm.train.data import HELD_OUT, Batch, Images, KeyedImages, open_dataset
+    from ltrp_timm.train.sources import crop_transforms
+    from ltrp_timm.train.targets import Targets
+
+    targets = Targets(tiny_teacher(), None, 0.5, None, None, None, 0.5, {}, torch.device("cpu"))
+    _, transform = crop_transforms((32, 32), targets.mean, targets.std)
+    images = KeyedImages(Images(open_dataset(held)), range(5), transform, 0, (3, 32, 32))
+    sample = torch.utils.data.default_collate([images[HELD_OUT, place] for place in range(5)])
+    batch = Batch(sample, 0, HELD_OUT, torch.device("cpu"))
+    lists = targets.draw(batch)
+    ranker = ltrp_timm.create_ranker("conv", pretrained=tmp_path / "run").eval()
+    with torch.no_grad():
+        scores = ranker(batch.images).flatten(1).gather(1, lists.indices)
+    expected = spearman(scores, lists.scores[0][1]).item()
+    assert summary.metrics["val_spearman"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_a_vit_ranker_learns(photos: Path, tmp_path: Path, visible_only: bool) -> None:
+    options = {"ranker": "vit_tiny", "ranker_args": VIT, "visible_only": visible_only}
+    run(photos, tmp_path / "run", epochs=10, holdout=0.2, **options)
+    rows = read_log(tmp_path / "run" / "log.csv")
+    assert rows[-1]["loss"] < rows[0]["chance"]
+    ranker = ltrp_timm.create_ranker("vit_tiny", pretrained=tmp_path / "run")
+    assert ranker.img_size == (32, 32)
+
+
+def test_visible_only_shows_the_ranker_less(photos: Path, tmp_path: Path) -> None:
+    options = {"ranker": "vit_tiny", "ranker_args": VIT, "epochs": 1}
+    for visible_only in (False, True):
+        run(photos, tmp_path / str(visible_only), visible_only=visible_only, **options)
+    assert distance(*(weights(tmp_path / name) for name in ("False", "True"))) > 1e-4
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss(photos: Path, tmp_path: Path, loss: str) -> None:
+    summary = run(photos, tmp_path / "run", loss=loss, epochs=1, list_size=6)
+    assert math.isfinite(summary.metrics["loss"])
+    assert (summary.metrics["chance"] is None) == (loss in ("pointwise_mse", "lambda_rank"))
+
+
+def test_batches_are_accumulated(photos: Path, tmp_path: Path) -> None:
+    for name, options in (
+        ("whole", {"batch_size": 8}),
+        ("parts", {"batch_size": 4, "accumulate": 2}),
+        ("half", {"batch_size": 4}),
+    ):
+        run(photos, tmp_path / name, epochs=1, opt="sgd", **options)
+    found = {name: weights(tmp_path / name) for name in ("whole", "parts", "half")}
+    assert distance(found["whole"], found["parts"]) < 1e-6
+    assert distance(found["whole"], found["half"]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip_grad": 1e-3, "opt": "sgd"},
+        {"ema_decay": 0.9},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"sched": "none"},
+        {"opt": "lamb"},
+        {"opt_args": {"betas": [0.5, 0.5]}},
+        {"seed": 1},
+        {"list_size": 3},
+        {"removal": "decoder"},
+        {"aggregate": "max"},
+        {"weight_decay": 0.9},
+    ],
+    ids=str,
+)
+def test_an_option_changes_the_weights(photos: Path, tmp_path: Path, change: Any) -> None:
+    plain = {"opt": change["opt"]} if "clip_grad" in change else {}
+    run(photos, tmp_path / "plain", epochs=1, **plain)
+    summary = run(photos, tmp_path / "changed", epochs=1, **change)
+    assert math.isfinite(summary.metrics["loss"])
+    assert distance(weights(tmp_path / "plain"), weights(tmp_path / "changed")) > 1e-6
+
+
+def test_compiling_changes_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def compile_quickly(model: Any) -> Any:
+        calls.append(model)
+        return original(model, backend="aot_eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    run(photos, tmp_path / "eager", epochs=1, opt="sgd")
+    run(photos, tmp_path / "compiled", epochs=1, opt="sgd", compile=True)
+    assert len(calls) == 1
+    assert distance(weights(tmp_path / "eager"), weights(tmp_path / "compiled")) < 1e-5
+
+
+def test_the_published_defaults() -> None:
+    from ltrp_timm.train.ranker import DEFAULTS
+    from ltrp_timm.train.settings import make_settings
+
+    settings = make_settings(DEFAULTS, {})
+    assert (settings.epochs, settings.weight_decay, settings.base_lr) == (400, 0.06, 1.5e-4)
+    assert (settings.opt, settings.sched, settings.min_lr) == ("adamw", "cosine", 0.0)
+
+
+def test_the_rate_follows_the_batch_and_the_schedule(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "run", lr=None, epochs=10)
+    rows = read_log(tmp_path / "run" / "log.csv")
+    peak = 1.5e-4 * 4 / 256
+    rates = [row["lr"] for row in rows]
+    assert max(rates) == pytest.approx(peak, rel=0.1)  # 1 epoch of warm-up, then a cosine
+    assert rates[0] < peak
+    assert rates[-1] < 0.01 * peak
+
+
+def test_distilling_in_place_of_a_teacher(photos: Path, tmp_path: Path) -> None:
+    options = {"teacher": None, "distill_from": "contrast", "img_size": 32}
+    args = {"width": 16, "depth": 1, "patch_size": 8}
+    summary = run(photos, tmp_path / "run", epochs=20, holdout=0.2, ranker_args=args, **options)
+    assert summary.metrics["chance"] == pytest.approx(math.lgamma(17), abs=1e-3)  # all 16 patches
+    assert summary.metrics["val_spearman"] > 0.25
+
+
+def test_distilling_beside_a_teacher_and_going_on_from_a_ranker(
+    photos: Path, tmp_path: Path
+) -> None:
+    run(photos, tmp_path / "slow", ranker="vit_tiny", ranker_args=VIT, epochs=1)
+    run(photos, tmp_path / "plain", epochs=1)
+    for weight in (0.5, 0.01):
+        distill = {"distill_from": tmp_path / "slow", "distill_weight": weight}
+        run(photos, tmp_path / f"both{weight}", epochs=1, opt="sgd", **distill)
+    run(photos, tmp_path / "alone", epochs=1, opt="sgd")
+    near, far = (
+        distance(weights(tmp_path / "alone"), weights(tmp_path / f"both{weight}"))
+        for weight in (0.01, 0.5)
+    )
+    assert 0 < near < far
+    run(photos, tmp_path / "on", epochs=1, init_from=tmp_path / "plain", lr=1e-12, sched="none")
+    assert distance(weights(tmp_path / "plain"), weights(tmp_path / "on")) < 1e-6
+
+
+def test_another_grid_is_bridged(photos: Path, tmp_path: Path) -> None:
+    args = {"width": 16, "depth": 1, "patch_size": 4}
+    summary = run(photos, tmp_path / "run", ranker_args=args, epochs=8, holdout=0.2)
+    assert summary.metrics["loss"] < summary.metrics["chance"] - 0.5
+
+
+def test_pictures_and_curves(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "run", plot=True)
+    for name, least in (("pictures.png", 600), ("curves.png", 1000)):
+        with Image.open(tmp_path / "run" / name) as picture:
+            assert picture.width > least
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_tensorboard_gets_events(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(photos, tmp_path / "run", epochs=1, tensorboard=True)
+    assert [name for name in os.listdir(tmp_path / "run") if "tfevents" in name]
+
+
+def test_global_random_numbers_are_left_alone(photos: Path, tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    run(photos, tmp_path / "run", epochs=1, teacher=teacher)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+
+
+def test_the_ranker_changes_what_is_kept(photos: Path, tmp_path: Path) -> None:
+    import timm
+
+    run(photos, tmp_path / "run", epochs=4)
+    keeps = []
+    for source in (None, tmp_path / "run"):
+        vit = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0
+        )
+        ranker = ltrp_timm.create_ranker("conv", patch_size=8) if source is None else "conv"
+        with pytest.warns(UserWarning, match="no trained weights") if source is None else _quiet():
+            model = ltrp_timm.drop_patches(
+                vit, ranker=ranker, ranker_weights=source, keep_ratio=0.5
+            )
+            torch.manual_seed(0)
+            keeps.append(model.keep_indices(torch.randn(4, 3, 32, 32)))
+    assert not torch.equal(*keeps)
+
+
+def _quiet() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def damaged(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "a.png").write_text("no image")
+    (folder / "b.jpg").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"data": "missing"}, FileNotFoundError, "missing does not exist"),
+        ({"data": "empty"}, ValueError, "empty cannot be read as a dataset: Found 0 images"),
+        ({"data": "damaged"}, ValueError, r"none of \d images can be read; a.png: is not an image"),
+        ({"data": "small"}, ValueError, "4x4 pixels, smaller than a patch of 8"),
+        ({"batch_size": 30}, ValueError, "needs more than the 19 training images"),
+        ({"accumulate": 20}, ValueError, "19 training images are too few for 1 processes"),
+        ({"mask_ratio": 0.9}, ValueError, "mask_ratio = 0.9 leaves 1 of 16 patches visible"),
+        ({"mask_ratio": 1.5}, ValueError, r"mask_ratio must be in \(0, 1\), got 1.5"),
+        ({"list_size": 1}, ValueError, "list_size must be at least 2, got 1"),
+        ({"teacher": None}, ValueError, "a ranker needs a teacher, or distill_from"),
+        ({"teacher": "no/such.pth"}, FileNotFoundError, "no/such.pth does not exist"),
+        ({"img_size": 64}, ValueError, r"img_size is 64, the teacher takes \(32, 32\)"),
+        ({"ranker": "contrast", "ranker_args": {}}, ValueError, "contrast ranker has no weights"),
+        ({"ranker": "nonsense"}, ValueError, "ranker must be one of"),
+        ({"ranker_args": {"nonsense": 1}}, TypeError, "nonsense"),
+        ({"visible_only": True}, ValueError, "visible_only is for rankers that can leave"),
+        ({"loss": "nonsense"}, ValueError, "loss must be one of list_mle"),
+        ({"removal": "nonsense"}, ValueError, "removal must be one of"),
+        ({"metric": "nonsense"}, ValueError, "metric must be one of"),
+        ({"init_from": "missing"}, FileNotFoundError, "missing is no folder or file of a ranker"),
+        ({"distill_from": "conv"}, ValueError, "conv ranker must be trained"),
+        ({"distill_from": "contrast", "distill_weight": 1.0}, ValueError, "distill_weight must"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"lr": -1.0}, ValueError, "lr must be above 0, got -1.0"),
+        ({"lr": math.nan}, ValueError, "lr must be above 0, got nan"),
+        ({"holdout": 1.0}, ValueError, r"holdout must be in \[0, 1\), got 1.0"),
+        ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of fp32, bf16, fp16"),
+        ({"resume": "always"}, ValueError, "resume must be one of never, auto"),
+        ({"opt": "nonsense"}, ValueError, "nonsense"),
+        ({"sched": "nonsense"}, ValueError, "nonsense"),
+        ({"device": "nonsense"}, ValueError, "device 'nonsense' cannot be used"),
+        ({"nonsense": 1}, TypeError, "no such argument: nonsense; settings are epochs"),
+        ({"val_data": "missing"}, FileNotFoundError, "missing does not exist"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    error: type[Exception],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("small").mkdir()
+    damaged(Path("damaged"))
+    Image.new("RGB", (4, 4)).save("small/a.png")
+    options = {"data": photos, **change}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error, match=text) as caught:
+        run(options.pop("data"), Path("run"), **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_ranker_of_another_name_is_no_beginning(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "conv", epochs=1)
+    with pytest.raises(ValueError, match="holds a 'conv' ranker, not 'vit_tiny'"):
+        run(photos, tmp_path / "run", ranker="vit_tiny", init_from=tmp_path / "conv")
+    args = {**VIT, "patch_size": 16}
+    with pytest.raises(ValueError, match="visible_only needs one grid"):
+        run(photos, tmp_path / "run", ranker="vit_tiny", ranker_args=args, visible_only=True)
+
+
+def test_nothing_is_overwritten(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "run", epochs=1)
+    before = weights(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="resume='auto' goes on with it"):
+        run(photos, tmp_path / "run", epochs=1, seed=1)
+    assert same_bits(before, weights(tmp_path / "run"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is no folder"):
+        run(photos, tmp_path / "file", epochs=1)
+    other = tmp_path / "other"
+    ltrp_timm.create_ranker("conv").save(other)
+    with pytest.raises(FileExistsError, match=r"already holds config.json and model.safetensors"):
+        train_ranker(photos, other, teacher=tiny_teacher(), **{**TINY, **QUIET, "resume": "auto"})
