@@ -161,6 +161,20 @@ SECTIONS = [
         lambda row: row["method"],
         lambda row: f"{float(row['peak_mib']):.0f} MiB ({float(row['peak_ratio']):.2f})",
     ),
+    Section(
+        "adaptive",
+        "adaptive_budget",
+        "Share of object pixels in kept patches where a threshold or a share of the score mass "
+        "chooses K for each image, and where all keep as many, in brackets the time ÷ that of the "
+        "fixed budget",
+        lambda row: {
+            "ranker": f"`{row['ranker']}`",
+            "batch": row["batch"],
+            "mean keep": row["keep_ratio"],
+        },
+        lambda row: row["method"],
+        lambda row: f"{float(row['kept_ink']):.3f} ({float(row['time_ratio']):.2f})",
+    ),
 ]
 
 

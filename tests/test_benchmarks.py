@@ -442,12 +442,12 @@ def test_the_report_has_a_section_for_every_csv(results: Path) -> None:
     module = load("report")
     assert {section.file for section in module.SECTIONS} == set(SCRIPTS)
     start, end = module.ends(module.SECTIONS[0].marker)
-    plain = f"# Title\n\n{start}\nold\n{end}\n\n## Next\n"
+    plain = f"# Title\n\n{start}\noutdated\n{end}\n\n## Next\n"
     text = module.with_sections(plain, results)
     assert module.with_sections(text, results) == text  # written once
     assert text.startswith("# Title\n")
     assert text.endswith("\n\n## Next\n")
-    assert "old" not in text
+    assert "outdated" not in text
     for section in module.SECTIONS:
         assert [text.count(marker) for marker in module.ends(section.marker)] == [1, 1]
         assert f"`python benchmarks/{section.file}.py`" in text
