@@ -6,7 +6,7 @@ import importlib
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ def make_images(model: Any, batch: int, args: argparse.Namespace) -> Tensor:
         batch, model.patch_embed.proj.in_channels, height, width, generator=generator
     )
     return images.to(device=args.device, dtype=getattr(torch, args.dtype))
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[Any, Tensor, Row]]:
+    """The plain model, images for it and the columns of each model, batch size and keep ratio."""
+    for name in args.models:
+        full = create_full(name, args)
+        for batch in args.batch_sizes:
+            images = make_images(full, batch, args)
+            for keep_ratio in args.keep_ratios:
+                yield full, images, {"model": name, "batch": batch, "keep_ratio": keep_ratio}
 
 
 def inference(fn: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:

@@ -37,11 +37,10 @@ from common import (
     VIT_B,
     Calls,
     Row,
+    cases,
     compare,
-    create_full,
     inference,
     load_pyplot,
-    make_images,
     make_parser,
     pruned,
     set_up,
@@ -164,16 +163,11 @@ def run_case(
 def run(args: argparse.Namespace, where: Row) -> list[Row]:
     """Measure every model, batch size and keep ratio."""
     rows: list[Row] = []
-    for name in args.models:
-        full = create_full(name, args)
-        for batch in args.batch_sizes:
-            images = make_images(full, batch, args)
-            for keep_ratio in args.keep_ratios:
-                torch.compiler.reset()
-                case = {"model": name, "batch": batch, "keep_ratio": keep_ratio}
-                new = run_case(full, images, case, args, where)
-                rows += new
-                print(_progress(new), flush=True)
+    for full, images, case in cases(args):
+        torch.compiler.reset()
+        new = run_case(full, images, case, args, where)
+        rows += new
+        print(_progress(new), flush=True)
     return rows
 
 

@@ -26,11 +26,10 @@ from common import (
     VIT_S,
     Calls,
     Row,
-    create_full,
+    cases,
     ideal,
     inference,
     load_pyplot,
-    make_images,
     make_parser,
     pruned,
     set_up,
@@ -72,20 +71,16 @@ def peaks(calls: Calls, args: argparse.Namespace) -> dict[str, list[int]]:
 def run(args: argparse.Namespace, where: Row) -> list[Row]:
     """Measure every model, batch size and keep ratio."""
     rows: list[Row] = []
-    for name in args.models:
-        full = create_full(name, args)
-        for batch in args.batch_sizes:
-            images = make_images(full, batch, args)
-            for keep_ratio in args.keep_ratios:
-                kept = ltrp_timm.num_keep(full.patch_embed.num_patches, keep_ratio)
-                models = {"full": full, "ideal": ideal(full, kept)}
-                models |= {ranker: pruned(full, ranker, keep_ratio) for ranker in args.rankers}
-                calls: Calls = {key: inference(model, images) for key, model in models.items()}
-                case = {"model": name, "batch": batch, "keep_ratio": keep_ratio}
-                new = to_rows(peaks(calls, args), case, where)
-                rows += new
-                shown = ["{method} {peak_mib:.1f} MiB".format(**row) for row in new]
-                print(f"{name} batch {batch} keep {keep_ratio:g}: {'; '.join(shown)}", flush=True)
+    for full, images, case in cases(args):
+        keep_ratio = case["keep_ratio"]
+        kept = ltrp_timm.num_keep(full.patch_embed.num_patches, keep_ratio)
+        models = {"full": full, "ideal": ideal(full, kept)}
+        models |= {ranker: pruned(full, ranker, keep_ratio) for ranker in args.rankers}
+        calls: Calls = {key: inference(model, images) for key, model in models.items()}
+        new = to_rows(peaks(calls, args), case, where)
+        rows += new
+        shown = "; ".join("{method} {peak_mib:.1f} MiB".format(**row) for row in new)
+        print("{model} batch {batch} keep {keep_ratio:g}: ".format(**case) + shown, flush=True)
     return rows
 
 

@@ -1,7 +1,7 @@
-"""Write the README's tables, figures from the committed CSVs, support from the code.
+"""Write the tables of README and BENCHMARKS, figures from the CSVs, support from the code.
 
 python benchmarks/report.py          writes them; a benchmark that is new gets its place
-python benchmarks/report.py --check  exits with 1 when README and CSVs or code disagree
+python benchmarks/report.py --check  exits with 1 when they disagree with CSVs or code
 """
 
 import sys
@@ -15,7 +15,7 @@ from ltrp_timm.slots import support_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, DETAILS = ROOT / "README.md", ROOT / "BENCHMARKS.md"
 
 Row = Mapping[str, str]
 Cell = Callable[[Row], str]
@@ -161,6 +161,20 @@ SECTIONS = [
         lambda row: row["method"],
         lambda row: f"{float(row['peak_mib']):.0f} MiB ({float(row['peak_ratio']):.2f})",
     ),
+    Section(
+        "adaptive",
+        "adaptive_budget",
+        "Share of object pixels in kept patches where a threshold or a share of the score mass "
+        "chooses K for each image, and where all keep as many, in brackets the time ÷ that of the "
+        "fixed budget",
+        lambda row: {
+            "ranker": f"`{row['ranker']}`",
+            "batch": row["batch"],
+            "mean keep": row["keep_ratio"],
+        },
+        lambda row: row["method"],
+        lambda row: f"{float(row['kept_ink']):.3f} ({float(row['time_ratio']):.2f})",
+    ),
 ]
 
 
@@ -169,15 +183,15 @@ def ends(marker: str) -> tuple[str, str]:
     return f"<!-- {marker}: written by benchmarks/report.py -->", f"<!-- /{marker} -->"
 
 
-def with_sections(text: str, results: Path) -> str:
-    """The README's text with the sections of all CSVs in ``results`` as they should be.
+def with_sections(text: str, results: Path, sections: Sequence[Section]) -> str:
+    """A text with these sections of all CSVs in ``results`` as they should be.
 
     Raises:
         SystemExit: a section without its CSV, half a section, figures of models that were cut
             short, or no section to put the first new one behind.
     """
     behind = ""
-    for section in SECTIONS:
+    for section in sections:
         start, end = ends(section.marker)
         count = (text.count(start), text.count(end))
         path = results / f"{section.file}.csv"
@@ -215,14 +229,32 @@ def with_support(text: str) -> str:
     return with_section(text, "support", f"{start}\n{markdown_table(support_rows())}\n{end}")
 
 
+def with_shortfalls(text: str, results: Path) -> str:
+    """The README's text with all goals that the committed measurements do not meet."""
+    start, end = ends("shortfalls")
+    rows = []
+    for path in sorted(results.glob("*.md")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            if cells[-1] == "not met":
+                link = f"[{path.stem}]({path.relative_to(ROOT)})"
+                row = {"goal": cells[0], "asked": cells[1], "measured": cells[2]}
+                rows.append({**row, "in": link})
+    table = markdown_table(rows) if rows else "Every goal is met."
+    return with_section(text, "shortfalls", f"{start}\n{table}\n{end}")
+
+
 def main() -> None:
     """Write or check."""
-    before = README.read_text(encoding="utf-8")
-    after = with_support(with_sections(before, RESULTS))
+    before = {path: path.read_text(encoding="utf-8") for path in (README, DETAILS)}
+    front = with_sections(before[README], RESULTS, SECTIONS[:1])
+    after = {README: with_shortfalls(with_support(front), RESULTS)}
+    after[DETAILS] = with_sections(before[DETAILS], RESULTS, SECTIONS[1:])
     if "--check" in sys.argv[1:]:
-        wrong = "README and CSVs or code disagree: run benchmarks/report.py"
+        wrong = "README or BENCHMARKS and CSVs or code disagree: run benchmarks/report.py"
         sys.exit(None if before == after else wrong)
-    README.write_text(after, encoding="utf-8")
+    for path, text in after.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

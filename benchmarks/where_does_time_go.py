@@ -36,12 +36,11 @@ from common import (
     VIT_TI,
     Calls,
     Row,
+    cases,
     compare,
-    create_full,
     host_syncs,
     inference,
     load_pyplot,
-    make_images,
     make_parser,
     operators,
     pruned,
@@ -146,15 +145,10 @@ def run_case(
 def run(args: argparse.Namespace, where: Row) -> list[Row]:
     """Measure every model, batch size and keep ratio."""
     rows: list[Row] = []
-    for name in args.models:
-        full = create_full(name, args)
-        for batch in args.batch_sizes:
-            images = make_images(full, batch, args)
-            for keep_ratio in args.keep_ratios:
-                case = {"model": name, "batch": batch, "keep_ratio": keep_ratio}
-                new = run_case(full, images, case, args, where)
-                rows += new
-                print(_progress(new), flush=True)
+    for full, images, case in cases(args):
+        new = run_case(full, images, case, args, where)
+        rows += new
+        print(_progress(new), flush=True)
     return rows
 
 

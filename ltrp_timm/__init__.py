@@ -22,6 +22,7 @@ from ltrp_timm.selection import (
     select_stratified,
     select_top,
 )
+from ltrp_timm.sharing import push_to_hub, save_pretrained
 from ltrp_timm.teacher import MAETeacher, create_teacher
 
 __version__ = "0.1.0"
@@ -38,6 +39,8 @@ __all__ = [
     "gather_patches",
     "list_rankers",
     "num_keep",
+    "push_to_hub",
+    "save_pretrained",
     "scatter_patches",
     "select_mixed",
     "select_random",

@@ -5,26 +5,29 @@ runs no code, or a repository of the Hugging Face Hub.
 """
 
 import argparse
+import hashlib
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
-import huggingface_hub
 import safetensors.torch
 import torch
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from ltrp_timm import hub
+from ltrp_timm.configs import first_line, parse_json, read_json, shapes_of
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "model.safetensors"
 PICKLE_NAME = "pytorch_model.bin"
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 _METADATA_KEY = "ltrp_timm_config"
+_DIGEST_KEY = "ltrp_timm_sha256"
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -63,6 +66,7 @@ def save_weights(
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
     }
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(dict(config))}
+    metadata[_DIGEST_KEY] = _digest(tensors, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / WEIGHTS_NAME,
@@ -89,53 +93,63 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def locate(source: PathLike) -> Path:
-    """A local file or folder as it is; a Hub id as the folder that its files are downloaded to.
+def locate(
+    source: PathLike,
+    bare: bool = False,
+    optional: Sequence[str] = (),
+    cache_dir: Optional[PathLike] = None,
+    token: Optional[str] = None,
+) -> Path:
+    """A local file or folder as it is; a repository as the folder that its files come to.
 
     Args:
-        source: a path, or ``owner/name`` (also ``hf-hub:owner/name`` and ``owner/name@revision``).
+        source: a path, or ``hf-hub:owner/name[@revision]``.
+        bare: a repository may also be named without ``hf-hub:``, if no such path exists.
+        optional: further files that the repository may have.
+        cache_dir: as in huggingface_hub.
+        token: as in huggingface_hub.
 
     Raises:
         FileNotFoundError: nothing is there, and the Hub has or gives nothing by that name.
+        PermissionError: the Hub wants another token.
+        ConnectionError: the Hub does not answer as it should.
+        ValueError: what follows ``hf-hub:`` names no repository.
     """
-    path, name = Path(source), str(source).removeprefix("hf-hub:")
-    if path.exists():
+    text, path = os.fspath(source), Path(source)
+    named = text.startswith(hub.PREFIX)
+    if not named and (
+        path.exists() or not bare or path.suffix in WEIGHT_SUFFIXES or text[0] in "./"
+    ):
+        if not path.exists():
+            raise FileNotFoundError(f"{source} does not exist.")
         return path
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if found is None or path.suffix in (".safetensors", *PICKLE_SUFFIXES) or name[0] in "./":
-        raise FileNotFoundError(f"{source} does not exist.")
-    files = [CONFIG_NAME, PREPROCESSOR_NAME, WEIGHTS_NAME]
+    found = hub.split_repository(text.removeprefix(hub.PREFIX))
+    if found is None:
+        if not named:
+            raise FileNotFoundError(f"{source} does not exist.")
+        raise ValueError(f"a repository is hf-hub:owner/name[@revision], got {text!r}.")
+    wanted = [(CONFIG_NAME,), (WEIGHTS_NAME, PICKLE_NAME)]
+    cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
-        folder = _download(found, files)
-        if not (folder / WEIGHTS_NAME).is_file():  # older repositories hold a pickle alone
-            folder = _download(found, [*files, PICKLE_NAME])
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{source} is no local path, and the Hugging Face Hub does not give it: "
-            f"{_first_line(error)}"
-        ) from error
-    return folder
+        return hub.download(found[0], wanted, optional, found[1], cache, token)
+    except OSError as error:
+        if named:
+            raise
+        raise type(error)(f"{source} is no local path, and as a repository: {error}") from error
 
 
-def _download(name: "re.Match[str]", files: List[str]) -> Path:
-    repository, revision = name.groups()
-    return Path(
-        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files)
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
-
-
-def read_weights(source: PathLike) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]]]:
-    """Read a folder with weights and their configuration, or one file of weights.
+def read_weights(
+    source: PathLike, cache_dir: Optional[PathLike] = None, token: Optional[str] = None
+) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]]]:
+    """Read a folder or repository with weights and their configuration, or one file of weights.
 
     Args:
-        source: folder with ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``), a
-            ``.safetensors`` file, or a ``.pth``, ``.pt`` or ``.bin`` file: a pickle of tensors, in
-            which the weights may lie under "model" or "state_dict".
+        source: folder, or ``hf-hub:owner/name[@revision]``, with ``config.json`` and
+            ``model.safetensors`` (or ``pytorch_model.bin``); a ``.safetensors`` file; or a
+            ``.pth``, ``.pt``, ``.bin`` or ``.tar`` file: a pickle of tensors, in which the weights
+            may lie under "model" or "state_dict".
+        cache_dir: as in huggingface_hub.
+        token: as in huggingface_hub.
 
     Returns:
         State dict, and the configuration (None when the file carries none).
@@ -143,8 +157,9 @@ def read_weights(source: PathLike) -> Tuple[Dict[str, Tensor], Optional[Dict[str
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
+        OSError: the Hub does not give it (see ``locate``).
     """
-    path = Path(source)
+    path = locate(source, cache_dir=cache_dir, token=token)
     if path.is_dir():
         weights, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
         if not weights.is_file() and (path / PICKLE_NAME).is_file():
@@ -154,20 +169,9 @@ def read_weights(source: PathLike) -> Tuple[Dict[str, Tensor], Optional[Dict[str
             raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
         config = read_json(config_file)
         return (_read_file(weights)[0], config)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
     state_dict, metadata = _read_file(path)
     text = metadata.get(_METADATA_KEY)
-    return state_dict, None if text is None else _parse_config(text, path)
-
-
-def read_json(path: Path) -> Dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: it is none.
-    """
-    return _parse_config(path.read_text(encoding="utf-8", errors="replace"), path)
+    return state_dict, None if text is None else parse_json(text, path)
 
 
 def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
@@ -175,7 +179,7 @@ def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
         return _read_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:
         return _read_pickle(path), {}
-    kinds = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+    kinds = ", ".join(WEIGHT_SUFFIXES)
     raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
 
 
@@ -187,7 +191,7 @@ def _read_pickle(path: Path) -> Dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make the unpickler raise anything
         raise ValueError(
-            f"{path} is no readable pickle of weights alone: {_first_line(error)}"
+            f"{path} is no readable pickle of weights alone: {first_line(error)}"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -203,22 +207,23 @@ def _read_pickle(path: Path) -> Dict[str, Tensor]:
 def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a damaged header may also name types and sizes that torch refuses
         raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
+    if _DIGEST_KEY in metadata and metadata[_DIGEST_KEY] != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its content is not what was saved.")
+    return tensors, metadata
 
 
-def _parse_config(text: str, source: Path) -> Dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"the configuration in {source} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"the configuration in {source} must be a JSON object, got {type(config).__name__}."
-        )
-    return config
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, shapes, types, bytes: the format itself notices no flipped bit."""
+    out = hashlib.sha256(metadata.get(_METADATA_KEY, "").encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        out.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        out.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return out.hexdigest()
 
 
 def check_keys(
@@ -256,3 +261,34 @@ def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: s
     """Load every tensor of ``module``, or raise RuntimeError with the table of differences."""
     check_keys(module.state_dict(), state_dict, source)
     module.load_state_dict(dict(state_dict))
+
+
+def build_and_load(
+    make: Callable[..., Any],
+    args: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    source: str,
+    fit: Callable[[Mapping[str, Tensor], Any], Mapping[str, Tensor]],
+) -> Any:
+    """Build a model of saved arguments, and load all its weights.
+
+    Its shapes are compared with those of the file before any memory is taken for it.
+
+    Args:
+        make: the model's constructor.
+        args: its arguments.
+        state_dict: the file's tensors.
+        source: named in the errors.
+        fit: (tensors, model) -> the tensors in the shapes of the model, as far as that can be.
+
+    Raises:
+        ValueError: the arguments describe no model.
+        TypeError: an argument is of another type, or unknown.
+        RuntimeError: a table of what is missing, unexpected or of another shape.
+    """
+    sizes = {name: value for name, value in args.items() if name != "device"}
+    outline = shapes_of(lambda: make(**sizes), source, sum(t.nbytes for t in state_dict.values()))
+    check_keys(outline.state_dict(), fit(state_dict, outline), source)
+    module = make(**args)
+    module.load_state_dict(dict(fit(state_dict, module)))
+    return module

@@ -1,4 +1,4 @@
-"""The command line: ``ltrp-timm demo``, ``rank``, ``train-ranker``, ``train-teacher``, ``export``.
+"""The command line: what ``ltrp-timm`` understands.
 
 It turns flags into plain arguments. An error is one line on stderr and exit code 2.
 """
@@ -54,6 +54,7 @@ def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.export_command import add_export
     from ltrp_timm.rank.arguments import add_rank
+    from ltrp_timm.share_command import add_push, add_save
     from ltrp_timm.train_command import add_train_commands
 
     parser = _Parser(
@@ -67,6 +68,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add_rank(commands)
     add_train_commands(commands)
     add_export(commands)
+    add_save(commands)
+    add_push(commands)
     return parser
 
 

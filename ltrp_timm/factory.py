@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import logging
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import timm
@@ -12,8 +13,10 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from ltrp_timm.checkpoints import check_keys
+from ltrp_timm.checkpoints import WEIGHT_SUFFIXES, check_keys, locate
+from ltrp_timm.configs import NEVER_SAVED, check_saved_args, shapes_of
 from ltrp_timm.front_end import drop_patches
+from ltrp_timm.hub import PREFIX, hub_errors
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import adapt_channels
 from ltrp_timm.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
@@ -33,6 +36,10 @@ _FRONT_END = (
 _FEATURES = ("features_only", "out_indices", "feature_cls")
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
 _PREFIX = "backbone."
+_DESCRIPTIVE = (  # fields of a cfg that nothing is built of
+    *("license", "description", "origin_url", "paper_name", "paper_ids", "notes"),
+    *("label_names", "label_descriptions"),
+)
 
 
 def create_ltrp(
@@ -67,6 +74,7 @@ def create_ltrp(
         ValueError: a tag for the generic model (tags belong to the backbone's name), or a value out
             of its range.
         RuntimeError: weights do not fit.
+        OSError: weights are not there, or the Hub does not give them.
     """
     generic = variant == GENERIC
     if generic and isinstance(pretrained_cfg, str) and pretrained_cfg:
@@ -76,15 +84,60 @@ def create_ltrp(
     overlay = dict(pretrained_cfg_overlay or {})
     front, features, rest = _split_kwargs(kwargs)
     whole = not generic or bool(pretrained_cfg) or any(overlay.get(key) for key in _SOURCES)
-    if whole:
-        base = pretrained_cfg or (wrap_pretrained_cfg(_cfg_of(backbone)) if generic else None)
-        cfg = resolve_pretrained_cfg(variant, _plain(base), overlay).to_dict()
-        net = _bare_backbone(backbone, cfg, rest)
-    else:
+    front["cache_dir"] = cache_dir
+    if not whole:
         source = {"pretrained": pretrained, "cache_dir": cache_dir}
-        net = timm.create_model(backbone, pretrained_cfg_overlay=overlay or None, **source, **rest)
+        with hub_errors(str(_cfg_of(backbone).get("hf_hub_id") or backbone)):
+            net = timm.create_model(
+                backbone, pretrained_cfg_overlay=overlay or None, **source, **rest
+            )
         cfg = wrap_pretrained_cfg(getattr(net, "pretrained_cfg", None))
-    return _assemble(net, variant, pretrained and whole, cfg, front, features, rest, cache_dir)
+        return _assemble(net, variant, False, cfg, front, features, rest, cache_dir)
+    base = _plain(pretrained_cfg or (wrap_pretrained_cfg(_cfg_of(backbone)) if generic else None))
+    saved = _check_saved(base, kwargs.get("pretrained_model_args"))
+    cfg = resolve_pretrained_cfg(variant, base, overlay).to_dict()
+    if saved and "device" not in rest:
+        own = {name: value for name, value in front.items() if name != "ranker_weights"}
+        weights = _weights_size(cfg, cache_dir) if pretrained else None
+        shapes_of(lambda: drop_patches(_bare_backbone(backbone, cfg, rest), **own), saved, weights)
+    net = _bare_backbone(backbone, cfg, rest)
+    with hub_errors(str(cfg.get("hf_hub_id") or variant)):
+        return _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
+
+
+def _weights_size(cfg: Mapping[str, Any], cache_dir: Optional[str]) -> Optional[int]:
+    """Bytes of the weights in a folder or repository; None when that has none."""
+    if cfg.get("source") == "local-dir":
+        folder = Path(str(cfg.get("file")))
+    else:
+        folder = locate(f"{PREFIX}{cfg.get('hf_hub_id')}", cache_dir=cache_dir)
+    files = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    return max((path.stat().st_size for path in files), default=None)
+
+
+def _check_saved(cfg: Any, args: Any) -> str:
+    """Check a configuration out of a folder or repository; returns where it is from, or "".
+
+    Raises:
+        ValueError: it says what only the caller may say, or what no model is made of.
+    """
+    if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
+        return ""
+    source = str(cfg.get("file") or cfg.get("hf_hub_id"))
+    check_saved_args(args or {}, source, refused=NEVER_SAVED)
+    for name in ("custom_load", "hf_hub_filename", "state_dict"):
+        if cfg.get(name):
+            raise ValueError(f"the configuration in {source} must not set {name!r}.")
+    stated = {name: value for name, value in cfg.items() if name not in (*_SOURCES, *_DESCRIPTIVE)}
+    check_saved_args(stated, source)
+    size = cfg.get("input_size")
+    if size is not None and (
+        not isinstance(size, (list, tuple))
+        or len(size) != 3
+        or not all(isinstance(side, int) and side > 0 for side in size)
+    ):
+        raise ValueError(f"input_size in {source} must be three sizes, got {size!r}.")
+    return source
 
 
 def _bare_backbone(name: str, cfg: Mapping[str, Any], kwargs: Dict[str, Any]) -> nn.Module:

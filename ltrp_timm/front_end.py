@@ -21,6 +21,7 @@ def drop_patches(
     ranker_weights: Union[bool, PathLike, None] = None,
     ranker_args: Optional[Dict[str, Any]] = None,
     selection_args: Optional[Mapping[str, Any]] = None,
+    cache_dir: Optional[PathLike] = None,
 ) -> LTRPModel:
     """Put an LTRP front-end on a timm ViT: rank its patches, drop the weak ones, encode the rest.
 
@@ -34,10 +35,12 @@ def drop_patches(
         selection: "top", "random", "mixed" or "stratified" (see ``LTRPModel``).
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
-        ranker_weights: folder or ``.safetensors`` file with weights of the ranker; True pulls those
-            that are published (the attention ranker's backbone).
+        ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
+            ``hf-hub:owner/name[@revision]``; True pulls those that are published (the attention
+            ranker's backbone).
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
+        cache_dir: where downloaded weights of the ranker lie; as in huggingface_hub.
 
     Returns:
         An LTRPModel around the same backbone object.
@@ -46,6 +49,7 @@ def drop_patches(
         TypeError: patches cannot be dropped from this model; the message says why and nothing was
             changed.
         ValueError: an argument is out of its range.
+        OSError: the weights of the ranker are not there, or the Hub does not give them.
 
     >>> import timm
     >>> model = drop_patches(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.25)
@@ -54,7 +58,7 @@ def drop_patches(
     if ranker_args is not None and not isinstance(ranker_args, Mapping):
         raise TypeError(f"ranker_args must be a mapping, got {type(ranker_args).__name__}.")
     if isinstance(ranker, str):
-        ranker = make_ranker(ranker, model, ranker_weights, ranker_args)
+        ranker = make_ranker(ranker, model, ranker_weights, ranker_args, cache_dir)
     elif ranker_weights is not None or ranker_args is not None:
         raise ValueError(
             "ranker_weights and ranker_args go with a ranker's name; this ranker is a module."
@@ -67,6 +71,7 @@ def make_ranker(
     backbone: Any,
     weights: Union[bool, PathLike, None] = None,
     args: Optional[Dict[str, Any]] = None,
+    cache_dir: Optional[PathLike] = None,
 ) -> nn.Module:
     """Create a ranker by name to go with a backbone: its channels, patch size, device and dtype."""
     kind = ranker_class(name)
@@ -76,5 +81,5 @@ def make_ranker(
     channels = {"in_chans": getattr(backbone, "in_chans", 3)} if kind.learned else {}
     parameter = next(backbone.parameters())
     args = {**defaults, **(args or {}), **channels}
-    ranker: nn.Module = create_ranker(name, weights or False, **args)
+    ranker: nn.Module = create_ranker(name, weights or False, cache_dir=cache_dir, **args)
     return ranker.to(device=parameter.device, dtype=parameter.dtype)

@@ -250,7 +250,8 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
             self._warned = True
             warnings.warn(
                 f"the {getattr(self.ranker, 'name', '')} ranker has no trained weights: its choice "
-                "means nothing. Pass ranker_weights=<folder or file>, or use ranker='contrast'.",
+                "means nothing. Pass ranker_weights=<folder, file or hf-hub:owner/name>, or use "
+                "ranker='contrast'.",
                 stacklevel=2,
             )
 

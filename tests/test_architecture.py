@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 
 # a room may import from rooms on the lines above it, and from its own
 ROOMS = [
+    ["configs"],
+    ["hub"],
     ["selection", "checkpoints", "throughput", "photos", "change"],
     ["slots", "metrics"],
     ["rankers", "losses"],
@@ -19,10 +21,10 @@ ROOMS = [
     ["front_end"],
     ["factory"],
     ["ltrp_vit"],
-    ["visualize", "console"],
+    ["visualize", "console", "cards"],
     ["arguments", "named_model", "parity", "formats"],
-    ["export", "train"],
-    ["demo", "rank", "export_command", "train_command"],
+    ["export", "train", "sharing"],
+    ["demo", "rank", "export_command", "train_command", "share_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -448,12 +448,12 @@ def test_the_report_has_a_section_for_every_csv(results: Path) -> None:
     module = load("report")
     assert {section.file for section in module.SECTIONS} == set(SCRIPTS)
     start, end = module.ends(module.SECTIONS[0].marker)
-    plain = f"# Title\n\n{start}\nold\n{end}\n\n## Next\n"
-    text = module.with_sections(plain, results)
-    assert module.with_sections(text, results) == text  # written once
+    plain = f"# Title\n\n{start}\noutdated\n{end}\n\n## Next\n"
+    text = module.with_sections(plain, results, module.SECTIONS)
+    assert module.with_sections(text, results, module.SECTIONS) == text  # written once
     assert text.startswith("# Title\n")
     assert text.endswith("\n\n## Next\n")
-    assert "old" not in text
+    assert "outdated" not in text
     for section in module.SECTIONS:
         assert [text.count(marker) for marker in module.ends(section.marker)] == [1, 1]
         assert f"`python benchmarks/{section.file}.py`" in text
@@ -465,7 +465,7 @@ def test_the_report_has_a_section_for_every_csv(results: Path) -> None:
     # a figure that changes is seen
     speed[0]["seconds_median"] = "9.0"
     tables.write_csv(speed, results / "speed_vs_keep_ratio.csv")
-    assert "| 9000 ms |" in module.with_sections(text, results)
+    assert "| 9000 ms |" in module.with_sections(text, results, module.SECTIONS)
     assert "| 9000 ms |" not in text
 
 
@@ -473,17 +473,17 @@ def test_the_report_refuses_what_it_cannot_answer_for(results: Path) -> None:
     module = load("report")
     start, end = module.ends(module.SECTIONS[0].marker)
     plain = f"{start}\n{end}\n"
-    text = module.with_sections(plain, results)
+    text = module.with_sections(plain, results, module.SECTIONS)
     for broken in ("no section", start, f"{end}\n{start}", f"{plain}{plain}"):
         with pytest.raises(SystemExit, match="README must hold the markers"):
-            module.with_sections(broken, results)
+            module.with_sections(broken, results, module.SECTIONS)
     rows = tables.read_csv(results / "peers.csv")
     tables.write_csv([{**row, "depth": "1"} for row in rows], results / "peers.csv")
     with pytest.raises(SystemExit, match=r"peers\.csv is of models cut to 1 blocks"):
-        module.with_sections(text, results)
+        module.with_sections(text, results, module.SECTIONS)
     (results / "peers.csv").unlink()
     with pytest.raises(SystemExit, match="README has a peers section, but there is no"):
-        module.with_sections(text, results)
+        module.with_sections(text, results, module.SECTIONS)
 
 
 def test_readme_agrees_with_csv_and_code() -> None:

@@ -344,13 +344,15 @@ def test_saving_in_timms_layout_and_back(tmp_path: Path, ranker: str, made_by: s
     model.eval()
     if ranker != "contrast":
         model.ranker.trained = True
-    model.keep_ratio = 0.3
+    model.keep_ratio, model.selection, model.selection_args = 0.3, "mixed", {"ratio": 0.5}
     save_for_hf(model, tmp_path, safe_serialization=True)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["architecture"] == ("ltrp_vit_tiny" if made_by == "registered" else "ltrp")
     twin = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert twin.keep_ratio == 0.3
     assert twin.fill == "nearest"
+    assert (twin.selection, twin.selection_args) == ("mixed", model.selection_args)
+    assert twin.selection_args["ratio"] == 0.5
     assert torch.equal(twin(images()), model(images()))
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, keep_ratio=0.9).eval()
     model.keep_ratio = 0.9
@@ -360,6 +362,8 @@ def test_saving_in_timms_layout_and_back(tmp_path: Path, ranker: str, made_by: s
     for pretrained in (False, True):
         swapped = timm.create_model(f"local-dir:{tmp_path}", ranker="random", pretrained=pretrained)
         assert type(swapped.ranker).__name__ == "RandomRanker"
+    plain = timm.create_model(f"local-dir:{tmp_path}", selection="stratified")
+    assert plain.selection_args == {"cell": 2}  # the saved options were those of another rule
 
 
 @records_arguments

@@ -253,7 +253,7 @@ def test_hub_ids(
     for name in ("somebody/small-mae", "hf-hub:somebody/small-mae", "somebody/small-mae@main"):
         loaded = create_teacher(name).state_dict()
         assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
-    with pytest.raises(FileNotFoundError, match=r"^facebook/vit-mae-base is no local path, and"):
+    with pytest.raises(FileNotFoundError, match=r"^facebook/vit-mae-base is no local path"):
         create_teacher()
     for name in ("weights.pth", "a/weights.safetensors", "./a/b", "/a/b", "a/b/c", "name"):
         with pytest.raises(FileNotFoundError, match=re.escape(f"{name} does not exist")):

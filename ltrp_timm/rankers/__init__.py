@@ -1,11 +1,14 @@
 """Rankers: images (B, C, H, W) -> score map (B, h, w), higher = keep first."""
 
+import inspect
 from functools import partial
-from typing import Any, Callable, Dict, List, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Union
 
 from torch import nn
 
-from ltrp_timm.checkpoints import PathLike, load_strictly, read_weights
+from ltrp_timm.checkpoints import PathLike, build_and_load, read_weights
+from ltrp_timm.configs import NEVER_SAVED, check_saved_args
+from ltrp_timm.hub import hub_errors
 from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
@@ -67,13 +70,22 @@ def ranker_class(name: str) -> Any:
     return factory.func if isinstance(factory, partial) else factory
 
 
-def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs: Any) -> Any:
+def create_ranker(
+    name: str,
+    pretrained: Union[bool, PathLike] = False,
+    cache_dir: Optional[PathLike] = None,
+    token: Optional[str] = None,
+    **kwargs: Any,
+) -> Any:
     """Make a ranker.
 
     Args:
         name: one of ``list_rankers()``.
-        pretrained: a folder written by ``ranker.save`` or a ``.safetensors`` file with weights of
-            this ranker; True for the attention ranker, whose backbone's weights timm publishes.
+        pretrained: a folder written by ``ranker.save``, a ``.safetensors`` file with weights of
+            this ranker, or ``hf-hub:owner/name[@revision]``; True for the attention ranker, whose
+            backbone's weights timm publishes.
+        cache_dir: where downloads lie; as in huggingface_hub.
+        token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
 
     Returns:
@@ -83,6 +95,7 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
         ValueError: unknown name, weights for a ranker without any, or a saved configuration of
             another ranker.
         FileNotFoundError: ``pretrained`` names nothing.
+        OSError: the Hub refuses or does not answer; the message says what to do.
         RuntimeError: the weights do not fit; every name that is missing or too much is listed.
 
     >>> create_ranker("contrast", patch_size=14).patch_size
@@ -97,13 +110,20 @@ def create_ranker(name: str, pretrained: Union[bool, PathLike] = False, **kwargs
         )
     if pretrained is True:
         if kind.has_published_weights:
-            return _named(name, {**kwargs, "pretrained": True})
+            with hub_errors(str(kwargs.get("backbone", name))):
+                return _named(name, {**kwargs, "pretrained": True})
         raise ValueError(
-            f"no published weights exist for the {name} ranker: pass pretrained=<folder or file>."
+            f"no published weights exist for the {name} ranker: pass pretrained=<folder, file "
+            "or hf-hub:owner/name>."
         )
-    state_dict, config = read_weights(pretrained)
-    ranker: Any = _named(name, {**_saved_args(name, config, pretrained), **kwargs})
-    load_strictly(ranker, adapt_channels(state_dict, ranker.state_dict()), str(pretrained))
+    state_dict, config = read_weights(pretrained, cache_dir=cache_dir, token=token)
+    ranker: Any = build_and_load(
+        lambda **args: _named(name, args),
+        {**_saved_args(name, config, pretrained), **kwargs},
+        state_dict,
+        str(pretrained),
+        lambda tensors, model: adapt_channels(tensors, model.state_dict()),
+    )
     ranker.trained = True
     return ranker
 
@@ -117,7 +137,17 @@ def _named(name: str, kwargs: Dict[str, Any]) -> nn.Module:
 def _saved_args(name: str, config: Any, source: PathLike) -> Dict[str, Any]:
     if config is None:
         return {}
-    saved, args = config.get("ranker"), config.get("args")
-    if saved != name or not isinstance(args, dict):
+    saved = config.get("ranker")
+    if saved is None and "architecture" in config:
+        raise ValueError(f"{source} holds a whole model, not a {name} ranker alone.")
+    if saved != name:
         raise ValueError(f"{source} holds a {saved!r} ranker, not {name!r}.")
-    return args
+    return check_saved_args(config.get("args"), source, _saved_names(name), NEVER_SAVED)
+
+
+def _saved_names(name: str) -> Optional[Set[str]]:
+    """The arguments that a saved configuration of a ranker may have; None where timm knows them."""
+    parameters = inspect.signature(ranker_class(name).__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return set(parameters) - {"self", "generator", *NEVER_SAVED}

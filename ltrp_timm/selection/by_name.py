@@ -42,7 +42,9 @@ def check_selection(selection: str) -> str:
 
 
 def check_selection_args(selection: str, args: Optional[Mapping[str, Any]]) -> Dict[str, float]:
-    """All options of a selection rule, those of ``args`` in place of the defaults, as floats.
+    """The options of all rules, those of ``args`` in place of this one's defaults.
+
+    As floats, and never an empty dict: TorchScript needs one type, and to see it.
 
     Raises:
         TypeError: ``args`` is no mapping.
@@ -50,11 +52,11 @@ def check_selection_args(selection: str, args: Optional[Mapping[str, Any]]) -> D
     """
     if args is not None and not isinstance(args, Mapping):
         raise TypeError(f"selection_args must be a mapping, got {type(args).__name__}.")
-    defaults = SELECTIONS[check_selection(selection)]
-    options = {name: float(value) for name, value in defaults.items()}  # one type for TorchScript
+    own = SELECTIONS[check_selection(selection)]
+    options = {name: float(rule[name]) for rule in SELECTIONS.values() for name in rule}
     for name, value in (args or {}).items():
-        if name not in options:
-            known = ", ".join(options) or "no options"
+        if name not in own:
+            known = ", ".join(own) or "no options"
             raise ValueError(f"selection_args of {selection!r} are {known}, got {name!r}.")
         low, high, whole = _RANGES[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -79,7 +81,7 @@ def select_patches(
         scores: (B, N), higher = keep first.
         k: number of patches to keep, 1 <= k <= N.
         selection: a name of ``SELECTIONS``.
-        args: all its options.
+        args: the options, as ``check_selection_args`` gives them.
         grid_size: (h, w), N = h * w.
         tokens: (B, N, C) what "mixed" clusters.
 
@@ -118,7 +120,7 @@ def choose_keep_indices(
         keep_indices: (B, K) the caller's; None lets scores choose.
         keep_ratio: share of patches to keep when scores choose.
         selection: a name of ``SELECTIONS``.
-        args: all its options.
+        args: the options, as ``check_selection_args`` gives them.
         grid_size: (h, w), N = h * w.
         images: (B, C, H, W); "mixed" clusters the pixels of their patches.
 
@@ -177,8 +179,8 @@ class SelectsPatches:
     @property
     def selection_args(self) -> Dict[str, float]:
         """All options of the selection, as a copy; another selection brings its defaults."""
-        args = self._selection_args
-        return {name: int(args[name]) if _RANGES[name][2] else args[name] for name in args}
+        own, args = SELECTIONS[self._selection], self._selection_args
+        return {name: int(args[name]) if _RANGES[name][2] else args[name] for name in own}
 
     @selection_args.setter
     def selection_args(self, value: Mapping[str, Any]) -> None:
@@ -256,6 +258,6 @@ class PatchSelector(SelectsPatches, nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments for ``print(module)``."""
-        args = f", selection_args={self.selection_args}" if self._selection_args else ""
+        args = f", selection_args={self.selection_args}" if self.selection_args else ""
         prefix = f"num_prefix_tokens={self.num_prefix_tokens}"
         return f"keep_ratio={self.keep_ratio}, {prefix}, selection={self.selection!r}{args}"

@@ -1,7 +1,8 @@
 """The teacher: a masked autoencoder (MAE) that shows what the rest of an image tells of a patch."""
 
+import inspect
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Mapping, Optional
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -9,11 +10,11 @@ from torch import Tensor
 from ltrp_timm.checkpoints import (
     PREPROCESSOR_NAME,
     PathLike,
-    load_strictly,
+    build_and_load,
     locate,
-    read_json,
     read_weights,
 )
+from ltrp_timm.configs import check_saved_args, read_json
 from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names
 from ltrp_timm.teacher.mae import MAETeacher
 from ltrp_timm.teacher.masking import (
@@ -35,9 +36,15 @@ __all__ = [
 ]
 
 DEFAULT_SOURCE = "facebook/vit-mae-base"
+_SAVED = set(inspect.signature(MAETeacher).parameters) - {"frozen", "device", "dtype"}
 
 
-def create_teacher(source: PathLike = DEFAULT_SOURCE, **kwargs: Any) -> MAETeacher:
+def create_teacher(
+    source: PathLike = DEFAULT_SOURCE,
+    cache_dir: Optional[PathLike] = None,
+    token: Optional[str] = None,
+    **kwargs: Any,
+) -> MAETeacher:
     """Load an MAE, encoder and decoder, frozen.
 
     Read are: files of the Hugging Face class ``ViTMAEForPreTraining`` (both key layouts), of the
@@ -47,8 +54,10 @@ def create_teacher(source: PathLike = DEFAULT_SOURCE, **kwargs: Any) -> MAETeach
     configuration's, so that the pixels are the same as there; 1e-6 without one.
 
     Args:
-        source: a Hub id (``facebook/vit-mae-base``, ``-large``, ``-huge``), a folder, a
-            ``.safetensors`` file or a ``.pth``.
+        source: a Hub id (``facebook/vit-mae-base``, ``-large``, ``-huge``; also with ``hf-hub:`` in
+            front or ``@revision`` behind), a folder, a ``.safetensors`` file or a ``.pth``.
+        cache_dir: where downloads lie; as in huggingface_hub.
+        token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of ``MAETeacher``; they override what the file says. Another
             ``img_size`` resamples the position tables.
 
@@ -57,15 +66,17 @@ def create_teacher(source: PathLike = DEFAULT_SOURCE, **kwargs: Any) -> MAETeach
 
     Raises:
         FileNotFoundError: nothing is at ``source``.
+        OSError: the Hub refuses or does not answer; the message says what to do.
         ValueError: what is there is no whole MAE, or does not tell its number of heads.
         RuntimeError: the weights do not fit; every name that is missing or too much is listed.
     """
-    path = locate(source)
+    path = locate(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
     state_dict, config = read_weights(path)
     state_dict = to_plain_names(state_dict, str(source))
-    args = {**config_args(config or {}, str(source)), **_normalisation(path), **kwargs}
-    teacher = MAETeacher(**infer_args(state_dict, args, str(source)))
-    load_strictly(teacher, _fit_positions(state_dict, teacher), str(source))
+    saved = {**config_args(config or {}, str(source)), **_normalisation(path)}
+    args = {**check_saved_args(saved, source, _SAVED), **kwargs}
+    args = infer_args(state_dict, args, str(source))
+    teacher: MAETeacher = build_and_load(MAETeacher, args, state_dict, str(source), _fit_positions)
     return teacher
 
 
@@ -81,7 +92,7 @@ def _normalisation(path: Path) -> Dict[str, Any]:
     return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
 
 
-def _fit_positions(state_dict: Dict[str, Tensor], teacher: MAETeacher) -> Dict[str, Tensor]:
+def _fit_positions(state_dict: Mapping[str, Tensor], teacher: MAETeacher) -> Dict[str, Tensor]:
     """Resample position tables of a square grid to the teacher's."""
     out = dict(state_dict)
     for name in ("pos_embed", "decoder_pos_embed"):

@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor
 
+from ltrp_timm.configs import check_saved_args
+
 # Hugging Face -> plain names; what transformers writes today has `decoder.decoder_encoder.layer`
 _RENAMES: Tuple[Tuple[str, str], ...] = (
     (r"^(?:vit\.)?embeddings\.cls_token$", "cls_token"),
@@ -90,8 +92,8 @@ def config_args(config: Mapping[str, Any], source: str) -> Dict[str, Any]:
     Raises:
         ValueError: it describes another model, or one with another activation than GELU.
     """
-    if isinstance(config.get("args"), dict) and config.get("teacher") == "mae":
-        return dict(config["args"])
+    if config.get("teacher") == "mae":
+        return check_saved_args(config.get("args"), source)
     if config.get("model_type") != "vit_mae":
         return {}
     activation = config.get("hidden_act", "gelu")

@@ -1,0 +1,135 @@
+"""Model cards: what a saved model is, where its parts come from, how to use it.
+
+Nothing is claimed that was not told or computed here: no figure, licence or data set is guessed.
+"""
+
+import json
+import re
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from ltrp_timm.selection import check_keep_ratio, num_keep
+
+UNNAMED = "owner/name"  # stands for the repository until there is one
+NOT_STATED = "not stated"
+_RATIOS = (1.0, 0.75, 0.5, 0.25)
+_FIELDS = ("license", "training_data", "ranker", "base_model", "measured", "description")
+
+
+def check_card(card: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+    """Check what a user tells for the card.
+
+    Args:
+        card: "license" (an identifier such as "apache-2.0"), "training_data", "ranker" (where its
+            weights come from), "base_model" (the repository it was trained from), "description":
+            texts; "measured": ``{keep_ratio: {what: value}}``.
+
+    Raises:
+        ValueError: another field, or a value that cannot stand there.
+        TypeError: no mapping.
+    """
+    if card is not None and not isinstance(card, Mapping):
+        raise TypeError(f"model_card must be a mapping, got {type(card).__name__}.")
+    out = dict(card or {})
+    for name, value in out.items():
+        if name not in _FIELDS:
+            raise ValueError(f"model_card knows {', '.join(_FIELDS)}; got {name!r}.")
+        if name != "measured" and not isinstance(value, str):
+            raise ValueError(f"model_card[{name!r}] must be a text, got {value!r}.")
+    if re.fullmatch(r"[\w.+-]*", out.get("license", "")) is None:
+        raise ValueError(f"model_card['license'] must be an identifier, got {out['license']!r}.")
+    measured = out.get("measured", {})
+    if not isinstance(measured, Mapping) or not all(
+        isinstance(row, Mapping) for row in measured.values()
+    ):
+        raise ValueError(
+            f"model_card['measured'] must be {{keep_ratio: {{what: value}}}}, got {measured!r}."
+        )
+    out["measured"] = {check_keep_ratio(ratio): dict(row) for ratio, row in measured.items()}
+    return out
+
+
+def write_card(
+    title: str,
+    card: Mapping[str, Any],
+    facts: Sequence[Tuple[str, str]],
+    usage: str,
+    num_patches: int,
+    grid: str,
+    keep_ratio: Optional[float] = None,
+) -> str:
+    """The text of a README.md for the Hub.
+
+    Args:
+        title: what the model is.
+        card: as ``check_card`` returns it.
+        facts: (what, how) of the model.
+        usage: lines of Python.
+        num_patches: N at ``grid``.
+        grid: the size of image and patch, in words.
+        keep_ratio: the one that the model was saved with.
+    """
+    told = [
+        ("Licence", card.get("license") or NOT_STATED),
+        ("Training data", card.get("training_data") or NOT_STATED),
+        ("Weights of the ranker", card.get("ranker") or NOT_STATED),
+    ]
+    lines = [
+        *_front_matter(card.get("license"), card.get("base_model")),
+        f"# {title}",
+        "",
+        *([card["description"], ""] if card.get("description") else []),
+        "Made with ltrp_timm: a ranker scores the patches of an image, the ViT encodes the best.",
+        "",
+        *[f"- **{name}:** {_one_line(text)}" for name, text in (*facts, *told)],
+        "",
+        "## Keep ratios",
+        "",
+        *_table(card["measured"], num_patches, keep_ratio),
+        "",
+        f"K patches of N = {num_patches} ({grid}) are encoded. "
+        + ("Values are those of the author." if card["measured"] else "Nothing was measured."),
+        "",
+        "## Use",
+        "",
+        "```python",
+        usage.rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(licence: Optional[str], base_model: Optional[str]) -> List[str]:
+    tags = ["image-classification", "timm", "ltrp", "token-pruning"]
+    fields = {"license": licence, "base_model": base_model, "library_name": "timm"}
+    return [
+        "---",
+        *[f"{name}: {json.dumps(value)}" for name, value in fields.items() if value],
+        f"tags: {json.dumps(tags)}",
+        "---",
+        "",
+    ]
+
+
+def _table(
+    measured: Mapping[float, Mapping[str, Any]], num_patches: int, own: Optional[float]
+) -> List[str]:
+    ratios = sorted({*_RATIOS, *measured, *([] if own is None else [own])}, reverse=True)
+    columns = list(dict.fromkeys(name for row in measured.values() for name in row))
+    lines = [
+        " | ".join(["| keep_ratio", "K", *map(_cell, columns)]) + " |",
+        "|" + " --- |" * (2 + len(columns)),
+    ]
+    for ratio in ratios:
+        mark = " (as saved)" if ratio == own else ""
+        values = [_cell(measured.get(ratio, {}).get(name, "")) for name in columns]
+        cells = [f"| {ratio:g}{mark}", str(num_keep(num_patches, ratio)), *values]
+        lines.append(" | ".join(cells) + " |")
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return _one_line(str(value)).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

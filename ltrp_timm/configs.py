@@ -1,0 +1,170 @@
+"""What a saved configuration may say. It comes from strangers: it is read as data, and bounded."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, Callable, Collection, Dict, Mapping, Optional
+
+import torch
+from torch import nn
+
+MAX_BYTES = 4 * 2**20  # class names of the largest data sets take one of them
+_MAX_INT = 2**31
+_MAX_DEPTH = 1024  # blocks are built one by one
+_MAX_ITEMS = 64
+_GROWTH = 4  # weights of one byte fill a model of float32
+_SPARE = 2**30  # for a new head, other channels, position tables of larger images
+# arguments that name files, reach the Hub or say where a model lies: the caller's alone
+NEVER_SAVED = (
+    "ranker_weights",
+    "checkpoint_path",
+    "cache_dir",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "device",
+    "dtype",
+)
+_WORD = re.compile(r"[\w +,.-]{0,128}")  # no separators of paths, drives or sources
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: it is none, or too large for one.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"the configuration in {path} has {size} bytes, more than {MAX_BYTES}.")
+    return parse_json(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def parse_json(text: str, source: object) -> Dict[str, Any]:
+    """Read a JSON object from a text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the configuration in {source} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"the configuration in {source} must be a JSON object, got {type(config).__name__}."
+        )
+    return config
+
+
+def check_saved_args(
+    args: Any,
+    source: object,
+    known: Optional[Collection[str]] = None,
+    refused: Collection[str] = (),
+) -> Dict[str, Any]:
+    """Check saved arguments of a model before anything is built of them.
+
+    Args:
+        args: what stands in the file.
+        source: named in the errors.
+        known: the names that there are; None knows them not.
+        refused: names that no saved configuration may use.
+
+    Returns:
+        The same arguments.
+
+    Raises:
+        ValueError: no mapping, a name that is unknown or refused, a text that could be a path, a
+            number that is none or that no model has.
+    """
+    if not isinstance(args, Mapping):
+        kind = type(args).__name__
+        raise ValueError(f"the saved arguments in {source} must be a JSON object, got {kind}.")
+    for name, value in args.items():
+        if name in refused or (known is not None and name not in known):
+            why = f"; known are {', '.join(sorted(known))}" if known is not None else ""
+            raise ValueError(f"the configuration in {source} must not set {name!r}{why}.")
+        fine = _is_statistic(name, value) if name in ("mean", "std") else True
+        if not fine or not _harmless(str(name), value, 0):
+            text = repr(value)
+            shown = text if len(text) <= 80 else f"{text[:80]}…"
+            raise ValueError(f"the configuration in {source} sets {name!r} to {shown}: refused.")
+    return dict(args)
+
+
+def _is_statistic(name: str, value: Any) -> bool:
+    """Whether it is a mean or standard deviation of pixels, one number a channel."""
+    if value is None:
+        return True
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    return numbers and (name == "mean" or min(value) > 0)
+
+
+def _harmless(name: str, value: Any, level: int) -> bool:
+    if value is None or isinstance(value, bool):
+        return True
+    if isinstance(value, int):
+        return abs(value) <= (_MAX_DEPTH if "depth" in name else _MAX_INT)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None and ".." not in value
+    if level > 2 or not isinstance(value, (list, tuple, Mapping)) or len(value) > _MAX_ITEMS:
+        return False
+    if isinstance(value, Mapping):
+        return all(_harmless(str(key), item, level + 1) for key, item in value.items())
+    return all(_harmless(name, item, level + 1) for item in value)
+
+
+def shapes_of(
+    make: Callable[[], nn.Module], source: object, weights: Optional[int] = None
+) -> nn.Module:
+    """Build a model of a saved configuration on the meta device: its shapes, no memory.
+
+    Args:
+        make: builds it.
+        source: named in the errors.
+        weights: bytes of the weights that are to fill it, if it is known.
+
+    Raises:
+        ValueError: no model comes of it, or one that is far larger than its weights or than the
+            memory of this machine.
+        TypeError: an argument is of another type, or unknown.
+    """
+    try:
+        with torch.device("meta"):
+            model = make()
+    except (TypeError, ValueError) as error:  # they repeat the argument, not where it stands
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{source}: {error}") from error
+    except Exception as error:  # whatever a constructor says to sizes that fit nothing
+        reason = first_line(error)
+        raise ValueError(f"the configuration in {source} describes no model: {reason}") from error
+    tensors = [*model.parameters(), *model.buffers()]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    text = f"the configuration in {source} describes a model of {size / 2**30:.0f} GiB; "
+    if weights is not None and size > _GROWTH * weights + _SPARE:
+        raise ValueError(f"{text}its weights have {weights / 2**30:.1f}.")
+    if size > _memory():
+        raise ValueError(f"{text}this machine has {_memory() / 2**30:.0f}.")
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _memory() -> float:
+    """Bytes of this machine; without bound where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
