@@ -36,6 +36,7 @@ def line(method: str, keep_ratio: float, speedup: float, spread: float = 0.01) -
     return Line(method, keep_ratio, 1, Timing(method, (1.0,)), found)
 
 
+@pytest.mark.filterwarnings("ignore:.*no trained weights")  # only its time counts
 def test_the_variants_of_a_model() -> None:
     model = small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -95,6 +96,7 @@ def test_families_without_an_ideal(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*no trained weights")
 def test_compiled_variants_each_have_their_graph() -> None:
     rankers = {"contrast": create_ranker("contrast"), "conv": create_ranker("conv")}
     shares = [0.9, 0.75, 0.5, 0.25]  # 17 variants: more than torch recompiles by itself
