@@ -20,8 +20,10 @@ SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}
 
 
 def small(name: str, **changes: Any) -> Any:
-    own_net = name == "attention" or name.startswith("vit")
+    own_net = name in ("attention", "cam", "grad_cam") or name.startswith("vit")
     args = {**SMALL, **changes} if own_net else changes
+    if name.endswith("cam"):
+        args["backbone"] = "vit_base_patch16_gap_224"
     return create_ranker(name, **args).eval()
 
 

@@ -12,6 +12,8 @@ from ltrp_timm.hub import hub_errors
 from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
+from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
+from ltrp_timm.rankers.clusters import DpcKnnRanker
 from ltrp_timm.rankers.contrast import ContrastRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.random import RandomRanker
@@ -20,8 +22,11 @@ from ltrp_timm.rankers.vit import VitRanker
 
 __all__ = [
     "AttentionRanker",
+    "CamRanker",
     "ContrastRanker",
     "ConvRanker",
+    "DpcKnnRanker",
+    "GradCamRanker",
     "InputBridge",
     "RandomRanker",
     "Ranker",
@@ -37,8 +42,11 @@ __all__ = [
 
 _RANKERS: Dict[str, Callable[..., Any]] = {
     "attention": AttentionRanker,
+    "cam": CamRanker,
     "contrast": ContrastRanker,
     "conv": ConvRanker,
+    "dpc_knn": DpcKnnRanker,
+    "grad_cam": GradCamRanker,
     "vit_tiny": partial(VitRanker, embed_dim=192, depth=12, num_heads=3),
     "vit_small": partial(VitRanker, embed_dim=384, depth=12, num_heads=6),
     "vit_base": partial(VitRanker, embed_dim=768, depth=12, num_heads=12),
@@ -51,7 +59,7 @@ def list_rankers() -> List[str]:
     """Names that ``create_ranker`` takes.
 
     >>> list_rankers()[:4]
-    ['attention', 'centre', 'colour', 'contrast']
+    ['attention', 'cam', 'centre', 'colour']
     """
     return sorted(_RANKERS)
 
@@ -82,8 +90,8 @@ def create_ranker(
     Args:
         name: one of ``list_rankers()``.
         pretrained: a folder written by ``ranker.save``, a ``.safetensors`` file with weights of
-            this ranker, or ``hf-hub:owner/name[@revision]``; True for the attention ranker, whose
-            backbone's weights timm publishes.
+            this ranker, or ``hf-hub:owner/name[@revision]``; True for attention, cam and
+            grad_cam, whose backbones' weights timm publishes.
         cache_dir: where downloads lie; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
