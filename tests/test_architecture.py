@@ -24,7 +24,8 @@ ROOMS = [
     ["visualize", "console", "cards"],
     ["arguments", "named_model", "parity", "formats"],
     ["export", "train", "sharing"],
-    ["demo", "rank", "export_command", "train_command", "share_command"],
+    ["convert"],
+    ["demo", "rank", "export_command", "train_command", "share_command", "convert_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
