@@ -484,6 +484,25 @@ def test_what_a_model_may_not_say(
             timm.create_model(f"local-dir:{tmp_path}", pretrained=pretrained)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: torch.empty_like(tensor, device="meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch thinks aloud
+def test_what_is_no_plain_tensor(tmp_path: Path, odd: Callable[[Tensor], Tensor]) -> None:
+    """Names and shapes fit, but there are no real numbers to load, or other ones."""
+    weights = create_ranker("conv", **RANKER).state_dict()
+    name = next(iter(weights))
+    weights[name] = odd(weights[name])
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=f"holds tensors that are no plain weights: {name}"):
+        create_ranker("conv", pretrained=tmp_path / "odd.pth", **RANKER)
+
+
 def test_a_teacher_of_gigantic_shapes(tmp_path: Path) -> None:
     """Without a configuration shapes tell the sizes, and a view of one number has any shape."""
     weights = small_teacher().state_dict()
@@ -491,7 +510,7 @@ def test_a_teacher_of_gigantic_shapes(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "huge.pth")
     assert (tmp_path / "huge.pth").stat().st_size < 10**6
     heads = {"num_heads": SMALL_MAE["num_heads"], "decoder_num_heads": 1}
-    with pytest.raises(ValueError, match=r"describes a model of \d+ GiB"):
+    with pytest.raises(ValueError, match=r"describes a model of \d+ GiB; its weights have 0\.0\."):
         create_teacher(tmp_path / "huge.pth", **heads)
     save_file({"x": torch.zeros(0)}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match=r"is an encoder only|is no whole MAE"):
