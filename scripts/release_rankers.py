@@ -28,6 +28,7 @@ from ltrp_timm.rankers import ranker_class
 from ltrp_timm.sharing import push_folder
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.state import CHECKPOINT_NAME, digest, read_state
+from ltrp_timm.train.world import join_world
 
 RANKERS = ("conv", "vit_small")
 WITHOUT_WEIGHTS = [name for name in list_rankers() if not ranker_class(name).learned]
@@ -40,23 +41,20 @@ NOTE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """All of it; returns 0, 2 for what the user can put right, or that of a training's end."""
-    parser = make_parser()
+    arguments, flags = make_parser().parse_known_args(argv)
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        arguments, flags = parser.parse_known_args(argv)
-        first = os.environ.get("RANK", "0") == "0"
-        if first:
-            check(arguments)
+        with join_world(arguments.device) as world:  # one for all: a second one in a row may fail
+            world.on_main(lambda: check(arguments))
             for name in arguments.rankers:
-                check_repository(arguments, name)
-        for name in arguments.rankers:  # all of them first: other processes wait for none of it
-            code = train(arguments, flags, name)
-            if code:
-                return code
+                code = train(arguments, flags, name)
+                if code:
+                    return code
         if first and not arguments.dry_run:
             for name in arguments.rankers:
                 release(arguments, name)
     except (OSError, ValueError, RuntimeError) as error:
-        return complain(one_line(error))
+        return complain(one_line(error)) if first else 2
     return 0
 
 
@@ -72,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repo-id", metavar="TEMPLATE", help=text)
     add("--license", help="of the weights, for the cards; needed to push")
     add("--training-data", metavar="TEXT", help="what the images are; needed to push")
+    add("--device", help="cpu, cuda, … (a GPU when there is one)")
     add("--private", action="store_true", default=None, help="hide new repositories")
     add("--token", help="with the right to write (HF_TOKEN, or that of `hf auth login`)")
     add("--overwrite", action="store_true", help="replace other weights in the repositories")
@@ -84,7 +83,8 @@ def check(arguments: argparse.Namespace) -> None:
 
     Raises:
         ValueError: a flag that is missing or cannot be.
-        PermissionError: there is no token that the Hub knows.
+        FileExistsError: a repository holds other weights, which are not to be replaced.
+        OSError: there is no token that the Hub knows, or the Hub does not answer.
     """
     for name in arguments.rankers:
         if name not in list_rankers() or not ranker_class(name).learned:
@@ -109,6 +109,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise PermissionError("pushing needs a token: set HF_TOKEN or run `hf auth login`.")
     with hub_errors(repository_of(arguments, arguments.rankers[0])):
         huggingface_hub.HfApi(token=token).whoami()
+    for name in arguments.rankers:
+        check_repository(arguments, name)
 
 
 def repository_of(arguments: argparse.Namespace, name: str) -> str:
@@ -123,8 +125,6 @@ def check_repository(arguments: argparse.Namespace, name: str) -> None:
         FileExistsError: other weights, which are not to be replaced.
         OSError: the Hub refuses or does not answer.
     """
-    if arguments.repo_id is None:
-        return
     repository, folder = repository_of(arguments, name), run_folder(arguments, name)
     there = pull(arguments, name)
     ours = finished(folder) and there == weights_in(folder, name)
@@ -144,6 +144,7 @@ def train(arguments: argparse.Namespace, flags: Sequence[str], name: str) -> int
     command = ["train-ranker", "--data", arguments.data, "--ranker", name]
     command += ["--output", str(run_folder(arguments, name)), "--teacher", arguments.teacher]
     command += ["--resume", "auto", "--compare", *WITHOUT_WEIGHTS, *flags]
+    command += ["--device", arguments.device] if arguments.device else []
     return ltrp_timm_command([*command, *(["--dry-run"] if arguments.dry_run else [])])
 
 

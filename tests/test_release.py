@@ -162,6 +162,24 @@ def test_what_is_half_trained_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
     assert same_bits(pushed, weights(tmp_path / "out" / "conv"))
 
 
+def test_two_processes(hub: Hub, tmp_path: Path) -> None:
+    """They stay together from ranker to ranker, and one of them talks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ["--rankers", "conv", "vit_tiny", "--device", "cpu", "--batch-size", "2"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 180}
+    env = environment(hub, tmp_path / "home", HF_TOKEN="writer")  # noqa: S106
+    for dry in (["--dry-run"], []):
+        line = [*torchrun, *command(*flags, *dry)[1:]]
+        done = subprocess.run(line, env=env, **options)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("me/ltrp-conv: nothing yet") == 1
+        assert done.stdout.count("2 processes on cpu") == 2 * bool(dry)
+    assert done.stdout.count("pushed, pulled again and compared") == 2
+    for name, repository in (("conv", "me/ltrp-conv"), ("vit_tiny", "me/ltrp-vit-tiny")):
+        pushed = load(stored(hub, repository)["model.safetensors"])
+        assert same_bits(pushed, weights(tmp_path / "out" / name))
+
+
 def test_what_is_wrong_is_said_before_any_training(hub: Hub, tmp_path: Path) -> None:
     hub.add("me/ltrp-conv", {"config.json": b'{"ranker": "x"}', "model.safetensors": b"other"})
     source = """
