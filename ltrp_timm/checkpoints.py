@@ -230,9 +230,14 @@ def _read_pickle(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it has real numbers of its own: not sparse, quantised, complex or without data."""
+    """Whether it has real numbers of its own: not sparse, quantised, complex or without data.
+
+    Nor a view that shows the same few numbers many times: it may claim any shape.
+    """
     whole = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
-    return whole and not tensor.is_nested and not tensor.is_complex()
+    if not whole or tensor.is_nested or tensor.is_complex():
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
@@ -326,6 +331,6 @@ def build_and_load(
 
 
 def _stored_bytes(state_dict: Mapping[str, Tensor]) -> int:
-    """Bytes behind all tensors, each once: a view of one number may claim any shape."""
+    """Bytes behind all tensors, each once: many may be views of the same."""
     storages = (tensor.untyped_storage() for tensor in state_dict.values())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -504,14 +504,27 @@ def test_what_is_no_plain_tensor(tmp_path: Path, odd: Callable[[Tensor], Tensor]
 
 
 def test_a_teacher_of_gigantic_shapes(tmp_path: Path) -> None:
-    """Without a configuration shapes tell the sizes, and a view of one number has any shape."""
+    """Without a configuration shapes tell the sizes: of few numbers a model of very many."""
     weights = small_teacher().state_dict()
-    weights["decoder_embed.weight"] = torch.zeros(1).expand(2**20, 2**20)
-    torch.save(weights, tmp_path / "huge.pth")
-    assert (tmp_path / "huge.pth").stat().st_size < 10**6
     heads = {"num_heads": SMALL_MAE["num_heads"], "decoder_num_heads": 1}
+    wide = {**weights, "patch_embed.proj.weight": torch.zeros(2**17, 3, 1, 1)}
+    torch.save(wide, tmp_path / "huge.pth")
+    assert (tmp_path / "huge.pth").stat().st_size < 10**7
     with pytest.raises(ValueError, match=r"describes a model of \d+ GiB; its weights have 0\.0\."):
         create_teacher(tmp_path / "huge.pth", **heads)
+    weights["decoder_embed.weight"] = torch.zeros(1).expand(2**20, 2**20)
+    torch.save(weights, tmp_path / "view.pth")  # a view of one number has any shape
+    assert (tmp_path / "view.pth").stat().st_size < 10**6
+    with pytest.raises(ValueError, match="are no plain weights: decoder_embed"):
+        create_teacher(tmp_path / "view.pth", **heads)
     save_file({"x": torch.zeros(0)}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match=r"is an encoder only|is no whole MAE"):
         create_teacher(tmp_path / "empty.safetensors", **heads)
+
+
+@pytest.mark.parametrize("shape", [(), (24,), (1, 0, 24), (1, 26, 7), (2, 10, 24)])
+def test_position_tables_of_odd_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    weights = {**small_teacher().state_dict(), "decoder_pos_embed": torch.zeros(shape)}
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(RuntimeError, match="mismatched  decoder_pos_embed"):
+        create_teacher(tmp_path / "odd.pth", num_heads=4, decoder_num_heads=3)

@@ -1,6 +1,7 @@
 """The teacher: a masked autoencoder (MAE) that shows what the rest of an image tells of a patch."""
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -116,7 +117,9 @@ def _fit_positions(state_dict: Mapping[str, Tensor], teacher: MAETeacher) -> Dic
     out = dict(state_dict)
     for name in ("pos_embed", "decoder_pos_embed"):
         table, own = out[name], getattr(teacher, name)
-        side = round((table.shape[1] - 1) ** 0.5)
+        if table.dim() != 3 or table.shape[0] != 1 or table.shape[1] < 2:
+            continue  # named with its shape in the table of differences
+        side = math.isqrt(table.shape[1] - 1)
         if table.shape[1] != own.shape[1] and side * side == table.shape[1] - 1:
             grid = list(teacher.grid_size)
             out[name] = resample_abs_pos_embed(table, grid, antialias=False)
