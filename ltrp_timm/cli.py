@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.benchmark_command import add_benchmark
+    from ltrp_timm.convert_command import add_convert
     from ltrp_timm.export_command import add_export
     from ltrp_timm.rank.arguments import add_rank
     from ltrp_timm.share_command import add_push, add_save
@@ -70,6 +71,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add_train_commands(commands)
     add_export(commands)
     add_benchmark(commands)
+    add_convert(commands)
     add_save(commands)
     add_push(commands)
     return parser

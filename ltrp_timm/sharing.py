@@ -44,7 +44,8 @@ def save_pretrained(
         directory: made when missing.
         model_card: what the card shall say: "license", "training_data", "ranker" (where its weights
             come from), "base_model" (the repository it was trained from), "description", and
-            "measured": ``{keep_ratio: {what: value}}``.
+            "measured": ``{keep_ratio: {what: value}}``, or "results": ``{who: {what: value}}`` with
+            "results_note".
         overwrite: replace these three files where the folder holds them.
 
     Returns:

@@ -24,7 +24,9 @@ ROOMS = [
     ["visualize", "console", "cards", "payoff"],
     ["arguments", "named_model", "parity", "formats"],
     ["export", "train", "sharing"],
-    ["demo", "rank", "benchmark_command", "export_command", "train_command", "share_command"],
+    ["convert"],
+    ["demo", "rank"],
+    ["benchmark_command", "convert_command", "export_command", "train_command", "share_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -75,12 +75,14 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--teacher", "none", "--distill-from", "r", "--distill-weight", "0.3", "--chunk", "5"),
         *("--ranker", "vit_tiny", "--ranker-args", "depth=2", "mean=[0.5]", "x=y"),
         *("--visible-only", "--list-size", "7", "--opt-args", "momentum=0.5", "--resume", "auto"),
+        *("--compare", "contrast", "random", "--dry-run"),
         *("--batch-size", "3", "--lr", "1e-3", "--compile", "--precision", "bf16", "--opt", "sgd"),
     ]
     assert main([*plain, *flags]) == 0
     assert seen["ranker_args"] == {"depth": 2, "mean": [0.5], "x": "y"}
     assert seen["opt_args"] == {"momentum": 0.5}
     expected = {"teacher": None, "distill_from": "r", "distill_weight": 0.3, "chunk": 5}
+    expected |= {"compare": ["contrast", "random"], "dry_run": True}
     expected |= {"visible_only": True, "list_size": 7, "resume": "auto", "batch_size": 3}
     expected |= {"lr": 1e-3, "compile": True, "precision": "bf16", "opt": "sgd"}
     assert {name: seen[name] for name in expected} == expected
