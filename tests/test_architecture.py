@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 ROOMS = [
     ["configs"],
     ["hub"],
-    ["selection", "checkpoints", "throughput", "photos", "change"],
+    ["selection", "checkpoints", "throughput", "photos", "change", "ml_decoder"],
     ["slots", "metrics"],
     ["rankers", "losses"],
     ["timm_interface", "adaptive", "dense", "teacher"],
