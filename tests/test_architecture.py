@@ -24,7 +24,7 @@ ROOMS = [
     ["visualize", "console", "cards"],
     ["arguments", "named_model", "parity", "formats"],
     ["export", "train", "sharing"],
-    ["demo", "rank", "export_command", "train_command", "share_command"],
+    ["demo", "evaluate", "rank", "export_command", "train_command", "share_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

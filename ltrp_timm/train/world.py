@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,13 +69,17 @@ class World:
         if error[0] is not None:
             raise error[0]
 
-    def gather_names(self, names: Sequence[str]) -> list[str]:
-        """The names of all processes, each once, sorted."""
-        every: list[list[str]] = [list(names)]
+    def gather(self, values: Sequence[Any]) -> list[Any]:
+        """The values of all processes, process by process."""
+        every: list[list[Any]] = [list(values)]
         if self.size > 1:
             every = [[] for _ in range(self.size)]
-            dist.all_gather_object(every, list(names))
-        return sorted({name for some in every for name in some})
+            dist.all_gather_object(every, list(values))
+        return [value for some in every for value in some]
+
+    def gather_names(self, names: Sequence[str]) -> list[str]:
+        """The names of all processes, each once, sorted."""
+        return sorted(set(self.gather(names)))
 
 
 @contextlib.contextmanager
