@@ -17,13 +17,17 @@ from ltrp_timm.evaluate.measure import measure_all
 from ltrp_timm.evaluate.report import (
     CSV_NAME,
     JSON_NAME,
+    PER_CLASS_NAME,
     PER_IMAGE_NAME,
     PLOT_NAME,
     check_folder,
+    class_rows,
+    image_rows,
     make_rows,
     say_table,
     write_per_image,
     write_results,
+    write_table,
 )
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.named_model import (
@@ -40,7 +44,13 @@ from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.data import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.keys import HELD_OUT
-from ltrp_timm.train.labels import LabelledImages, open_labelled
+from ltrp_timm.train.label_files import SEPARATOR
+from ltrp_timm.train.labels import open_labelled
+from ltrp_timm.train.multi_label import (
+    PrecisionCounter,
+    open_multi_label,
+    seen_classes,
+)
 from ltrp_timm.train.world import World, join_world
 from ltrp_timm.visualize import data_config
 
@@ -58,6 +68,9 @@ class EvaluateOptions:
     input_key: str | None = None
     target_key: str | None = None
     class_map: str | None = None
+    multi_label: bool = False
+    labels: str | None = None
+    seen_classes: str | None = None
     all_classes: bool = False
     keep_ratio: Sequence[float] | None = None
     ranker: str | None = None
@@ -107,6 +120,7 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def _evaluate(options: EvaluateOptions, world: World) -> int:
+    _check_multi_label(options)
     if options.output is not None:
         _check_output(options)
     images = _open(options)
@@ -123,6 +137,7 @@ def _evaluate(options: EvaluateOptions, world: World) -> int:
     )
     keyed.check_readable()
     ratios = _keep_ratios(options, model)
+    counters = _counters(options, images, ratios)
     if world.main:
         _describe(options, model, weights, ratios, images, how)
     runner = _Runner(options, world, keyed)
@@ -134,24 +149,37 @@ def _evaluate(options: EvaluateOptions, world: World) -> int:
             world,
             _classes(options, images, model),
             runner.note,
-            keep_predictions=options.per_image,
+            keep_predictions=options.per_image and counters is None,
+            counters=counters,
         )
         kept = {ratio: _num_keep(model, ratio, config, runner.first) for ratio in ratios}
     unreadable = world.gather_names(runner.problems)
     predictions = world.gather(predictions)
+    lines: list[dict[str, Any]] = []
+    if counters is not None and options.per_image:
+        lines = image_rows(counters, lambda index: printable(images.name(index)), world)
     if not world.main:
         return 2 if unreadable else 0
     rows = make_rows(results, kept)
     say_table(rows)
     _explain(options, rows, world)
+    absent = [printable(c) for c in getattr(results[ratios[0]].accuracy, "absent", ())]
+    if absent:
+        say(f"  classes that no image has, they count nowhere ({len(absent)}): {', '.join(absent)}")
     if unreadable:
         say(f"could not be read, and count nowhere: {len(unreadable)}")
     if options.output is not None:
         total = next(iter(results.values())).accuracy.images
         facts = _facts(options, model, weights, images, how, world)
+        if counters is not None:
+            facts |= {"labels": options.labels, "absent": SEPARATOR.join(absent)}
         facts |= {"images": total, "unreadable": len(unreadable), **environment(world.device)}
         write_results(options.output, rows, facts, options.plot)
-        if options.per_image:
+        if counters is not None:
+            write_table(options.output, PER_CLASS_NAME, class_rows(results, counters[ratios[0]]))
+            if lines:
+                write_table(options.output, PER_IMAGE_NAME, lines)
+        elif options.per_image:
             order = {ratio: place for place, ratio in enumerate(ratios)}
             predictions.sort(key=lambda found: (found.index, order[found.keep_ratio]))
             names = {p.index: printable(images.name(p.index)) for p in predictions}
@@ -197,12 +225,41 @@ def _check_output(options: EvaluateOptions) -> None:
     names = [CSV_NAME, JSON_NAME]
     names += [PLOT_NAME] if options.plot else []
     names += [PER_IMAGE_NAME] if options.per_image else []
+    names += [PER_CLASS_NAME] if options.multi_label else []
     check_folder(str(options.output), names, options.overwrite)
     if options.plot:
         require_matplotlib()
 
 
-def _open(options: EvaluateOptions) -> LabelledImages:
+def _check_multi_label(options: EvaluateOptions) -> None:
+    """Say which flags do not go together."""
+    names = ("labels", "seen_classes")
+    if not options.multi_label:
+        given = [name for name in names if getattr(options, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} goes with --multi-label.")
+        return
+    if options.labels is None:
+        raise ValueError("--multi-label needs --labels FILE: COCO's annotations or a .csv.")
+    others = ("data_root", "input_key", "target_key", "all_classes")
+    given = [name for name in others if getattr(options, name)]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} does not go with --multi-label.")
+
+
+def _counters(
+    options: EvaluateOptions, images: Any, ratios: Sequence[float]
+) -> dict[float, PrecisionCounter] | None:
+    """What judges images with several classes; None for images with one."""
+    if not options.multi_label:
+        return None
+    seen = seen_classes(options.seen_classes, images.class_names)
+    return {ratio: PrecisionCounter(images.class_names, seen) for ratio in ratios}
+
+
+def _open(options: EvaluateOptions) -> Any:
+    if options.multi_label:
+        return open_multi_label(options.data, options.labels, allow_empty=True)
     return open_labelled(
         options.data,
         options.data_root,
@@ -308,9 +365,9 @@ def _num_keep(
     return float(num_keep(h * w, keep_ratio))
 
 
-def _classes(options: EvaluateOptions, images: LabelledImages, model: Any) -> Sequence[int] | None:
+def _classes(options: EvaluateOptions, images: Any, model: Any) -> Sequence[int] | None:
     """The classes that compete, where they are not all of the model's."""
-    if options.all_classes or len(images.present) in (0, model.num_classes):
+    if options.all_classes or options.multi_label or len(images.present) in (0, model.num_classes):
         return None
     return images.present
 
@@ -320,7 +377,7 @@ def _describe(
     model: Any,
     weights: str | None,
     ratios: Sequence[float],
-    images: LabelledImages,
+    images: Any,
     how: str,
 ) -> None:
     if isinstance(model, LTRPModel):
@@ -335,7 +392,7 @@ def _describe(
     if _classes(options, images, model) is not None:
         others = model.num_classes - len(images.present)
         say(f"            the model's {others} other classes are left out (--all-classes: not)")
-    if images.empty:
+    if images.empty and not options.multi_label:  # there, what is absent is said at the end
         names = ", ".join(printable(name) for name in images.empty)
         say(f"            without any image: {names}")
 
@@ -353,7 +410,7 @@ def _facts(
     options: EvaluateOptions,
     model: Any,
     weights: str | None,
-    images: LabelledImages,
+    images: Any,
     how: str,
     world: World,
 ) -> dict[str, Any]:

@@ -14,10 +14,20 @@ from ltrp_timm.evaluate.measure import Measured, Prediction
 from ltrp_timm.photos import printable
 from ltrp_timm.throughput import ratio as speed_up
 from ltrp_timm.train.curves import require_matplotlib
+from ltrp_timm.train.label_files import SEPARATOR
+from ltrp_timm.train.multi_label import MeanPrecision, PrecisionCounter
+from ltrp_timm.train.validation import Accuracy
+from ltrp_timm.train.world import World
 
 CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", "evaluate.json", "evaluate.png"
 PER_IMAGE_NAME = "per_image.csv"
+PER_CLASS_NAME = "per_class.csv"
 Row = dict[str, Any]
+TITLES = {
+    **{"top1": "top-1", "top5": "top-5"},
+    **{"map": "mAP", "map_seen": "mAP seen", "map_unseen": "mAP unseen"},
+}
+_WIDTH = {name: max(9, len(title) + 4) for name, title in TITLES.items()}
 
 
 def make_rows(results: Mapping[float, Measured], kept: Mapping[float, float | None]) -> list[Row]:
@@ -35,8 +45,7 @@ def make_rows(results: Mapping[float, Measured], kept: Mapping[float, float | No
             {
                 "keep_ratio": keep_ratio,
                 "num_keep": kept[keep_ratio],
-                "top1": 100 * found.accuracy.top1,
-                "top5": 100 * found.accuracy.top5,
+                **figures(found.accuracy),
                 "images_per_second": found.images_per_second,
                 "images_per_second_low": found.batch_size / found.timing.high,
                 "images_per_second_high": found.batch_size / found.timing.low,
@@ -50,15 +59,36 @@ def make_rows(results: Mapping[float, Measured], kept: Mapping[float, float | No
     return rows
 
 
+def figures(found: Accuracy | MeanPrecision) -> dict[str, float]:
+    """How well, in per cent, by name; what is meant first.
+
+    Raises:
+        ValueError: not one image has a label.
+    """
+    if isinstance(found, MeanPrecision):
+        if not found.row():
+            raise ValueError("no image that could be read has a label: there is no mAP.")
+        return {name: 100 * value for name, value in found.row().items()}
+    return {"top1": 100 * found.top1, "top5": 100 * found.top5}
+
+
+def _names(row: Row) -> list[str]:
+    """Which of the known figures a row has."""
+    return [name for name in TITLES if name in row]
+
+
 def say_table(rows: Sequence[Row]) -> None:
     """The rows on the console."""
-    say("\nkeep    patches    top-1    top-5    images/s    times as fast")
+    names = _names(rows[0])
+    titles = "".join(f"{TITLES[name]:<{_WIDTH[name]}}" for name in names)
+    say(f"\nkeep    patches    {titles}images/s    times as fast")
     for row in rows:
         kept = "-" if row["num_keep"] is None else f"{row['num_keep']:.4g}"
         spread = f"({row['times_as_fast_low']:.2f} to {row['times_as_fast_high']:.2f})"
         say(
-            f"{row['keep_ratio']:<8g}{kept:<11}{row['top1']:<9.2f}{row['top5']:<9.2f}"
-            f"{row['images_per_second']:<12.4g}{row['times_as_fast']:.2f} {spread}"
+            f"{row['keep_ratio']:<8g}{kept:<11}"
+            + "".join(f"{row[name]:<{_WIDTH[name]}.2f}" for name in names)
+            + f"{row['images_per_second']:<12.4g}{row['times_as_fast']:.2f} {spread}"
         )
 
 
@@ -122,6 +152,50 @@ def write_per_image(
         write_atomically(path, lambda place: place.write_text(_csv(lines), "utf-8"))
 
 
+def class_rows(results: Mapping[float, Measured], counter: PrecisionCounter) -> list[Row]:
+    """A line for each class: its average precision in per cent, empty where no image has it."""
+    return [
+        {
+            "class": name,
+            **({} if counter.seen is None else {"seen": int(name in counter.seen)}),
+            **{
+                f"ap@{ratio:g}": 100 * found.accuracy.per_class[name]  # type: ignore[union-attr]
+                if name in found.accuracy.per_class  # type: ignore[union-attr]
+                else ""
+                for ratio, found in results.items()
+            },
+        }
+        for name in counter.class_names
+    ]
+
+
+def image_rows(counters: Mapping[float, PrecisionCounter], names: Any, world: World) -> list[Row]:
+    """A line for each image and keep ratio: its labels, and the probability of each class."""
+    lines = []
+    for ratio, counter in counters.items():
+        for number, logits, target in zip(*counter.rows(world)):
+            has = [name for name, yes in zip(counter.class_names, target.tolist()) if yes]
+            odds = zip(counter.class_names, logits.sigmoid().tolist())
+            first = {
+                "image": names(int(number)),
+                "keep_ratio": ratio,
+                "labels": SEPARATOR.join(has),
+            }
+            lines.append((int(number), {**first, **{f"p({name})": p for name, p in odds}}))
+    lines.sort(key=lambda line: line[0])  # stable: the ratios stay in their order
+    return [line for _, line in lines]
+
+
+def write_table(output: str, name: str, rows: Sequence[Row]) -> None:
+    """One more CSV.
+
+    Raises:
+        CommandError: it cannot be written.
+    """
+    with output_errors(output):
+        write_atomically(Path(output) / name, lambda place: place.write_text(_csv(rows), "utf-8"))
+
+
 def _csv(rows: Sequence[Row]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -131,20 +205,21 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _draw(rows: Sequence[Row], model: str, path: Path) -> None:
-    """Top-1 against images/s, a point for each keep ratio with the quartiles of its speed."""
+    """Accuracy against images/s, a point for each keep ratio with the quartiles of its speed."""
     figure = require_matplotlib()(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
     speeds = [row["images_per_second"] for row in rows]
     below = [row["images_per_second"] - row["images_per_second_low"] for row in rows]
     above = [row["images_per_second_high"] - row["images_per_second"] for row in rows]
-    top1 = [row["top1"] for row in rows]
-    axis.errorbar(speeds, top1, xerr=(below, above), marker="o", capsize=3)
-    for row, speed, value in zip(rows, speeds, top1):
+    name = _names(rows[0])[0]
+    values = [row[name] for row in rows]
+    axis.errorbar(speeds, values, xerr=(below, above), marker="o", capsize=3)
+    for row, speed, value in zip(rows, speeds, values):
         text = f"keep {row['keep_ratio']:g}"
         axis.annotate(text, (speed, value), (6, 6), textcoords="offset points")
     axis.margins(0.15)
     axis.set_xlabel(f"images/s (batches of {rows[0]['timed_batch']}, median and quartiles)")
-    axis.set_ylabel("top-1 accuracy, %")
+    axis.set_ylabel("top-1 accuracy, %" if name == "top1" else f"{TITLES[name]}, %")
     axis.set_title(printable(model))
     axis.grid(alpha=0.3)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

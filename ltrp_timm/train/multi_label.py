@@ -259,7 +259,7 @@ class PrecisionCounter:
         Raises:
             ValueError: not one image was counted, or a score is no number.
         """
-        number, logits, targets = self._rows(world)
+        number, logits, targets = self.rows(world)
         if not len(number):
             raise ValueError("no image could be read: there is no average precision of nothing.")
         if bool(logits.isnan().any()):
@@ -278,24 +278,25 @@ class PrecisionCounter:
             len(number),
         )
 
-    def _rows(self, world: World | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers (N,), logits (N, C) and targets (N, C) of all processes, each image once."""
+    def rows(self, world: World | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What was kept in all processes, each image once: each process must ask.
+
+        Returns:
+            Numbers of the images (N,), ascending, logits (N, C) and targets (N, C) uint8.
+        """
+        parts = self.parts if world is None else world.gather(self.parts)
         count = len(self.class_names)
         nothing = (
             torch.zeros(0, dtype=torch.int64),
             torch.zeros(0, count),
             torch.zeros(0, count, dtype=torch.uint8),
         )
-        columns = zip(nothing, *self.parts)  # a process without an image takes part too
-        rows = [torch.cat(parts) for parts in columns]
-        if world is not None:
-            rows = [world.gather_rows(column) for column in rows]
-        order = rows[0].argsort(stable=True)
+        numbers, logits, targets = (torch.cat(column) for column in zip(nothing, *parts))
+        order = numbers.argsort(stable=True)
         first = torch.ones(len(order), dtype=torch.bool)
-        numbers = rows[0][order]
-        first[1:] = numbers[1:] != numbers[:-1]
-        number, logits, targets = (column[order[first]] for column in rows)
-        return number, logits, targets
+        first[1:] = numbers[order][1:] != numbers[order][:-1]
+        once = order[first]
+        return numbers[once], logits[once], targets[once]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
-from torch import Tensor
 
 
 class World:
@@ -36,25 +35,6 @@ class World:
         dist.all_reduce(tensor)
         out: list[float] = tensor.tolist()
         return out
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Rows (n, …) of all processes, by rank; n may differ, and be 0.
-
-        Returns:
-            (Σ n, …), on the CPU, the same in every process.
-        """
-        if self.size == 1:
-            return rows.cpu()
-        rows = rows.to(self.device)
-        count = torch.tensor([len(rows)], device=self.device)
-        counts = [torch.zeros_like(count) for _ in range(self.size)]
-        dist.all_gather(counts, count)
-        most = max(int(number) for number in counts)
-        padded = rows.new_zeros(most, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[: int(number)] for part, number in zip(parts, counts)]).cpu()
 
     def on_main(self, action: Callable[[], None]) -> None:
         """Run on rank 0; what is raised there is raised everywhere, so that no process waits."""
