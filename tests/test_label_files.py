@@ -49,6 +49,9 @@ def test_coco(tmp_path: Path) -> None:
     assert found.classes == ("bicycle", "fire hydrant", "toothbrush")  # in the order of their ids
     assert found.targets.dtype == torch.bool
     assert found.targets.int().tolist() == [[1, 0, 1], [0, 0, 1], [0, 0, 0]]
+    marked = coco(tmp_path).read_text(encoding="utf-8").encode("utf-8-sig")
+    (tmp_path / "marked.JSON").write_bytes(marked)
+    assert read_labels(tmp_path / "marked.JSON").names == found.names
 
 
 def test_csv_with_a_column_of_labels(tmp_path: Path) -> None:
