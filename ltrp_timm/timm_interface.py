@@ -29,7 +29,6 @@ _NOT_RECORDED = (
     *("backbone", "ranker", "ranker_args", "ranker_weights", "validate"),
     *("head", "head_args"),
 )
-_OF_CLASSIFIER = ("num_classes", "global_pool")
 
 
 class TimmInterface:
@@ -42,6 +41,8 @@ class TimmInterface:
         backbone: Any
         bridge: Any
         in_chans: int
+        num_classes: int
+        global_pool: str
         num_prefix_tokens: int
         selection_args: Dict[str, float]
         _keep_ratio: float
@@ -72,10 +73,10 @@ class TimmInterface:
         """
         cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
         args = {**self._build_args, **getattr(self.backbone, "_model_args", {})}
+        now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
+        args.update({name: value for name, value in now.items() if name in args})
         if not self._fixed_backbone:
             args["backbone"] = cfg.get("architecture") or self.backbone
-        # reset_classifier may have changed what the model was built with
-        args.update({name: getattr(self, name) for name in _OF_CLASSIFIER if name in args})
         name = getattr(self.ranker, "name", None)
         known = name in list_rankers() and isinstance(self.ranker, ranker_class(str(name)))
         args["ranker"] = name if known else self.ranker
