@@ -14,12 +14,8 @@ from torch.nn import functional as F
 from train_setup import make_photos
 
 from ltrp_timm.train.data import HeldOutSampler, KeyedImages, make_loader
-from ltrp_timm.train.multi_label import (
-    PrecisionCounter,
-    multi_label_loss,
-    open_multi_label,
-    seen_classes,
-)
+from ltrp_timm.train.multi_label import multi_label_loss, open_multi_label
+from ltrp_timm.train.precision import PrecisionCounter, seen_classes
 from ltrp_timm.train.sources import Batch, crop_transforms
 from ltrp_timm.train.world import World
 
@@ -187,7 +183,7 @@ def test_seen_classes(tmp_path: Path) -> None:
 
 _TWO = """
 import sys, torch
-from ltrp_timm.train.multi_label import PrecisionCounter
+from ltrp_timm.train.precision import PrecisionCounter
 from ltrp_timm.train.world import join_world
 logits, targets = torch.load(sys.argv[1], weights_only=True)
 with join_world("cpu") as world:

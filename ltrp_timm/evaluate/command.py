@@ -46,11 +46,8 @@ from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.keys import HELD_OUT
 from ltrp_timm.train.label_files import SEPARATOR
 from ltrp_timm.train.labels import open_labelled
-from ltrp_timm.train.multi_label import (
-    PrecisionCounter,
-    open_multi_label,
-    seen_classes,
-)
+from ltrp_timm.train.multi_label import open_multi_label
+from ltrp_timm.train.precision import PrecisionCounter, seen_classes
 from ltrp_timm.train.world import World, join_world
 from ltrp_timm.visualize import data_config
 

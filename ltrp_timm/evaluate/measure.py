@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltrp_timm.throughput import Timing, timed
 from ltrp_timm.train.data import Batch
-from ltrp_timm.train.multi_label import MeanPrecision, PrecisionCounter
+from ltrp_timm.train.precision import MeanPrecision, PrecisionCounter
 from ltrp_timm.train.validation import Accuracy, AccuracyCounter
 from ltrp_timm.train.world import World
 

@@ -15,7 +15,7 @@ from ltrp_timm.photos import printable
 from ltrp_timm.throughput import ratio as speed_up
 from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.label_files import SEPARATOR
-from ltrp_timm.train.multi_label import MeanPrecision, PrecisionCounter
+from ltrp_timm.train.precision import MeanPrecision, PrecisionCounter
 from ltrp_timm.train.validation import Accuracy
 from ltrp_timm.train.world import World
 

@@ -16,7 +16,7 @@ from timm.utils import natural_key
 from torch import Tensor
 
 from ltrp_timm.photos import one_line, printable
-from ltrp_timm.train.labels import _some
+from ltrp_timm.train.labels import some
 
 KINDS = (".json", ".csv")
 SEPARATOR = ";"  # between the labels of a cell
@@ -99,7 +99,7 @@ def _check_once(values: Sequence[Any], what: str) -> None:
     if len(set(values)) < len(values):
         seen: set[Any] = set()
         twice = [str(value) for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
-        raise ValueError(f"{what}: {_some(twice)}.")
+        raise ValueError(f"{what}: {some(twice)}.")
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ def _check_names(names: Sequence[str]) -> None:
         name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")
     ]
     if outside:
-        raise ValueError(f"images must lie below their folder, got {_some(outside)}.")
+        raise ValueError(f"images must lie below their folder, got {some(outside)}.")
 
 
 # COCO: {"images": [{id, file_name}], "annotations": [{image_id, category_id}], "categories": [...]}

@@ -276,7 +276,11 @@ class Trainer:
         names = self.world.gather_names(list(sums))
         totals = dict(zip(names, self.world.sum([sums.get(name, 0.0) for name in names])))
         count = totals.pop("images", 0.0)
-        return {name: total / count for name, total in totals.items()} if count else {}
+        if not count:
+            return {}
+        judge = getattr(self.task, "judge", None)  # of what is no mean over images
+        whole = {} if judge is None else judge(self.world)
+        return {**{name: total / count for name, total in totals.items()}, **whole}
 
     def _show_epoch(self) -> None:
         if self.log:
