@@ -36,6 +36,7 @@ from ltrp_timm.named_model import (
 from ltrp_timm.photos import one_line, printable
 from ltrp_timm.selection import num_keep
 from ltrp_timm.throughput import environment
+from ltrp_timm.train.cached import CachedTransform, open_cache, select_cached
 from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.data import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.train.engine import autocast
@@ -114,13 +115,10 @@ def _evaluate(options: EvaluateOptions, world: World) -> int:
     model.to(world.device)
     how = images.match(model.num_classes, _label_names(options, model))
     config = _data_config(model, options)
-    keyed = KeyedImages(
-        images,
-        range(len(images)),
-        create_transform(**config, is_training=False),
-        0,
-        config["input_size"],
-    )
+    transform: Any = create_transform(**config, is_training=False)
+    if options.index_cache is not None:
+        transform = CachedTransform(open_cache(options.index_cache, model), images, transform)
+    keyed = KeyedImages(images, range(len(images)), transform, 0, config["input_size"])
     keyed.check_readable()
     ratios = _keep_ratios(options, model)
     if world.main:
@@ -256,7 +254,10 @@ def _build_plain(name: str, shared: dict[str, Any]) -> tuple[Any, str | None]:
 def _label_names(options: EvaluateOptions, model: Any) -> Any:
     """Class names: those of ``--class-map``, or those that the model has recorded."""
     if options.class_map is not None:
-        return Path(options.class_map).read_text(encoding="utf-8").splitlines()
+        names = Path(options.class_map).read_text(encoding="utf-8").split()
+        if not names:
+            raise ValueError(f"--class-map {printable(options.class_map)} names no classes.")
+        return names
     return (model.pretrained_cfg or {}).get("label_names")
 
 
@@ -289,7 +290,11 @@ def _call(model: Any, keep_ratio: float, precision: str, world: World) -> Callab
         if isinstance(model, LTRPModel):
             model.keep_ratio = keep_ratio
         with autocast(world.device, precision):
-            logits: Tensor = model(batch.images)
+            if batch.scores is None or keep_ratio == 1.0:
+                logits: Tensor = model(batch.images)
+            else:
+                keep = select_cached(model, batch.scores, batch.images)
+                logits = model(batch.images, keep_indices=keep)
         return logits
 
     return call
@@ -345,8 +350,9 @@ def _explain(options: EvaluateOptions, rows: Sequence[Any], world: World) -> Non
     where = f"{world.device.type}, {options.precision}, batches of {first['timed_batch']}"
     if world.device.type == "cpu":
         where += f", {torch.get_num_threads()} thread(s)"
-    say(f"  images/s: {where}, median of {first['rounds']} rounds in turns; ranking included,")
-    say("  reading images not; times as fast as the first row: median (lower to upper quartile)")
+    say(f"  images/s: {where}, median of {first['rounds']} rounds in turns;")
+    cached = "orders came from the cache" if options.index_cache else "ranking is included"
+    say(f"  {cached}, reading images is not; times as fast as the first row: median (quartiles)")
 
 
 def _facts(

@@ -6,8 +6,9 @@ depend on how many processes there are or how often they were interrupted.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ltrp_timm.checkpoints import write_atomically
 from ltrp_timm.console import CommandError, complain, say
+from ltrp_timm.index_cache import ranker_hash
 from ltrp_timm.photos import one_line, printable
 from ltrp_timm.rank.images import OVERLAYS, PixelDataset, find_images, fingerprint
 from ltrp_timm.rank.parts import PART_SIZE, Parts, failures
@@ -31,7 +33,7 @@ from ltrp_timm.rank.processes import (
     stopped_by_sigterm,
     wait_for_all,
 )
-from ltrp_timm.rank.scorer import Scorer, rank_batch, ranker_alone, ranker_hash, ranker_of_model
+from ltrp_timm.rank.scorer import Scorer, rank_batch, ranker_alone, ranker_of_model
 from ltrp_timm.rankers import ranker_class
 from ltrp_timm.visualize import kept_patches, row, score_map
 
@@ -43,7 +45,8 @@ class RankOptions:
     """What ``ltrp-timm rank`` was asked for; names are those of its flags."""
 
     inputs: Sequence[str]
-    output: str
+    output: str | None = None
+    cache: str | None = None
     ranker: str = "contrast"
     ranker_weights: str | None = None
     ranker_args: str | None = None
@@ -53,6 +56,10 @@ class RankOptions:
     model: str | None = None
     img_size: int | None = None
     patch_size: int | None = None
+    crop_mode: str | None = None
+    split: str = "train"
+    data_root: str | None = None
+    input_key: str | None = None
     format: str = "npz"
     overlays: bool = True
     batch_size: int = 32
@@ -61,17 +68,34 @@ class RankOptions:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What every process of a run has before it starts to work."""
+Result = tuple[int, Tensor, Tensor, str]  # index, scores (N,), keep indices (K,), why it is none
 
-    root: Path
-    names: list[str]
-    missing: list[str]
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a run has before it starts to work.
+
+    Attributes:
+        output: the folder of the results.
+        dataset: (index, pixels (3, H, W) uint8, why it is no image or "") by index.
+        scorer: turns pixels into scores.
+        settings: all that results depend on.
+        parts: results on disk.
+        device: where the ranker runs.
+        arrays: results of some images -> the arrays of a part.
+        finish: puts the parts together; returns the exit code.
+        draw: pixels and result -> a picture of it, in a file; or None.
+    """
+
+    output: str
+    dataset: Dataset[tuple[int, Tensor, str]]
     scorer: Scorer
     settings: dict[str, Any]
     parts: Parts
     device: str
+    arrays: Callable[[Sequence[Result]], dict[str, Any]]
+    finish: Callable[[], int]
+    draw: Callable[[Tensor, Result], None] | None = None
 
 
 def rank(options: RankOptions) -> int:
@@ -87,12 +111,21 @@ def rank(options: RankOptions) -> int:
         CommandError: an argument is wrong, there is nothing to rank, or the output holds other
             results.
     """
+    return run_job(options, _prepare, str(options.output))
+
+
+def run_job(options: RankOptions, prepare: Callable[[RankOptions, int], Job], output: str) -> int:
+    """Prepare a job in every process, share its work, and let the first one finish it.
+
+    Raises:
+        CommandError: an argument is wrong, or the output cannot be written.
+    """
     with stopped_by_sigterm(), processes() as (number, world):
         try:
-            job = _prepare(options, number)
+            job = prepare(options, number)
             _work(options, job, number, world)
             wait_for_all()
-            return _finish(options, job) if number == 0 else 0
+            return job.finish() if number == 0 else 0
         except CommandError:
             if number == 0:
                 raise
@@ -101,22 +134,45 @@ def rank(options: RankOptions) -> int:
             raise
         except OSError as error:
             reason = error.strerror or one_line(error)
-            raise CommandError(f"{printable(options.output)}: {reason}.") from error
+            raise CommandError(f"{printable(output)}: {reason}.") from error
 
 
-def _prepare(options: RankOptions, number: int) -> _Job:
-    device = _device(options.device)
-    root, names, missing = find_images(options.inputs, options.output)
+def _prepare(options: RankOptions, number: int) -> Job:
+    device, output = find_device(options.device), str(options.output)
+    root, names, missing = find_images(options.inputs, output)
     if not names:
         raise CommandError(missing[0] if missing else "no images were found.")
-    scorer = _scorer(options, device)
-    settings = _settings(options, scorer, fingerprint(root, names))
-    parts = Parts(Path(options.output), len(names))
+    scorer = make_scorer(options, device)
+    settings = {
+        **scorer_settings(options, scorer),
+        "keep_ratio": options.keep_ratio,
+        "selection": options.selection,
+        "overlays": options.overlays,
+        "part_size": PART_SIZE,
+        "images_hash": fingerprint(root, names),
+    }
+    parts = Parts(Path(output), len(names))
     first_alone(lambda: parts.begin(settings, options.overwrite), number)
-    return _Job(root, names, missing, scorer, settings, parts, device)
+    size = settings["input_size"]
+    return Job(
+        output,
+        PixelDataset(root, names, scorer.transform(), (size[0], size[1])),
+        scorer,
+        settings,
+        parts,
+        device,
+        _arrays,
+        partial(_finish, options, parts, names, missing, settings),
+        partial(_draw, Path(output), names, scorer) if options.overlays else None,
+    )
 
 
-def _scorer(options: RankOptions, device: str) -> Scorer:
+def make_scorer(options: RankOptions, device: str) -> Scorer:
+    """What the options ask for.
+
+    Raises:
+        CommandError: there is no such thing.
+    """
     name, weights = options.ranker, options.pretrained or options.ranker_weights
     try:
         kind = ranker_class(name)
@@ -140,8 +196,12 @@ def _scorer(options: RankOptions, device: str) -> Scorer:
         raise CommandError(one_line(error)) from error
 
 
-def _device(name: str | None) -> str:
-    """The device asked for, or a GPU where there is one; of several GPUs each process takes its."""
+def find_device(name: str | None) -> str:
+    """The device asked for, or a GPU where there is one; of several GPUs each process takes its.
+
+    Raises:
+        CommandError: it cannot be used.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     local = os.environ.get("LOCAL_RANK")
     if name == "cuda" and local is not None and torch.cuda.is_available():
@@ -153,34 +213,29 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _settings(options: RankOptions, scorer: Scorer, images: str) -> dict[str, Any]:
-    """All that results depend on; they stand beside the results too."""
+def scorer_settings(options: RankOptions, scorer: Scorer) -> dict[str, Any]:
+    """What scores depend on; it stands beside the results too."""
     config = scorer.config
     return {
         "ranker": options.ranker,
         "ranker_args": json.dumps(scorer.ranker.config()),
         "ranker_hash": ranker_hash(scorer.ranker),
-        "keep_ratio": options.keep_ratio,
-        "selection": options.selection,
         "model": options.model,
         "input_size": list(config["input_size"][-2:]),
         "patch_size": list(scorer.patch_size),
         "grid_size": list(scorer.grid_size),
         **{name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")},
         **{name: list(config[name]) for name in ("mean", "std")},
-        "overlays": options.overlays,
-        "part_size": PART_SIZE,
-        "images_hash": images,
     }
 
 
-def _work(options: RankOptions, job: _Job, number: int, world: int) -> None:
+def _work(options: RankOptions, job: Job, number: int, world: int) -> None:
     """Do this process's share of the parts that are not there yet."""
     pending = set(job.parts.pending())
     # the share must not depend on what other processes have written meanwhile
     mine = [part for part in range(number, job.parts.total(), world) if part in pending]
     indices = [index for part in mine for index in job.parts.images(part)]
-    done: list[tuple[int, Tensor, Tensor, str]] = []
+    done: list[Result] = []
     quiet = None if number == 0 else True  # None: not where nobody looks
     with (
         stopped_between_batches() as check,
@@ -190,20 +245,16 @@ def _work(options: RankOptions, job: _Job, number: int, world: int) -> None:
             done += batch
             while mine and len(done) >= len(job.parts.images(mine[0])):
                 count = len(job.parts.images(mine[0]))
-                job.parts.write(mine.pop(0), _arrays(done[:count]))
+                job.parts.write(mine.pop(0), job.arrays(done[:count]))
                 done = done[count:]
             bar.update(len(batch))
             check()
 
 
-def _batches(
-    options: RankOptions, job: _Job, indices: Sequence[int]
-) -> Iterator[list[tuple[int, Tensor, Tensor, str]]]:
-    """Ranked batches as (index, scores (N,), keep indices (K,), why it is no image or "")."""
-    size = tuple(job.settings["input_size"])
-    dataset = PixelDataset(job.root, job.names, job.scorer.transform(), size)
+def _batches(options: RankOptions, job: Job, indices: Sequence[int]) -> Iterator[list[Result]]:
+    """Ranked batches."""
     loader = DataLoader(
-        dataset,
+        job.dataset,
         batch_size=options.batch_size,
         sampler=indices,
         num_workers=options.workers,
@@ -214,14 +265,14 @@ def _batches(
             job.scorer, pixels, options.keep_ratio, options.selection, job.device
         )
         results = list(zip(index.tolist(), scores, keep, reasons))
-        if options.overlays:
+        if job.draw is not None:
             for picture, result in zip(pixels, results):
                 if not result[3]:
-                    _draw(Path(options.output), job, picture, *result[:3])
+                    job.draw(picture, result)
         yield results
 
 
-def _arrays(results: Sequence[tuple[int, Tensor, Tensor, str]]) -> dict[str, Any]:
+def _arrays(results: Sequence[Result]) -> dict[str, Any]:
     """The arrays of a part: of n images that could be read, and why others could not."""
     good = [result for result in results if not result[3]]
     bad = [result for result in results if result[3]]
@@ -236,32 +287,53 @@ def _arrays(results: Sequence[tuple[int, Tensor, Tensor, str]]) -> dict[str, Any
 
 
 def _draw(
-    output: Path, job: _Job, pixels: Tensor, index: int, scores: Tensor, keep: Tensor
+    output: Path, names: Sequence[str], scorer: Scorer, pixels: Tensor, result: Result
 ) -> None:
     """The picture, its score map and its kept patches, side by side, as a PNG."""
-    (h, w), (rows, cols) = job.scorer.grid_size, job.scorer.patch_size
+    index, scores, keep, _ = result
+    (h, w), (rows, cols) = scorer.grid_size, scorer.patch_size
     photo = Image.fromarray(pixels.permute(1, 2, 0).numpy()).crop((0, 0, w * cols, h * rows))
     panels = [
         (photo, f"{photo.width}x{photo.height}"),
         (score_map(photo, scores, (h, w)), "yellow = keep first"),
         (kept_patches(photo, keep, (h, w)), f"keeps {len(keep)} of {h * w}"),
     ]
-    path = output / OVERLAYS / f"{job.names[index]}.png"
+    path = output / OVERLAYS / f"{names[index]}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = row(panels)
     write_atomically(path, lambda place: sheet.save(place, "PNG"))
 
 
-def _finish(options: RankOptions, job: _Job) -> int:
-    """Name what could not be read and put the parts together."""
-    failed = list(failures(job.parts))
-    for line in (*job.missing, *failed):
+def _finish(
+    options: RankOptions,
+    parts: Parts,
+    names: list[str],
+    missing: Sequence[str],
+    settings: dict[str, Any],
+) -> int:
+    """Put the parts together."""
+    failed = name_failures(parts, missing)
+    path = parts.merge(options.format, names, settings)
+    return say_done(parts.count - failed, failed + len(missing), path)
+
+
+def name_failures(parts: Parts, missing: Sequence[str] = ()) -> int:
+    """Name what is missing and what could not be read; returns how many are the latter.
+
+    Raises:
+        CommandError: nothing could be read; the parts are gone then.
+    """
+    failed = list(failures(parts))
+    for line in (*missing, *failed):
         complain(line)
-    good = len(job.names) - len(failed)
-    if good == 0:
-        job.parts.remove()
+    if len(failed) == parts.count:
+        parts.remove()
         raise CommandError("no image could be read, nothing was written.")
-    path = job.parts.merge(options.format, job.names, job.settings)
+    return len(failed)
+
+
+def say_done(good: int, failed: int, path: Path) -> int:
+    """Say what was written; returns the exit code."""
     noun = "image" if good == 1 else "images"
-    say(f"ranked {good} {noun}, {len(failed) + len(job.missing)} failed: {printable(path)}")
-    return 2 if failed or job.missing else 0
+    say(f"ranked {good} {noun}, {failed} failed: {printable(path)}")
+    return 2 if failed else 0
