@@ -26,6 +26,11 @@ _IDS = ("hf-hub:", "hf_hub:", "local-dir:")  # names that say where to find a mo
 _LONGEST = 300  # characters of somebody else's error
 
 
+def is_source(name: str) -> bool:
+    """Whether a name says where a model lies, with weights and all: a repository or a folder."""
+    return name.startswith(_IDS)
+
+
 def check_names(model_name: str, ranker: str | None, option: str = "--model") -> None:
     """Say before any long work that a name is unknown.
 
@@ -39,7 +44,7 @@ def check_names(model_name: str, ranker: str | None, option: str = "--model") ->
     """
     if ranker is not None and ranker not in list_rankers():
         raise CommandError(f"--ranker must be one of {', '.join(list_rankers())}, got {ranker!r}.")
-    if model_name.startswith(_IDS):
+    if is_source(model_name):
         return
     if not timm.is_model(model_name):
         near = difflib.get_close_matches(model_name, timm.list_models(), n=3)
@@ -116,7 +121,7 @@ def build_plain(
     """
     sizes = {key: value for key, value in sizes.items() if value is not None}
     with _in_one_line(option, name):
-        if name.startswith(_IDS):
+        if is_source(name):
             model = timm.create_model(name, pretrained=checkpoint is None, **sizes)
             weights: str | None = f"those of {printable(name)}"
         else:
@@ -150,9 +155,9 @@ def _create(
     pretrained: bool,
     checkpoint: str | None,
 ) -> tuple[LTRPModel, str | None]:
-    if name.startswith(_IDS):
+    if is_source(name):
         found = timm.create_model(name, pretrained=checkpoint is None, **sizes)
-        return _with_front_end(found, front), f"those of {printable(name)}"
+        return with_front_end(found, front), f"those of {printable(name)}"
     weights, kwargs = _weights_of(name, pretrained, checkpoint)
     kwargs = {**kwargs, **front, **sizes}
     ours = name.startswith(GENERIC)
@@ -172,7 +177,7 @@ def _weights_of(
     return "found in the local cache", overlay
 
 
-def _with_front_end(found: torch.nn.Module, front: dict[str, Any]) -> LTRPModel:
+def with_front_end(found: torch.nn.Module, front: dict[str, Any]) -> LTRPModel:
     """A model of any kind with these settings; a ranker that it has stays unless one is named."""
     if not isinstance(found, LTRPModel):
         return drop_patches(found, **front)

@@ -37,6 +37,8 @@ class TimmInterface:
         backbone: Any
         bridge: Any
         in_chans: int
+        num_classes: int
+        global_pool: str
         num_prefix_tokens: int
         selection_args: Dict[str, float]
         _keep_ratio: float
@@ -67,6 +69,8 @@ class TimmInterface:
         """
         cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
         args = {**self._build_args, **getattr(self.backbone, "_model_args", {})}
+        now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
+        args.update({name: value for name, value in now.items() if name in args})
         if not self._fixed_backbone:
             args["backbone"] = cfg.get("architecture") or self.backbone
         name = getattr(self.ranker, "name", None)

@@ -23,8 +23,10 @@ ROOMS = [
     ["ltrp_vit"],
     ["visualize", "console", "cards"],
     ["arguments", "index_cache", "named_model", "parity", "formats"],
-    ["export", "train", "sharing"],
+    ["sharing"],
+    ["export", "train"],
     ["demo", "evaluate", "rank", "export_command", "train_command", "share_command"],
+    ["finetune_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,8 +42,8 @@ from ltrp_timm.train.data import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.keys import HELD_OUT
 from ltrp_timm.train.labels import LabelledImages, open_labelled
+from ltrp_timm.train.network import image_config
 from ltrp_timm.train.world import World, join_world
-from ltrp_timm.visualize import data_config
 
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.25)
 
@@ -114,7 +114,7 @@ def _evaluate(options: EvaluateOptions, world: World) -> int:
     model, weights = _build(options)
     model.to(world.device)
     how = images.match(model.num_classes, _label_names(options, model))
-    config = _data_config(model, options)
+    config = image_config(model, options.img_size)
     transform: Any = create_transform(**config, is_training=False)
     if options.index_cache is not None:
         transform = CachedTransform(open_cache(options.index_cache, model), images, transform)
@@ -259,19 +259,6 @@ def _label_names(options: EvaluateOptions, model: Any) -> Any:
             raise ValueError(f"--class-map {printable(options.class_map)} names no classes.")
         return names
     return (model.pretrained_cfg or {}).get("label_names")
-
-
-def _data_config(model: Any, options: EvaluateOptions) -> dict[str, Any]:
-    """timm's data configuration of the model: size, crop, interpolation, mean and std."""
-    if isinstance(model, LTRPModel):
-        config = data_config(model)
-    else:
-        config = dict(resolve_model_data_config(model))
-        if options.img_size is not None:
-            config["input_size"] = (config["input_size"][0], *[options.img_size] * 2)
-    if config["input_size"][0] != 3:
-        raise ValueError(f"pictures have 3 channels, the model takes {config['input_size'][0]}.")
-    return config
 
 
 def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:

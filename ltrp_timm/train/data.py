@@ -153,6 +153,10 @@ class Images:
         except Exception as error:
             raise ValueError(f"{name}: {one_line(error)}") from error
 
+    def split(self, share: float) -> tuple[list[int], list[int]]:
+        """Training and held-out indices, see ``split_indices``; one image alone is for training."""
+        return split_indices(len(self), share if len(self) > 1 else 0.0)
+
     def fingerprint(self, indices: Sequence[int]) -> dict[str, Any]:
         """What tells these images from others: their number, and names where those are at hand."""
         if not hasattr(self.reader, "samples"):
@@ -384,9 +388,13 @@ class Batch:
         targets: (B,) class numbers, or what else the images carry; None without labels.
         scores: (B, N) of patches, from an index cache; None without one.
         problems: one line for each image that could not be read.
+        epoch: that it belongs to.
+        update: its update's number within the epoch.
     """
 
-    def __init__(self, sample: Sample, seed: int, epoch: int, device: torch.device) -> None:
+    def __init__(
+        self, sample: Sample, seed: int, epoch: int, device: torch.device, update: int = 0
+    ) -> None:
         self.images: Tensor = sample["image"].to(device, non_blocking=True)
         self.real: Tensor = sample["real"].to(device)
         target = sample.get("target")
@@ -395,11 +403,15 @@ class Batch:
         self.scores: Tensor | None = None if scores is None else scores.to(device)
         self.indices: list[int] = sample["index"].tolist()
         self.problems = [line for text in sample["problems"] for line in text.splitlines()]
-        self._seed, self._epoch = seed, epoch
+        self._seed, self.epoch, self.update = seed, epoch, update
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """A generator for each image, of its own random numbers for that purpose."""
-        return generators(self._seed, self._epoch, self.indices, purpose)
+        return generators(self._seed, self.epoch, self.indices, purpose)
+
+    def seed(self, purpose: str) -> int:
+        """A seed for what is drawn once for these images; that of the first one."""
+        return sample_seed(self._seed, self.epoch, self.indices[0], purpose)

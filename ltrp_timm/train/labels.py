@@ -12,7 +12,7 @@ from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
 from ltrp_timm.photos import one_line, printable
-from ltrp_timm.train.data import Images, open_dataset
+from ltrp_timm.train.data import Images, open_dataset, split_indices
 
 _SHOWN = 5  # names in a message
 
@@ -127,6 +127,29 @@ class LabelledImages(Images):
         """What a class is called here; its number where this set does not name it."""
         return self._names.get(number, str(number))
 
+    def numbers(self) -> list[int] | None:
+        """The class number of each image; None where only reading the images would tell."""
+        raw = _listed_targets(self.dataset, self.reader)
+        if raw is None or len(raw) != len(self):
+            return None
+        return [self._numbers.get(int(number), int(number)) for number in raw]
+
+    def split(self, share: float) -> tuple[list[int], list[int]]:
+        """Training and held-out indices; the share is held out of each class, never all of one."""
+        numbers = self.numbers()
+        if numbers is None or not share:
+            return super().split(share)
+        members: dict[int, list[int]] = {}
+        for index, number in enumerate(numbers):
+            members.setdefault(number, []).append(index)
+        train: list[int] = []
+        held: list[int] = []
+        for indices in members.values():
+            parts = split_indices(len(indices), share if len(indices) > 1 else 0.0)
+            for whole, part in zip((train, held), parts):
+                whole += [indices[place] for place in part]
+        return sorted(train), sorted(held)
+
     def match(self, num_classes: int, label_names: Any = None) -> str:
         """From here on, give the class numbers of a model; see ``match_classes``.
 
@@ -229,6 +252,18 @@ def _class_to_idx(dataset: Any) -> dict[str, int]:
             return {str(key): int(number) for key, number in found.items()}
     classes = getattr(dataset, "classes", None) or ()
     return {str(name): number for number, name in enumerate(classes)}
+
+
+def _listed_targets(dataset: Any, reader: Any) -> Sequence[Any] | None:
+    """The dataset's own class numbers, of timm's readers and of torchvision's datasets."""
+    if hasattr(reader, "targets"):  # of an archive
+        return list(reader.targets)
+    if hasattr(reader, "samples"):
+        return [sample[1] for sample in reader.samples]
+    if hasattr(reader, "label_key"):
+        return list(reader.dataset[reader.label_key])
+    targets = getattr(dataset, "targets", None)
+    return None if targets is None else list(targets)
 
 
 def _is_folder(reader: Any) -> bool:

@@ -84,7 +84,15 @@ class Trainer:
         self.world, self.folder = world, folder
         self.checkpoint = folder / CHECKPOINT_NAME
         lr = settings.lr or settings.base_lr * sources.per_update / 256
-        self.engine = Engine(task.model, lr, sources.updates_per_epoch, settings, world)
+        self.engine = Engine(
+            task.model,
+            lr,
+            sources.updates_per_epoch,
+            settings,
+            world,
+            forward=getattr(task, "forward", None),
+            num_graphs=getattr(task, "num_graphs", 1),
+        )
         self.progress = Progress()
         self.problems: list[str] = []
         self.log: Any = None

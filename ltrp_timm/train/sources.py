@@ -1,5 +1,6 @@
 """The training and held-out images of a run, checked before anything is written."""
 
+import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -17,7 +18,6 @@ from ltrp_timm.train.data import (
     Transform,
     make_loader,
     open_dataset,
-    split_indices,
 )
 from ltrp_timm.train.keys import HELD_OUT, sample_seed
 from ltrp_timm.train.settings import Settings
@@ -66,11 +66,12 @@ class Sources:
             images = self._images(dataset)
             self._keyed(images, range(len(images)), eval_transform).check_readable()
             share = 0.0 if self.held_out is not None else settings.holdout
-            indices, held = split_indices(len(images), share if len(images) > 1 else 0.0)
+            indices, held = images.split(share)
             count, self.fingerprint = len(indices), images.fingerprint(indices)
             if held:
                 self.held_out = self._keyed(images, held, eval_transform)
         self.batch_size = self._batch_size(count, settings)
+        self.accumulate = settings.accumulate
         self.per_update = self.batch_size * world.size * settings.accumulate
         self.updates_per_epoch = count // self.per_update
         if self.streaming:
@@ -145,12 +146,18 @@ class Sources:
         Raises:
             ValueError: a stream without any image.
         """
+        begin = start if self.sampler is not None else 0
+        with contextlib.closing(self._training_samples(epoch, start)) as samples:
+            for number, sample in enumerate(samples, start=begin):
+                update = number // self.accumulate
+                yield Batch(sample, self.seed, epoch, self.world.device, update)
+
+    def _training_samples(self, epoch: int, start: int) -> Generator[Any, None, None]:
         loader = self._loader("train", self.train, self.sampler)
         loader.generator.manual_seed(sample_seed(self.seed, epoch, self.world.rank, "workers"))
         if self.sampler is not None:
             self.sampler.set_position(epoch, start * self.batch_size)
-            for sample in loader:
-                yield Batch(sample, self.seed, epoch, self.world.device)
+            yield from loader
             return
         self.train.epoch = epoch
         if hasattr(self.train.dataset, "set_epoch"):
@@ -160,7 +167,7 @@ class Sources:
             for sample in loader:
                 if len(sample["index"]) == self.batch_size:
                     empty = False
-                    yield Batch(sample, self.seed, epoch, self.world.device)
+                    yield sample
             if empty:
                 raise ValueError("the stream gave no batch: has it images, each with its label?")
 
