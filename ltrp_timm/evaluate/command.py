@@ -274,15 +274,18 @@ def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:
 
 def _call(model: Any, keep_ratio: float, precision: str, world: World) -> Callable[[Batch], Tensor]:
     def call(batch: Batch) -> Tensor:
-        if isinstance(model, LTRPModel):
-            model.keep_ratio = keep_ratio
         with autocast(world.device, precision):
-            if batch.scores is None or keep_ratio == 1.0:
+            if not isinstance(model, LTRPModel):
                 logits: Tensor = model(batch.images)
-            else:
-                keep = select_cached(model, batch.scores, batch.images)
-                logits = model(batch.images, keep_indices=keep)
-        return logits
+                return logits
+            if keep_ratio == 1.0:
+                return model.backbone(batch.images)  # the plain model, whatever the selection
+            if model.keep_ratio != keep_ratio:
+                model.keep_ratio = keep_ratio
+            if batch.scores is None:
+                return model(batch.images)
+            keep = select_cached(model, batch.scores, batch.images)
+            return model(batch.images, keep_indices=keep)
 
     return call
 
@@ -295,7 +298,6 @@ def _num_keep(
         return None
     h, w = model.grid_size(torch.empty(1, *config["input_size"], device="meta"))
     if model.selection == "adaptive" and keep_ratio < 1.0 and images is not None:
-        model.keep_ratio = keep_ratio
         return float(model.keep_counts(images).double().mean())
     return float(num_keep(h * w, keep_ratio))
 
