@@ -14,6 +14,7 @@ from ltrp_timm.evaluate.measure import Measured, Prediction
 from ltrp_timm.photos import printable
 from ltrp_timm.throughput import ratio as speed_up
 from ltrp_timm.train.curves import require_matplotlib
+from ltrp_timm.train.labels import LabelledImages
 
 CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", "evaluate.json", "evaluate.png"
 PER_IMAGE_NAME = "per_image.csv"
@@ -97,9 +98,7 @@ def write_results(output: str, rows: Sequence[Row], facts: Mapping[str, Any], pl
             _draw(rows, str(facts["model"]), folder / PLOT_NAME)
 
 
-def write_per_image(
-    output: str, predictions: Sequence[Prediction], names: Mapping[int, str], label: Any
-) -> None:
+def write_per_image(output: str, predictions: Sequence[Prediction], images: LabelledImages) -> None:
     """A line for each image and keep ratio; ``rank`` counts from 1, the right class first.
 
     Raises:
@@ -107,15 +106,15 @@ def write_per_image(
     """
     lines = [
         {
-            "image": names[found.index],
+            "image": printable(images.name(found.index)),
             "keep_ratio": found.keep_ratio,
             "target": found.target,
-            "target_name": label(found.target),
+            "target_name": images.class_name(found.target),
             "predicted": found.predicted,
-            "predicted_name": label(found.predicted),
+            "predicted_name": images.class_name(found.predicted),
             "rank": found.rank + 1,
         }
-        for found in predictions
+        for found in sorted(predictions, key=lambda found: found.index)
     ]
     with output_errors(output):
         path = Path(output) / PER_IMAGE_NAME

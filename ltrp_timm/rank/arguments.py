@@ -61,7 +61,8 @@ def _workers(text: str) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ltrp_timm.rank.cache import rank_cache
-    from ltrp_timm.rank.command import RankOptions, rank
+    from ltrp_timm.rank.command import rank
+    from ltrp_timm.rank.job import RankOptions
 
     if arguments.output == "" or arguments.cache == "":
         flag = "--output" if arguments.output == "" else "--cache"

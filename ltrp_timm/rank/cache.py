@@ -24,17 +24,8 @@ from ltrp_timm.index_cache import (
     ranks_of,
 )
 from ltrp_timm.photos import check_aspect, one_line, printable
-from ltrp_timm.rank.command import (
-    Job,
-    RankOptions,
-    Result,
-    find_device,
-    make_scorer,
-    name_failures,
-    run_job,
-    say_done,
-    scorer_settings,
-)
+from ltrp_timm.rank.command import find_device, make_scorer, scorer_settings
+from ltrp_timm.rank.job import Job, RankOptions, Result, name_failures, run_job, say_done
 from ltrp_timm.rank.parts import PART_SIZE, Parts, stream
 from ltrp_timm.rank.processes import first_alone
 from ltrp_timm.train.data import Images, open_dataset
