@@ -121,7 +121,7 @@ def build_plain(
     """
     sizes = {key: value for key, value in sizes.items() if value is not None}
     with _in_one_line(option, name):
-        if name.startswith(_IDS):
+        if is_source(name):
             model = timm.create_model(name, pretrained=checkpoint is None, **sizes)
             weights: str | None = f"those of {printable(name)}"
         else:

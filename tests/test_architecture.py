@@ -22,7 +22,7 @@ ROOMS = [
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console", "cards"],
-    ["arguments", "named_model", "parity", "formats"],
+    ["arguments", "index_cache", "named_model", "parity", "formats"],
     ["sharing"],
     ["export", "train"],
     ["demo", "evaluate", "rank", "export_command", "train_command", "share_command"],

@@ -1,19 +1,18 @@
 """``ltrp-timm evaluate``: what each keep ratio costs in accuracy and gains in time."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
 from ltrp_timm.arguments import threads
 from ltrp_timm.console import CommandError, complain, say
 from ltrp_timm.evaluate.measure import measure_all
+from ltrp_timm.evaluate.multi_label import class_rows, image_rows, make_counters, say_absent
 from ltrp_timm.evaluate.report import (
     CSV_NAME,
     JSON_NAME,
@@ -21,72 +20,32 @@ from ltrp_timm.evaluate.report import (
     PER_IMAGE_NAME,
     PLOT_NAME,
     check_folder,
-    class_rows,
-    image_rows,
     make_rows,
     say_table,
     write_per_image,
     write_results,
-    write_table,
+    write_tables,
+)
+from ltrp_timm.evaluate.setup import (
+    EvaluateOptions,
+    Subject,
+    competing,
+    conditions,
+    describe,
+    explain,
+    mean_kept,
+    prepare,
 )
 from ltrp_timm.model import LTRPModel
-from ltrp_timm.named_model import (
-    build_model,
-    build_plain,
-    check_names,
-    describe_model,
-    quiet_about_training,
-)
+from ltrp_timm.named_model import quiet_about_training
 from ltrp_timm.photos import one_line, printable
-from ltrp_timm.selection import num_keep
-from ltrp_timm.throughput import environment
+from ltrp_timm.train.cached import CachedTransform, open_cache, select_cached
 from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.data import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.keys import HELD_OUT
-from ltrp_timm.train.label_files import SEPARATOR
-from ltrp_timm.train.labels import open_labelled
-from ltrp_timm.train.multi_label import open_multi_label
-from ltrp_timm.train.precision import PrecisionCounter, seen_classes
+from ltrp_timm.train.labels import LabelledImages
 from ltrp_timm.train.world import World, join_world
-from ltrp_timm.visualize import data_config
-
-KEEP_RATIOS = (1.0, 0.7, 0.5, 0.25)
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What ``ltrp-timm evaluate`` was asked for; names are those of its flags."""
-
-    model: str
-    data: Any
-    split: str = "validation"
-    data_root: str | None = None
-    input_key: str | None = None
-    target_key: str | None = None
-    class_map: str | None = None
-    multi_label: bool = False
-    labels: str | None = None
-    seen_classes: str | None = None
-    all_classes: bool = False
-    keep_ratio: Sequence[float] | None = None
-    ranker: str | None = None
-    ranker_weights: str | None = None
-    selection: str | None = None
-    index_cache: str | None = None
-    pretrained: bool = False
-    checkpoint: str | None = None
-    img_size: int | None = None
-    num_classes: int | None = None
-    batch_size: int = 64
-    workers: int | None = None
-    device: str | None = None
-    precision: str = "fp32"
-    threads: int | None = None
-    output: str | None = None
-    plot: bool = False
-    per_image: bool = False
-    overwrite: bool = False
 
 
 def evaluate(options: EvaluateOptions) -> int:
@@ -117,72 +76,60 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def _evaluate(options: EvaluateOptions, world: World) -> int:
-    _check_multi_label(options)
     if options.output is not None:
         _check_output(options)
-    images = _open(options)
-    model, weights = _build(options)
-    model.to(world.device)
-    how = images.match(model.num_classes, _label_names(options, model))
-    config = _data_config(model, options)
-    keyed = KeyedImages(
-        images,
-        range(len(images)),
-        create_transform(**config, is_training=False),
-        0,
-        config["input_size"],
-    )
-    keyed.check_readable()
-    ratios = _keep_ratios(options, model)
-    counters = _counters(options, images, ratios)
+    subject = prepare(options, world)
+    model, images = subject.model, subject.images
+    runner = _Runner(options, world, _keyed(options, subject))
+    counters = make_counters(options, subject)
     if world.main:
-        _describe(options, model, weights, ratios, images, how)
-    runner = _Runner(options, world, keyed)
+        describe(options, subject)
     with torch.inference_mode(), quiet_about_training():
-        calls = {ratio: _call(model, ratio, options.precision, world) for ratio in ratios}
         results, predictions = measure_all(
-            calls,
+            {ratio: _call(model, ratio, options.precision, world) for ratio in subject.ratios},
             runner.batches(),
             world,
-            _classes(options, images, model),
+            competing(options, subject),
             runner.note,
             keep_predictions=options.per_image and counters is None,
             counters=counters,
         )
-        kept = {ratio: _num_keep(model, ratio, config, runner.first) for ratio in ratios}
+        kept = {ratio: mean_kept(subject, ratio, runner.first) for ratio in subject.ratios}
     unreadable = world.gather_names(runner.problems)
     predictions = world.gather(predictions)
-    lines: list[dict[str, Any]] = []
-    if counters is not None and options.per_image:
-        lines = image_rows(counters, lambda index: printable(images.name(index)), world)
-    if not world.main:
-        return 2 if unreadable else 0
-    rows = make_rows(results, kept)
-    say_table(rows)
-    _explain(options, rows, world)
-    absent = [printable(c) for c in getattr(results[ratios[0]].accuracy, "absent", ())]
-    if absent:
-        say(f"  classes that no image has, they count nowhere ({len(absent)}): {', '.join(absent)}")
-    if unreadable:
-        say(f"could not be read, and count nowhere: {len(unreadable)}")
-    if options.output is not None:
-        total = next(iter(results.values())).accuracy.images
-        facts = _facts(options, model, weights, images, how, world)
-        if counters is not None:
-            facts |= {"labels": options.labels, "absent": SEPARATOR.join(absent)}
-        facts |= {"images": total, "unreadable": len(unreadable), **environment(world.device)}
-        write_results(options.output, rows, facts, options.plot)
-        if counters is not None:
-            write_table(options.output, PER_CLASS_NAME, class_rows(results, counters[ratios[0]]))
-            if lines:
-                write_table(options.output, PER_IMAGE_NAME, lines)
-        elif options.per_image:
-            order = {ratio: place for place, ratio in enumerate(ratios)}
-            predictions.sort(key=lambda found: (found.index, order[found.keep_ratio]))
-            names = {p.index: printable(images.name(p.index)) for p in predictions}
-            write_per_image(options.output, predictions, names, images.class_name)
-        say(f"\nwritten to {printable(options.output)}")
+    by_image = counters is not None and options.per_image
+    lines = image_rows(counters, images, world) if counters is not None and by_image else []
+    if world.main:
+        rows = make_rows(results, kept)
+        say_table(rows)
+        explain(options, rows, world)
+        absent = say_absent(results)
+        if unreadable:
+            say(f"could not be read, and count nowhere: {len(unreadable)}")
+        if options.output is not None:
+            total = next(iter(results.values())).accuracy.images
+            counts = {"images": total, "unreadable": len(unreadable)}
+            facts = {**counts, **absent, **conditions(options, subject, world)}
+            write_results(options.output, rows, facts, options.plot)
+            if counters is not None:
+                tables = {PER_CLASS_NAME: class_rows(results, counters), PER_IMAGE_NAME: lines}
+                write_tables(options.output, tables)
+            elif options.per_image and isinstance(images, LabelledImages):
+                write_per_image(options.output, predictions, images)
+            say(f"\nwritten to {printable(options.output)}")
     return 2 if unreadable else 0
+
+
+def _keyed(options: EvaluateOptions, subject: Subject) -> KeyedImages:
+    """The images as the model wants them, with cached scores of their patches if there are any."""
+    images, size = subject.images, subject.config["input_size"]
+    transform: Any = create_transform(**subject.config, is_training=False)
+    if options.index_cache is not None:
+        cache = open_cache(options.index_cache, subject.model)
+        transform = CachedTransform(cache, images, transform)
+    keyed = KeyedImages(images, range(len(images)), transform, 0, size)
+    keyed.check_readable()
+    return keyed
 
 
 class _Runner:
@@ -228,203 +175,19 @@ def _check_output(options: EvaluateOptions) -> None:
         require_matplotlib()
 
 
-def _check_multi_label(options: EvaluateOptions) -> None:
-    """Say which flags do not go together."""
-    names = ("labels", "seen_classes")
-    if not options.multi_label:
-        given = [name for name in names if getattr(options, name) is not None]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} goes with --multi-label.")
-        return
-    if options.labels is None:
-        raise ValueError("--multi-label needs --labels FILE: COCO's annotations or a .csv.")
-    others = ("data_root", "input_key", "target_key", "all_classes")
-    given = [name for name in others if getattr(options, name)]
-    if given:
-        raise ValueError(f"--{given[0].replace('_', '-')} does not go with --multi-label.")
-
-
-def _counters(
-    options: EvaluateOptions, images: Any, ratios: Sequence[float]
-) -> dict[float, PrecisionCounter] | None:
-    """What judges images with several classes; None for images with one."""
-    if not options.multi_label:
-        return None
-    seen = seen_classes(options.seen_classes, images.class_names)
-    return {ratio: PrecisionCounter(images.class_names, seen) for ratio in ratios}
-
-
-def _open(options: EvaluateOptions) -> Any:
-    if options.multi_label:
-        return open_multi_label(options.data, options.labels, allow_empty=True)
-    return open_labelled(
-        options.data,
-        options.data_root,
-        options.split,
-        options.input_key,
-        options.target_key,
-        allow_empty=True,
-    )
-
-
-def _build(options: EvaluateOptions) -> tuple[Any, str | None]:
-    """A model that drops patches, or one that cannot as it is, where nobody asked it to."""
-    check_names(options.model, options.ranker, option="MODEL")
-    shared: dict[str, Any] = {
-        "option": "MODEL",
-        "pretrained": options.pretrained,
-        "checkpoint": options.checkpoint,
-        "img_size": options.img_size,
-        "num_classes": options.num_classes,
-    }
-    front = (options.ranker, options.ranker_weights, options.selection, options.index_cache)
-    ratios = set(options.keep_ratio or [1.0])
-    try:
-        model, weights = build_model(
-            options.model,
-            ranker=options.ranker,
-            ranker_weights=options.ranker_weights,
-            selection=options.selection,
-            **shared,
-        )
-    except CommandError as error:
-        refused = isinstance(error.__cause__, TypeError)
-        if not refused or ratios != {1.0} or any(value is not None for value in front):
-            raise
-        model, weights = _build_plain(options.model, shared)
-    if not getattr(model, "num_classes", 0):
-        raise CommandError(f"MODEL {printable(options.model)} has no classes: it gives features.")
-    return model, weights
-
-
-def _build_plain(name: str, shared: dict[str, Any]) -> tuple[Any, str | None]:
-    """A model as it is; one that takes images of any size is not told theirs."""
-    try:
-        return build_plain(name, **shared)
-    except CommandError as error:
-        if not isinstance(error.__cause__, TypeError) or "img_size" not in str(error):
-            raise
-    return build_plain(name, **{**shared, "img_size": None})
-
-
-def _label_names(options: EvaluateOptions, model: Any) -> Any:
-    """Class names: those of ``--class-map``, or those that the model has recorded."""
-    if options.class_map is not None:
-        return Path(options.class_map).read_text(encoding="utf-8").splitlines()
-    return (model.pretrained_cfg or {}).get("label_names")
-
-
-def _data_config(model: Any, options: EvaluateOptions) -> dict[str, Any]:
-    """timm's data configuration of the model: size, crop, interpolation, mean and std."""
-    if isinstance(model, LTRPModel):
-        config = data_config(model)
-    else:
-        config = dict(resolve_model_data_config(model))
-        if options.img_size is not None:
-            config["input_size"] = (config["input_size"][0], *[options.img_size] * 2)
-    if config["input_size"][0] != 3:
-        raise ValueError(f"pictures have 3 channels, the model takes {config['input_size'][0]}.")
-    return config
-
-
-def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:
-    if not isinstance(model, LTRPModel):
-        return [1.0]
-    adaptive = model.selection == "adaptive"
-    own = [1.0, model.keep_ratio]
-    given = options.keep_ratio or (own if adaptive else KEEP_RATIOS)
-    if adaptive and not set(given) <= set(own):
-        raise ValueError(f"an adaptive budget is the model's own: --keep-ratio 1 {own[1]:g}.")
-    return list(dict.fromkeys(given))
-
-
 def _call(model: Any, keep_ratio: float, precision: str, world: World) -> Callable[[Batch], Tensor]:
     def call(batch: Batch) -> Tensor:
-        if isinstance(model, LTRPModel):
-            model.keep_ratio = keep_ratio
         with autocast(world.device, precision):
-            logits: Tensor = model(batch.images)
-        return logits
+            if not isinstance(model, LTRPModel):
+                logits: Tensor = model(batch.images)
+                return logits
+            if keep_ratio == 1.0:
+                return model.backbone(batch.images)  # the plain model, whatever the selection
+            if model.keep_ratio != keep_ratio:
+                model.keep_ratio = keep_ratio
+            if batch.scores is None:
+                return model(batch.images)
+            keep = select_cached(model, batch.scores, batch.images)
+            return model(batch.images, keep_indices=keep)
 
     return call
-
-
-def _num_keep(
-    model: Any, keep_ratio: float, config: dict[str, Any], images: Tensor | None
-) -> float | None:
-    """Patches that an image keeps; on average over the first batch where images differ."""
-    if not isinstance(model, LTRPModel):
-        return None
-    h, w = model.grid_size(torch.empty(1, *config["input_size"], device="meta"))
-    if model.selection == "adaptive" and keep_ratio < 1.0 and images is not None:
-        model.keep_ratio = keep_ratio
-        return float(model.keep_counts(images).double().mean())
-    return float(num_keep(h * w, keep_ratio))
-
-
-def _classes(options: EvaluateOptions, images: Any, model: Any) -> Sequence[int] | None:
-    """The classes that compete, where they are not all of the model's."""
-    if options.all_classes or options.multi_label or len(images.present) in (0, model.num_classes):
-        return None
-    return images.present
-
-
-def _describe(
-    options: EvaluateOptions,
-    model: Any,
-    weights: str | None,
-    ratios: Sequence[float],
-    images: Any,
-    how: str,
-) -> None:
-    if isinstance(model, LTRPModel):
-        describe_model(model, options.model, weights, ratios)
-    else:
-        random = "random (not in the cache; --pretrained downloads them)"
-        say(f"model       {printable(options.model)}, as it is: it cannot drop patches")
-        say(f"weights     {weights or random}")
-    named = len(images.class_names)
-    count = f"{named} classes, found {how}" if named else f"classes are {how}"
-    say(f"data        {printable(str(options.data))}, {len(images)} images, {count}")
-    if _classes(options, images, model) is not None:
-        others = model.num_classes - len(images.present)
-        say(f"            the model's {others} other classes are left out (--all-classes: not)")
-    if images.empty and not options.multi_label:  # there, what is absent is said at the end
-        names = ", ".join(printable(name) for name in images.empty)
-        say(f"            without any image: {names}")
-
-
-def _explain(options: EvaluateOptions, rows: Sequence[Any], world: World) -> None:
-    first = rows[0]
-    where = f"{world.device.type}, {options.precision}, batches of {first['timed_batch']}"
-    if world.device.type == "cpu":
-        where += f", {torch.get_num_threads()} thread(s)"
-    say(f"  images/s: {where}, median of {first['rounds']} rounds in turns; ranking included,")
-    say("  reading images not; times as fast as the first row: median (lower to upper quartile)")
-
-
-def _facts(
-    options: EvaluateOptions,
-    model: Any,
-    weights: str | None,
-    images: Any,
-    how: str,
-    world: World,
-) -> dict[str, Any]:
-    """What the figures depend on, beside the machine."""
-    pruned = isinstance(model, LTRPModel)
-    competing = _classes(options, images, model)
-    return {
-        "model": options.model,
-        "weights": weights or "random",
-        "ranker": getattr(model.ranker, "name", type(model.ranker).__name__) if pruned else None,
-        "selection": model.selection if pruned else None,
-        "index_cache": options.index_cache is not None,
-        "data": str(options.data),
-        "split": options.split,
-        "classes": how,
-        "num_classes": len(competing or range(model.num_classes)),
-        "precision": options.precision,
-        "device": world.device.type,
-        "processes": world.size,
-    }

@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from ltrp_timm.evaluate.measure import Measured, Prediction
 from ltrp_timm.photos import printable
 from ltrp_timm.throughput import ratio as speed_up
 from ltrp_timm.train.curves import require_matplotlib
-from ltrp_timm.train.label_files import SEPARATOR
-from ltrp_timm.train.precision import MeanPrecision, PrecisionCounter
+from ltrp_timm.train.labels import LabelledImages
+from ltrp_timm.train.precision import MeanPrecision
 from ltrp_timm.train.validation import Accuracy
-from ltrp_timm.train.world import World
 
 CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", "evaluate.json", "evaluate.png"
 PER_IMAGE_NAME = "per_image.csv"
@@ -127,9 +127,7 @@ def write_results(output: str, rows: Sequence[Row], facts: Mapping[str, Any], pl
             _draw(rows, str(facts["model"]), folder / PLOT_NAME)
 
 
-def write_per_image(
-    output: str, predictions: Sequence[Prediction], names: Mapping[int, str], label: Any
-) -> None:
+def write_per_image(output: str, predictions: Sequence[Prediction], images: LabelledImages) -> None:
     """A line for each image and keep ratio; ``rank`` counts from 1, the right class first.
 
     Raises:
@@ -137,63 +135,36 @@ def write_per_image(
     """
     lines = [
         {
-            "image": names[found.index],
+            "image": printable(images.name(found.index)),
             "keep_ratio": found.keep_ratio,
             "target": found.target,
-            "target_name": label(found.target),
+            "target_name": images.class_name(found.target),
             "predicted": found.predicted,
-            "predicted_name": label(found.predicted),
+            "predicted_name": images.class_name(found.predicted),
             "rank": found.rank + 1,
         }
-        for found in predictions
+        for found in sorted(predictions, key=lambda found: found.index)
     ]
     with output_errors(output):
         path = Path(output) / PER_IMAGE_NAME
         write_atomically(path, lambda place: place.write_text(_csv(lines), "utf-8"))
 
 
-def class_rows(results: Mapping[float, Measured], counter: PrecisionCounter) -> list[Row]:
-    """A line for each class: its average precision in per cent, empty where no image has it."""
-    return [
-        {
-            "class": name,
-            **({} if counter.seen is None else {"seen": int(name in counter.seen)}),
-            **{
-                f"ap@{ratio:g}": 100 * found.accuracy.per_class[name]  # type: ignore[union-attr]
-                if name in found.accuracy.per_class  # type: ignore[union-attr]
-                else ""
-                for ratio, found in results.items()
-            },
-        }
-        for name in counter.class_names
-    ]
-
-
-def image_rows(counters: Mapping[float, PrecisionCounter], names: Any, world: World) -> list[Row]:
-    """A line for each image and keep ratio: its labels, and the probability of each class."""
-    lines = []
-    for ratio, counter in counters.items():
-        for number, logits, target in zip(*counter.rows(world)):
-            has = [name for name, yes in zip(counter.class_names, target.tolist()) if yes]
-            odds = zip(counter.class_names, logits.sigmoid().tolist())
-            first = {
-                "image": names(int(number)),
-                "keep_ratio": ratio,
-                "labels": SEPARATOR.join(has),
-            }
-            lines.append((int(number), {**first, **{f"p({name})": p for name, p in odds}}))
-    lines.sort(key=lambda line: line[0])  # stable: the ratios stay in their order
-    return [line for _, line in lines]
-
-
-def write_table(output: str, name: str, rows: Sequence[Row]) -> None:
-    """One more CSV.
+def write_tables(output: str, tables: Mapping[str, Sequence[Row]]) -> None:
+    """More CSVs, by name; one without a row is left out.
 
     Raises:
-        CommandError: it cannot be written.
+        CommandError: one of them cannot be written.
     """
     with output_errors(output):
-        write_atomically(Path(output) / name, lambda place: place.write_text(_csv(rows), "utf-8"))
+        for name, rows in tables.items():
+            text = _csv(rows) if rows else ""
+            if text:
+                write_atomically(Path(output) / name, partial(_write, text))
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, "utf-8")
 
 
 def _csv(rows: Sequence[Row]) -> str:

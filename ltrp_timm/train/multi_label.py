@@ -48,7 +48,7 @@ class MultiLabelImages(Images):
                 f"{len(absent)} of {len(table.names)} labelled images are not in {root}: "
                 f"{some(absent)}."
             )
-        reader = _Files([str(root / name) for name in table.names])
+        reader = _Files(root, table.names)
         super().__init__(ImageDataset(str(root), reader=reader), min_side)
         self.class_names, self.targets = table.classes, table.targets
         self.empty = [c for c, full in zip(table.classes, table.targets.any(dim=0)) if not full]
@@ -102,19 +102,22 @@ class MultiLabelImages(Images):
 class _Files(Reader):
     """timm's reader of files that are known; their targets are elsewhere."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
         super().__init__()
-        self.samples = list(paths)
+        self.root, self.names = str(root), names
+        self.samples = [(str(root / name), index) for index, name in enumerate(names)]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return open(self.samples[index], "rb"), index
+        path, number = self.samples[index]
+        return open(path, "rb"), number
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index]
-        return Path(path).name if basename else path
+        if basename:
+            return Path(self.names[index]).name
+        return self.samples[index][0] if absolute else self.names[index]
 
 
 def open_multi_label(
