@@ -87,6 +87,21 @@ def test_evaluate_finds_the_classes_of_a_csv_by_their_names(tagged: Path, tmp_pa
     assert maps[0] == pytest.approx(maps[1])
 
 
+def test_cached_orders_give_the_same_map(tagged: Path, tmp_path: Path) -> None:
+    model, cache = saved_model(tmp_path / "model", NAMES), str(tmp_path / "cache")
+    images = str(tagged / "images")
+    assert main(["rank", images, "--cache", cache, "--model", model, "--device", "cpu"]) == 0
+    flags = ["--data", images, "--labels", str(tagged / "coco.json"), "--multi-label"]
+    command = ["evaluate", model, *flags, "--keep-ratio", "1", "0.5", "--device", "cpu"]
+    maps = []
+    for name, more in (("ranked", []), ("cached", ["--index-cache", cache])):
+        assert main([*command, "--output", str(tmp_path / name), *more]) == 0
+        results = json.loads((tmp_path / name / "evaluate.json").read_text())["results"]
+        maps.append([result["map"] for result in results])
+    assert maps[0] == pytest.approx(maps[1])
+    assert abs(maps[0][0] - maps[0][1]) > 0.1
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
