@@ -135,6 +135,8 @@ def put_head(backbone: Any, head: MLDecoder) -> None:
     """Make a head the classifier of a backbone, and have all tokens handed to it."""
     name = classifier_name(backbone)
     backbone.reset_classifier(head.num_classes, "")
+    if getattr(backbone, "attn_pool", None) is not None:  # an older timm's Eva keeps it
+        backbone.attn_pool = None
     setattr(backbone, name, head)
 
 

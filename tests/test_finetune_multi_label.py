@@ -18,6 +18,7 @@ from ltrp_timm.ml_decoder import MLDecoder
 from ltrp_timm.train import Summary, finetune
 from ltrp_timm.train.data import split_indices
 from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.network import fit_head, put_head
 from ltrp_timm.train.recipe import split_options
 
 
@@ -157,6 +158,20 @@ def test_finetune_refuses(
     with pytest.raises((ValueError, FileNotFoundError), match=wanted):
         tune(tagged, tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_ml_decoder_begins_anew_for_other_classes() -> None:
+    sizes = {"img_size": 48, "depth": 1, "num_classes": 4, **HEAD}
+    model = timm.create_model("ltrp_vit_tiny", **sizes)
+    assert fit_head(model, 5, list("abcde"))
+    head = model.get_classifier()
+    assert isinstance(head, MLDecoder)
+    assert head.num_classes == 5
+    assert head.layers[0].linear1.weight.std() > 0.01  # not the 2e-5 of a linear head
+    assert not put_head(model, "ml_decoder", {"embed_dim": 32})  # it has such a one
+    assert model.get_classifier() is head
+    assert put_head(model, "ml_decoder", {"embed_dim": 16, "num_heads": 2})
+    assert model.get_classifier().config()["embed_dim"] == 16
 
 
 def test_a_head_needs_a_pruned_model(tagged: Path, tmp_path: Path) -> None:
