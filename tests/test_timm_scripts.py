@@ -81,7 +81,8 @@ def test_the_readme_line_runs_a_script_with_our_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefetcher", [True, False])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's own reading
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_validate(folder: Path, prefetcher: bool) -> None:
     given = keywords(line_of("validate.py"))
     assert given == {"keep_ratio": 0.5}
