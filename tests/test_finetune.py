@@ -11,10 +11,10 @@ import pytest
 import timm
 import torch
 from conftest import records_arguments
-from finetune_setup import NAMES, NARROW, PLAIN, TINY, load, make_classes, small_vit, tune
+from finetune_setup import NAMES, PLAIN, TINY, load, make_classes, small_vit, tune
 from PIL import Image
 from safetensors.torch import save_file
-from train_setup import QUIET, distance, same_bits, weights
+from train_setup import distance, same_bits, weights
 
 import ltrp_timm
 from ltrp_timm import LTRPModel
@@ -455,8 +455,3 @@ def test_the_frozen_ranker_stays(data: Path, tmp_path: Path) -> None:
     assert same_bits(before, dict(ranker.state_dict()))
     found = weights(tmp_path / "run")
     assert all(torch.equal(found[f"ranker.{name}"], value) for name, value in before.items())
-
-
-def test_quiet_settings_are_settings() -> None:
-    assert set(QUIET) < set(TINY)
-    assert NARROW["patch_size"] == 8

@@ -191,7 +191,7 @@ class Engine:
         if not self.settings.compile:
             return contextlib.nullcontext()
         config = torch._dynamo.config
-        return config.patch(recompile_limit=max(config.recompile_limit, 2 * self.num_graphs + 1))
+        return config.patch(recompile_limit=max(config.recompile_limit, self.num_graphs + 1))
 
     @contextlib.contextmanager
     def _own_random_numbers(self, step: int, number: int) -> Iterator[None]:
