@@ -130,6 +130,29 @@ def make_cluttered_scenes(count: int, seed: int, side: int) -> tuple[Tensor, Ten
     return _paint(background, ink, generator)
 
 
+def make_digit_scenes(
+    count: int, seed: int, side: int, held_out: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scenes (B, 3, side, side) of one digit among textured blobs, and which digit it is (B,).
+
+    The digit is 3/8 to 1/2 of the side, anywhere; held-out scenes show other handwriting.
+    """
+    from sklearn.datasets import load_digits
+
+    generator, digits = torch.Generator().manual_seed(seed), _load_digits()
+    labels = torch.from_numpy(load_digits().target)
+    own = slice(1200, None) if held_out else slice(0, 1200)
+    digits, labels = digits[own], labels[own]
+    chosen = torch.randint(len(digits), (count,), generator=generator)
+    background, ink = _background(count, side, generator), torch.zeros(count, side, side)
+    for scene, image, number in zip(background, ink, chosen.tolist()):
+        for _ in range(int(torch.randint(2, 5, (), generator=generator))):
+            _add_blob(scene, generator)
+        _draw(image, digits[number : number + 1], 1, (side * 7 // 16, side * 9 // 16), generator)
+    paper = 0.3 + 0.5 * (background - 0.5)  # dark, the digits white
+    return torch.lerp(paper, torch.ones(1), ink.unsqueeze(1)).clamp(0, 1), labels[chosen]
+
+
 def _add_blob(scene: Tensor, generator: torch.Generator) -> None:
     """A soft ellipse of texture into scene (3, H, W)."""
     side = scene.shape[-1]

@@ -54,7 +54,9 @@ def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.benchmark_command import add_benchmark
     from ltrp_timm.convert_command import add_convert
+    from ltrp_timm.evaluate.arguments import add_evaluate
     from ltrp_timm.export_command import add_export
+    from ltrp_timm.finetune_command import add_finetune
     from ltrp_timm.rank.arguments import add_rank
     from ltrp_timm.share_command import add_push, add_save
     from ltrp_timm.train_command import add_train_commands
@@ -69,6 +71,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_rank(commands)
     add_train_commands(commands)
+    add_finetune(commands)
+    add_evaluate(commands)
     add_export(commands)
     add_benchmark(commands)
     add_convert(commands)

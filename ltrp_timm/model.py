@@ -142,11 +142,18 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         """Scores (B, h * w) of images that were checked."""
         if not torch.jit.is_scripting():
             self._warn_if_untrained()
-        images = self.bridge(self._padded(x, h, w))
-        scores = resize_score_map(self.ranker(images), h, w).detach()
+        scores = self.ranker_scores(x, h, w).detach()
         if not torch.jit.is_scripting():
             self._check_scores(scores, x)
         return scores
+
+    def ranker_scores(self, x: Tensor, h: int, w: int) -> Tensor:
+        """What the ranker says to images (B, C, H, W) on the grid (h, w): (B, h * w), unchecked.
+
+        It carries a gradient where the ranker has one: for who trains it.
+        """
+        images = self.bridge(self._padded(x, h, w))
+        return resize_score_map(self.ranker(images), h, w)
 
     def _padded(self, x: Tensor, h: int, w: int) -> Tensor:
         """Images padded as the backbone does, so that h x w patches cover the same places."""

@@ -157,8 +157,8 @@ def _save(
     card = check_card(model_card)
     whole = isinstance(model, LTRPModel)
     ranker = model.ranker if isinstance(model, LTRPModel) else model
-    _check_ranker(ranker, whole)
-    config = _model_config(model) if whole else {"ranker": ranker.name, "args": ranker.config()}
+    check_ranker(ranker, whole)
+    config = model_config(model) if whole else {"ranker": ranker.name, "args": ranker.config()}
     text = _model_text(model, card, repo_id) if whole else _ranker_text(model, card, repo_id)
     if (folder / CARD_NAME).exists() and not overwrite:
         raise FileExistsError(
@@ -169,7 +169,13 @@ def _save(
     return folder
 
 
-def _check_ranker(ranker: Any, whole: bool) -> None:
+def check_ranker(ranker: Any, whole: bool) -> None:
+    """Check that a ranker can be saved: with a whole model, or alone.
+
+    Raises:
+        TypeError: alone, and no ranker of this library.
+        ValueError: a ranker without a name, without weights, or without trained ones.
+    """
     name = getattr(ranker, "name", None)
     if name not in list_rankers() or not isinstance(ranker, ranker_class(str(name))):
         if not whole:
@@ -188,12 +194,17 @@ def _check_ranker(ranker: Any, whole: bool) -> None:
         )
 
 
-def _model_config(model: LTRPModel) -> Dict[str, Any]:
-    """timm's configuration of the model as it is now."""
+def model_config(model: Any) -> Dict[str, Any]:
+    """timm's configuration of a model, ours or a plain one, as it is now.
+
+    Raises:
+        ValueError: it was built of something that cannot be written down.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG_NAME
+        args = dict(model._model_args) if isinstance(model, LTRPModel) else None
         try:
-            save_config_for_hf(model, str(path), model_args=dict(model._model_args))
+            save_config_for_hf(model, str(path), model_args=args)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the model cannot be saved: {first_line(error)}") from error
         config: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from ltrp_timm.photos import one_line
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.train.settings import CLIP_MODES, PRECISIONS, RESUMES, Settings
 
-_HELP = "see the documentation of ltrp_timm.train.Settings"
+_HELP = "see the documentation of ltrp_timm.train"
 
 
 def add_train_commands(commands: Any) -> None:
@@ -48,7 +48,7 @@ def _add_ranker(commands: Any) -> None:
     free = [name for name in list_rankers() if not ranker_class(name).learned]
     add("--compare", nargs="+", default=[], choices=free, help="measured beside it, for the log")
     add("--dry-run", action="store_true", help="check everything, say what would be done")
-    _add_common(parser)
+    add_settings(parser)
 
 
 def _add_teacher(commands: Any) -> None:
@@ -59,7 +59,7 @@ def _add_teacher(commands: Any) -> None:
     add("--init-from", metavar="TEACHER", help="Hub id, folder or file, to begin with")
     add("--mask-ratio", type=float, default=0.75, metavar="R", help="hidden share (%(default)s)")
     add("--norm-pix-loss", action="store_true", help="paint patches normalised one by one")
-    _add_common(parser)
+    add_settings(parser)
 
 
 def _command(commands: Any, name: str, about: str, run: Callable[..., int]) -> Any:
@@ -73,36 +73,38 @@ def _command(commands: Any, name: str, about: str, run: Callable[..., int]) -> A
     return parser
 
 
-def _add_common(parser: Any) -> None:
+def add_settings(parser: Any) -> None:
     """Settings of every training; what is not given keeps the recipe's default."""
     add = parser.add_argument
     whole = ("epochs", "batch_size", "accumulate", "seed", "num_workers", "checkpoint_steps")
     for name in (*whole, "num_samples"):
-        _setting(add, name, type=int, metavar="N")
-    reals = ("lr", "base_lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr")
+        setting(add, name, type=int, metavar="N")
+    reals = ("lr", "base_lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "layer_decay")
     for name in (*reals, "clip_grad", "ema_decay", "holdout"):
-        _setting(add, name, type=float, metavar="X")
+        setting(add, name, type=float, metavar="X")
     for name in ("opt", "sched", "device", "val_data", "data_root", "split", "val_split"):
-        _setting(add, name, metavar="NAME")
-    _setting(add, "input_key", metavar="NAME")
-    _setting(add, "clip_mode", choices=CLIP_MODES)
-    _setting(add, "precision", choices=PRECISIONS)
-    _setting(add, "resume", choices=RESUMES)
-    _setting(add, "opt_args", nargs="+", metavar="NAME=VALUE")
-    _setting(add, "compile", action="store_true")
-    _setting(add, "plot", action="store_true")
+        setting(add, name, metavar="NAME")
+    for name in ("input_key", "target_key"):
+        setting(add, name, metavar="NAME")
+    setting(add, "clip_mode", choices=CLIP_MODES)
+    setting(add, "precision", choices=PRECISIONS)
+    setting(add, "resume", choices=RESUMES)
+    setting(add, "opt_args", nargs="+", metavar="NAME=VALUE")
+    setting(add, "compile", action="store_true")
+    setting(add, "plot", action="store_true")
     for name in ("tensorboard", "progress"):
-        _setting(add, name, action=argparse.BooleanOptionalAction)
+        setting(add, name, action=argparse.BooleanOptionalAction)
 
 
-def _setting(add: Any, name: str, **kwargs: Any) -> None:
-    """A flag of that setting, with the line that documents it as help."""
+def setting(add: Any, name: str, kind: Any = Settings, **kwargs: Any) -> None:
+    """A flag of that field of a class of settings, with the line that documents it as help."""
     flag = "--" + name.replace("_", "-")
-    add(flag, dest=name, default=argparse.SUPPRESS, help=_documentation(name), **kwargs)
+    add(flag, dest=name, default=argparse.SUPPRESS, help=documentation(name, kind), **kwargs)
 
 
-def _documentation(name: str) -> str:
-    lines = (Settings.__doc__ or "").splitlines()
+def documentation(name: str, kind: Any = Settings) -> str:
+    """The line that documents a field of a class of settings."""
+    lines = (kind.__doc__ or "").splitlines()
     marks = [i for i, line in enumerate(lines) if line.strip().startswith(f"{name}: ")]
     text = lines[marks[0]].strip().removeprefix(f"{name}: ") if marks else _HELP
     for line in lines[marks[0] + 1 :] if marks else []:
@@ -130,8 +132,9 @@ def parse_values(pairs: list[str] | None) -> dict[str, Any]:
     return out
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(Settings)]
+def given_settings(arguments: argparse.Namespace, *kinds: Any) -> dict[str, Any]:
+    """The fields of some classes of settings that were given as flags."""
+    names = [field.name for kind in (Settings, *kinds) for field in dataclasses.fields(kind)]
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if "opt_args" in given:
         given["opt_args"] = parse_values(given["opt_args"])
@@ -150,7 +153,7 @@ def _run_ranker(arguments: argparse.Namespace) -> int:
     values["teacher"] = None if arguments.teacher == "none" else arguments.teacher
     values["ranker_args"] = parse_values(arguments.ranker_args)
     hint = f"create_ranker({arguments.ranker!r}, pretrained={arguments.output!r})"
-    return _run(train_ranker, {**values, **_settings(arguments)}, hint)
+    return run_training(train_ranker, {**values, **given_settings(arguments)}, hint)
 
 
 def _run_teacher(arguments: argparse.Namespace) -> int:
@@ -160,10 +163,10 @@ def _run_teacher(arguments: argparse.Namespace) -> int:
     values = {name: getattr(arguments, name) for name in names}
     values["teacher_args"] = parse_values(arguments.teacher_args)
     hint = f"create_teacher({arguments.output!r})"
-    return _run(train_teacher, {**values, **_settings(arguments)}, hint)
+    return run_training(train_teacher, {**values, **given_settings(arguments)}, hint)
 
 
-def _run(train: Callable[..., Any], values: dict[str, Any], hint: str) -> int:
+def run_training(train: Callable[..., Any], values: dict[str, Any], hint: str) -> int:
     """Train; what the user can put right becomes one line, said by one process."""
     main = os.environ.get("RANK", "0") == "0"
     try:

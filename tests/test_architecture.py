@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 ROOMS = [
     ["configs"],
     ["hub"],
-    ["selection", "checkpoints", "throughput", "photos", "change"],
+    ["selection", "checkpoints", "throughput", "photos", "change", "ml_decoder"],
     ["slots", "metrics"],
     ["rankers", "losses"],
     ["timm_interface", "adaptive", "dense", "teacher"],
@@ -22,11 +22,13 @@ ROOMS = [
     ["factory"],
     ["ltrp_vit"],
     ["visualize", "console", "cards", "payoff"],
-    ["arguments", "named_model", "parity", "formats"],
-    ["export", "train", "sharing"],
+    ["arguments", "index_cache", "named_model", "parity", "formats"],
+    ["sharing"],
+    ["export", "train"],
     ["convert"],
-    ["demo", "rank"],
+    ["demo", "evaluate", "rank"],
     ["benchmark_command", "convert_command", "export_command", "train_command", "share_command"],
+    ["finetune_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -42,6 +42,19 @@ def pruned(kind: str) -> LTRPModel:
 @records_arguments
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["registered", "generic", "drop_patches"])
+def test_a_model_with_a_new_head_comes_back(tmp_path: Path, kind: str) -> None:
+    model = pruned(kind).eval()
+    model.reset_classifier(4, "avg")
+    save_pretrained(model, tmp_path)
+    twin = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (twin.num_classes, twin.global_pool) == (4, "avg")
+    pixels = images(model.in_chans)
+    assert torch.equal(twin(pixels), model(pixels))
+
+
+@records_arguments
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["registered", "generic", "drop_patches"])
 def test_a_model_comes_back_bit_for_bit(tmp_path: Path, kind: str) -> None:
     model = pruned(kind).eval()
     pixels = images(model.in_chans)

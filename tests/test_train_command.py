@@ -93,7 +93,7 @@ def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in text
-        assert train_command._documentation(field.name) != train_command._HELP
+        assert train_command.documentation(field.name) != train_command._HELP
     assert "updates between checkpoints; None for one an epoch." in " ".join(text.split())
 
 

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import records_arguments
+from finetune_setup import make_classes
 from torch import Tensor
 from train_setup import distance, make_photos, tiny_teacher, weights
 
@@ -22,11 +24,23 @@ COMMON = [
 def train(
     folder: Path, processes: int, *flags: str, check: bool = True, script: Path | None = None
 ) -> str:
+    arguments = ["train-ranker", *COMMON]
+    return launch(arguments, folder, processes, *flags, check=check, script=script)
+
+
+def launch(
+    arguments: list[str],
+    folder: Path,
+    processes: int,
+    *flags: str,
+    check: bool = True,
+    script: Path | None = None,
+) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else [])]
     command += ["-m", "ltrp_timm.cli"] if script is None else [str(script)]
     done = subprocess.run(
-        [*command, "train-ranker", *COMMON, "--output", str(folder), *flags],
+        [*command, *arguments, "--output", str(folder), *flags],
         capture_output=True,
         text=True,
         check=False,
@@ -113,3 +127,29 @@ def test_what_is_wrong_is_said_once_and_nothing_waits(folder: Path) -> None:
     out = train(folder / "new", 2, "--data", str(folder / "single"), *data[2:], check=False)
     assert out.count("1 training images are too few for 2 processes") == 1
     assert not (folder / "new").exists()
+
+
+def finetune(folder: Path, processes: int, *flags: str) -> str:
+    """Two processes draw other drop paths and mix other pairs than one does: both are off."""
+    common = ["--img-size", "32", "--epochs", "2", "--warmup-epochs", "0", "--device", "cpu"]
+    common += ["--model-kwargs", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
+    common += ["--keep-ratio", "0.25", "0.5", "1", "--drop-path", "0", "--ema-decay", "0.5"]
+    common += ["--lr", "0.01", "--num-workers", "0", "--no-tensorboard", "--no-progress"]
+    return launch(["finetune", "vit_tiny_patch16_224", *common], folder, processes, *flags)
+
+
+@records_arguments
+def test_fine_tuning_in_two_processes(folder: Path) -> None:
+    make_classes(folder / "classes", 7)  # 21: 3 updates of 6, 3 images are left over
+    make_classes(folder / "held_classes", 1)  # 2 for one process, 1 for the other
+    data = ["--data", str(folder / "classes"), "--val-data", str(folder / "held_classes")]
+    finetune(folder / "tune_two", 2, *data, "--batch-size", "3", "--opt", "sgd")
+    finetune(folder / "tune_one", 1, *data, "--batch-size", "6", "--opt", "sgd")
+    finetune(folder / "tune_half", 1, *data, "--batch-size", "3", "--opt", "sgd")
+    two, one, half = (weights(folder / f"tune_{name}") for name in ("two", "one", "half"))
+    assert distance(two, one) <= 1e-5
+    assert distance(half, one) > 1e-3
+    rows = [read_log(folder / f"tune_{name}" / "log.csv")[-1] for name in ("two", "one")]
+    assert rows[0]["step"] == rows[1]["step"] == 6
+    for name in ("loss", "val_loss@0.25", "val_top1", "val_top5@1"):
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-5), name

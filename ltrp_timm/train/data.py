@@ -1,4 +1,4 @@
-"""Images without labels, from all that timm reads, each with random numbers of its own.
+"""Images from all that timm reads, each with random numbers of its own; labels see ``labels``.
 
 A sample is asked for by (epoch, index): what comes is a function of that and the seed, whichever
 process or worker is asked, see ``keys``.
@@ -35,6 +35,7 @@ def open_dataset(
     num_samples: int | None = None,
     seed: int = 0,
     training: bool = True,
+    target_key: str | None = None,
 ) -> Any:
     """A dataset of timm's by its name, or one that is given.
 
@@ -47,6 +48,7 @@ def open_dataset(
         num_samples: length of a stream that does not know it.
         seed: of a stream's shuffling.
         training: a stream is shuffled.
+        target_key: where a named dataset keeps its labels; None: they are not read.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -62,7 +64,7 @@ def open_dataset(
         raise FileNotFoundError(f"{text} does not exist.")
     extra: dict[str, Any] = {"input_key": input_key} if named and input_key else {}
     if prefix == "hfds" and named:
-        extra["target_key"] = input_key or "image"  # a dataset need not have labels
+        extra["target_key"] = target_key or input_key or "image"  # it need not have labels
     if named and num_samples:
         extra["num_samples"] = num_samples
     try:
@@ -89,7 +91,12 @@ class Images:
     Args:
         dataset: timm's, or any map-style torch dataset whose items are, or begin with, a picture.
         min_side: smaller pictures, and strips, count as unreadable.
+
+    Attributes:
+        blank: what stands for the target of an image that cannot be read; None: there are none.
     """
+
+    blank: Any = None
 
     def __init__(self, dataset: Any, min_side: int = 1) -> None:
         self.dataset, self.min_side = dataset, min_side
@@ -109,34 +116,46 @@ class Images:
         Raises:
             ValueError: one line with its name and the reason.
         """
+        return self.read_item(index)[0]
+
+    def read_item(self, index: int) -> tuple[Image.Image, Any]:
+        """The picture, and its target as the dataset gives it (None where it gives none).
+
+        Raises:
+            ValueError: one line with its name and the reason.
+        """
         name = self.name(index)
-        picture = self._from_reader(index, name) if self.reader else self._item(index, name)
+        picture, target = self._from_reader(index, name) if self.reader else self._item(index, name)
         size, least = f"{picture.width}x{picture.height} pixels", min(picture.size)
         if least < self.min_side:
             raise ValueError(f"{name}: {size}, smaller than a patch of {self.min_side}.")
         if max(picture.size) > MAX_ASPECT * least:
             raise ValueError(f"{name}: {size}, over {MAX_ASPECT} times longer than wide.")
-        return picture
+        return picture, target
 
-    def _from_reader(self, index: int, name: str) -> Image.Image:
+    def _from_reader(self, index: int, name: str) -> tuple[Image.Image, Any]:
         try:
-            file = self.reader[index][0]  # type: ignore[index]
+            file, target = self.reader[index][:2]  # type: ignore[index]
         except Exception as error:
             raise ValueError(f"{name}: {one_line(error)}") from error
         with file:
             picture = decode_image(file, name)
         close_tars(self.reader)
-        return picture
+        return picture, target
 
-    def _item(self, index: int, name: str) -> Image.Image:
+    def _item(self, index: int, name: str) -> tuple[Image.Image, Any]:
         try:
             item = self.dataset[index]
-            picture = item[0] if isinstance(item, (tuple, list)) else item
+            picture, target = (*item, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
             if not isinstance(picture, Image.Image):
                 raise TypeError(f"expected a PIL image, got {type(picture).__name__}.")
-            return picture.convert("RGB")
+            return picture.convert("RGB"), target
         except Exception as error:
             raise ValueError(f"{name}: {one_line(error)}") from error
+
+    def split(self, share: float) -> tuple[list[int], list[int]]:
+        """Training and held-out indices, see ``split_indices``; one image alone is for training."""
+        return split_indices(len(self), share if len(self) > 1 else 0.0)
 
     def fingerprint(self, indices: Sequence[int]) -> dict[str, Any]:
         """What tells these images from others: their number, and names where those are at hand."""
@@ -194,25 +213,47 @@ class KeyedImages(Dataset[Sample]):
     ) -> None:
         self.images, self.indices, self.transform = images, list(indices), transform
         self.seed, self.shape = seed, shape
+        # a transform that brings the scores of patches, see ltrp_timm.train.cached
+        self.scores: Any = getattr(transform, "with_scores", None) and transform
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, place = key
-        picture, problems = self._read(place, 1 if epoch == HELD_OUT else len(self))
-        index = self.indices[place]
-        if picture is None:
-            return _sample(torch.zeros(self.shape), index, problems, real=False)
+        found, problems = self._read(place, 1 if epoch == HELD_OUT else len(self))
+        index, blank = self.indices[place], self.images.blank
+        if found is None:
+            sample = _sample(torch.zeros(self.shape), index, problems, real=False)
+            if self.scores is not None:
+                sample["scores"] = self.scores.blank
+            return sample if blank is None else {**sample, "target": blank}
+        source, picture, target = found
         with seeded(sample_seed(self.seed, epoch, index, "transform")):
-            return _sample(self.transform(picture), index, problems)
+            sample = self._transformed(picture, source, index, problems)
+        return sample if blank is None else {**sample, "target": target}
 
-    def _read(self, place: int, attempts: int) -> tuple[Image.Image | None, list[str]]:
+    def _transformed(
+        self, picture: Image.Image, source: int, index: int, problems: list[str]
+    ) -> Sample:
+        """A sample of image ``source``, which may stand in for image ``index``."""
+        if self.scores is None:
+            return _sample(self.transform(picture), index, problems)
+        image, scores = self.scores.with_scores(picture, source)
+        return {**_sample(image, index, problems), "scores": scores}
+
+    def _read(
+        self, place: int, attempts: int
+    ) -> tuple[tuple[int, Image.Image, Any] | None, list[str]]:
+        """(index, picture, target) of the first that can be read."""
         problems: list[str] = []
         for attempt in range(attempts):
             try:
                 index = self.indices[(place + attempt) % len(self)]
-                return self.images.read(index), problems
+                picture, target = self.images.read_item(index)
+                if self.scores is not None:
+                    self.scores.check(index, self.images.name(index))
+                return (index, picture, target), problems
             except ValueError as error:
                 problems.append(str(error))
         return None, problems
@@ -225,8 +266,8 @@ class KeyedImages(Dataset[Sample]):
         """
         if not len(self):
             raise ValueError("there are no images.")
-        picture, problems = self._read(0, len(self))
-        if picture is None:
+        found, problems = self._read(0, len(self))
+        if found is None:
             raise ValueError(f"none of {len(self)} images can be read; {problems[0]}")
 
 
@@ -235,19 +276,36 @@ def _sample(image: Tensor, index: int, problems: Sequence[str] = (), real: bool 
 
 
 class KeyedStream(IterableDataset[Sample]):
-    """A timm stream; an image's index is its number in the stream of its worker and process."""
+    """A timm stream; an image's index is its number in the stream of its worker and process.
 
-    def __init__(self, dataset: Any, transform: Transform, seed: int, world: World) -> None:
+    Args:
+        dataset: gives (picture, target).
+        transform: picture -> (3, H, W).
+        seed: of what the transform draws.
+        world: who shares it.
+        labelled: samples carry the target.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Transform,
+        seed: int,
+        world: World,
+        labelled: bool = False,
+    ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.labelled = labelled
         self.rank, self.size, self.epoch = world.rank, world.size, 0
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for count, (picture, _) in enumerate(self.dataset):
+        for count, (picture, target) in enumerate(self.dataset):
             index = (count * workers + number) * self.size + self.rank
             with seeded(sample_seed(self.seed, self.epoch, index, "transform")):
-                yield _sample(self.transform(picture.convert("RGB")), index)
+                sample = _sample(self.transform(picture.convert("RGB")), index)
+            yield {**sample, "target": target} if self.labelled else sample
 
 
 class KeyedSampler(Sampler[tuple[int, int]]):
@@ -327,19 +385,33 @@ class Batch:
     Attributes:
         images: (B, 3, H, W), normalised.
         real: (B,) bool; False where an image could not be read.
+        targets: (B,) class numbers, or what else the images carry; None without labels.
+        scores: (B, N) of patches, from an index cache; None without one.
         problems: one line for each image that could not be read.
+        epoch: that it belongs to.
+        update: its update's number within the epoch.
     """
 
-    def __init__(self, sample: Sample, seed: int, epoch: int, device: torch.device) -> None:
+    def __init__(
+        self, sample: Sample, seed: int, epoch: int, device: torch.device, update: int = 0
+    ) -> None:
         self.images: Tensor = sample["image"].to(device, non_blocking=True)
         self.real: Tensor = sample["real"].to(device)
+        target = sample.get("target")
+        self.targets: Tensor | None = None if target is None else target.to(device)
+        scores = sample.get("scores")
+        self.scores: Tensor | None = None if scores is None else scores.to(device)
         self.indices: list[int] = sample["index"].tolist()
         self.problems = [line for text in sample["problems"] for line in text.splitlines()]
-        self._seed, self._epoch = seed, epoch
+        self._seed, self.epoch, self.update = seed, epoch, update
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """A generator for each image, of its own random numbers for that purpose."""
-        return generators(self._seed, self._epoch, self.indices, purpose)
+        return generators(self._seed, self.epoch, self.indices, purpose)
+
+    def seed(self, purpose: str) -> int:
+        """A seed for what is drawn once for these images; that of the first one."""
+        return sample_seed(self._seed, self.epoch, self.indices[0], purpose)

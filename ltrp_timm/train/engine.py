@@ -25,7 +25,13 @@ def make_optimizer(model: nn.Module, lr: float, settings: Settings) -> Any:
     arguments = dict(settings.opt_args or {})
     if settings.opt_args is None and settings.opt == "adamw":
         arguments = {"betas": (0.9, 0.95)}
-    return create_optimizer_v2(model, settings.opt, lr, settings.weight_decay, **arguments)
+    if settings.layer_decay is not None:
+        arguments["layer_decay"] = settings.layer_decay
+    optimizer = create_optimizer_v2(model, settings.opt, lr, settings.weight_decay, **arguments)
+    if settings.sched == "none":  # it is the schedules that scale the rates of layers
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return optimizer
 
 
 def make_scheduler(optimizer: Any, updates_per_epoch: int, settings: Settings) -> Any:
@@ -43,6 +49,12 @@ def make_scheduler(optimizer: Any, updates_per_epoch: int, settings: Settings) -
     )[0]
 
 
+def autocast(device: torch.device, precision: str) -> Any:
+    """torch's autocast at one of ``PRECISIONS``; "fp32" changes nothing."""
+    dtype = _DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 class Engine:
     """A model and all that changes its weights.
 
@@ -52,12 +64,22 @@ class Engine:
         updates_per_epoch: length of an epoch.
         settings: of the run.
         world: who takes part.
+        forward: what is called in training, a module around ``model``; None for the model itself.
+        num_graphs: kinds of updates, each of which is compiled on its own.
     """
 
     def __init__(
-        self, model: Any, lr: float, updates_per_epoch: int, settings: Settings, world: World
+        self,
+        model: Any,
+        lr: float,
+        updates_per_epoch: int,
+        settings: Settings,
+        world: World,
+        forward: Any = None,
+        num_graphs: int = 1,
     ) -> None:
         self.model, self.lr, self.settings, self.world = model, lr, settings, world
+        self.num_graphs = num_graphs
         self.device = world.device
         default = "bf16" if self.device.type == "cuda" else "fp32"
         self.precision = settings.precision or default
@@ -65,22 +87,21 @@ class Engine:
         self.scheduler = make_scheduler(self.optimizer, updates_per_epoch, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         decay = settings.ema_decay
-        self.ema = None if decay is None else ModelEmaV3(model, decay=decay)
-        self.forward: Any = model
+        self.ema = None if not decay else ModelEmaV3(model, decay=decay)
+        self.forward: Any = model if forward is None else forward
 
     def wrap(self) -> None:
         """Put DistributedDataParallel and the compiler around the model, once its weights stand."""
         if self.world.size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.model, device_ids=ids)
+            self.forward = DistributedDataParallel(self.forward, device_ids=ids)
         if self.settings.compile:
             self.forward = torch.compile(self.forward)
 
     @property
     def rate(self) -> float:
-        """Learning rate of the next update."""
-        rate: float = self.optimizer.param_groups[0]["lr"]
-        return rate
+        """Learning rate of the next update, of the last layer where a decay tells them apart."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     @property
     def trained_model(self) -> nn.Module:
@@ -98,7 +119,7 @@ class Engine:
         self.optimizer.zero_grad()
         for number, batch in enumerate(batches, start=1):
             together = self._gradients_together(number == len(batches))
-            with together, self._own_random_numbers(step, number):
+            with together, self._own_random_numbers(step, number), self._compiler():
                 with self.autocast():
                     loss = loss_of(self.forward, batch) / len(batches)
                 self.scaler.scale(loss).backward()
@@ -145,8 +166,7 @@ class Engine:
 
     def autocast(self) -> Any:
         """The precision of the run."""
-        dtype = _DTYPES[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        return autocast(self.device, self.precision)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[nn.Module]:
@@ -165,6 +185,13 @@ class Engine:
         if last or self.world.size == 1:
             return contextlib.nullcontext()
         return getattr(self.forward, "_orig_mod", self.forward).no_sync()
+
+    def _compiler(self) -> Any:
+        """Room for a graph of each kind of update: beyond its limit torch goes on uncompiled."""
+        if not self.settings.compile:
+            return contextlib.nullcontext()
+        config = torch._dynamo.config
+        return config.patch(recompile_limit=max(config.recompile_limit, self.num_graphs + 1))
 
     @contextlib.contextmanager
     def _own_random_numbers(self, step: int, number: int) -> Iterator[None]:

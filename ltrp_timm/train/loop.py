@@ -113,7 +113,15 @@ class Trainer:
         self.world, self.folder = world, folder
         self.checkpoint = folder / CHECKPOINT_NAME
         lr = settings.lr or settings.base_lr * sources.per_update / 256
-        self.engine = Engine(task.model, lr, sources.updates_per_epoch, settings, world)
+        self.engine = Engine(
+            task.model,
+            lr,
+            sources.updates_per_epoch,
+            settings,
+            world,
+            forward=getattr(task, "forward", None),
+            num_graphs=getattr(task, "num_graphs", 1),
+        )
         self.progress = Progress()
         self.problems: list[str] = []
         self.log: Any = None
@@ -297,7 +305,11 @@ class Trainer:
         names = self.world.gather_names(list(sums))
         totals = dict(zip(names, self.world.sum([sums.get(name, 0.0) for name in names])))
         count = totals.pop("images", 0.0)
-        return {name: total / count for name, total in totals.items()} if count else {}
+        if not count:
+            return {}
+        judge = getattr(self.task, "judge", None)  # of what is no mean over images
+        whole = {} if judge is None else judge(self.world)
+        return {**{name: total / count for name, total in totals.items()}, **whole}
 
     def _show_epoch(self) -> None:
         if self.log:

@@ -36,13 +36,15 @@ class Settings:
         base_lr: learning rate at 256 images per update.
         weight_decay: none on biases and norms.
         opt_args: more arguments of the optimiser; None: betas (0.9, 0.95) for AdamW.
+        layer_decay: factor of the learning rate from each layer to the one below; None for none.
         sched: a name of timm's schedules, stepped at every update; "none" for a constant rate.
         warmup_epochs: None for a tenth of the epochs.
         warmup_lr: where the warm-up begins.
         min_lr: where the schedule ends.
         clip_grad: norm, value or factor to clip gradients at; None for no clipping.
         clip_mode: "norm", "value" or "agc".
-        ema_decay: of an average of the weights, which is then what is measured and saved; or None.
+        ema_decay: of an average of the weights, which is then what is measured and saved; None or 0
+            for none.
         precision: "fp32", "bf16" or "fp16" (autocast); None: bf16 on a GPU, fp32 elsewhere.
         compile: use ``torch.compile``.
         seed: of everything that is drawn.
@@ -56,6 +58,7 @@ class Settings:
         split: timm's split; of a folder, its subfolder of that name when there is one.
         val_split: split of ``val_data``.
         input_key: where a named dataset keeps its images; None for the reader's default.
+        target_key: where it keeps its labels; None for the reader's default.
         num_samples: length of a stream that does not know it.
         tensorboard: write its events; None: if it is installed.
         plot: write ``curves.png``, and pictures of fixed held-out images.
@@ -73,6 +76,7 @@ class Settings:
     base_lr: float = 1.5e-4
     weight_decay: float = 0.06
     opt_args: Mapping[str, Any] | None = None
+    layer_decay: float | None = None
     sched: str = "cosine"
     warmup_epochs: float | None = None
     warmup_lr: float = 0.0
@@ -93,6 +97,7 @@ class Settings:
     split: str = "train"
     val_split: str = "validation"
     input_key: str | None = None
+    target_key: str | None = None
     num_samples: int | None = None
     tensorboard: bool | None = None
     plot: bool = False
@@ -111,8 +116,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {value}.")
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
+        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}.")
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
         for name, allowed in (

@@ -1,5 +1,6 @@
 """The training and held-out images of a run, checked before anything is written."""
 
+import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -17,7 +18,6 @@ from ltrp_timm.train.data import (
     Transform,
     make_loader,
     open_dataset,
-    split_indices,
 )
 from ltrp_timm.train.keys import HELD_OUT, sample_seed
 from ltrp_timm.train.settings import Settings
@@ -28,13 +28,14 @@ class Sources:
     """Batches to train on and to measure with.
 
     Args:
-        data: see ``open_dataset``.
+        data: see ``open_dataset``; or ``Images`` of it, with labels for one.
         settings: which part of it, and how much at a time.
         world: who shares it.
         train_transform: picture -> (3, H, W), may draw random numbers.
         eval_transform: likewise, without.
         img_size: (H, W) of what they give.
         min_side: of the pictures, in pixels.
+        labelled: samples of a stream carry its targets.
 
     Raises:
         ValueError: no image can be read, or there are fewer than a batch of all processes.
@@ -50,6 +51,7 @@ class Sources:
         eval_transform: Transform,
         img_size: tuple[int, int],
         min_side: int,
+        labelled: bool = False,
     ) -> None:
         self.seed, self.world, self.workers = settings.seed, world, settings.num_workers
         self._shape, self._min_side = (3, *img_size), min_side
@@ -61,18 +63,19 @@ class Sources:
             count = self._stream_length(dataset, settings)
             self.fingerprint: dict[str, Any] = {"images": count}
         else:
-            images = Images(dataset, min_side)
+            images = self._images(dataset)
             self._keyed(images, range(len(images)), eval_transform).check_readable()
             share = 0.0 if self.held_out is not None else settings.holdout
-            indices, held = split_indices(len(images), share if len(images) > 1 else 0.0)
+            indices, held = images.split(share)
             count, self.fingerprint = len(indices), images.fingerprint(indices)
             if held:
                 self.held_out = self._keyed(images, held, eval_transform)
         self.batch_size = self._batch_size(count, settings)
+        self.accumulate = settings.accumulate
         self.per_update = self.batch_size * world.size * settings.accumulate
         self.updates_per_epoch = count // self.per_update
         if self.streaming:
-            self.train: Any = KeyedStream(dataset, train_transform, self.seed, world)
+            self.train: Any = KeyedStream(dataset, train_transform, self.seed, world, labelled)
             self.sampler = None
         else:
             self.train = self._keyed(images, indices, train_transform)
@@ -84,6 +87,9 @@ class Sources:
     def _open(self, data: Any, settings: Settings, split: str, training: bool) -> Any:
         root, key, count = settings.data_root, settings.input_key, settings.num_samples
         return open_dataset(data, root, split, key, count, settings.seed, training)
+
+    def _images(self, dataset: Any) -> Images:
+        return dataset if isinstance(dataset, Images) else Images(dataset, self._min_side)
 
     def _stream_length(self, dataset: Any, settings: Settings) -> int:
         """Images of all processes; a stream of timm's knows those of its own."""
@@ -103,7 +109,7 @@ class Sources:
         dataset = self._open(settings.val_data, settings, settings.val_split, training=False)
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"val_data must not be a stream, got {settings.val_data}.")
-        images = Images(dataset, self._min_side)
+        images = self._images(dataset)
         keyed = self._keyed(images, range(len(images)), self._eval_transform)
         keyed.check_readable()
         return keyed
@@ -140,12 +146,18 @@ class Sources:
         Raises:
             ValueError: a stream without any image.
         """
+        begin = start if self.sampler is not None else 0
+        with contextlib.closing(self._training_samples(epoch, start)) as samples:
+            for number, sample in enumerate(samples, start=begin):
+                update = number // self.accumulate
+                yield Batch(sample, self.seed, epoch, self.world.device, update)
+
+    def _training_samples(self, epoch: int, start: int) -> Generator[Any, None, None]:
         loader = self._loader("train", self.train, self.sampler)
         loader.generator.manual_seed(sample_seed(self.seed, epoch, self.world.rank, "workers"))
         if self.sampler is not None:
             self.sampler.set_position(epoch, start * self.batch_size)
-            for sample in loader:
-                yield Batch(sample, self.seed, epoch, self.world.device)
+            yield from loader
             return
         self.train.epoch = epoch
         if hasattr(self.train.dataset, "set_epoch"):
@@ -155,7 +167,7 @@ class Sources:
             for sample in loader:
                 if len(sample["index"]) == self.batch_size:
                     empty = False
-                    yield Batch(sample, self.seed, epoch, self.world.device)
+                    yield sample
             if empty:
                 raise ValueError("the stream gave no batch: has it images, each with its label?")
 

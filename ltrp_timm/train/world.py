@@ -57,13 +57,17 @@ class World:
         value: T = outcome[0]
         return value
 
-    def gather_names(self, names: Sequence[str]) -> list[str]:
-        """The names of all processes, each once, sorted."""
-        every: list[list[str]] = [list(names)]
+    def gather(self, values: Sequence[Any]) -> list[Any]:
+        """The values of all processes, process by process."""
+        every: list[list[Any]] = [list(values)]
         if self.size > 1:
             every = [[] for _ in range(self.size)]
-            dist.all_gather_object(every, list(names))
-        return sorted({name for some in every for name in some})
+            dist.all_gather_object(every, list(values))
+        return [value for some in every for value in some]
+
+    def gather_names(self, names: Sequence[str]) -> list[str]:
+        """The names of all processes, each once, sorted."""
+        return sorted(set(self.gather(names)))
 
 
 @contextlib.contextmanager

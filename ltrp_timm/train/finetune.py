@@ -1,0 +1,224 @@
+"""Fine-tune a pruned ViT, or a plain timm model, on images with a class each."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ltrp_timm.console import say
+from ltrp_timm.model import LTRPModel
+from ltrp_timm.named_model import is_source, with_front_end
+from ltrp_timm.sharing import check_ranker
+from ltrp_timm.timm_interface import GENERIC
+from ltrp_timm.train.budget import KeepPlan
+from ltrp_timm.train.classes import ClassData
+from ltrp_timm.train.classify import ClassifyTask
+from ltrp_timm.train.distill import Distillation
+from ltrp_timm.train.keys import sample_seed, seeded
+from ltrp_timm.train.loop import fit
+from ltrp_timm.train.multi_label import MULTI_LABEL_LOSSES
+from ltrp_timm.train.network import (
+    RANDOM,
+    build_network,
+    check_network,
+    fit_head,
+    image_config,
+    put_head,
+)
+from ltrp_timm.train.recipe import MULTI_LABEL_KEEP_RATIO, Recipe, split_options
+from ltrp_timm.train.settings import Settings
+from ltrp_timm.train.sources import Sources
+from ltrp_timm.train.tagging import MultiLabelData, MultiLabelTask
+from ltrp_timm.train.task import Summary
+from ltrp_timm.train.world import join_world
+
+
+def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
+    """Fine-tune a model; ``timm.create_model("local-dir:OUTPUT", pretrained=True)`` loads it.
+
+    One process, or as many as ``torchrun`` starts. The folder gets the model of the last epoch
+    (that with the best held-out accuracy in ``best``), ``log.csv``, and the checkpoint to go on
+    from.
+
+    Args:
+        model: an ``ltrp_*`` name, any timm model, ``hf-hub:…`` or ``local-dir:…``; or a module,
+            which is trained in place. A plain timm ViT becomes a pruned one by ``keep_ratio`` or
+            ``ranker``, and is trained as it is without.
+        data: images with a class each: a folder with a folder for each class (below ``train``, when
+            there is one), a ``.tar`` of one, a name that timm's ``create_dataset`` takes
+            (``hfds/…``, ``wds/…``, ``torch/…``), or a torch dataset of (picture, class number).
+            With ``multi_label`` the folder that ``labels`` names files of.
+        output: folder of the run, new or empty.
+        **options: see ``Recipe`` (model, budget, teacher), ``Augmentation`` (images and labels)
+            and ``Settings`` (optimisation and bookkeeping). Defaults are the published ones: 50
+            epochs, 5 of them warm-up, AdamW, 1e-3 · images per update / 256 down to 1e-6, weight
+            decay 0.05, layer decay 0.75, drop path 0.1, RandAugment, random erasing, label
+            smoothing, a new head of standard deviation 2e-5; the ranker is frozen. With
+            ``multi_label``: 100 epochs, 5e-4 · images per update / 256, layer decay 0.65, an
+            average of the weights (0.9997), three quarters of the patches, the asymmetric loss.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        ValueError: an argument out of its range, classes that disagree, no readable image, or a
+            checkpoint of another configuration.
+        TypeError: an argument of no such name, or patches cannot be dropped from the model.
+        FileNotFoundError: data or weights do not exist.
+        FileExistsError: ``output`` holds a run, or is in use.
+        NonFiniteLossError: the loss is no finite number.
+
+    Source: Luo et al. (2024), Learning to rank patches for unbiased image redundancy reduction.
+
+    >>> finetune("ltrp_vit_base", "photos", "run", pretrained=True)  # doctest: +SKIP
+    """
+    recipe, augmentation, common = split_options(options)
+    recipe = _with_published_budget(model, recipe)
+    if recipe.gate and common.compile:
+        raise ValueError("gate lends the model a hook at each step: leave compile out.")
+    with join_world(common.device) as world:
+        classes = open_classes(data, common, recipe)
+        with seeded(sample_seed(common.seed, 0, 0, "weights")):
+            net, notes, new_head = make_network(model, recipe, classes)
+        net = net.to(world.device)
+        plan = make_plan(net, recipe, common)
+        images = image_config(net, recipe.img_size)
+        distillation = make_distillation(net, recipe, images, new_head)
+        parts = (net, plan, augmentation, distillation, recipe.train_ranker, recipe.channels_last)
+        if isinstance(classes, MultiLabelData):
+            loss = recipe.loss or MULTI_LABEL_LOSSES[0]
+            task: ClassifyTask = MultiLabelTask(*parts, loss=loss, seen=classes.seen)
+        else:
+            task = ClassifyTask(*parts)
+        size = tuple(images["input_size"][-2:])
+        common = dataclasses.replace(common, val_data=classes.held_out)
+        transforms = augmentation.transforms(images)
+        sources = Sources(classes.train, common, world, *transforms, size, 1, labelled=True)
+        if augmentation.mixes and sources.batch_size % 2:
+            raise ValueError(f"mixing needs an even batch_size, got {sources.batch_size}.")
+        if world.main:
+            for line in (*classes.says, *notes, _describe(task, sources)):
+                say(line)
+        return fit(task, sources, common, world, output)
+
+
+def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
+    """Training and held-out images with a class each, or several."""
+    if recipe.multi_label:
+        return MultiLabelData(data, common, recipe)
+    return ClassData(data, common, recipe.num_classes)
+
+
+def _with_published_budget(model: Any, recipe: Recipe) -> Recipe:
+    """Images with several classes keep 147 of 196 patches, unless the user, or the model, says."""
+    if not recipe.multi_label or recipe.keep_ratio is not None:
+        return recipe
+    if not isinstance(model, nn.Module) and not is_source(str(model)):
+        ours = str(model).split(".")[0] in timm.list_models(f"{GENERIC}*")
+        if ours or recipe.front or recipe.head:
+            return dataclasses.replace(recipe, keep_ratio=MULTI_LABEL_KEEP_RATIO)
+    return recipe
+
+
+def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, list[str], bool]:
+    """The model, ready to be trained; what to say of it; whether its head is new."""
+    front, net = recipe.front, model
+    if isinstance(model, nn.Module):
+        for name in ("pretrained", "checkpoint", "img_size", "model_kwargs"):
+            if getattr(recipe, name):
+                raise ValueError(f"{name} goes with a model's name; this model is a module.")
+        if front or isinstance(model, LTRPModel):
+            net = with_front_end(model, dict(front))
+        notes = []
+    else:
+        kwargs = dict(recipe.model_kwargs or {})
+        sizes = {"img_size": recipe.img_size, "drop_path_rate": recipe.drop_path}
+        kwargs |= {name: value for name, value in sizes.items() if value is not None}
+        net, origin = build_network(str(model), front, recipe.pretrained, recipe.checkpoint, kwargs)
+        notes = [f"weights: {origin or RANDOM}"]
+    _prepare_ranker(net, recipe)
+    new_head = fit_head(net, classes.num_classes, classes.class_names)
+    if recipe.head is not None:
+        new_head = put_head(net, recipe.head, recipe.head_args) or new_head
+    classes.match(net.pretrained_cfg.get("label_names"))
+    head = "a new one" if new_head else "that of the weights"
+    notes.append(f"head: {head}, for {classes.num_classes} classes")
+    if recipe.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    if recipe.grad_checkpointing:
+        net.set_grad_checkpointing(True)
+    check_network(net)
+    return net, notes, new_head
+
+
+def _prepare_ranker(net: Any, recipe: Recipe) -> None:
+    """Check that the ranker can be saved with the model; unfreeze it where it is to learn.
+
+    Raises:
+        ValueError: it has no weights, or none that mean anything.
+    """
+    if not isinstance(net, LTRPModel):
+        if recipe.train_ranker:
+            raise ValueError("train_ranker needs a pruned model: give a ranker or a keep_ratio.")
+        return
+    if net.selection == "adaptive":
+        raise ValueError("selection 'adaptive' is calibrated on a trained model, not trained.")
+    if recipe.train_ranker:
+        if not getattr(net.ranker, "learned", True):
+            raise ValueError(f"train_ranker: the {net.ranker.name} ranker has no weights.")
+        net.ranker.trained = True
+        net.ranker.requires_grad_(True)
+    check_ranker(net.ranker, whole=True)
+
+
+def make_plan(net: Any, recipe: Recipe, common: Settings) -> KeepPlan:
+    """How many patches are kept when."""
+    pruned = isinstance(net, LTRPModel)
+    ratio = recipe.keep_ratio
+    if ratio is None:
+        if recipe.keep_schedule and not pruned:
+            raise ValueError("keep_schedule leads to a keep_ratio: give one.")
+        ratio = net.keep_ratio if pruned else 1.0
+    schedule, length = recipe.keep_schedule, recipe.keep_schedule_epochs
+    return KeepPlan(ratio, schedule, length, epochs=common.epochs, seed=common.seed)
+
+
+def make_distillation(
+    net: Any, recipe: Recipe, images: Mapping[str, Any], new_head: bool
+) -> Distillation | None:
+    """The unpruned model to learn from, if there is one.
+
+    Raises:
+        ValueError: it knows other classes, or takes other images.
+    """
+    if recipe.distill is None:
+        return None
+    if recipe.distill == "self":
+        if new_head:
+            raise ValueError(
+                "distill='self' learns from the model as it begins, whose head is new here and "
+                "knows nothing: name a fine-tuned model."
+            )
+        teacher = copy.deepcopy(net)
+    else:
+        teacher, _ = build_network(recipe.distill, {}, not is_source(recipe.distill), None, {})
+    device = next(net.parameters()).device
+    weights = (recipe.distill_weight, recipe.distill_temperature, recipe.distill_features)
+    distillation = Distillation(teacher.to(device), net, *weights)
+    distillation.check(torch.zeros(1, *images["input_size"], device=device), net)
+    return distillation
+
+
+def _describe(task: ClassifyTask, sources: Sources) -> str:
+    held_out = len(sources.held_out) if sources.held_out is not None else 0
+    if task.pruned:
+        ratios = " ".join(f"{ratio:g}" for ratio in task.plan.ratios)
+        kept = f"{task.model.ranker.name} keeps {ratios} of the patches"
+    else:
+        kept = "a plain model, all patches"
+    updates = f"{sources.updates_per_epoch} updates of {sources.per_update} images an epoch"
+    return f"{kept}; {updates}, {held_out} images held out"

@@ -1,0 +1,142 @@
+"""``ltrp-timm finetune``: flags, messages, exit codes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import records_arguments
+from finetune_setup import load, make_classes
+
+from ltrp_timm import train_command
+from ltrp_timm.cli import main
+from ltrp_timm.train import Augmentation, Recipe, Settings
+
+pytestmark = records_arguments
+QUICK = ["--num-workers", "0", "--no-tensorboard", "--no-progress", "--epochs", "1"]
+TINY = [
+    "--img-size",
+    "32",
+    "--model-kwargs",
+    "patch_size=8",
+    "embed_dim=32",
+    "depth=1",
+    "num_heads=2",
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_classes(Path("photos"), 6)
+    return tmp_path
+
+
+def tune(*flags: str, model: str = "vit_tiny_patch16_224") -> int:
+    return main(["finetune", model, "--data", "photos", "--output", "run", *QUICK, *TINY, *flags])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("ltrp-timm: "), err
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+def test_a_model_of_several_budgets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos/red/00.png").write_text("no image")
+    flags = ["--keep-ratio", "0.5", "0.25", "--mixup", "0.8", "--batch-size", "4", "--plot"]
+    assert tune(*flags, "--holdout", "0.34") == 0
+    out, err = capsys.readouterr()
+    assert "contrast keeps 0.5 0.25 of the patches; 3 updates of 4 images an epoch, 6 images" in out
+    assert "val_top1@0.25 " in out
+    assert "timm.create_model('local-dir:run', pretrained=True)" in out
+    assert err == "ltrp-timm: skipped red/00.png: is not an image in a known format.\n"
+    assert load(Path("run")).keep_ratio == 0.5
+    assert Path("run/pictures.png").is_file()
+    assert tune(*flags) == 2
+    assert "run already holds checkpoint.safetensors" in one_line(capsys)
+
+
+def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def note(**values: Any) -> Any:
+        seen.update(values)
+        return type("Summary", (), {"stopped_by": None, "unreadable": [], "epochs": 1, "steps": 1})
+
+    import importlib
+
+    monkeypatch.setattr(importlib.import_module("ltrp_timm.train.finetune"), "finetune", note)
+    plain = ["finetune", "ltrp_vit_base", "--data", "d", "--output", "o"]
+    assert main(plain) == 0
+    assert seen == {"model": "ltrp_vit_base", "data": "d", "output": "o"}  # the recipe's defaults
+    flags = [
+        *("--keep-ratio", "0.5", "1", "--ranker", "conv", "--ranker-weights", "r", "--pretrained"),
+        *("--model-kwargs", "depth=2", "global_pool=avg", "--scale", "0.5", "1", "--aa", "none"),
+        *("--distill", "self", "--distill-weight", "0.3", "--train-ranker"),
+        *("--gate", "straight-through", "--grad-checkpointing", "--channels-last", "--bce-loss"),
+        *("--layer-decay", "0.65", "--target-key", "fine", "--mixup-mode", "elem"),
+        *("--keep-schedule", "cosine", "--keep-schedule-epochs", "7", "--selection", "mixed"),
+    ]
+    assert main([*plain, *flags]) == 0
+    expected = {"keep_ratio": [0.5, 1.0], "ranker": "conv", "ranker_weights": "r"}
+    expected |= {"pretrained": True, "model_kwargs": {"depth": 2, "global_pool": "avg"}}
+    expected |= {"scale": [0.5, 1.0], "aa": "none", "distill": "self", "distill_weight": 0.3}
+    expected |= {"train_ranker": True, "gate": "straight-through", "grad_checkpointing": True}
+    expected |= {"channels_last": True, "bce_loss": True, "layer_decay": 0.65}
+    expected |= {"target_key": "fine", "mixup_mode": "elem", "keep_schedule": "cosine"}
+    expected |= {"keep_schedule_epochs": 7, "selection": "mixed"}
+    assert {name: seen[name] for name in expected} == expected
+
+
+def test_every_option_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--help"]) == 0
+    text = capsys.readouterr().out
+    for kind in (Recipe, Augmentation, Settings):
+        for field in dataclasses.fields(kind):
+            assert "--" + field.name.replace("_", "-") + " " in text.replace("]", " "), field.name
+            assert train_command.documentation(field.name, kind) != train_command._HELP
+    assert "one is drawn for each update, and each is measured." in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--data", "nowhere"], "nowhere does not exist."),
+        (["--num-classes", "4"], "num_classes is 4, but photos has 3 classes."),
+        (["--keep-ratio", "0"], "argument --keep-ratio: must be in (0, 1], got 0."),
+        (["--keep-ratio", "0.5", "1.5"], "argument --keep-ratio: must be in (0, 1], got 1.5."),
+        (["--ranker", "conv"], "the conv ranker has no trained weights"),
+        (["--ranker", "nonsense"], "--ranker must be one of"),
+        (["--selection", "adaptive"], "argument --selection: invalid choice: 'adaptive'"),
+        (["--keep-ratio", "0.5", "--train-ranker"], "passes no gradient to the ranker"),
+        (["--model-kwargs", "depth"], "expected NAME=VALUE, got 'depth'."),
+        (["--opt", "nonsense"], "nonsense"),
+        (["--mixup", "0.5", "--batch-size", "3"], "mixing needs an even batch_size, got 3."),
+        (["--scale", "0.5"], "argument --scale: expected 2 arguments"),
+        (["--checkpoint", "missing.pth"], "missing.pth does not exist."),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], text: str
+) -> None:
+    assert tune(*flags) == 2
+    assert text in one_line(capsys)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("vit_tiny_patch16_225", "did you mean vit_tiny_patch16_224"),
+        ("local-dir:missing", "missing"),
+        ("swin_tiny_patch4_window7_224", "depth"),
+    ],
+)
+def test_a_model_that_is_none(
+    here: Path, capsys: pytest.CaptureFixture[str], model: str, text: str
+) -> None:
+    assert tune("--keep-ratio", "0.5", model=model) == 2
+    assert text in one_line(capsys)
+    assert not Path("run").exists()

@@ -1,0 +1,208 @@
+"""Accuracy over whole sets, against counting by hand and timm's own; classes against folders."""
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from timm.utils import accuracy
+from torch.utils.data import TensorDataset
+from train_setup import make_photos
+
+from ltrp_timm.train.data import HeldOutSampler, KeyedImages, KeyedStream, make_loader
+from ltrp_timm.train.labels import LabelledImages, match_classes, open_labelled
+from ltrp_timm.train.sources import Batch, crop_transforms
+from ltrp_timm.train.validation import AccuracyCounter, class_ranks, measure_accuracy
+from ltrp_timm.train.world import World
+
+CPU = torch.device("cpu")
+_, EVAL = crop_transforms((32, 32), (0.5,) * 3, (0.5,) * 3)
+WORDNET = ImageNetInfo("imagenet-1k").label_names()
+
+
+def make_classes(folder: Path, **counts: int) -> Path:
+    for name, count in counts.items():
+        make_photos(folder / name, count)
+    return folder
+
+
+def batches(images: LabelledImages, size: int, world: World | None = None) -> list[Batch]:
+    world = world or World(0, 1, CPU)
+    keyed = KeyedImages(images, range(len(images)), EVAL, 0, (3, 32, 32))
+    loader = make_loader(keyed, HeldOutSampler(len(images), world), size, 0, CPU, False)
+    return [Batch(sample, 0, -1, CPU) for sample in loader]
+
+
+class TwoProcesses(World):
+    """Adds what the other process has counted."""
+
+    def __init__(self, other: list[float]) -> None:
+        super().__init__(0, 2, CPU)
+        self.other = other
+
+    def sum(self, values: Any) -> list[float]:
+        return [a + b for a, b in zip(values, self.other)]
+
+
+def test_ranks_are_those_of_timm_and_of_counting() -> None:
+    logits, targets = torch.randn(64, 12), torch.randint(12, (64,))
+    counter = AccuracyCounter()
+    ranks = torch.cat([counter.add(logits[i : i + 7], targets[i : i + 7]) for i in range(0, 64, 7)])
+    order = logits.argsort(1, descending=True)
+    assert ranks.tolist() == [order[i].tolist().index(int(targets[i])) for i in range(64)]
+    top1, top5 = accuracy(logits, targets, topk=(1, 5))
+    total = counter.total()
+    assert (100 * total.top1, 100 * total.top5) == pytest.approx((float(top1), float(top5)))
+    assert 0 < total.top1 < total.top5 < 1
+
+
+def test_equal_and_broken_logits_are_no_gift() -> None:
+    targets = torch.tensor([0, 1, 2])
+    assert class_ranks(torch.zeros(3, 3), targets).tolist() == [0, 1, 2]
+    nan = float("nan")
+    assert class_ranks(torch.full((3, 3), nan), targets).tolist() == [3, 3, 3]
+    assert class_ranks(torch.tensor([[nan, 1.0, 0.0]]), torch.tensor([1])).tolist() == [0]
+
+
+def test_padding_counts_nowhere_and_processes_are_summed() -> None:
+    logits, targets = torch.eye(4), torch.tensor([0, 1, 0, 3])
+    counter = AccuracyCounter()
+    counter.add(logits, targets, torch.tensor([True, True, True, False]))
+    alone = counter.total()
+    assert (alone.top1, alone.images) == (2 / 3, 3)
+    assert counter.total(TwoProcesses([0.0, 1.0, 1.0])).top1 == 2 / 4
+    with pytest.raises(ValueError, match="no image could be read"):
+        AccuracyCounter().total()
+
+
+def test_classes_that_are_not_in_the_set_do_not_compete() -> None:
+    logits, targets = torch.tensor([[9.0, 1.0, 2.0]]), torch.tensor([2])
+    every, some = AccuracyCounter(), AccuracyCounter([1, 2])
+    assert every.add(logits, targets).tolist() == [1]
+    assert some.add(logits, targets).tolist() == [0]
+
+
+def test_labels_out_of_range_are_said() -> None:
+    with pytest.raises(ValueError, match="a label is 7, but the model has 3 classes"):
+        class_ranks(torch.zeros(2, 3), torch.tensor([1, 7]))
+    with pytest.raises(ValueError, match=r"expected logits \(B, C\)"):
+        class_ranks(torch.zeros(2, 3), torch.tensor([1]))
+
+
+def test_the_folder_gives_the_labels_each_image_once(tmp_path: Path) -> None:
+    folder = make_classes(tmp_path / "set", cat=3, dog=2, owl=1)
+    (folder / "dog" / "bad.png").write_text("text")
+    images = open_labelled(folder)
+    assert images.class_names == ("cat", "dog", "owl")
+    found = batches(images, 2)
+    targets = torch.cat([b.targets for b in found if b.targets is not None])
+    real = torch.cat([b.real for b in found])
+    assert targets[real].tolist() == [0, 0, 0, 1, 1, 2]
+    assert targets[~real].tolist() == [-1]
+
+    def always_cat(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0, 0.0]]).expand(len(x), -1)
+
+    one = measure_accuracy(always_cat, found)
+    assert (one.top1, one.top5, one.images) == (3 / 6, 1.0, 6)
+    second = AccuracyCounter()
+    for batch in batches(images, 2, World(1, 2, CPU)):
+        assert batch.targets is not None
+        second.add(torch.eye(3)[:1].expand(len(batch), -1), batch.targets, batch.real)
+    half = batches(images, 2, World(0, 2, CPU))
+    both = measure_accuracy(always_cat, half, TwoProcesses([*second.hits, second.images]))
+    assert both == one
+
+
+def test_a_training_image_that_stands_in_brings_its_own_label(tmp_path: Path) -> None:
+    folder = make_classes(tmp_path / "set", cat=1, dog=1)
+    (folder / "cat" / "000.png").write_text("text")
+    keyed = KeyedImages(open_labelled(folder), range(2), EVAL, 0, (3, 32, 32))
+    assert keyed[0, 0]["target"] == 1
+    assert keyed[0, 0]["real"]
+
+
+def test_a_stream_has_labels_if_asked() -> None:
+    stream = [(Image.new("RGB", (40, 40)), 5)]
+    (plain,) = KeyedStream(stream, EVAL, 0, World(0, 1, CPU))
+    (labelled,) = KeyedStream(stream, EVAL, 0, World(0, 1, CPU), labelled=True)
+    assert "target" not in plain
+    assert labelled["target"] == 5
+
+
+def test_an_archive_and_a_torch_dataset_have_labels_too(tmp_path: Path) -> None:
+    folder = make_classes(tmp_path / "set", cat=1, dog=2)
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    images = open_labelled(tmp_path / "set.tar")
+    assert images.class_names == ("cat", "dog")
+    assert [images.read_item(i)[1] for i in range(3)] == [0, 1, 1]
+    pairs = [(Image.new("RGB", (40, 40)), 3), (Image.new("RGB", (40, 40)), 0)]
+    given = open_labelled(pairs)
+    assert [given.read_item(i)[1] for i in range(2)] == [3, 0]
+    assert given.match(10) == "numbers of the dataset"
+    unlabelled = open_labelled(TensorDataset(torch.zeros(2, 3, 4, 4)))
+    with pytest.raises(ValueError, match="image 0"):
+        unlabelled.read_item(0)
+
+
+def test_folders_that_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no folder for each class"):
+        open_labelled(make_photos(tmp_path / "flat", 2))
+    mixed = make_classes(make_photos(tmp_path / "mixed", 1), cat=1)
+    with pytest.raises(ValueError, match="has images outside of its class folders"):
+        open_labelled(mixed)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        open_labelled(tmp_path / "nowhere")
+
+
+def test_empty_classes_are_named_and_keep_their_number(tmp_path: Path) -> None:
+    folder = make_classes(tmp_path / "set", ant=1, cat=1)
+    for name in ("bee", "dog", ".hidden"):
+        (folder / name).mkdir()
+    (folder / "bee" / "notes.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"2 classes have no image in .*: bee, dog"):
+        open_labelled(folder)
+    images = open_labelled(folder, allow_empty=True)
+    assert images.empty == ["bee", "dog"]
+    assert images.match(4) == "in natural order"
+    assert [images.read_item(i)[1] for i in range(2)] == [0, 2]
+    assert images.present == (0, 1, 2, 3)
+
+
+def test_wordnet_folders_find_their_classes(tmp_path: Path) -> None:
+    names = [WORDNET[7], WORDNET[999], WORDNET[400]]  # as ImageNet-R's: some of the thousand
+    images = open_labelled(make_classes(tmp_path / "set", **dict.fromkeys(names, 1)))
+    assert images.match(1000) == "by WordNet id"
+    assert images.present == (7, 400, 999)
+    assert sorted(images.read_item(i)[1] for i in range(3)) == [7, 400, 999]
+    with pytest.raises(ValueError, match=r"there are 3 classes .* the model has 10"):
+        images.match(10)
+    images.match(3, [WORDNET[400], WORDNET[999], WORDNET[7]])
+    assert sorted(images.read_item(i)[1] for i in range(3)) == [0, 1, 2]
+
+
+def test_numbered_folders_are_class_numbers() -> None:
+    every = sorted((str(i) for i in range(1000)), key=int)
+    assert match_classes(every, 1000) == (list(range(1000)), "by number")
+    assert match_classes(["7", "12", "100"], 1000) == ([7, 12, 100], "by number")
+    assert match_classes(["7", "12"], 1000, WORDNET) == ([7, 12], "by number")
+    assert match_classes(["1", "2"], 2) == ([0, 1], "in natural order")
+
+
+def test_recorded_names_decide() -> None:
+    assert match_classes(["cat", "dog"], 3, ["dog", "owl", "cat"]) == ([2, 0], "by name")
+    assert match_classes(["cat"], 2, {"1": "cat", "0": "dog"}) == ([1], "by name")
+    with pytest.raises(ValueError, match="1 of 2 classes are none of the model's 2: eel; the"):
+        match_classes(["cat", "eel"], 2, ["cat", "dog"])
+    with pytest.raises(ValueError, match="2 of 2 classes are none"):
+        match_classes(["0", "1"], 2, ["cat", "dog"])
+    with pytest.raises(ValueError, match="has 3 classes and names 2"):
+        match_classes(["cat"], 3, ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"there are 2 classes \(a, b\), but the model has 3"):
+        match_classes(["a", "b"], 3)
+    with pytest.raises(ValueError, match="1 of 2 classes are none of the model's 1000: old"):
+        match_classes([WORDNET[0], "old"], 1000)
