@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -420,3 +421,16 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "r2").exists()
     assert main(["convert", "--help"]) == 0
     assert "--decoder-num-heads" in capsys.readouterr().out
+
+
+def test_the_lines_of_the_readme_are_understood(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^ltrp-timm (convert .+)$", readme, re.M)
+    assert len(lines) == 3
+    for line in lines:
+        arguments = shlex.split(line, comments=True)
+        assert main(arguments) == 2  # only the file is missing
+        assert capsys.readouterr().err == f"ltrp-timm: {arguments[1]} does not exist.\n"
