@@ -284,6 +284,20 @@ def test_break_even_rows(run_benchmark: Callable[..., Done]) -> None:
     assert done.text.count("| vit_tiny_patch16_224 | 1 |") == 2
 
 
+def test_cached_steps(run_benchmark: Callable[..., Done]) -> None:
+    done = run_benchmark("index_cache")
+    methods = ["vit_small", "full", "contrast", "given", "cached"]
+    expected = [(step, method) for step in ("evaluation", "training") for method in methods]
+    assert done.cells("step", "method") == expected
+    assert done.files == ["index_cache.csv", "index_cache.md", "index_cache.png"]
+    assert done.png.startswith(PNG_MAGIC)
+    for row in done.rows:
+        assert float(row["seconds_median"]) > 0
+        assert (float(row["over_given"]) == 1.0) == (row["method"] == "given")
+        if row["method"] == "vit_small":  # twelve blocks of it before the model's one
+            assert float(row["over_given"]) > 1.5
+
+
 def test_memory_falls_with_the_tokens() -> None:
     module = load("memory")
     found = {"full": [40 * 2**20] * 3, "ideal": [20 * 2**20, 10 * 2**20, 30 * 2**20]}
@@ -305,6 +319,7 @@ def test_memory_says_where_it_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -
 ON_ONE_CORE = {"device": "cpu", "dtype": "float32", "threads": "1", "rounds": 5}
 BASE = {**ON_ONE_CORE, "model": "vit_base_patch16_224", "batch": 8, "keep_ratio": 0.5}
 B1 = {**BASE, "batch": 1}
+CACHED = {**BASE, "model": "vit_small_patch16_224", "method": "cached"}
 PEER = {**B1, "matched": "flops"}
 AT_1024 = {**B1, "img_size": 1024, "method": "conv@224"}
 
@@ -345,6 +360,8 @@ def verdicts(name: str, row: dict[str, Any]) -> list[str]:
         ),
         ("break_even", {**B1, "method": "conv"}, "speedup", 1.0, 0.99),
         ("memory", {**BASE, "method": "conv"}, "peak_ratio", 0.7, 0.71),
+        ("index_cache", {**CACHED, "step": "training"}, "over_given", 1.02, 1.03),
+        ("index_cache", {**CACHED, "step": "evaluation"}, "over_given", 1.02, 1.03),
         ("peers", {**PEER, "method": "merging"}, "gain", 1.1, 1.09),
         ("peers", {**PEER, "method": "merging_plain_fused"}, "gain", 1.05, 1.04),
         (
