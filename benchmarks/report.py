@@ -154,6 +154,17 @@ SECTIONS = [
         lambda row: f"{float(row['break_even']):.2f}" if float(row["break_even"]) else "never",
     ),
     Section(
+        "index-cache",
+        "index_cache",
+        "Time of a step with patches given for nothing, and how many times as long others take; "
+        "`cached` reads the orders of `vit_small` from an index cache",
+        lambda row: {"step": row["step"], "keep": row["keep_ratio"]},
+        lambda row: row["method"] if row["method"] in ("full", "given") else f"`{row['method']}`",
+        lambda row: (
+            _milliseconds(row) if row["method"] == "given" else f"{float(row['over_given']):.2f}×"
+        ),
+    ),
+    Section(
         "memory",
         "memory",
         "Peak memory of one forward beside weights and images, in brackets ÷ the plain model's",

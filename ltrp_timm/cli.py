@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
+    from ltrp_timm.benchmark_command import add_benchmark
+    from ltrp_timm.evaluate.arguments import add_evaluate
     from ltrp_timm.export_command import add_export
     from ltrp_timm.finetune_command import add_finetune
     from ltrp_timm.rank.arguments import add_rank
@@ -69,7 +71,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add_rank(commands)
     add_train_commands(commands)
     add_finetune(commands)
+    add_evaluate(commands)
     add_export(commands)
+    add_benchmark(commands)
     add_save(commands)
     add_push(commands)
     return parser

@@ -99,17 +99,53 @@ def build_model(
         front["ranker_weights"] = ranker_class(ranker).has_published_weights or None
     front = {key: value for key, value in front.items() if value is not None}
     sizes = {key: value for key, value in sizes.items() if value is not None}
-    try:
+    with _in_one_line(option, name):
         model, weights = _create(name, front, sizes, pretrained and checkpoint is None, checkpoint)
         if checkpoint is not None:
             weights = _load(model, checkpoint, ranker_weights)
+    return model.eval(), _with_head(weights, model, checkpoint)
+
+
+def build_plain(
+    name: str,
+    *,
+    pretrained: bool = False,
+    option: str = "--model",
+    checkpoint: str | None = None,
+    **sizes: Any,
+) -> tuple[Any, str | None]:
+    """Build a timm model as it is, with the weights that are at hand; see ``build_model``.
+
+    Raises:
+        CommandError: the model cannot be built; one line.
+    """
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    with _in_one_line(option, name):
+        if is_source(name):
+            model = timm.create_model(name, pretrained=checkpoint is None, **sizes)
+            weights: str | None = f"those of {printable(name)}"
+        else:
+            weights, kwargs = _weights_of(name, pretrained and checkpoint is None, checkpoint)
+            model = timm.create_model(name, **kwargs, **sizes)
+        if checkpoint is not None:
+            weights = _load(model, checkpoint, None)
+    return model.eval(), _with_head(weights, model, checkpoint)
+
+
+@contextlib.contextmanager
+def _in_one_line(option: str, name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # timm, the Hub's client and file formats: no common type
         reason = textwrap.shorten(one_line(error), _LONGEST, placeholder=" …")
         raise CommandError(f"{option} {printable(name)}: {reason}") from error
+
+
+def _with_head(weights: str | None, model: Any, checkpoint: str | None) -> str | None:
     published = (model.pretrained_cfg or {}).get("num_classes")
     if weights and checkpoint is None and model.num_classes not in (0, published):
-        weights += f"; the head for {model.num_classes} classes is new and random"
-    return model.eval(), weights
+        return f"{weights}; the head for {model.num_classes} classes is new and random"
+    return weights
 
 
 def _create(
@@ -122,16 +158,23 @@ def _create(
     if is_source(name):
         found = timm.create_model(name, pretrained=checkpoint is None, **sizes)
         return with_front_end(found, front), f"those of {printable(name)}"
-    weights = "downloaded" if pretrained else None
-    kwargs: dict[str, Any] = {"pretrained": pretrained, **front, **sizes}
-    cached = _cached_weights(name) if checkpoint is None else None
-    if cached is not None:
-        kwargs.update(pretrained=True, pretrained_cfg_overlay={"file": cached})
-        weights = "found in the local cache"
+    weights, kwargs = _weights_of(name, pretrained, checkpoint)
+    kwargs = {**kwargs, **front, **sizes}
     ours = name.startswith(GENERIC)
     if not ours:
         kwargs["backbone"] = name
     return timm.create_model(name if ours else GENERIC, **kwargs), weights
+
+
+def _weights_of(
+    name: str, pretrained: bool, checkpoint: str | None
+) -> tuple[str | None, dict[str, Any]]:
+    """Where a model's weights come from, and what tells timm."""
+    cached = _cached_weights(name) if checkpoint is None else None
+    if cached is None:
+        return "downloaded" if pretrained else None, {"pretrained": pretrained}
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
+    return "found in the local cache", overlay
 
 
 def with_front_end(found: torch.nn.Module, front: dict[str, Any]) -> LTRPModel:
@@ -147,7 +190,7 @@ def with_front_end(found: torch.nn.Module, front: dict[str, Any]) -> LTRPModel:
     return found
 
 
-def _load(model: LTRPModel, checkpoint: str, ranker_weights: str | None) -> str:
+def _load(model: Any, checkpoint: str, ranker_weights: str | None) -> str:
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"the checkpoint {checkpoint} is no file.")
     try:

@@ -167,14 +167,23 @@ def compare(
     return {name: Timing(name, tuple(seconds[name]), peaks[name]) for name in fns}
 
 
-def _time_once(fn: Callable[[], Any], device: torch.device) -> float:
+def timed(fn: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """One call between two synchronisations: what it returns, and its seconds.
+
+    >>> timed(lambda: 3, torch.device("cpu"))[0]
+    3
+    """
     _synchronise(device)
     start = time.perf_counter()
     result = fn()
     _synchronise(device)
-    end = time.perf_counter()
+    return result, time.perf_counter() - start
+
+
+def _time_once(fn: Callable[[], Any], device: torch.device) -> float:
+    result, seconds = timed(fn, device)
     del result  # only now: freeing memory is not the callable's work
-    return end - start
+    return seconds
 
 
 def _synchronise(device: torch.device) -> None:

@@ -22,7 +22,7 @@ import tables
 import timm
 import torch
 
-from ltrp_timm import throughput
+from ltrp_timm import payoff, throughput
 from ltrp_timm.selection import keep_tokens
 from ltrp_timm.teacher import MAETeacher
 from ltrp_timm.train import Summary
@@ -144,7 +144,7 @@ def test_speed_rows(run_benchmark: Callable[..., Done]) -> None:
 def test_variants_share_weights_and_ideal_keeps_k_tokens() -> None:
     args = common.make_parser("test").parse_args(["--depth", "1"])
     full = common.create_full("vit_tiny_patch16_224", args)
-    ideal, pruned = common.ideal(full, 98), common.pruned(full, "random", 0.5)
+    ideal, pruned = payoff.ideal(full, 98), common.pruned(full, "random", 0.5)
     for variant in (ideal, pruned.backbone):
         assert variant is not full
         assert full.blocks[0].attn.qkv.weight is variant.blocks[0].attn.qkv.weight
@@ -275,21 +275,6 @@ def test_host_syncs_are_seen() -> None:
     assert len(common.operators(lambda: x.exp()[some])) == 2
 
 
-@pytest.mark.parametrize(
-    ("costs", "expected"),
-    [
-        ([0.3, 0.6, 0.9], 0.9),  # pays everywhere it was measured
-        ([1.1, 1.2, 1.3], 0.0),  # nowhere
-        ([0.4, 0.9, 1.1], 0.7),  # half way between 0.5 and 0.9
-        ([0.9, 1.1, 0.95], 0.9),  # noise in between: the largest one that pays
-        ([0.5, 1.0, 1.5], 0.5),
-    ],
-)
-def test_break_even_by_hand(costs: list[float], expected: float) -> None:
-    found = load("break_even").break_even([0.25, 0.5, 0.9], costs)
-    assert found == pytest.approx(expected)
-
-
 def test_break_even_rows(run_benchmark: Callable[..., Done]) -> None:
     done = run_benchmark("break_even", *SCRIPTS["break_even"])
     ratios = ["0.25", "0.5", "0.75", "0.95"]
@@ -298,6 +283,20 @@ def test_break_even_rows(run_benchmark: Callable[..., Done]) -> None:
     for method in ("contrast", "conv"):
         assert len({row["break_even"] for row in done.rows if row["method"] == method}) == 1
     assert done.text.count("| vit_tiny_patch16_224 | 1 |") == 2
+
+
+def test_cached_steps(run_benchmark: Callable[..., Done]) -> None:
+    done = run_benchmark("index_cache")
+    methods = ["vit_small", "full", "contrast", "given", "cached"]
+    expected = [(step, method) for step in ("evaluation", "training") for method in methods]
+    assert done.cells("step", "method") == expected
+    assert done.files == ["index_cache.csv", "index_cache.md", "index_cache.png"]
+    assert done.png.startswith(PNG_MAGIC)
+    for row in done.rows:
+        assert float(row["seconds_median"]) > 0
+        assert (float(row["over_given"]) == 1.0) == (row["method"] == "given")
+        if row["method"] == "vit_small":  # twelve blocks of it before the model's one
+            assert float(row["over_given"]) > 1.5
 
 
 def test_memory_falls_with_the_tokens() -> None:
@@ -321,6 +320,7 @@ def test_memory_says_where_it_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -
 ON_ONE_CORE = {"device": "cpu", "dtype": "float32", "threads": "1", "rounds": 5}
 BASE = {**ON_ONE_CORE, "model": "vit_base_patch16_224", "batch": 8, "keep_ratio": 0.5}
 B1 = {**BASE, "batch": 1}
+CACHED = {**BASE, "model": "vit_small_patch16_224", "method": "cached"}
 PEER = {**B1, "matched": "flops"}
 AT_1024 = {**B1, "img_size": 1024, "method": "conv@224"}
 
@@ -361,6 +361,8 @@ def verdicts(name: str, row: dict[str, Any]) -> list[str]:
         ),
         ("break_even", {**B1, "method": "conv"}, "speedup", 1.0, 0.99),
         ("memory", {**BASE, "method": "conv"}, "peak_ratio", 0.7, 0.71),
+        ("index_cache", {**CACHED, "step": "training"}, "over_given", 1.02, 1.03),
+        ("index_cache", {**CACHED, "step": "evaluation"}, "over_given", 1.02, 1.03),
         ("peers", {**PEER, "method": "merging"}, "gain", 1.1, 1.09),
         ("peers", {**PEER, "method": "merging_plain_fused"}, "gain", 1.05, 1.04),
         (

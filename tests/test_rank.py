@@ -21,7 +21,7 @@ from PIL import Image
 import ltrp_timm
 from ltrp_timm import create_ranker, drop_patches, num_keep, select_top
 from ltrp_timm.cli import main
-from ltrp_timm.rank import command, parts
+from ltrp_timm.rank import command, job, parts
 
 SMALL = ("--img-size", "64", "--workers", "0")
 ROOT = Path(ltrp_timm.__file__).parents[1]
@@ -186,13 +186,13 @@ def test_resume_equals_uninterrupted(
     assert not (Path("cut") / "scores.npz").exists()
     assert len(list(Path("cut/.rank-parts").glob("part-*.npz"))) == 2
     ranked: list[int] = []
-    batch = command.rank_batch
+    batch = job.rank_batch
 
     def count(scorer: Any, pixels: Any, *args: Any) -> Any:
         ranked.append(len(pixels))
         return batch(scorer, pixels, *args)
 
-    monkeypatch.setattr(command, "rank_batch", count)
+    monkeypatch.setattr(job, "rank_batch", count)
     capsys.readouterr()
     assert main([*common, "-o", "cut", "--batch-size", "4"]) == 2
     assert sum(ranked) == 13 - 2 * 4  # only what was missing

@@ -17,6 +17,7 @@ from ltrp_timm.rank.images import OVERLAYS
 
 PART_SIZE = 64  # images
 FORMATS = ("npz", "json")
+FINISHED = ("scores.npz", "scores.json")
 _Array = npt.NDArray[Any]
 _Part = dict[str, _Array]
 
@@ -30,10 +31,16 @@ class Parts:
     Args:
         output: the folder of the results.
         count: number of images.
+        finished: names of the files that stand for finished results.
     """
 
-    def __init__(self, output: Path, count: int) -> None:
-        self.output, self.count = output, count
+    def __init__(
+        self,
+        output: Path,
+        count: int,
+        finished: Sequence[str] = FINISHED,
+    ) -> None:
+        self.output, self.count, self.finished = output, count, finished
         self.folder = output / ".rank-parts"
         self._settings = self.folder / "settings.json"
 
@@ -48,7 +55,7 @@ class Parts:
             CommandError: results are there already, or parts made with other settings.
         """
         name = printable(self.output)
-        finished = [self.output / f"scores.{end}" for end in FORMATS]
+        finished = [self.output / name for name in self.finished]
         shown = self.output / OVERLAYS
         if overwrite:
             self.remove()
@@ -155,10 +162,10 @@ def _write_npz(path: Path, parts: Parts, names: Sequence[str], settings: Mapping
                 np.lib.format.write_array(file, value, allow_pickle=False)
         for key in ("scores", "keep_indices"):
             with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
-                _stream(file, (part[key] for part in parts.read(key)), len(index))
+                stream(file, (part[key] for part in parts.read(key)), len(index))
 
 
-def _stream(file: IO[bytes], blocks: Iterator[_Array], rows: int) -> None:
+def stream(file: IO[bytes], blocks: Iterator[_Array], rows: int) -> None:
     """Blocks (n, C) one below the other as one array (rows, C) in npy format."""
     for number, block in enumerate(blocks):
         if number == 0:

@@ -1,7 +1,5 @@
 """From pixels to scores and kept patches, with a ranker alone or as in front of a model."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,12 +122,3 @@ def rank_batch(
             scores, None, keep_ratio, selection, args, scorer.grid_size, images
         )
     return scores.cpu(), keep.cpu()
-
-
-def ranker_hash(ranker: Any) -> str:
-    """A digest of what a ranker computes: its kind, its arguments, its weights."""
-    digest = hashlib.sha256(json.dumps([ranker.name, ranker.config()], sort_keys=True).encode())
-    for name, tensor in sorted(ranker.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

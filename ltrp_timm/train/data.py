@@ -213,6 +213,8 @@ class KeyedImages(Dataset[Sample]):
     ) -> None:
         self.images, self.indices, self.transform = images, list(indices), transform
         self.seed, self.shape = seed, shape
+        # a transform that brings the scores of patches, see ltrp_timm.train.cached
+        self.scores: Any = getattr(transform, "with_scores", None) and transform
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -223,18 +225,35 @@ class KeyedImages(Dataset[Sample]):
         index, blank = self.indices[place], self.images.blank
         if found is None:
             sample = _sample(torch.zeros(self.shape), index, problems, real=False)
+            if self.scores is not None:
+                sample["scores"] = self.scores.blank
             return sample if blank is None else {**sample, "target": blank}
-        picture, target = found
+        source, picture, target = found
         with seeded(sample_seed(self.seed, epoch, index, "transform")):
-            sample = _sample(self.transform(picture), index, problems)
+            sample = self._transformed(picture, source, index, problems)
         return sample if blank is None else {**sample, "target": target}
 
-    def _read(self, place: int, attempts: int) -> tuple[tuple[Image.Image, Any] | None, list[str]]:
+    def _transformed(
+        self, picture: Image.Image, source: int, index: int, problems: list[str]
+    ) -> Sample:
+        """A sample of image ``source``, which may stand in for image ``index``."""
+        if self.scores is None:
+            return _sample(self.transform(picture), index, problems)
+        image, scores = self.scores.with_scores(picture, source)
+        return {**_sample(image, index, problems), "scores": scores}
+
+    def _read(
+        self, place: int, attempts: int
+    ) -> tuple[tuple[int, Image.Image, Any] | None, list[str]]:
+        """(index, picture, target) of the first that can be read."""
         problems: list[str] = []
         for attempt in range(attempts):
             try:
                 index = self.indices[(place + attempt) % len(self)]
-                return self.images.read_item(index), problems
+                picture, target = self.images.read_item(index)
+                if self.scores is not None:
+                    self.scores.check(index, self.images.name(index))
+                return (index, picture, target), problems
             except ValueError as error:
                 problems.append(str(error))
         return None, problems
@@ -367,6 +386,7 @@ class Batch:
         images: (B, 3, H, W), normalised.
         real: (B,) bool; False where an image could not be read.
         targets: (B,) class numbers, or what else the images carry; None without labels.
+        scores: (B, N) of patches, from an index cache; None without one.
         problems: one line for each image that could not be read.
         epoch: that it belongs to.
         update: its update's number within the epoch.
@@ -379,6 +399,8 @@ class Batch:
         self.real: Tensor = sample["real"].to(device)
         target = sample.get("target")
         self.targets: Tensor | None = None if target is None else target.to(device)
+        scores = sample.get("scores")
+        self.scores: Tensor | None = None if scores is None else scores.to(device)
         self.indices: list[int] = sample["index"].tolist()
         self.problems = [line for text in sample["problems"] for line in text.splitlines()]
         self._seed, self.epoch, self.update = seed, epoch, update

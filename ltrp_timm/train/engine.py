@@ -49,6 +49,12 @@ def make_scheduler(optimizer: Any, updates_per_epoch: int, settings: Settings) -
     )[0]
 
 
+def autocast(device: torch.device, precision: str) -> Any:
+    """torch's autocast at one of ``PRECISIONS``; "fp32" changes nothing."""
+    dtype = _DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 class Engine:
     """A model and all that changes its weights.
 
@@ -160,8 +166,7 @@ class Engine:
 
     def autocast(self) -> Any:
         """The precision of the run."""
-        dtype = _DTYPES[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        return autocast(self.device, self.precision)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[nn.Module]:

@@ -87,6 +87,7 @@ class LabelledImages(Images):
         places = {name: place for place, name in enumerate(self.class_names)}
         self._places = {number: places[name] for name, number in numbers.items()}
         self._numbers = dict(self._places)
+        self._names = dict(enumerate(self.class_names))
         self.present: tuple[int, ...] = tuple(range(len(self.class_names)))
         self._check_first_label()
 
@@ -121,6 +122,10 @@ class LabelledImages(Images):
         except TypeError:
             raise ValueError(f"{self.name(index)}: its label is no class number: {raw!r}") from None
         return picture, self._numbers.get(number, number)
+
+    def class_name(self, number: int) -> str:
+        """What a class is called here; its number where this set does not name it."""
+        return self._names.get(number, str(number))
 
     def numbers(self) -> list[int] | None:
         """The class number of each image; None where only reading the images would tell."""
@@ -158,6 +163,7 @@ class LabelledImages(Images):
             return "numbers of the dataset"
         numbers, how = match_classes(self.class_names, num_classes, label_names)
         self._numbers = {raw: numbers[place] for raw, place in self._places.items()}
+        self._names = dict(zip(numbers, self.class_names))
         self.present = tuple(sorted(numbers))
         return how
 

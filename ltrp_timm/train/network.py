@@ -151,7 +151,7 @@ def image_config(model: Any, img_size: int | None = None) -> dict[str, Any]:
             config["input_size"] = (config["input_size"][0], *size)
     channels = getattr(model, "in_chans", config["input_size"][0])
     if channels != 3:
-        raise ValueError(f"fine-tuning reads RGB images, the model takes {channels} channels.")
+        raise ValueError(f"pictures have 3 channels, the model takes {channels}.")
     return config
 
 

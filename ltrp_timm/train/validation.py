@@ -87,14 +87,18 @@ class AccuracyCounter:
         """
         if real is not None:
             logits, targets = logits[real], targets[real]
-        if self.classes is not None:
-            left_out = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-            left_out[list(self.classes)] = False
-            logits = logits.masked_fill(left_out, -torch.inf)
-        ranks = class_ranks(logits, targets)
+        ranks = class_ranks(self.restrict(logits), targets)
         self.images += len(ranks)
         self.hits = [hits + int((ranks < k).sum()) for hits, k in zip(self.hits, TOP_K)]
         return ranks
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """logits (B, C) with -inf for the classes that do not count."""
+        if self.classes is None:
+            return logits
+        left_out = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+        left_out[list(self.classes)] = False
+        return logits.masked_fill(left_out, -torch.inf)
 
     def total(self, world: World | None = None) -> Accuracy:
         """Over all processes; each must ask.

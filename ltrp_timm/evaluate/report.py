@@ -1,0 +1,149 @@
+"""What an evaluation says: a table, a CSV, JSON, a picture."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.console import CommandError, output_errors, say
+from ltrp_timm.evaluate.measure import Measured, Prediction
+from ltrp_timm.photos import printable
+from ltrp_timm.throughput import ratio as speed_up
+from ltrp_timm.train.curves import require_matplotlib
+from ltrp_timm.train.labels import LabelledImages
+
+CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", "evaluate.json", "evaluate.png"
+PER_IMAGE_NAME = "per_image.csv"
+Row = dict[str, Any]
+
+
+def make_rows(results: Mapping[float, Measured], kept: Mapping[float, float | None]) -> list[Row]:
+    """A row for each keep ratio, in their order; speeds are compared with the first.
+
+    Args:
+        results: by keep ratio.
+        kept: patches of an image that are encoded, on average; None for a plain model.
+    """
+    first = next(iter(results.values()))
+    rows = []
+    for keep_ratio, found in results.items():
+        gain = speed_up(first.timing, found.timing)
+        rows.append(
+            {
+                "keep_ratio": keep_ratio,
+                "num_keep": kept[keep_ratio],
+                "top1": 100 * found.accuracy.top1,
+                "top5": 100 * found.accuracy.top5,
+                "images_per_second": found.images_per_second,
+                "images_per_second_low": found.batch_size / found.timing.high,
+                "images_per_second_high": found.batch_size / found.timing.low,
+                "times_as_fast": gain.median,
+                "times_as_fast_low": gain.low,
+                "times_as_fast_high": gain.high,
+                "rounds": len(found.timing.seconds),
+                "timed_batch": found.batch_size,
+            }
+        )
+    return rows
+
+
+def say_table(rows: Sequence[Row]) -> None:
+    """The rows on the console."""
+    say("\nkeep    patches    top-1    top-5    images/s    times as fast")
+    for row in rows:
+        kept = "-" if row["num_keep"] is None else f"{row['num_keep']:.4g}"
+        spread = f"({row['times_as_fast_low']:.2f} to {row['times_as_fast_high']:.2f})"
+        say(
+            f"{row['keep_ratio']:<8g}{kept:<11}{row['top1']:<9.2f}{row['top5']:<9.2f}"
+            f"{row['images_per_second']:<12.4g}{row['times_as_fast']:.2f} {spread}"
+        )
+
+
+def check_folder(output: str, names: Iterable[str], overwrite: bool) -> None:
+    """Say before any long work that results cannot be written, or would replace others.
+
+    Raises:
+        CommandError: what stands in the way.
+    """
+    folder = Path(output)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CommandError(f"--output {printable(output)} is no folder.")
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if there and not overwrite:
+        files = " and ".join(there)
+        raise CommandError(f"{printable(output)} holds {files} already: --overwrite replaces it.")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise CommandError(f"--output {printable(output)} cannot be written: Permission denied.")
+
+
+def write_results(output: str, rows: Sequence[Row], facts: Mapping[str, Any], plot: bool) -> None:
+    """The files, each in one atomic step.
+
+    Raises:
+        CommandError: one of them cannot be written.
+    """
+    folder = Path(output)
+    with output_errors(output):
+        folder.mkdir(parents=True, exist_ok=True)
+        table = _csv([{**row, **facts} for row in rows])
+        write_atomically(folder / CSV_NAME, lambda path: path.write_text(table, "utf-8"))
+        text = json.dumps({**facts, "results": list(rows)}, indent=2) + "\n"
+        write_atomically(folder / JSON_NAME, lambda path: path.write_text(text, "utf-8"))
+        if plot:
+            _draw(rows, str(facts["model"]), folder / PLOT_NAME)
+
+
+def write_per_image(output: str, predictions: Sequence[Prediction], images: LabelledImages) -> None:
+    """A line for each image and keep ratio; ``rank`` counts from 1, the right class first.
+
+    Raises:
+        CommandError: it cannot be written.
+    """
+    lines = [
+        {
+            "image": printable(images.name(found.index)),
+            "keep_ratio": found.keep_ratio,
+            "target": found.target,
+            "target_name": images.class_name(found.target),
+            "predicted": found.predicted,
+            "predicted_name": images.class_name(found.predicted),
+            "rank": found.rank + 1,
+        }
+        for found in sorted(predictions, key=lambda found: found.index)
+    ]
+    with output_errors(output):
+        path = Path(output) / PER_IMAGE_NAME
+        write_atomically(path, lambda place: place.write_text(_csv(lines), "utf-8"))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _draw(rows: Sequence[Row], model: str, path: Path) -> None:
+    """Top-1 against images/s, a point for each keep ratio with the quartiles of its speed."""
+    figure = require_matplotlib()(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    speeds = [row["images_per_second"] for row in rows]
+    below = [row["images_per_second"] - row["images_per_second_low"] for row in rows]
+    above = [row["images_per_second_high"] - row["images_per_second"] for row in rows]
+    top1 = [row["top1"] for row in rows]
+    axis.errorbar(speeds, top1, xerr=(below, above), marker="o", capsize=3)
+    for row, speed, value in zip(rows, speeds, top1):
+        text = f"keep {row['keep_ratio']:g}"
+        axis.annotate(text, (speed, value), (6, 6), textcoords="offset points")
+    axis.margins(0.15)
+    axis.set_xlabel(f"images/s (batches of {rows[0]['timed_batch']}, median and quartiles)")
+    axis.set_ylabel("top-1 accuracy, %")
+    axis.set_title(printable(model))
+    axis.grid(alpha=0.3)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
