@@ -154,12 +154,38 @@ SECTIONS = [
         lambda row: f"{float(row['break_even']):.2f}" if float(row["break_even"]) else "never",
     ),
     Section(
+        "index-cache",
+        "index_cache",
+        "Time of a step with patches given for nothing, and how many times as long others take; "
+        "`cached` reads the orders of `vit_small` from an index cache",
+        lambda row: {"step": row["step"], "keep": row["keep_ratio"]},
+        lambda row: row["method"] if row["method"] in ("full", "given") else f"`{row['method']}`",
+        lambda row: (
+            _milliseconds(row) if row["method"] == "given" else f"{float(row['over_given']):.2f}×"
+        ),
+    ),
+    Section(
         "memory",
         "memory",
         "Peak memory of one forward beside weights and images, in brackets ÷ the plain model's",
         lambda row: {**_model(row), "keep": row["keep_ratio"]},
         lambda row: row["method"],
         lambda row: f"{float(row['peak_mib']):.0f} MiB ({float(row['peak_ratio']):.2f})",
+    ),
+    Section(
+        "training",
+        "training_speed",
+        "Training steps: times as fast as those of the plain model, ranker included. *Ideal* is "
+        "given its patches for nothing",
+        _model,
+        lambda row: (
+            "full" if row["method"] == "full" else f"{row['method']}, keep {row['keep_ratio']}"
+        ),
+        lambda row: (
+            f"{float(row['images_per_second']):.1f} images/s"
+            if row["method"] == "full"
+            else f"{float(row['speedup']):.2f}×"
+        ),
     ),
     Section(
         "adaptive",

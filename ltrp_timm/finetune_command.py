@@ -58,6 +58,7 @@ def _add_recipe(add: Any) -> None:
     add("checkpoint", metavar="FILE")
     add("ranker", metavar="NAME")
     add("ranker_weights", metavar="SOURCE")
+    add("index_cache", metavar="DIR")
     add("selection", choices=[name for name in SELECTIONS if name != "adaptive"])
     add("keep_ratio", type=keep_ratio, nargs="+", metavar="R")
     add("keep_schedule", choices=SCHEDULES)

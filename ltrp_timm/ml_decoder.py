@@ -4,6 +4,7 @@ Axes: B images, L tokens (prefix and kept patches), D their width, E that of the
 G queries. The names of the weights are the published ones.
 """
 
+import inspect
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
@@ -125,6 +126,10 @@ def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None
         raise TypeError(f"head_args must be a mapping, got {type(args).__name__}.")
     if backbone.num_classes < 1:
         raise ValueError(f"an {name} head needs classes: create the backbone with num_classes=….")
+    known = list(inspect.signature(MLDecoder).parameters)[2:]  # classes and width are known
+    unknown = [str(key) for key in args or {} if key not in known]
+    if unknown:
+        raise TypeError(f"head_args may be {', '.join(known)}, got {', '.join(unknown)}.")
     width = _token_width(backbone, name)
     parameter = next(backbone.parameters())
     head = MLDecoder(backbone.num_classes, width, **(args or {}))

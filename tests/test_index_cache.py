@@ -1,5 +1,6 @@
 """Orders read from a cache are those of the ranker, and move with what a transform moves."""
 
+import importlib
 import pickle
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from torch import nn
 from torchvision import transforms
-from train_setup import make_photos
+from train_setup import distance, make_photos, weights
 
 from ltrp_timm import drop_patches
 from ltrp_timm.cli import main
 from ltrp_timm.index_cache import FollowedTransform, IndexCache, ranks_of, trace
 from ltrp_timm.metrics import spearman
+from ltrp_timm.model import LTRPModel
 from ltrp_timm.rank import cache as cache_command
 from ltrp_timm.rank import command, parts
 from ltrp_timm.rankers.base import Ranker
@@ -35,6 +37,7 @@ from ltrp_timm.train.data import (
     make_loader,
     open_dataset,
 )
+from ltrp_timm.train.finetune import finetune
 from ltrp_timm.train.keys import seeded
 from ltrp_timm.train.world import World
 from ltrp_timm.visualize import data_config
@@ -299,7 +302,7 @@ def test_a_cache_that_does_not_fit_is_refused(here: Path) -> None:
     with pytest.raises(ValueError, match=r"input_size = \[64, 64\], the model has \[96, 96\]"):
         open_cache("orders", large)
     for selection in ("random", "adaptive"):
-        with pytest.raises(ValueError, match=f"does not go with --selection {selection}"):
+        with pytest.raises(ValueError, match=f"does not go with selection {selection}"):
             open_cache("orders", make_model(selection=selection))
     cache = IndexCache("orders")
     make_photos(Path("set/owl"), 1)
@@ -436,3 +439,79 @@ def test_wrong_arguments_are_one_line(
     assert text in err.splitlines()[-1]
     assert not Path("b/cache.json").exists()
     assert Path("mine/ranks.npy").read_text() == "something else"
+
+
+TUNE: dict[str, Any] = {
+    "num_workers": 0,
+    "tensorboard": False,
+    "progress": False,
+    "epochs": 1,
+    "batch_size": 4,
+    "base_lr": 0.1,
+    "warmup_epochs": 0,
+    "drop_path": 0.0,
+    "holdout": 0.0,
+    "img_size": 64,
+    "model_kwargs": {"depth": 1},
+    "keep_ratio": 0.5,
+    "device": "cpu",
+}
+# a whole square picture, as in the cache
+PLAIN = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "aa": "none", "reprob": 0.0}
+
+
+def tune(output: str, data: str = "square", **changes: Any) -> dict[str, torch.Tensor]:
+    finetune(NAME, data, output, **{**TUNE, **changes})
+    return weights(Path(output))
+
+
+@pytest.fixture
+def square(here: Path) -> Path:
+    """Square photos of two classes, and orders of them."""
+    for number, path in enumerate(sorted(Path("set").rglob("0*.png"))):
+        place = Path("square", path.parent.name)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.open(path).crop((number, 0, number + 40, 40)).save(place / path.name)
+    arguments = ["rank", "square", "--cache", "orders", *SMALL, "--crop-mode", "squash"]
+    assert main(arguments) == 0
+    return here
+
+
+def test_training_by_cached_orders_is_training_by_the_ranker(
+    square: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = tune("ranked", **PLAIN)
+    ranks = np.load("orders/ranks.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(LTRPModel, "_rank", lambda *_: pytest.fail("the ranker must not run"))
+        module = importlib.import_module("ltrp_timm.train.finetune")
+        patch.setattr(module, "check_network", lambda net: None)  # runs it once
+        cached = tune("cached", **PLAIN, index_cache="orders")
+        np.save("orders/ranks.npy", 15 - ranks)  # the worst patches first
+        other = tune("other", **PLAIN, index_cache="orders")
+        np.save("orders/ranks.npy", ranks)
+        tune("augmented", index_cache="orders")  # RandAugment, crops, flips
+    assert distance(cached, ranked) <= 1e-6
+    assert distance(other, ranked) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"mixup": 0.8}, "orders of single images: mixup and cutmix 0"),
+        ({"keep_ratio": None}, "an index cache goes with a pruned model"),
+        ({"index_cache": "nowhere"}, "nowhere holds no finished index cache"),
+        ({"img_size": 96}, r"input_size = \[64, 64\], the model has \[96, 96\]"),
+        ({"ranker": "pixel_std"}, "orders of the contrast ranker, the model has pixel_std"),
+        ({"data": "set"}, "an order of another|lacks"),
+        ({"aa": "augmix-m5-w4-d2"}, "an index cache cannot follow AugMixAugment"),
+        ({"distill": "self", "distill_features": 1.0}, "goes without gate and distill_features"),
+    ],
+)
+def test_training_that_cannot_go_by_a_cache(
+    square: Path, changes: dict[str, Any], text: str
+) -> None:
+    Path("set/dog/bad.png").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=text):
+        tune("run", **{"index_cache": "orders", **changes})
+    assert not Path("run").exists()

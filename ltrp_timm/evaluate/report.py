@@ -184,10 +184,11 @@ def _draw(rows: Sequence[Row], model: str, path: Path) -> None:
     above = [row["images_per_second_high"] - row["images_per_second"] for row in rows]
     name = _names(rows[0])[0]
     values = [row[name] for row in rows]
-    axis.errorbar(speeds, values, xerr=(below, above), marker="o", capsize=3)
-    for row, speed, value in zip(rows, speeds, values):
+    axis.errorbar(speeds, values, xerr=(below, above), marker="o", capsize=3, ecolor="0.7")
+    for number, (row, speed, value) in enumerate(zip(rows, speeds, values)):
         text = f"keep {row['keep_ratio']:g}"
-        axis.annotate(text, (speed, value), (6, 6), textcoords="offset points")
+        place = (4, 7 if number % 2 == 0 else -15)  # neighbours may be close
+        axis.annotate(text, (speed, value), place, textcoords="offset points")
     axis.margins(0.15)
     axis.set_xlabel(f"images/s (batches of {rows[0]['timed_batch']}, median and quartiles)")
     axis.set_ylabel("top-1 accuracy, %" if name == "top1" else f"{TITLES[name]}, %")

@@ -46,6 +46,26 @@ def open_cache(folder: Any, model: LTRPModel) -> IndexCache:
     return cache
 
 
+def cached_transform(folder: Any, model: Any, images: Any, transform: Transform) -> Transform:
+    """A training transform that brings cached scores.
+
+    Args:
+        folder: see ``open_cache``.
+        model: that is trained.
+        images: to train on.
+        transform: of timm's ``create_transform``.
+
+    Raises:
+        FileNotFoundError: there is no finished cache.
+        ValueError: it does not fit, the model ranks nothing, or the images are a stream.
+    """
+    if not isinstance(model, LTRPModel):
+        raise ValueError("an index cache goes with a pruned model: give a ranker or a keep_ratio.")
+    if not isinstance(images, Images):
+        raise ValueError(f"an index cache is of images by number, {images} is a stream.")
+    return CachedTransform(open_cache(folder, model), images, transform)
+
+
 def select_cached(model: LTRPModel, scores: Tensor, images: Tensor) -> Tensor:
     """Keep indices as the model would choose them by these scores, at its keep ratio.
 

@@ -15,6 +15,7 @@ from ltrp_timm.model import LTRPModel
 from ltrp_timm.sharing import model_config, save_pretrained
 from ltrp_timm.train.augment import Augmentation, Mixer
 from ltrp_timm.train.budget import KeepPlan
+from ltrp_timm.train.cached import select_cached
 from ltrp_timm.train.data import Batch
 from ltrp_timm.train.distill import Distillation
 from ltrp_timm.train.keys import sample_seed
@@ -64,6 +65,7 @@ class ClassifyTask:
         known = distillation is None and not augmentation.bce_loss
         self.chance = math.log(model.num_classes) if known else None
         self.start = digest(model.state_dict())
+        self.cached = False  # training images bring the scores of their patches
 
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
@@ -76,6 +78,7 @@ class ClassifyTask:
             "augmentation": self.augmentation.config(),
             "distill": self.distillation.config() if self.distillation else None,
             "gate": self.gate,
+            "index_cache": self.cached,
             **(self.plan.config() if self.pruned else {}),
         }
 
@@ -88,7 +91,10 @@ class ClassifyTask:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.pruned:
             self.model.keep_ratio = self.plan.ratio(batch.epoch, batch.update)
-        out = model(images)
+        if batch.scores is None:
+            out = model(images)
+        else:
+            out = model(images, keep_indices=select_cached(self.model, batch.scores, images))
         logits, tokens, keep = out if isinstance(out, tuple) else (out, None, None)
         loss: Tensor = self.loss_function(logits, targets)
         if self.distillation is None:
@@ -136,7 +142,8 @@ class ClassifyTask:
             ranks = class_ranks(logits, targets)
             out[f"loss{name}"] = F.cross_entropy(logits, targets, reduction="none")
             out[f"top1{name}"] = (ranks < 1).float()
-            out[f"top5{name}"] = (ranks < 5).float()
+            if logits.shape[1] > 5:
+                out[f"top5{name}"] = (ranks < 5).float()
         if "top1" not in out:
             out["top1"] = torch.stack([out[name] for name in out if "top1@" in name]).mean(0)
         return out

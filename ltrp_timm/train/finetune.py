@@ -15,6 +15,7 @@ from ltrp_timm.named_model import is_source, with_front_end
 from ltrp_timm.sharing import check_ranker
 from ltrp_timm.timm_interface import GENERIC
 from ltrp_timm.train.budget import KeepPlan
+from ltrp_timm.train.cached import cached_transform
 from ltrp_timm.train.classes import ClassData
 from ltrp_timm.train.classify import ClassifyTask
 from ltrp_timm.train.distill import Distillation
@@ -97,6 +98,11 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
         size = tuple(images["input_size"][-2:])
         common = dataclasses.replace(common, val_data=classes.held_out)
         transforms = augmentation.transforms(images)
+        if recipe.index_cache is not None:
+            if augmentation.mixes:
+                raise ValueError("index_cache has orders of single images: mixup and cutmix 0.")
+            train = cached_transform(recipe.index_cache, net, classes.train, transforms[0])
+            transforms, task.cached = (train, transforms[1]), True
         sources = Sources(classes.train, common, world, *transforms, size, 1, labelled=True)
         if augmentation.mixes and sources.batch_size % 2:
             raise ValueError(f"mixing needs an even batch_size, got {sources.batch_size}.")

@@ -42,6 +42,8 @@ class Recipe:
             plain ViT is given a ``keep_ratio``.
         ranker_weights: folder, file or ``hf-hub:owner/name`` of the ranker.
         selection: how scores become patches; None keeps the model's own.
+        index_cache: folder of ``rank --cache --crop-mode squash`` with orders of the training
+            images, in place of the ranker while it trains; held-out images are ranked as ever.
         keep_ratio: share of patches to keep, in (0, 1]; several: one is drawn for each update, and
             each is measured. None keeps the model's own; a plain timm model keeps all.
         keep_schedule: "linear" or "cosine": from all patches to ``keep_ratio``, epoch by epoch.
@@ -77,6 +79,7 @@ class Recipe:
     ranker: str | None = None
     ranker_weights: Any = None
     selection: str | None = None
+    index_cache: Any = None
     keep_ratio: float | Sequence[float] | None = None
     keep_schedule: str | None = None
     keep_schedule_epochs: int | None = None
@@ -125,6 +128,8 @@ class Recipe:
             raise ValueError("gate goes with train_ranker: a frozen ranker needs no gradient.")
         if self.distill is None and self.distill_features:
             raise ValueError("distill_features goes with distill.")
+        if self.index_cache is not None and (self.gate or self.distill_features):
+            raise ValueError("index_cache goes without gate and distill_features: they rank anew.")
         if self.selection == "adaptive":
             raise ValueError("selection 'adaptive' is calibrated on a trained model, not trained.")
         self._check_multi_label()
