@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from judging import ink_per_patch
-from scenes import NEW_DIGITS, NEW_PHOTOS, PHOTOS, draw_on, make_cluttered_scenes, random_crops
+from scenes import NEW_DIGITS, NEW_PHOTOS, OLD_PHOTOS, draw_on, make_cluttered_scenes, random_crops
 from torch import Tensor
 
 from ltrp_timm.train import Summary, train_ranker, train_teacher
@@ -40,7 +40,7 @@ def write_images(images: Tensor, folder: Path, name: str) -> None:
         picture.save(path)
 
 
-def held_out(kind: str, count: int, side: int, seed: int = 1) -> HeldOut:
+def held_out(kind: str, count: int, side: int, seed: int = 2) -> HeldOut:
     """New images of a kind: new scenes of new digits, new photos, new digits on new photos."""
     if kind == "scenes":
         images, ink = make_cluttered_scenes(count, seed, side, NEW_DIGITS)
@@ -55,7 +55,7 @@ def held_out(kind: str, count: int, side: int, seed: int = 1) -> HeldOut:
 def make_data(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], HeldOut]:
     """Write ``train`` and ``held_out`` into the folder; the latter, by (kind, side), as tensors."""
     write_images(make_cluttered_scenes(args.scenes, 0, SIDE)[0], folder / "train", "scene")
-    write_images(random_crops(PHOTOS, args.crops, 0, SIDE), folder / "train", "photo")
+    write_images(random_crops(OLD_PHOTOS, args.crops, 0, SIDE), folder / "train", "photo")
     found = {
         (kind, side): held_out(kind, args.held_out, side)
         for side in (SIDE, LARGE)
