@@ -17,9 +17,7 @@ Weights are random: they do not change the time.
 """
 
 import argparse
-import itertools
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 import tables
@@ -44,6 +42,7 @@ from common import (
 from tables import Goal
 
 from ltrp_timm import throughput
+from ltrp_timm.payoff import break_even
 
 NAME = "break_even"
 TITLE = "Up to which keep ratio a ranker pays for itself"
@@ -59,26 +58,6 @@ def goals() -> list[Goal]:
         Goal(f"{model} batch {batch} {text}", {**where, "model": model, "batch": batch}, *BOUND)
         for model, batch in cases
     ]
-
-
-def break_even(keep_ratios: Sequence[float], costs: Sequence[float]) -> float:
-    """The largest keep ratio that costs no more than the full model.
-
-    Args:
-        keep_ratios: ascending.
-        costs: time of the pruned model ÷ time of the full one at each.
-
-    Returns:
-        The ratio where the cost crosses 1, linear between neighbours, the largest keep ratio when
-        all pay above the last crossing, 0 when none does.
-    """
-    pairs = list(zip(keep_ratios, costs))
-    if pairs[-1][1] <= 1:
-        return pairs[-1][0]
-    for (low, cheap), (high, dear) in reversed(list(itertools.pairwise(pairs))):
-        if cheap <= 1 < dear:
-            return low + (high - low) * (1 - cheap) / (dear - cheap)
-    return 0.0
 
 
 def run_case(full: Any, case: Row, args: argparse.Namespace, where: Row) -> list[Row]:

@@ -1,7 +1,6 @@
 """What the benchmarks share: command-line options, models, images, and how time is taken."""
 
 import argparse
-import copy
 import importlib
 import re
 import statistics
@@ -12,11 +11,12 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.payoff import twin
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -67,30 +67,6 @@ def create_full(name: str, args: argparse.Namespace, **kwargs: Any) -> Any:
     model = timm.create_model(name, pretrained=False, **depth, **kwargs)
     model = model.eval().requires_grad_(False)
     return model.to(device=args.device, dtype=getattr(torch, args.dtype))
-
-
-def twin(model: Any) -> Any:
-    """Modules of its own, the weights in common with ``model``."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
-class FirstTokens(nn.Module):
-    """Stands at a backbone's ``patch_drop``: the patches to keep are known, and are the first."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, P + N, D) -> (B, P + K, D)."""
-        return x[:, : self.length].contiguous()
-
-
-def ideal(full: Any, kept: int) -> Any:
-    """The ceiling: a twin of the plain model that is given K patches for nothing."""
-    model = twin(full)
-    model.patch_drop = FirstTokens(full.num_prefix_tokens + kept)
-    return model
 
 
 def pruned(full: Any, ranker: str, keep_ratio: float, **ranker_args: Any) -> Any:

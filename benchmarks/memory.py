@@ -27,7 +27,6 @@ from common import (
     Calls,
     Row,
     cases,
-    ideal,
     inference,
     load_pyplot,
     make_parser,
@@ -38,6 +37,7 @@ from tables import Goal
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.payoff import ideal
 
 NAME = "memory"
 TITLE = "Peak memory of a forward beside the weights"

@@ -47,7 +47,6 @@ from common import (
     set_up,
     spread,
     timing_columns,
-    twin,
 )
 from flops import Tokens, plain_tokens, vit_flops
 from peers.drop import drop_at_random
@@ -58,6 +57,7 @@ from torch import Tensor
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.payoff import twin
 
 NAME = "peers"
 TITLE = "Pruned ViTs against merging and fusing, for equal work"

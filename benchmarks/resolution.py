@@ -33,7 +33,6 @@ from common import (
     Row,
     compare,
     create_full,
-    ideal,
     inference,
     load_pyplot,
     make_images,
@@ -47,6 +46,7 @@ from tables import Goal
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.payoff import ideal
 
 NAME = "resolution"
 TITLE = "Rank at low resolution, encode at high"

@@ -39,7 +39,6 @@ from common import (
     Row,
     compare,
     create_full,
-    ideal,
     inference,
     load_pyplot,
     make_images,
@@ -55,6 +54,7 @@ from torch import Tensor
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.payoff import ideal
 
 NAME = "speed_vs_keep_ratio"
 TITLE = "Pruned ViTs against the full ones, ranker included"

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
+    from ltrp_timm.benchmark_command import add_benchmark
     from ltrp_timm.export_command import add_export
     from ltrp_timm.rank.arguments import add_rank
     from ltrp_timm.share_command import add_push, add_save
@@ -68,6 +69,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add_rank(commands)
     add_train_commands(commands)
     add_export(commands)
+    add_benchmark(commands)
     add_save(commands)
     add_push(commands)
     return parser

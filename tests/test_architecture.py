@@ -21,10 +21,10 @@ ROOMS = [
     ["front_end"],
     ["factory"],
     ["ltrp_vit"],
-    ["visualize", "console", "cards"],
+    ["visualize", "console", "cards", "payoff"],
     ["arguments", "named_model", "parity", "formats"],
     ["export", "train", "sharing"],
-    ["demo", "rank", "export_command", "train_command", "share_command"],
+    ["demo", "rank", "benchmark_command", "export_command", "train_command", "share_command"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

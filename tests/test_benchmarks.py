@@ -23,7 +23,7 @@ import tables
 import timm
 import torch
 
-from ltrp_timm import throughput
+from ltrp_timm import payoff, throughput
 from ltrp_timm.selection import keep_tokens
 from ltrp_timm.teacher import MAETeacher
 from ltrp_timm.train import Summary
@@ -144,7 +144,7 @@ def test_speed_rows(run_benchmark: Callable[..., Done]) -> None:
 def test_variants_share_weights_and_ideal_keeps_k_tokens() -> None:
     args = common.make_parser("test").parse_args(["--depth", "1"])
     full = common.create_full("vit_tiny_patch16_224", args)
-    ideal, pruned = common.ideal(full, 98), common.pruned(full, "random", 0.5)
+    ideal, pruned = payoff.ideal(full, 98), common.pruned(full, "random", 0.5)
     for variant in (ideal, pruned.backbone):
         assert variant is not full
         assert full.blocks[0].attn.qkv.weight is variant.blocks[0].attn.qkv.weight
@@ -273,21 +273,6 @@ def test_host_syncs_are_seen() -> None:
     some = torch.tensor([2, 0])
     assert common.host_syncs(common.operators(lambda: x.exp()[some])) == []
     assert len(common.operators(lambda: x.exp()[some])) == 2
-
-
-@pytest.mark.parametrize(
-    ("costs", "expected"),
-    [
-        ([0.3, 0.6, 0.9], 0.9),  # pays everywhere it was measured
-        ([1.1, 1.2, 1.3], 0.0),  # nowhere
-        ([0.4, 0.9, 1.1], 0.7),  # half way between 0.5 and 0.9
-        ([0.9, 1.1, 0.95], 0.9),  # noise in between: the largest one that pays
-        ([0.5, 1.0, 1.5], 0.5),
-    ],
-)
-def test_break_even_by_hand(costs: list[float], expected: float) -> None:
-    found = load("break_even").break_even([0.25, 0.5, 0.9], costs)
-    assert found == pytest.approx(expected)
 
 
 def test_break_even_rows(run_benchmark: Callable[..., Done]) -> None:

@@ -19,9 +19,12 @@ COMMON = [
 ]
 
 
-def train(folder: Path, processes: int, *flags: str, check: bool = True) -> str:
+def train(
+    folder: Path, processes: int, *flags: str, check: bool = True, script: Path | None = None
+) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ltrp_timm.cli"]
+    command = [sys.executable, *(launcher if processes > 1 else [])]
+    command += ["-m", "ltrp_timm.cli"] if script is None else [str(script)]
     done = subprocess.run(
         [*command, "train-ranker", *COMMON, "--output", str(folder), *flags],
         capture_output=True,
@@ -69,6 +72,35 @@ def test_accumulating_in_two_processes(folder: Path) -> None:
     train(folder / "parts", 2, *data, "--batch-size", "1", "--accumulate", "2", "--opt", "sgd")
     train(folder / "whole", 1, *data, "--batch-size", "4", "--opt", "sgd")
     assert distance(weights(folder / "parts"), weights(folder / "whole")) <= 1e-6
+
+
+LATE = """
+import os, time
+from pathlib import Path
+from ltrp_timm.cli import main
+from ltrp_timm.train.loop import Trainer
+
+begin = Trainer.start
+
+def late(self):
+    for _ in range(30 * int(os.environ["RANK"])):  # until the other one has gone ahead, or 3 s
+        if self.checkpoint.exists():
+            break
+        time.sleep(0.1)
+    begin(self)
+
+Trainer.start = late
+raise SystemExit(main())
+"""
+
+
+def test_a_process_that_comes_late_starts_with_the_others(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    data = ["--data", str(folder / "photos"), "--teacher", str(folder / "teacher")]
+    data += ["--holdout", "0", "--batch-size", "2"]
+    train(folder / "late", 2, *data, script=script)
+    assert read_log(folder / "late" / "log.csv")[-1]["step"] == 5
 
 
 def test_what_is_wrong_is_said_once_and_nothing_waits(folder: Path) -> None:

@@ -105,7 +105,7 @@ class Trainer:
 
     def start(self) -> None:
         """Take up a checkpoint, or write the first one; then wrap the model for the work."""
-        if self.checkpoint.exists():
+        if self.world.on_main(self.checkpoint.exists):  # the main process is about to write it
             self.restore()
         else:
             self.world.on_main(self.save_checkpoint)

@@ -3,10 +3,13 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
+
+T = TypeVar("T")
 
 
 class World:
@@ -35,18 +38,24 @@ class World:
         out: list[float] = tensor.tolist()
         return out
 
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Run on rank 0; what is raised there is raised everywhere, so that no process waits."""
-        error: list[Exception | None] = [None]
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run on rank 0; what it returns or raises there reaches every process, and none waits.
+
+        What a process decides by looking at files goes through here: another one that looks a
+        moment later may find other files.
+        """
+        outcome: list[Any] = [None, None]  # what it returns, what it raises
         if self.main:
             try:
-                action()
+                outcome[0] = action()
             except Exception as problem:
-                error[0] = problem
+                outcome[1] = problem
         if self.size > 1:
-            dist.broadcast_object_list(error, src=0, device=self.device)
-        if error[0] is not None:
-            raise error[0]
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        value: T = outcome[0]
+        return value
 
     def gather_names(self, names: Sequence[str]) -> list[str]:
         """The names of all processes, each once, sorted."""

@@ -1,0 +1,98 @@
+import csv
+from pathlib import Path
+
+import pytest
+import timm
+
+import ltrp_timm
+from ltrp_timm.cli import main
+from ltrp_timm.sharing import save_pretrained
+
+FAST = (
+    "--img-size",
+    "64",
+    "--batch-size",
+    "1",
+    "--repeats",
+    "1",
+    "--warmup",
+    "0",
+    "--threads",
+    "1",
+)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("ltrp-timm: "), err
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+def test_what_it_says_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "found.csv"
+    given = ("vit_tiny_patch16_224", "ltrp_vit_tiny", "--keep-ratio", "0.25", "0.5", *FAST)
+    assert main(["benchmark", *given, "-o", str(output), "--no-memory"]) == 0
+    out = capsys.readouterr().out
+    for model in given[:2]:
+        assert f"-> {model} at batch 1: " in out
+    assert "keep 0.5, 8 of 16 patches" in out
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    # a plain model is held against several rankers, one of ours against its own
+    per_ratio = {"vit_tiny_patch16_224": ["contrast", "conv", "vit_small"]}
+    per_ratio["ltrp_vit_tiny"] = ["contrast"]
+    expected = []
+    for model, rankers in per_ratio.items():
+        expected.append((model, "full", "1.0", "16"))
+        for ratio, kept in (("0.5", "8"), ("0.25", "4")):
+            methods = ["ideal", "no ranking", *rankers]
+            expected += [(model, method, ratio, kept) for method in methods]
+    columns = ("model", "method", "keep_ratio", "num_kept")
+    assert [tuple(row[column] for column in columns) for row in rows] == expected
+    for row in rows:
+        assert float(row["seconds_median"]) > 0
+        assert row["peak_bytes"] == ""
+        assert (row["threads"], row["img_size"]) == ("1", "64")
+        assert row["machine"]
+    assert main(["benchmark", *given, "-o", str(output)]) == 2
+    assert "exists already" in one_line(capsys)
+
+
+def test_a_saved_model_brings_its_ranker(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = timm.create_model("ltrp_vit_tiny", img_size=64, depth=1, ranker="gradient")
+    save_pretrained(model, tmp_path / "mine")
+    options = ("--keep-ratio", "0.5", *FAST[2:])
+    assert main(["benchmark", f"local-dir:{tmp_path / 'mine'}", *options]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("  gradient", "64x64 pixels", "MiB"))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["vit_tiny_patch16_22"], "did you mean"),
+        (["resnet18"], "resnet18"),
+        (["ltrp_vit_tiny", "--keep-ratio", "1"], "below 1"),
+        (["ltrp_vit_tiny", "--keep-ratio", "0"], "in (0, 1]"),
+        (["ltrp_vit_tiny", "--ranker", "best"], "--ranker must be one of"),
+        (["ltrp_vit_tiny", "--device", "cudaa"], "--device cudaa"),
+        (["ltrp_vit_tiny", "--device", "meta"], "--device meta"),
+        (["ltrp_vit_tiny", "--dtype", "int8"], "--dtype"),
+        (["ltrp_vit_tiny", "--batch-size", "0"], "from 1"),
+        (["ltrp_vit_tiny", "--img-size", "50"], "50"),
+        (["ltrp_vit_tiny", "-o", "a.txt"], ".csv"),
+        (["ltrp_vit_tiny", "-o", "no/such/a.csv"], "cannot be written"),
+    ],
+)
+def test_bad_input(given: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", *given, "--repeats", "1"]) == 2
+    assert text in one_line(capsys)
+
+
+def test_rankers_to_choose_from_exist() -> None:
+    from ltrp_timm.benchmark_command import RANKERS
+
+    assert set(RANKERS) <= set(ltrp_timm.list_rankers())
