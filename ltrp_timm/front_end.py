@@ -39,8 +39,9 @@ def drop_patches(
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
         ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
-            ``hf-hub:owner/name[@revision]``; True pulls those that are published (the attention
-            ranker's backbone).
+            ``hf-hub:owner/name[@revision]``; True takes those that are published: the conv
+            ranker's, which come along with this package and are experimental, the attention
+            ranker's backbone from the Hub. They never come by ``pretrained=True`` of a model.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
         cache_dir: where downloaded weights of the ranker lie; as in huggingface_hub.

@@ -212,6 +212,8 @@ class TimmInterface:
             new = (name for name in own if name in state_dict)
             changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)
             self.ranker.trained = self.ranker.trained or changed
+            if changed:
+                self.ranker.origin = ""
         return result
 
 

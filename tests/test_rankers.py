@@ -79,8 +79,8 @@ def test_unknown_names_and_arguments() -> None:
         create_ranker("contrast", patch_size=0)
     with pytest.raises(ValueError, match="the contrast ranker has no weights"):
         create_ranker("contrast", pretrained=True)
-    with pytest.raises(ValueError, match="no published weights exist for the conv ranker"):
-        create_ranker("conv", pretrained=True)
+    with pytest.raises(ValueError, match="no published weights exist for the vit_small ranker"):
+        create_ranker("vit_small", pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["conv", "vit_small"])
