@@ -173,6 +173,21 @@ SECTIONS = [
         lambda row: f"{float(row['peak_mib']):.0f} MiB ({float(row['peak_ratio']):.2f})",
     ),
     Section(
+        "training",
+        "training_speed",
+        "Training steps: times as fast as those of the plain model, ranker included. *Ideal* is "
+        "given its patches for nothing",
+        _model,
+        lambda row: (
+            "full" if row["method"] == "full" else f"{row['method']}, keep {row['keep_ratio']}"
+        ),
+        lambda row: (
+            f"{float(row['images_per_second']):.1f} images/s"
+            if row["method"] == "full"
+            else f"{float(row['speedup']):.2f}×"
+        ),
+    ),
+    Section(
         "adaptive",
         "adaptive_budget",
         "Share of object pixels in kept patches where a threshold or a share of the score mass "

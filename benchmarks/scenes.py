@@ -133,9 +133,10 @@ def make_cluttered_scenes(count: int, seed: int, side: int) -> tuple[Tensor, Ten
 def make_digit_scenes(
     count: int, seed: int, side: int, held_out: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Scenes (B, 3, side, side) of one digit among textured blobs, and which digit it is (B,).
+    """Scenes (B, 3, side, side) of one white digit among textured blobs; which digit it is (B,).
 
-    The digit is 3/8 to 1/2 of the side, anywhere; held-out scenes show other handwriting.
+    The digit is half of the side, its middle up to an eighth of it from that of the scene; held-out
+    scenes show other handwriting.
     """
     from sklearn.datasets import load_digits
 
@@ -144,13 +145,15 @@ def make_digit_scenes(
     own = slice(1200, None) if held_out else slice(0, 1200)
     digits, labels = digits[own], labels[own]
     chosen = torch.randint(len(digits), (count,), generator=generator)
-    background, ink = _background(count, side, generator), torch.zeros(count, side, side)
-    for scene, image, number in zip(background, ink, chosen.tolist()):
-        for _ in range(int(torch.randint(2, 5, (), generator=generator))):
+    scenes = 0.3 + 0.5 * (_background(count, side, generator) - 0.5)  # dark paper
+    shapes = F.interpolate(digits[chosen].unsqueeze(1), (side // 2, side // 2), mode="bilinear")
+    places = torch.randint(side // 8, side * 3 // 8 + 1, (count, 2), generator=generator).tolist()
+    for scene, shape, (top, left) in zip(scenes, shapes, places):
+        for _ in range(int(torch.randint(3, 6, (), generator=generator))):
             _add_blob(scene, generator)
-        _draw(image, digits[number : number + 1], 1, (side * 7 // 16, side * 9 // 16), generator)
-    paper = 0.3 + 0.5 * (background - 0.5)  # dark, the digits white
-    return torch.lerp(paper, torch.ones(1), ink.unsqueeze(1)).clamp(0, 1), labels[chosen]
+        spot = scene[:, top : top + side // 2, left : left + side // 2]
+        spot.copy_(torch.lerp(spot, torch.ones(()), shape))
+    return scenes.clamp(0, 1), labels[chosen]
 
 
 def _add_blob(scene: Tensor, generator: torch.Generator) -> None:

@@ -83,6 +83,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "break_even": ("--rankers", "contrast", "conv"),
     "index_cache": (),
     "memory": (),
+    "training_speed": (),
     "adaptive_budget": ("--scenes", "24", "--rankers", "pixel_std", "--keep-ratios", "0.3"),
 }
 every = pytest.mark.parametrize("name", SCRIPTS)
@@ -528,6 +529,76 @@ def test_adaptive_budget(run_benchmark: Callable[..., Done]) -> None:
     assert float(rows["fixed"]["mean_share"]) == pytest.approx(59 / 196, abs=1e-4)
     assert all(0.3 < float(row["kept_ink"]) <= 1.0 for row in rows.values())
     assert float(rows["fixed"]["ink_gain"]) == 0.0
+
+
+def test_training_steps(run_benchmark: Callable[..., Done]) -> None:
+    done = run_benchmark("training_speed")
+    methods = [(r, m) for r in ("0.5", "0.25") for m in ("ideal", "contrast", "conv")]
+    assert done.cells("keep_ratio", "method") == [("1.0", "full"), *methods]
+    full = float(done.rows[0]["seconds_median"])
+    for row in done.rows:
+        expected = full / float(row["seconds_median"])
+        assert float(row["speedup"]) == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_step_trains_the_model_and_not_its_ranker() -> None:
+    module = load("training_speed")
+    args = common.make_parser("test").parse_args(["--depth", "1"])
+    model = common.pruned(common.create_full("vit_tiny_patch16_224", args), "conv", 0.25)
+    model.ranker.trained = True  # it must not move, whatever it says
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    module.training_step(model, torch.randn(2, 3, 224, 224))()
+    moved = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert moved == {name for name, _ in model.named_parameters() if name.startswith("backbone.")}
+
+
+def test_goals_of_training_speed() -> None:
+    row = {"model": common.VIT_S, "keep_ratio": 0.5, "method": "contrast", **common.ON_ONE_CORE}
+    assert verdicts("training_speed", {**row, "speedup": 1.6}) == ["met"]
+    assert verdicts("training_speed", {**row, "speedup": 1.59}) == ["not met"]
+    assert verdicts("training_speed", {**row, "speedup": 1.59, "method": "ideal"}) == []
+
+
+def test_digits(run_benchmark: Callable[..., Done]) -> None:
+    options = ("--scenes", "64", "--held-out", "20", "--first-epochs", "1", "--epochs", "1")
+    done = run_benchmark("finetune_digits", *options)
+    assert done.files == [f"finetune_digits.{kind}" for kind in ("csv", "md", "png")]
+    assert done.png.startswith(PNG_MAGIC)
+    assert "No goal applies to these settings." in done.text  # nor may it: the model is cut
+    cases = [(m, r) for r in ("0.5", "0.25") for m in ("contrast", "random", "gate")]
+    assert done.cells("method", "keep_ratio") == [("full", "1.0"), *cases]
+    rows = {(row["method"], row["keep_ratio"]): row for row in done.rows}
+    for (method, ratio), row in rows.items():
+        gap = float(row["top1"]) - float(rows["full", "1.0"]["top1"])
+        assert float(row["over_full"]) == pytest.approx(gap, abs=1e-4)
+        assert float(row["seconds_per_epoch"]) > 0
+        if method != "full":
+            gap = float(row["top1"]) - float(rows["random", ratio]["top1"])
+            assert float(row["over_random"]) == pytest.approx(gap, abs=1e-4)
+
+
+def test_goals_of_digits() -> None:
+    quarter = {"method": "contrast", "keep_ratio": 0.25, "img_size": 64}
+    assert verdicts("finetune_digits", {**quarter, "over_random": 0.1}) == ["met"]
+    assert verdicts("finetune_digits", {**quarter, "over_random": 0.09}) == ["not met"]
+    half = {"method": "contrast", "keep_ratio": 0.5, "img_size": 64}
+    assert verdicts("finetune_digits", {**half, "over_full": -0.04, "speedup": 1.3}) == [
+        "not met",
+        "met",
+    ]
+
+
+def test_digits_in_clutter() -> None:
+    images, labels = scenes.make_digit_scenes(30, seed=3, side=64)
+    assert images.shape == (30, 3, 64, 64)
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    assert len(set(labels.tolist())) > 6
+    again, _ = scenes.make_digit_scenes(30, seed=3, side=64)
+    assert torch.equal(images, again)
+    held, _ = scenes.make_digit_scenes(30, seed=3, side=64, held_out=True)
+    assert not torch.equal(images, held)
+    white = (images.amin(dim=1) > 0.8).flatten(1).float().mean(1)
+    assert (white > 0.01).all()  # there is a digit in each
 
 
 LEARNING = ("--scenes", "20", "--crops", "12", "--held-out", "4", "--draws", "2")

@@ -136,7 +136,8 @@ class ClassifyTask:
             ranks = class_ranks(logits, targets)
             out[f"loss{name}"] = F.cross_entropy(logits, targets, reduction="none")
             out[f"top1{name}"] = (ranks < 1).float()
-            out[f"top5{name}"] = (ranks < 5).float()
+            if logits.shape[1] > 5:
+                out[f"top5{name}"] = (ranks < 5).float()
         if "top1" not in out:
             out["top1"] = torch.stack([out[name] for name in out if "top1@" in name]).mean(0)
         return out

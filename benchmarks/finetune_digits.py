@@ -1,0 +1,197 @@
+"""What does dropping patches cost a fine-tuned classifier, and what does it save?
+
+Claim. A small ViT that was trained on all patches, fine-tuned on half of them, tells digits in
+clutter apart nearly as well (within 3 points) and its epochs are shorter; which patches are kept
+matters: a random quarter is at least 10 points worse than the best quarter by `contrast`.
+
+Arithmetic. Scenes of 64 px are 64 patches of 8; a digit covers a quarter of the scene, 16 to 25
+patches, so a quarter of the patches can just hold it. A step on a quarter of the tokens has a
+quarter of the multiplications, but a model as small as this one spends much of a step on launching
+operators and on reading pictures: benchmarks/training_speed.py has the figures of a real size.
+
+Data: real handwritten digits (scikit-learn's) among textured blobs; held-out scenes show other
+handwriting. One plain ViT (sin-cos position embedding to begin with) is trained on all patches, and
+every row goes on from its weights for as many epochs, with nothing else between them:
+    full       all patches
+    contrast   the weight-free ranker
+    random     one random set of patches for all images
+    gate       a conv ranker, untrained at first, that learns with the model through the
+               straight-through gate: it sees labels, unlike a ranker from `train-ranker`
+`top1` is that of the last epoch on held-out scenes, not the best one. One seed; twice the binomial
+standard error of 1000 images at 80 % is 2.5 points. Times are of training alone, row after row in
+one process: the machine should have nothing else to do.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tables
+import timm
+import torch
+from common import Row, load_pyplot, make_parser, set_up
+from PIL import Image
+from safetensors.torch import save_file
+from scenes import make_digit_scenes
+from tables import Goal
+from timm.layers import build_sincos2d_pos_embed
+from torch.utils.data import Dataset
+
+from ltrp_timm.train import finetune
+from ltrp_timm.train.logs import LOG_NAME, read_log
+from ltrp_timm.train.pictures import show_images
+
+NAME = "finetune_digits"
+TITLE = "A small ViT fine-tuned on digits in clutter, on all patches and on fewer"
+MODEL, SIDE = "vit_tiny_patch16_224", 64
+GATE = {"ranker": "conv", "train_ranker": True, "gate": "straight-through"}
+METHODS: list[tuple[str, float, dict[str, Any]]] = [
+    ("full", 1.0, {}),
+    ("contrast", 0.5, {"ranker": "contrast"}),
+    ("random", 0.5, {"ranker": "random"}),
+    ("gate", 0.5, GATE),
+    ("contrast", 0.25, {"ranker": "contrast"}),
+    ("random", 0.25, {"ranker": "random"}),
+    ("gate", 0.25, GATE),
+]
+
+
+def goals() -> list[Goal]:
+    """What the claim says."""
+    half, quarter = (
+        {"method": "contrast", "keep_ratio": ratio, "img_size": SIDE} for ratio in (0.5, 0.25)
+    )
+    return [
+        Goal("top-1 − that of all patches, keep 0.5", half, "over_full", ">=", -0.03),
+        Goal("top-1 − that of random patches, keep 0.25", quarter, "over_random", ">=", 0.1),
+        Goal("times as fast as full, keep 0.5", half, "speedup", ">=", 1.3),
+    ]
+
+
+class Scenes(Dataset[tuple[Image.Image, int]]):
+    """Digits in clutter with their class numbers, in memory."""
+
+    def __init__(self, count: int, seed: int, held_out: bool) -> None:
+        images, labels = make_digit_scenes(count, seed, SIDE, held_out)
+        self.pictures, self.targets = show_images(images), labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.pictures[index], self.targets[index]
+
+
+def sizes(args: argparse.Namespace) -> Row:
+    """Arguments of the small ViT."""
+    depth = args.depth or 3
+    small: Row = {"patch_size": 8, "embed_dim": 96, "depth": depth, "num_heads": 3}
+    return {**small, "class_token": False, "global_pool": "avg"}
+
+
+def write_start(args: argparse.Namespace, path: Path) -> None:
+    """Weights to begin with: where a patch lies is told by a sin-cos embedding, not to be found."""
+    torch.manual_seed(args.seed)
+    vit = timm.create_model(MODEL, img_size=SIDE, num_classes=10, **sizes(args))
+    positions = build_sincos2d_pos_embed([SIDE // 8, SIDE // 8], vit.embed_dim)
+    with torch.no_grad():
+        vit.pos_embed.copy_(positions)
+    save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, path)
+
+
+def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
+    """Train once on all patches, go on with each method; a row for each."""
+    train, held = Scenes(args.scenes, 0, False), Scenes(args.held_out, 1, True)
+    common: Row = {"num_classes": 10, "val_data": held, "num_workers": 0, "seed": args.seed}
+    common |= {"img_size": SIDE, "model_kwargs": sizes(args), "device": args.device}
+    common |= {"batch_size": 32, "tensorboard": False, "layer_decay": None, "clip_grad": 1.0}
+    common |= {"aa": "none", "reprob": 0.0, "hflip": 0.0, "drop_path": 0.0, "smoothing": 0.0}
+    common |= {"scale": (0.9, 1.0), "ratio": (1.0, 1.0), "resume": "auto"}
+    common |= {"opt_args": {"betas": (0.9, 0.95)}}
+    write_start(args, folder / "start.safetensors")
+    start: Row = {"checkpoint": folder / "start.safetensors", "lr": args.lr}
+    finetune(MODEL, train, folder / "first", epochs=args.first_epochs, **start, **common)
+    start = {"checkpoint": folder / "first" / "model.safetensors", "lr": args.lr / 3}
+    rows: list[Row] = []
+    for method, ratio, options in METHODS:
+        output = folder / f"{method}_{ratio:g}"
+        more = {**options, "keep_ratio": ratio, "epochs": args.epochs, **start, **common}
+        finetune(MODEL, train, output, **more)
+        log = read_log(output / LOG_NAME)
+        speed = sum(row["images_per_second"] for row in log) / len(log)
+        row: Row = {"method": method, "keep_ratio": ratio, "img_size": SIDE}
+        row |= {"top1": log[-1]["val_top1"], "top5": log[-1]["val_top5"]}
+        row |= {"seconds_per_epoch": round(len(train) / speed, 3)}
+        rows.append({**row, "images_per_second": round(speed, 2)})
+    fixed = {"scenes": args.scenes, "held_out": args.held_out, "epochs": args.epochs}
+    fixed |= {"first_epochs": args.first_epochs, "lr": args.lr, "seed": args.seed, **where}
+    return [{**row, **compared(row, rows), **fixed} for row in rows]
+
+
+def compared(row: Row, rows: list[Row]) -> Row:
+    """A row beside the one of all patches, and the one of as many random patches."""
+    full = rows[0]
+    same = [r for r in rows if r["method"] == "random" and r["keep_ratio"] == row["keep_ratio"]]
+    return {
+        "over_full": round(row["top1"] - full["top1"], 5),
+        "over_random": round(row["top1"] - same[0]["top1"], 5) if same else "",
+        "speedup": round(row["images_per_second"] / full["images_per_second"], 3),
+    }
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The figures as text."""
+    return [
+        {
+            "method": row["method"],
+            "keep": row["keep_ratio"],
+            "top-1": f"{row['top1']:.1%}",
+            "− full": f"{100 * row['over_full']:+.1f}",
+            "− random": "–" if row["over_random"] == "" else f"{100 * row['over_random']:+.1f}",
+            "seconds per epoch": f"{row['seconds_per_epoch']:.1f}",
+            "times as fast": f"{row['speedup']:.2f}",
+        }
+        for row in rows
+    ]
+
+
+def plot(rows: list[Row]) -> Any:
+    """Accuracy against images/s."""
+    figure, ax = load_pyplot().subplots(figsize=(7, 4.5))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        speed, top1 = ([row[name] for row in own] for name in ("images_per_second", "top1"))
+        ax.plot(speed, top1, "-o", ms=4, label=method)
+        for x, y, row in zip(speed, top1, own):
+            ax.annotate(f"{row['keep_ratio']:g}", (x, y), fontsize=8)
+    ax.set_xlabel("images per second of training")
+    ax.set_ylabel("held-out top-1")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Train, write CSV, PNG and Markdown, check the goals."""
+    parser = make_parser((__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--scenes", type=int, default=3000, help="to train on")
+    add("--held-out", type=int, default=1000, help="to measure on")
+    add("--first-epochs", type=int, default=16, help="on all patches, before the methods")
+    add("--epochs", type=int, default=4, help="of each method")
+    add("--lr", type=float, default=1.5e-3, help="on all patches; a third of it afterwards")
+    add("--seed", type=int, default=0, help="of the training")
+    text = "keep weights and logs here; started again, it goes on"
+    add("--runs", type=Path, help=text)
+    args = parser.parse_args()
+    where = set_up(args)
+    with tempfile.TemporaryDirectory() as name:
+        folder = args.runs or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = run(args, where, folder)
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
+
+
+if __name__ == "__main__":
+    main()
