@@ -111,13 +111,13 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
     common |= {"opt_args": {"betas": (0.9, 0.95)}}
     write_start(args, folder / "start.safetensors")
     start: Row = {"checkpoint": folder / "start.safetensors", "lr": args.lr}
-    finetune(MODEL, train, folder / "first", epochs=args.first_epochs, **start, **common)
+    _tune(train, folder / "first", epochs=args.first_epochs, **start, **common)
     start = {"checkpoint": folder / "first" / "model.safetensors", "lr": args.lr / 3}
     rows: list[Row] = []
     for method, ratio, options in METHODS:
         output = folder / f"{method}_{ratio:g}"
         more = {**options, "keep_ratio": ratio, "epochs": args.epochs, **start, **common}
-        finetune(MODEL, train, output, **more)
+        _tune(train, output, **more)
         log = read_log(output / LOG_NAME)
         speed = sum(row["images_per_second"] for row in log) / len(log)
         row: Row = {"method": method, "keep_ratio": ratio, "img_size": SIDE}
@@ -127,6 +127,16 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
     fixed = {"scenes": args.scenes, "held_out": args.held_out, "epochs": args.epochs}
     fixed |= {"first_epochs": args.first_epochs, "lr": args.lr, "seed": args.seed, **where}
     return [{**row, **compared(row, rows), **fixed} for row in rows]
+
+
+def _tune(data: Scenes, output: Path, **options: Any) -> None:
+    """Fine-tune, or go on with it.
+
+    Raises:
+        SystemExit: it was asked to stop; what was reached is saved.
+    """
+    if finetune(MODEL, data, output, **options).stopped_by:
+        raise SystemExit(f"{output} was stopped; started again with the same --runs, it goes on")
 
 
 def compared(row: Row, rows: list[Row]) -> Row:
