@@ -18,8 +18,9 @@ every row goes on from its weights for as many epochs, with nothing else between
     gate       a conv ranker, untrained at first, that learns with the model through the
                straight-through gate: it sees labels, unlike a ranker from `train-ranker`
 `top1` is that of the last epoch on held-out scenes, not the best one. One seed; twice the binomial
-standard error of 1000 images at 80 % is 2.5 points. Times are of training alone, row after row in
-one process: the machine should have nothing else to do.
+standard error of 1000 images at 80 % is 2.5 points. Times are of training alone as the log has
+them, row after row and each once: whatever else the machine does is in them, so no goal is held
+against them. What a step gains is measured in turns by benchmarks/training_speed.py.
 """
 
 import argparse
@@ -65,7 +66,6 @@ def goals() -> list[Goal]:
     return [
         Goal("top-1 − that of all patches, keep 0.5", half, "over_full", ">=", -0.03),
         Goal("top-1 − that of random patches, keep 0.25", quarter, "over_random", ">=", 0.1),
-        Goal("times as fast as full, keep 0.5", half, "speedup", ">=", 1.3),
     ]
 
 
@@ -111,13 +111,13 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
     common |= {"opt_args": {"betas": (0.9, 0.95)}}
     write_start(args, folder / "start.safetensors")
     start: Row = {"checkpoint": folder / "start.safetensors", "lr": args.lr}
-    finetune(MODEL, train, folder / "first", epochs=args.first_epochs, **start, **common)
+    _tune(train, folder / "first", epochs=args.first_epochs, **start, **common)
     start = {"checkpoint": folder / "first" / "model.safetensors", "lr": args.lr / 3}
     rows: list[Row] = []
     for method, ratio, options in METHODS:
         output = folder / f"{method}_{ratio:g}"
         more = {**options, "keep_ratio": ratio, "epochs": args.epochs, **start, **common}
-        finetune(MODEL, train, output, **more)
+        _tune(train, output, **more)
         log = read_log(output / LOG_NAME)
         speed = sum(row["images_per_second"] for row in log) / len(log)
         row: Row = {"method": method, "keep_ratio": ratio, "img_size": SIDE}
@@ -127,6 +127,16 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
     fixed = {"scenes": args.scenes, "held_out": args.held_out, "epochs": args.epochs}
     fixed |= {"first_epochs": args.first_epochs, "lr": args.lr, "seed": args.seed, **where}
     return [{**row, **compared(row, rows), **fixed} for row in rows]
+
+
+def _tune(data: Scenes, output: Path, **options: Any) -> None:
+    """Fine-tune, or go on with it.
+
+    Raises:
+        SystemExit: it was asked to stop; what was reached is saved.
+    """
+    if finetune(MODEL, data, output, **options).stopped_by:
+        raise SystemExit(f"{output} was stopped; started again with the same --runs, it goes on")
 
 
 def compared(row: Row, rows: list[Row]) -> Row:
@@ -150,7 +160,7 @@ def table(rows: list[Row]) -> list[Row]:
             "− full": f"{100 * row['over_full']:+.1f}",
             "− random": "–" if row["over_random"] == "" else f"{100 * row['over_random']:+.1f}",
             "seconds per epoch": f"{row['seconds_per_epoch']:.1f}",
-            "times as fast": f"{row['speedup']:.2f}",
+            "times as fast (see script)": f"{row['speedup']:.2f}",
         }
         for row in rows
     ]

@@ -29,7 +29,6 @@ from common import (
     Row,
     compare,
     create_full,
-    ideal,
     load_pyplot,
     make_images,
     make_parser,
@@ -42,6 +41,7 @@ from tables import Goal
 from torch import Tensor
 
 from ltrp_timm import num_keep, throughput
+from ltrp_timm.payoff import ideal
 from ltrp_timm.train.engine import make_optimizer
 from ltrp_timm.train.settings import Settings
 

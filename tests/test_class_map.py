@@ -170,7 +170,7 @@ def test_wrong_arguments() -> None:
         GradCamRanker(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="got int"):
         GradCamRanker(3)  # type: ignore[arg-type]
-    mixer = classifier("mixer_s32_224", num_blocks=1)
+    mixer = classifier("mixer_s32_224")
     with pytest.raises(ValueError, match="takes images of"):
         GradCamRanker(mixer, img_size=64)
 

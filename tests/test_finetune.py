@@ -349,6 +349,25 @@ def test_a_dataset_of_torch(tmp_path: Path) -> None:
         tune(Pairs(wrong=1), tmp_path / "new", num_classes=3)
 
 
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """The same, from beginning to end."""
+
+    def __iter__(self) -> Any:
+        pairs = Pairs()
+        return (pairs[index] for index in range(len(pairs)))
+
+
+def test_a_stream_with_labels(tmp_path: Path) -> None:
+    options = {"num_classes": 3, "num_samples": 12, "holdout": 0.0}
+    tune(Stream(), tmp_path / "run", **options)
+    summary = tune(Stream(), tmp_path / "again", **options, val_data=Pairs())
+    assert summary.steps == 4
+    assert same_bits(weights(tmp_path / "run"), weights(tmp_path / "again"))
+    assert "val_top1" in summary.metrics
+    with pytest.raises(ValueError, match="Stream does not tell its classes"):
+        tune(Stream(), tmp_path / "new", num_samples=12)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from ltrp_timm.train.data import NAMED
 from ltrp_timm.train.labels import LabelledImages, open_labelled
 from ltrp_timm.train.settings import Settings
@@ -34,7 +36,8 @@ class ClassData:
     """
 
     def __init__(self, data: Any, settings: Settings, num_classes: int | None = None) -> None:
-        self.settings, self.says = settings, [""][:0]
+        self.settings = settings
+        self.says: list[str] = []
         self.streaming = is_stream(data)
         self.train: Any = data if self.streaming else self._open(data, settings.split)
         self.class_names = () if self.streaming else self.train.class_names
@@ -86,6 +89,8 @@ class ClassData:
 
 def is_stream(data: Any) -> bool:
     """Whether it is read from beginning to end."""
+    if isinstance(data, IterableDataset):
+        return True
     if not isinstance(data, (str, os.PathLike)):
         return False
     prefix = str(data).partition("/")[0].lower()

@@ -36,7 +36,6 @@ class ClassifyTask:
         distillation: from an unpruned model, or None.
         gate: train the ranker too, see ``Student``.
         channels_last: memory layout of the images.
-        card: for the saved model's card.
     """
 
     name = "finetune"
@@ -51,11 +50,10 @@ class ClassifyTask:
         distillation: Distillation | None = None,
         gate: bool = False,
         channels_last: bool = False,
-        card: dict[str, str] | None = None,
     ) -> None:
         self.model, self.plan, self.augmentation = model, plan, augmentation
         self.distillation, self.gate = distillation, gate
-        self.channels_last, self.card = channels_last, card or {}
+        self.channels_last = channels_last
         self.pruned = isinstance(model, LTRPModel)
         self.num_graphs = plan.count() if self.pruned else 1
         whole = gate or (distillation is not None and distillation.features > 0)
@@ -152,7 +150,7 @@ class ClassifyTask:
         """Write the model for ``timm.create_model("local-dir:…")``."""
         if isinstance(model, LTRPModel):
             model.keep_ratio = self.plan.ratios[0]
-            save_pretrained(model, folder, self.card, overwrite=True)
+            save_pretrained(model, folder, overwrite=True)
         else:
             save_weights(folder, model_config(model), model.state_dict(), overwrite=True)
 
