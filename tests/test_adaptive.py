@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ltrp_timm import PatchSelector, drop_patches
 from ltrp_timm.selection.adaptive import asked_for, bucket_sizes, snapped
+from ltrp_timm.visualize import keeping
 
 
 class Brightness(nn.Module):
@@ -130,10 +131,16 @@ def test_calibration_refuses_nonsense(adaptive: tuple[Any, Tensor]) -> None:
         with pytest.raises(ValueError, match=words):
             model.calibrate(**bad)
     assert model.selection_args == before
+    own, counts = model.keep_ratio, model.keep_counts(images)
     with pytest.raises(ValueError, match="an adaptive budget has no keep_ratio to set"):
         model.keep_ratio = 0.7
     model.keep_ratio = 1.0
     assert model.keep_counts(images).tolist() == [36] * 7
+    model.keep_ratio = own  # for a while all patches, then its budget again
+    assert torch.equal(model.keep_counts(images), counts)
+    with keeping(model, 1.0):
+        assert model.keep_counts(images).tolist() == [36] * 7
+    assert torch.equal(model.keep_counts(images), counts)
     model.selection = "top"
     with pytest.raises(ValueError, match="only 'adaptive' counts by image, not 'top'"):
         model.keep_counts(images)

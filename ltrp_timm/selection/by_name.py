@@ -159,11 +159,14 @@ class SelectsPatches:
     @keep_ratio.setter
     def keep_ratio(self, value: float) -> None:
         value = check_keep_ratio(value)
-        if self._selection == "adaptive" and value not in (1.0, self._keep_ratio):
-            raise ValueError(
-                f"an adaptive budget has no keep_ratio to set, got {value}: call calibrate(images, "
-                "mean_keep_ratio=…), or choose another selection first."
-            )
+        if self._selection == "adaptive":
+            if self._keep_ratio < 1.0:
+                self._adaptive_ratio = self._keep_ratio  # to come back to from 1.0
+            if value not in (1.0, getattr(self, "_adaptive_ratio", 1.0)):
+                raise ValueError(
+                    f"an adaptive budget has no keep_ratio to set, got {value}: call "
+                    "calibrate(images, mean_keep_ratio=…), or choose another selection first."
+                )
         self._keep_ratio = value
 
     @property
