@@ -1,5 +1,6 @@
 """Accuracy over whole sets, against counting by hand and timm's own; classes against folders."""
 
+import io
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,39 @@ def test_recorded_names_decide() -> None:
         match_classes(["a", "b"], 3)
     with pytest.raises(ValueError, match="1 of 2 classes are none of the model's 1000: old"):
         match_classes([WORDNET[0], "old"], 1000)
+
+
+class Table:
+    """A reader as timm's of Hugging Face's datasets: images without names, labels by a key."""
+
+    label_key = "label"
+
+    def __init__(self, labels: list[Any]) -> None:
+        self.labels, self.class_to_idx = labels, {"cat": 0, "dog": 1}
+
+    def __getitem__(self, index: int) -> Any:
+        file = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(file, "PNG")
+        return io.BytesIO(file.getvalue()[: 40 if index == 1 else None]), self.labels[index]
+
+
+class TableData:
+    def __init__(self, labels: list[Any]) -> None:
+        self.reader = Table(labels)
+
+    def __len__(self) -> int:
+        return len(self.reader.labels)
+
+    def filename(self, index: int) -> None:
+        return None
+
+
+def test_images_of_a_table_go_by_their_number() -> None:
+    images = open_labelled(TableData([1, 0, 0]))
+    assert images.class_names == ("cat", "dog")
+    assert images.read_item(0)[1] == 1
+    assert [images.name(index) for index in (0, 2)] == ["image 0", "image 2"]
+    with pytest.raises(ValueError, match="image 1: "):
+        images.read(1)
+    with pytest.raises(ValueError, match="the data has no class numbers in 'label': "):
+        open_labelled(TableData(["cat"]))

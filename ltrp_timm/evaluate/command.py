@@ -64,6 +64,8 @@ def evaluate(options: EvaluateOptions) -> int:
             if isinstance(error, BrokenPipeError):
                 raise
             reason = one_line(error)
+        except torch.OutOfMemoryError as error:
+            reason = f"{one_line(error)} (a smaller --batch-size needs less.)"
         except CommandError as error:
             reason = str(error)
     if os.environ.get("RANK", "0") != "0":

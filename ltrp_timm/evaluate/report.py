@@ -137,10 +137,11 @@ def _draw(rows: Sequence[Row], model: str, path: Path) -> None:
     below = [row["images_per_second"] - row["images_per_second_low"] for row in rows]
     above = [row["images_per_second_high"] - row["images_per_second"] for row in rows]
     top1 = [row["top1"] for row in rows]
-    axis.errorbar(speeds, top1, xerr=(below, above), marker="o", capsize=3)
-    for row, speed, value in zip(rows, speeds, top1):
+    axis.errorbar(speeds, top1, xerr=(below, above), marker="o", capsize=3, ecolor="0.7")
+    for number, (row, speed, value) in enumerate(zip(rows, speeds, top1)):
         text = f"keep {row['keep_ratio']:g}"
-        axis.annotate(text, (speed, value), (6, 6), textcoords="offset points")
+        place = (4, 7 if number % 2 == 0 else -15)  # neighbours may be close
+        axis.annotate(text, (speed, value), place, textcoords="offset points")
     axis.margins(0.15)
     axis.set_xlabel(f"images/s (batches of {rows[0]['timed_batch']}, median and quartiles)")
     axis.set_ylabel("top-1 accuracy, %")

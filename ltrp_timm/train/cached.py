@@ -37,9 +37,7 @@ def open_cache(folder: Any, model: LTRPModel) -> IndexCache:
     cache = IndexCache(folder)
     if model.selection in ("random", "adaptive"):
         reason = "looks at no scores" if model.selection == "random" else "needs scores, not orders"
-        raise ValueError(
-            f"an index cache does not go with --selection {model.selection}: {reason}."
-        )
+        raise ValueError(f"an index cache does not go with selection {model.selection}: {reason}.")
     size = data_config(model)["input_size"][-2:]
     grid = model.grid_size(torch.empty(1, model.in_chans, *size, device="meta"))
     cache.check(model.ranker, size, grid)

@@ -108,7 +108,8 @@ class Images:
     def name(self, index: int) -> str:
         """What to call an image when something is wrong with it."""
         known = getattr(self.dataset, "filename", None)
-        return str(known(index)) if known is not None else f"image {index}"
+        name = known(index) if known is not None else None
+        return f"image {index}" if name is None else str(name)  # a table's images may have none
 
     def read(self, index: int) -> Image.Image:
         """The picture.

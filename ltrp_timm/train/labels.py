@@ -108,7 +108,8 @@ class LabelledImages(Images):
                 file.close()
                 operator.index(raw)
             except Exception as error:  # of the reader and what lies under it
-                raise ValueError(f"{key!r} is no class number: {one_line(error)}") from error
+                reason = one_line(error)
+                raise ValueError(f"the data has no class numbers in {key!r}: {reason}") from error
 
     def read_item(self, index: int) -> tuple[Image.Image, int]:
         """The picture and the number of its class.
