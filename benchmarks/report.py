@@ -1,4 +1,6 @@
-"""Write the tables of README and BENCHMARKS, figures from the CSVs, support from the code.
+"""Write the tables of README, BENCHMARKS and of the card of the weights that come along.
+
+Figures are from the CSVs, support is from the code.
 
 python benchmarks/report.py          writes them; a benchmark that is new gets its place
 python benchmarks/report.py --check  exits with 1 when they disagree with CSVs or code
@@ -7,6 +9,7 @@ python benchmarks/report.py --check  exits with 1 when they disagree with CSVs o
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tables import environment_line, markdown_table, read_csv
@@ -16,6 +19,7 @@ from ltrp_timm.slots import support_rows
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, DETAILS = ROOT / "README.md", ROOT / "BENCHMARKS.md"
+CARD = ROOT / "ltrp_timm" / "weights" / "conv.md"
 
 Row = Mapping[str, str]
 Cell = Callable[[Row], str]
@@ -32,6 +36,8 @@ class Section(NamedTuple):
         column: row -> heading of its figure.
         cell: row -> its figure as text.
         keep: which rows are shown.
+        how: what stands for all figures.
+        pictures: what further pictures show, by the names of their files.
     """
 
     marker: str
@@ -41,15 +47,18 @@ class Section(NamedTuple):
     column: Cell
     cell: Cell
     keep: Callable[[Row], bool] = lambda row: True
+    how: str = "medians of rounds taken in turns in one process"
+    pictures: Mapping[str, str] = MappingProxyType({})
 
     def text(self, rows: Sequence[Row]) -> str:
         """What was measured, table, picture and links, as Markdown."""
         path = f"benchmarks/results/{self.file}"
         links = f"All rows, with spread: [CSV]({path}.csv), [table and goals]({path}.md); measured "
         parts = [
-            f"{self.says} ({_where(rows[0])}; medians of rounds taken in turns in one process).",
+            f"{self.says} ({_where(rows[0])}; {self.how}).",
             pivot([row for row in rows if self.keep(row)], self),
             f"![{self.says.split('.')[0]}]({path}.png)",
+            *[f"![{text}](benchmarks/results/{name}.png)" for name, text in self.pictures.items()],
             f"{links}by `python benchmarks/{self.file}.py`.",
         ]
         return "\n\n".join(parts)
@@ -91,6 +100,19 @@ def _model(row: Row) -> dict[str, str]:
 
 def _where_model(row: Row) -> str:
     return f"`{row['model']}` batch {row['batch']}"
+
+
+def _images(row: Row) -> str:
+    return f"{row['images']}, {row['px']} px" if row["px"] else "all with ink"
+
+
+def _score(row: Row) -> str:
+    name = row["method"].partition(",")[0]
+    return name if name in ("teacher", "ink") else f"`{name}`"
+
+
+def _two(figure: str) -> str:
+    return f"{float(figure):.2f}" if figure else "–"
 
 
 SECTIONS = [
@@ -201,6 +223,17 @@ SECTIONS = [
         lambda row: row["method"],
         lambda row: f"{float(row['kept_ink']):.3f} ({float(row['time_ratio']):.2f})",
     ),
+    Section(
+        "learning",
+        "learning",
+        "A ranker that a small MAE taught without labels, and scores without weights. Mean "
+        "Spearman with the teacher's mean rank, and object AUC",
+        lambda row: {"images": _images(row), "score": _score(row)},
+        lambda row: f"seed {row['seed']}, {row['aggregate']} of the change",
+        lambda row: f"{_two(row['map_spearman'])} / {_two(row['object_auc'])}",
+        how="means over held-out images; at 224 px there is no teacher",
+        pictures={"learning_maps": "Score maps of held-out images, and what is kept"},
+    ),
 ]
 
 
@@ -270,14 +303,45 @@ def with_shortfalls(text: str, results: Path) -> str:
     return with_section(text, "shortfalls", f"{start}\n{table}\n{end}")
 
 
+def with_held_out(text: str, results: Path) -> str:
+    """The card's text with the figures of the ranker that comes along: of the first seed's first.
+
+    Raises:
+        SystemExit: the CSV is not there.
+    """
+    path = results / "learning.csv"
+    if not path.exists():
+        raise SystemExit(f"{CARD} has a table of held-out images, but there is no {path}.")
+    every = read_csv(path)
+    first = (every[0]["seed"], every[0]["aggregate"])
+    rows = [row for row in every if (row["seed"], row["aggregate"]) == first]
+    shipped = next(row["weights_sha256"] for row in rows if row["weights_sha256"])
+    table = markdown_table(
+        [
+            {
+                "images": _images(row),
+                "score": _score(row),
+                "Spearman with the teacher's lists": _two(row["spearman"]),
+                "with its mean rank": _two(row["map_spearman"]),
+                "object AUC": _two(row["object_auc"]),
+                "ink kept at 25 %": _two(row["ink_kept"]),
+            }
+            for row in rows
+        ]
+    )
+    start, end = ends("held-out")
+    return with_section(text, "held-out", f"{start}\n{table}\n\nSHA-256: `{shipped}`\n{end}")
+
+
 def main() -> None:
     """Write or check."""
-    before = {path: path.read_text(encoding="utf-8") for path in (README, DETAILS)}
+    before = {path: path.read_text(encoding="utf-8") for path in (README, DETAILS, CARD)}
     front = with_sections(before[README], RESULTS, SECTIONS[:1])
     after = {README: with_shortfalls(with_support(front), RESULTS)}
     after[DETAILS] = with_sections(before[DETAILS], RESULTS, SECTIONS[1:])
+    after[CARD] = with_held_out(before[CARD], RESULTS)
     if "--check" in sys.argv[1:]:
-        wrong = "README or BENCHMARKS and CSVs or code disagree: run benchmarks/report.py"
+        wrong = "README, BENCHMARKS or card and CSVs or code disagree: run benchmarks/report.py"
         sys.exit(None if before == after else wrong)
     for path, text in after.items():
         path.write_text(text, encoding="utf-8")

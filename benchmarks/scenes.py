@@ -1,7 +1,8 @@
 """Images to judge a selection by: generated scenes whose objects are known, crops of real photos.
 
 Objects are real digits of scikit-learn; their ink is known for each pixel. Photos are those that
-scikit-image and scikit-learn bring along.
+scikit-image and scikit-learn bring along. Digits and photos have parts: what is measured on one was
+trained on another.
 """
 
 import math
@@ -13,6 +14,11 @@ from torch import Tensor
 
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "coins", "retina", "rocket")
 PHOTOS += ("china", "flower")
+# what is trained on, and what is measured on
+OLD_PHOTOS = ("camera", "chelsea", "coins", "flower", "retina", "clock", "hubble_deep_field")
+OLD_PHOTOS += ("immunohistochemistry", "stereo_motorcycle", "brick", "grass", "gravel", "moon")
+NEW_PHOTOS = ("astronaut", "china", "coffee", "rocket")
+OLD_DIGITS, NEW_DIGITS = slice(300, None), slice(300)  # of 1797
 SIDE = 224
 
 
@@ -25,6 +31,7 @@ def load_photos(names: Sequence[str] = PHOTOS) -> list[Tensor]:
     for name in names:
         of_sklearn = name in ("china", "flower")
         array = load_sample_image(f"{name}.jpg") if of_sklearn else getattr(data, name)()
+        array = array[0] if isinstance(array, tuple) else array  # the left one of two
         pixels = torch.from_numpy(array.copy()).float() / 255
         pixels = pixels.unsqueeze(-1).expand(-1, -1, 3) if pixels.dim() == 2 else pixels
         photos.append(pixels.permute(2, 0, 1)[None])
@@ -61,10 +68,10 @@ def random_crops(names: Sequence[str], count: int, seed: int, side: int) -> Tens
     return torch.cat(crops)
 
 
-def _load_digits() -> Tensor:
+def _load_digits(part: slice = slice(None)) -> Tensor:
     from sklearn.datasets import load_digits
 
-    return torch.from_numpy(load_digits().images).float() / 16
+    return torch.from_numpy(load_digits().images[part]).float() / 16
 
 
 def _draw(
@@ -89,9 +96,16 @@ def _background(count: int, side: int, generator: torch.Generator) -> Tensor:
     return background
 
 
-def _paint(background: Tensor, ink: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ink of one colour an image over the background; and where it is, (B, H, W) of 0 and 1."""
-    colour = torch.rand(len(ink), 3, 1, 1, generator=generator)
+def _paint(
+    background: Tensor, ink: Tensor, generator: torch.Generator, choices: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Ink of one colour an image over the background; and where it is, (B, H, W) of 0 and 1.
+
+    Of several random colours that which differs most from the background's mean is taken.
+    """
+    colours = torch.rand(len(ink), choices, 3, generator=generator)
+    far = (colours - background.mean(dim=(2, 3)).unsqueeze(1)).norm(dim=2).argmax(dim=1)
+    colour = colours[torch.arange(len(ink)), far].reshape(-1, 3, 1, 1)
     scenes = torch.lerp(background, colour, ink.unsqueeze(1))
     return scenes.clamp(0, 1), (ink > 0.5).float()
 
@@ -108,26 +122,41 @@ def make_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return _paint(_background(count, SIDE, generator), ink, generator)
 
 
-def make_cluttered_scenes(count: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
+def make_cluttered_scenes(
+    count: int, seed: int, side: int, part: slice = OLD_DIGITS
+) -> tuple[Tensor, Tensor]:
     """Scenes (B, 3, side, side) of digits among textured blobs, and their ink.
 
     The blobs, 3 to 6 of noise or of stripes, vary as much as the digits do: the standard deviation
-    of a patch does not tell them apart. 3 to 6 digits fall on a larger canvas, of which the middle
-    is the scene: they may be cut, and are as frequent at the border as in the middle.
+    of a patch does not tell them apart.
     """
-    generator, digits = torch.Generator().manual_seed(seed), _load_digits()
-    sizes = (side * 3 // 16, side * 3 // 8)
-    margin = sizes[1] // 2
-    background, ink = _background(count, side, generator), torch.zeros(count, side, side)
-    for scene, image in zip(background, ink):
+    generator = torch.Generator().manual_seed(seed)
+    background = _background(count, side, generator)
+    for scene in background:
         for _ in range(int(torch.randint(3, 7, (), generator=generator))):
             _add_blob(scene, generator)
+    return draw_on(background, generator, part)
+
+
+def draw_on(
+    background: Tensor, generator: torch.Generator, part: slice = OLD_DIGITS
+) -> tuple[Tensor, Tensor]:
+    """Background (B, 3, side, side) -> digits of one colour an image on it, and their ink.
+
+    3 to 6 digits fall on a larger canvas, of which the middle is the scene: they may be cut, and
+    are as frequent at the border as in the middle. Their colour is the strangest of four.
+    """
+    digits, side = _load_digits(part), background.shape[-1]
+    sizes = (side * 3 // 16, side * 3 // 8)
+    margin = sizes[1] // 2
+    ink = torch.zeros(len(background), side, side)
+    for image in ink:
         while not (image > 0.5).any():
             canvas = torch.zeros(side + 2 * margin, side + 2 * margin)
             number = int(torch.randint(3, 7, (), generator=generator))
             _draw(canvas, digits, number, sizes, generator)
             image.copy_(canvas[margin : margin + side, margin : margin + side])
-    return _paint(background, ink, generator)
+    return _paint(background, ink, generator, choices=4)
 
 
 def make_digit_scenes(

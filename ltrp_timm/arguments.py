@@ -4,8 +4,17 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from ltrp_timm.console import CommandError
+
+_CARD = {
+    "license": "identifier of the licence for the card, such as apache-2.0",
+    "training_data": "what it was trained on, for the card",
+    "ranker_source": "where the ranker's weights come from, for the card",
+    "base_model": "the repository it was trained from, for the card",
+    "description": "a sentence for the card",
+}
 
 
 def keep_ratio(text: str) -> float:
@@ -44,6 +53,19 @@ def _whole(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text}.")
     return int(text)
+
+
+def add_card(parser: Any) -> None:
+    """Flags of what a model card shall say."""
+    for name, text in _CARD.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=text)
+
+
+def card_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """What was told for the card, as ``save_pretrained`` takes it."""
+    told = {name: getattr(arguments, name) for name in _CARD}
+    told["ranker"] = told.pop("ranker_source")
+    return {name: text for name, text in told.items() if text}
 
 
 @contextlib.contextmanager

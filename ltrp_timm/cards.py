@@ -11,8 +11,10 @@ from ltrp_timm.selection import check_keep_ratio, num_keep
 
 UNNAMED = "owner/name"  # stands for the repository until there is one
 NOT_STATED = "not stated"
+_UNMEASURED = "Nothing was measured at these ratios."
 _RATIOS = (1.0, 0.75, 0.5, 0.25)
-_FIELDS = ("license", "training_data", "ranker", "base_model", "measured", "description")
+_TEXTS = ("license", "training_data", "ranker", "base_model", "description", "results_note")
+_TABLES = {"measured": "{keep_ratio: {what: value}}", "results": "{who: {what: value}}"}
 
 
 def check_card(card: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
@@ -21,7 +23,8 @@ def check_card(card: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     Args:
         card: "license" (an identifier such as "apache-2.0"), "training_data", "ranker" (where its
             weights come from), "base_model" (the repository it was trained from), "description":
-            texts; "measured": ``{keep_ratio: {what: value}}``.
+            texts; "measured": ``{keep_ratio: {what: value}}``; "results": ``{who: {what: value}}``,
+            a table of its own, with "results_note" below it.
 
     Raises:
         ValueError: another field, or a value that cannot stand there.
@@ -31,19 +34,20 @@ def check_card(card: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
         raise TypeError(f"model_card must be a mapping, got {type(card).__name__}.")
     out = dict(card or {})
     for name, value in out.items():
-        if name not in _FIELDS:
-            raise ValueError(f"model_card knows {', '.join(_FIELDS)}; got {name!r}.")
-        if name != "measured" and not isinstance(value, str):
+        if name not in (*_TEXTS, *_TABLES):
+            known = ", ".join((*_TEXTS, *_TABLES))
+            raise ValueError(f"model_card knows {known}; got {name!r}.")
+        if name in _TEXTS and not isinstance(value, str):
             raise ValueError(f"model_card[{name!r}] must be a text, got {value!r}.")
     if re.fullmatch(r"[\w.+-]*", out.get("license", "")) is None:
         raise ValueError(f"model_card['license'] must be an identifier, got {out['license']!r}.")
-    measured = out.get("measured", {})
-    if not isinstance(measured, Mapping) or not all(
-        isinstance(row, Mapping) for row in measured.values()
-    ):
-        raise ValueError(
-            f"model_card['measured'] must be {{keep_ratio: {{what: value}}}}, got {measured!r}."
-        )
+    for name, form in _TABLES.items():
+        table = out.setdefault(name, {})
+        if not isinstance(table, Mapping) or not all(
+            isinstance(row, Mapping) for row in table.values()
+        ):
+            raise ValueError(f"model_card[{name!r}] must be {form}, got {table!r}.")
+    measured = out["measured"]
     out["measured"] = {check_keep_ratio(ratio): dict(row) for ratio, row in measured.items()}
     return out
 
@@ -82,12 +86,13 @@ def write_card(
         "",
         *[f"- **{name}:** {_one_line(text)}" for name, text in (*facts, *told)],
         "",
+        *_results(card),
         "## Keep ratios",
         "",
         *_table(card["measured"], num_patches, keep_ratio),
         "",
         f"K patches of N = {num_patches} ({grid}) are encoded. "
-        + ("Values are those of the author." if card["measured"] else "Nothing was measured."),
+        + ("Values are those of the author." if card["measured"] else _UNMEASURED),
         "",
         "## Use",
         "",
@@ -108,6 +113,19 @@ def _front_matter(licence: Optional[str], base_model: Optional[str]) -> List[str
         "---",
         "",
     ]
+
+
+def _results(card: Mapping[str, Any]) -> List[str]:
+    rows = card.get("results") or {}
+    if not rows:
+        return []
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = ["## Results", "", " | ".join(["|", *map(_cell, columns)]) + " |"]
+    lines.append("|" + " --- |" * (1 + len(columns)))
+    for who, row in rows.items():
+        cells = [f"| {_cell(who)}", *(_cell(row.get(name, "")) for name in columns)]
+        lines.append(" | ".join(cells) + " |")
+    return [*lines, "", *([card["results_note"], ""] if card.get("results_note") else [])]
 
 
 def _table(

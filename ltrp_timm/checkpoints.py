@@ -159,7 +159,22 @@ def read_weights(
         ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
         OSError: the Hub does not give it (see ``locate``).
     """
-    path = locate(source, cache_dir=cache_dir, token=token)
+    return read_checkpoint(locate(source, cache_dir=cache_dir, token=token))[:2]
+
+
+def read_checkpoint(
+    path: Path,
+) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]], Dict[str, Any]]:
+    """Read local weights as ``read_weights`` does, and what else lies in a training's checkpoint.
+
+    Returns:
+        State dict, configuration (None when the file carries none), and the other entries of a
+        pickle ("args", "epoch", "optimizer", …).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
+    """
     if path.is_dir():
         weights, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
         if not weights.is_file() and (path / PICKLE_NAME).is_file():
@@ -168,23 +183,28 @@ def read_weights(
         if missing:
             raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
         config = read_json(config_file)
-        return (_read_file(weights)[0], config)
-    state_dict, metadata = _read_file(path)
+        state_dict, _, others = _read_file(weights)
+        return state_dict, config, others
+    state_dict, metadata, others = _read_file(path)
     text = metadata.get(_METADATA_KEY)
-    return state_dict, None if text is None else parse_json(text, path)
+    return state_dict, None if text is None else parse_json(text, path), others
 
 
-def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str], Dict[str, Any]]:
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return (*_read_safetensors(path), {})
     if path.suffix in PICKLE_SUFFIXES:
-        return _read_pickle(path), {}
+        state_dict, others = _read_pickle(path)
+        return state_dict, {}, others
     kinds = ", ".join(WEIGHT_SUFFIXES)
     raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
 
 
-def _read_pickle(path: Path) -> Dict[str, Tensor]:
-    """Weights out of a pickle; the reader knows tensors and plain containers and runs no code."""
+def _read_pickle(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+    """Weights out of a pickle, and what lies beside them.
+
+    The reader knows tensors and plain containers and runs no code.
+    """
     try:
         # training scripts leave their arguments beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -193,15 +213,31 @@ def _read_pickle(path: Path) -> Dict[str, Tensor]:
         raise ValueError(
             f"{path} is no readable pickle of weights alone: {first_line(error)}"
         ) from error
+    beside: Dict[str, Any] = {}
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            beside.update({str(name): value for name, value in content.items() if name != key})
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
     others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{path} holds more than tensors: {', '.join(others[:5])}.")
-    return {str(name): tensor for name, tensor in content.items()}
+    odd = [str(name) for name, tensor in content.items() if not _is_plain(tensor)]
+    if odd:
+        raise ValueError(f"{path} holds tensors that are no plain weights: {', '.join(odd[:5])}.")
+    return {str(name): tensor for name, tensor in content.items()}, beside
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has real numbers of its own: not sparse, quantised, complex or without data.
+
+    Nor a view that shows the same few numbers many times: it may claim any shape.
+    """
+    whole = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    if not whole or tensor.is_nested or tensor.is_complex():
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
@@ -287,8 +323,14 @@ def build_and_load(
         RuntimeError: a table of what is missing, unexpected or of another shape.
     """
     sizes = {name: value for name, value in args.items() if name != "device"}
-    outline = shapes_of(lambda: make(**sizes), source, sum(t.nbytes for t in state_dict.values()))
+    outline = shapes_of(lambda: make(**sizes), source, _stored_bytes(state_dict))
     check_keys(outline.state_dict(), fit(state_dict, outline), source)
     module = make(**args)
     module.load_state_dict(dict(fit(state_dict, module)))
     return module
+
+
+def _stored_bytes(state_dict: Mapping[str, Tensor]) -> int:
+    """Bytes behind all tensors, each once: many may be views of the same."""
+    storages = (tensor.untyped_storage() for tensor in state_dict.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.benchmark_command import add_benchmark
+    from ltrp_timm.convert_command import add_convert
     from ltrp_timm.evaluate.arguments import add_evaluate
     from ltrp_timm.export_command import add_export
     from ltrp_timm.finetune_command import add_finetune
@@ -74,6 +75,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_export(commands)
     add_benchmark(commands)
+    add_convert(commands)
     add_save(commands)
     add_push(commands)
     return parser

@@ -12,7 +12,7 @@ from torch import nn
 
 MAX_BYTES = 4 * 2**20  # class names of the largest data sets take one of them
 _MAX_INT = 2**31
-_MAX_DEPTH = 1024  # blocks are built one by one
+MAX_DEPTH = 1024  # blocks are built one by one
 _MAX_ITEMS = 64
 _GROWTH = 4  # weights of one byte fill a model of float32
 _SPARE = 2**30  # for a new head, other channels, position tables of larger images
@@ -110,7 +110,7 @@ def _harmless(name: str, value: Any, level: int) -> bool:
     if value is None or isinstance(value, bool):
         return True
     if isinstance(value, int):
-        return abs(value) <= (_MAX_DEPTH if "depth" in name else _MAX_INT)
+        return abs(value) <= (MAX_DEPTH if "depth" in name else _MAX_INT)
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, str):

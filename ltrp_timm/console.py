@@ -26,6 +26,16 @@ def complain(text: str) -> int:
     return 2
 
 
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """What the library says against the arguments, tables too, as a CommandError on one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        raise CommandError("; ".join(filter(None, lines)).replace(":; ", ": ")) from error
+
+
 def check_output(
     output: str, suffixes: Sequence[str], overwrite: bool, photos: Sequence[str] = ()
 ) -> None:

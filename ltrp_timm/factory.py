@@ -17,6 +17,7 @@ from ltrp_timm.checkpoints import WEIGHT_SUFFIXES, check_keys, locate
 from ltrp_timm.configs import NEVER_SAVED, check_saved_args, shapes_of
 from ltrp_timm.front_end import drop_patches
 from ltrp_timm.hub import PREFIX, hub_errors
+from ltrp_timm.ml_decoder import BY_CLASS, MLDecoder, classifier_name
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import adapt_channels
 from ltrp_timm.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
@@ -32,6 +33,8 @@ _FRONT_END = (
     "fill",
     "ranker_weights",
     "ranker_args",
+    "head",
+    "head_args",
 )
 _FEATURES = ("features_only", "out_indices", "feature_cls")
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
@@ -253,6 +256,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[s
     plain = is_plain(state_dict)
     inner = state_dict if plain else _with_prefix(state_dict, _PREFIX)
     inner = _fit_backbone(_backbone_filter(inner, model.backbone), model.backbone)
+    inner = _fit_head(inner, model)
     own = model.ranker.state_dict()
     ranker = own if plain else adapt_channels(_with_prefix(state_dict, "ranker."), own)
     if ranker and not own:
@@ -264,6 +268,23 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[s
         known = (_PREFIX, "ranker.")
         out.update({name: state_dict[name] for name in state_dict if not name.startswith(known)})
     _check_complete(model, out)
+    return out
+
+
+def _fit_head(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Any]:
+    """A new ML-Decoder stays new where the file has another classifier, or other classes."""
+    classifier = model.backbone.get_classifier()
+    if not isinstance(classifier, MLDecoder):
+        return state_dict
+    prefix = f"{classifier_name(model.backbone)}."
+    own = {f"{prefix}{name}": tensor for name, tensor in classifier.state_dict().items()}
+    queries = state_dict.get(f"{prefix}{BY_CLASS[0]}")
+    out = dict(state_dict)
+    if queries is None:
+        _logger.warning("Leaving out the checkpoint's classifier: this model's ML-Decoder is new.")
+        return {**{name: out[name] for name in out if not name.startswith(prefix)}, **own}
+    if (model.pretrained_cfg or {}).get("num_classes") != model.num_classes:
+        out.update({f"{prefix}{name}": own[f"{prefix}{name}"] for name in BY_CLASS})
     return out
 
 

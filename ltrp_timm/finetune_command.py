@@ -5,10 +5,12 @@ from functools import partial
 from typing import Any
 
 from ltrp_timm.arguments import keep_ratio
+from ltrp_timm.ml_decoder import HEADS
 from ltrp_timm.named_model import check_names
 from ltrp_timm.selection import SELECTIONS
 from ltrp_timm.train.augment import ERASE_MODES, MIXUP_MODES, Augmentation
 from ltrp_timm.train.budget import SCHEDULES
+from ltrp_timm.train.multi_label import MULTI_LABEL_LOSSES
 from ltrp_timm.train.recipe import Recipe
 from ltrp_timm.train.student import GATES
 from ltrp_timm.train_command import (
@@ -40,8 +42,19 @@ def _add_recipe(add: Any) -> None:
         add(name, type=int, metavar="N")
     for name in ("drop_path", "distill_weight", "distill_temperature", "distill_features"):
         add(name, type=float, metavar="X")
-    for name in ("pretrained", "train_ranker", "grad_checkpointing", "channels_last"):
+    for name in (
+        "pretrained",
+        "train_ranker",
+        "grad_checkpointing",
+        "channels_last",
+        "multi_label",
+    ):
         add(name, action="store_true")
+    for name in ("labels", "val_labels", "seen_classes"):
+        add(name, metavar="FILE")
+    add("loss", choices=MULTI_LABEL_LOSSES)
+    add("head", choices=HEADS)
+    add("head_args", nargs="+", metavar="NAME=VALUE")
     add("checkpoint", metavar="FILE")
     add("ranker", metavar="NAME")
     add("ranker_weights", metavar="SOURCE")
@@ -73,8 +86,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     values = given_settings(arguments, Recipe, Augmentation)
     check_names(arguments.model, values.get("ranker"), option="MODEL")
-    if "model_kwargs" in values:
-        values["model_kwargs"] = parse_values(values["model_kwargs"])
+    for name in ("model_kwargs", "head_args"):
+        if name in values:
+            values[name] = parse_values(values[name])
     values |= {name: getattr(arguments, name) for name in ("model", "data", "output")}
     hint = f"timm.create_model('local-dir:{arguments.output}', pretrained=True)"
     return run_training(finetune, values, hint)

@@ -5,6 +5,7 @@ from typing import Any, Dict, Mapping, Optional, Union
 from torch import nn
 
 from ltrp_timm.checkpoints import PathLike
+from ltrp_timm.ml_decoder import make_head
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.slots import find_adapter
@@ -22,6 +23,8 @@ def drop_patches(
     ranker_args: Optional[Dict[str, Any]] = None,
     selection_args: Optional[Mapping[str, Any]] = None,
     cache_dir: Optional[PathLike] = None,
+    head: Optional[str] = None,
+    head_args: Optional[Mapping[str, Any]] = None,
 ) -> LTRPModel:
     """Put an LTRP front-end on a timm ViT: rank its patches, drop the weak ones, encode the rest.
 
@@ -36,11 +39,15 @@ def drop_patches(
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
         ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
-            ``hf-hub:owner/name[@revision]``; True pulls those that are published (the attention
-            ranker's backbone).
+            ``hf-hub:owner/name[@revision]``; True takes those that are published: the conv
+            ranker's, which come along with this package and are experimental, the attention
+            ranker's backbone from the Hub. They never come by ``pretrained=True`` of a model.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
         cache_dir: where downloaded weights of the ranker lie; as in huggingface_hub.
+        head: None keeps the classifier; "ml_decoder" puts a new one in its place, for images of
+            many labels, that looks at all encoded tokens. It stays on the backbone.
+        head_args: options of that head (see ``MLDecoder``), such as ``{"embed_dim": 384}``.
 
     Returns:
         An LTRPModel around the same backbone object.
@@ -63,7 +70,13 @@ def drop_patches(
         raise ValueError(
             "ranker_weights and ranker_args go with a ranker's name; this ranker is a module."
         )
-    return LTRPModel(ranker, model, keep_ratio, selection, validate, fill, selection_args)
+    if head_args and head is None:
+        raise ValueError("head_args go with a head: head='ml_decoder'.")
+    classifier = None if head is None else make_head(head, model, head_args)
+    pruned = LTRPModel(ranker, model, keep_ratio, selection, validate, fill, selection_args)
+    if classifier is not None:
+        pruned.set_classifier(classifier)
+    return pruned
 
 
 def make_ranker(

@@ -3,6 +3,8 @@
 Axes: B lists, V items of a list. All take pred (B, V) and target (B, V), higher = earlier; ties in
 an order go to the lower index, as everywhere in this library. A list without any order (all values
 equal) has a correlation of 0.
+
+``average_precision`` judges classifiers: N images, C classes.
 """
 
 from typing import Optional
@@ -178,3 +180,46 @@ def top_k_overlap(pred: Tensor, target: Tensor, k: int, reduction: str = "mean")
     chosen, best = (select_top(widen(values), k) for values in (pred, target))
     hits = (chosen.unsqueeze(2) == best.unsqueeze(1)).sum(dim=(1, 2))
     return reduce_lists(hits / k, reduction)
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
+    """How well the scores of a class put its images in front, for each class over a whole set.
+
+    The sum of precision over steps of recall, without interpolation. Images of equal score come in
+    one step, so that their order in the set is no gift.
+
+    Args:
+        scores: (N, C), higher = sooner; only their order counts.
+        targets: (N, C), 1 or True where the image has the class, else 0.
+
+    Returns:
+        (C,) float64 in (0, 1]; NaN for a class that no image has. ``nanmean()`` is the mAP.
+
+    Raises:
+        ValueError: other shapes, no image, scores that are no numbers, or other targets.
+
+    Source: scikit-learn's ``average_precision_score``, class by class.
+
+    >>> average_precision(torch.tensor([[0.9], [0.5], [0.1]]), torch.tensor([[1], [0], [1]]))
+    tensor([0.8333], dtype=torch.float64)
+    """
+    if scores.dim() != 2 or scores.shape != targets.shape or scores.shape[0] == 0:
+        raise ValueError(
+            f"scores and targets must both be (N, C), got {list(scores.shape)} and "
+            f"{list(targets.shape)}."
+        )
+    if bool(scores.isnan().any()):
+        raise ValueError("scores must be numbers, got NaN.")
+    if bool(((targets != 0) & (targets != 1)).any()):
+        raise ValueError("targets must be 0 or 1.")
+    order = scores.argsort(dim=0, descending=True)
+    ordered = scores.gather(0, order)
+    hits = (targets != 0).gather(0, order).cumsum(dim=0)  # (N, C) int64
+    last = torch.ones_like(hits, dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]  # of its equals
+    found = torch.where(last, hits, 0).cummax(dim=0)[0]  # at the end of a step, and before the next
+    before = torch.cat([torch.zeros_like(found[:1]), found[:-1]])
+    places = torch.arange(1, len(scores) + 1, device=scores.device).unsqueeze(1)
+    precision = hits.double() / places
+    steps = torch.where(last, (hits - before) * precision, 0.0)
+    return steps.sum(dim=0) / hits[-1].double()  # 0 / 0 is NaN

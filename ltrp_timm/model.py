@@ -257,7 +257,7 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
             self._warned = True
             warnings.warn(
                 f"the {getattr(self.ranker, 'name', '')} ranker has no trained weights: its choice "
-                "means nothing. Pass ranker_weights=<folder, file or hf-hub:owner/name>, or use "
+                f"means nothing. Pass ranker_weights={_sources(self.ranker)}, or use "
                 "ranker='contrast'.",
                 stacklevel=2,
             )
@@ -357,3 +357,10 @@ def _check_disjoint(ranker: nn.Module, backbone: nn.Module) -> None:
     own = {id(parameter) for parameter in backbone.parameters()}
     if any(id(parameter) in own for parameter in ranker.parameters()):
         raise ValueError("the ranker shares parameters with the backbone: give it a copy.")
+
+
+def _sources(ranker: Any) -> str:
+    """What ``ranker_weights`` may be, for a message."""
+    brings = getattr(ranker, "brings_weights", False)
+    own = "True (experimental ones that come along), " if brings else ""
+    return f"{own}<folder, file or hf-hub:owner/name>"

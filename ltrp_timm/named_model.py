@@ -234,6 +234,7 @@ def _about_ranker(ranker: Any) -> str:
     if not ranker.learned:
         return "weight-free, no learning"
     state = "learned" if ranker.trained else "untrained here, so its choice means nothing"
+    state += f" ({ranker.origin})" if ranker.origin else ""
     return f"{_millions(ranker)}, {state}"
 
 

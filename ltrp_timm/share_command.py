@@ -1,20 +1,11 @@
 """``ltrp-timm save`` and ``push``: flags into arguments of ``sharing``."""
 
 import argparse
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ltrp_timm.console import CommandError, say
-
-_CARD = {
-    "license": "identifier of the licence for the card, such as apache-2.0",
-    "training_data": "what it was trained on, for the card",
-    "ranker_source": "where the ranker's weights come from, for the card",
-    "base_model": "the repository it was trained from, for the card",
-    "description": "a sentence for the card",
-}
+from ltrp_timm.arguments import add_card, card_of
+from ltrp_timm.console import CommandError, library_errors, say
 
 
 def add_save(commands: Any) -> None:
@@ -34,8 +25,7 @@ def add_save(commands: Any) -> None:
     add("--num-classes", type=int, metavar="N", help="classes of the checkpoint")
     add("--img-size", type=int, metavar="PIXELS", help="image side of the checkpoint")
     add("--overwrite", action="store_true", help="replace an earlier save")
-    for name, text in _CARD.items():
-        add(f"--{name.replace('_', '-')}", metavar="TEXT", help=text)
+    add_card(parser)
 
 
 def add_push(commands: Any) -> None:
@@ -57,13 +47,14 @@ def _run_save(arguments: argparse.Namespace) -> int:
 
     if arguments.pretrained == (arguments.checkpoint is not None):
         raise CommandError("save needs weights: either --pretrained or --checkpoint FILE.")
-    card = {name: getattr(arguments, name) for name in _CARD}
-    card["ranker"] = card.pop("ranker_source") or arguments.ranker_weights
-    with _one_line():
+    told = card_of(arguments)
+    if arguments.ranker_weights:
+        told.setdefault("ranker", arguments.ranker_weights)
+    with library_errors():
         model = _make_model(arguments)
-        if arguments.pretrained and not card["base_model"]:
-            card["base_model"] = model.pretrained_cfg.get("hf_hub_id")
-        told = {name: text for name, text in card.items() if text}
+        origin = model.pretrained_cfg.get("hf_hub_id") if arguments.pretrained else None
+        if origin:
+            told.setdefault("base_model", origin)
         folder = save_pretrained(model, arguments.output, told, arguments.overwrite)
     say(f"{folder}: config.json, model.safetensors, {CARD_NAME}")
     for name in ("license", "training_data"):
@@ -103,7 +94,7 @@ def _make_model(arguments: argparse.Namespace) -> Any:
 def _run_push(arguments: argparse.Namespace) -> int:
     from ltrp_timm.sharing import push_folder
 
-    with _one_line():
+    with library_errors():
         name = push_folder(
             arguments.directory,
             arguments.repo_id,
@@ -114,13 +105,3 @@ def _run_push(arguments: argparse.Namespace) -> int:
         )
     say(name)
     return 0
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """What the library says against the arguments, as a CommandError on one line."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        lines = [" ".join(line.split()) for line in str(error).splitlines()]
-        raise CommandError("; ".join(filter(None, lines)).replace(":; ", ": ")) from error

@@ -44,7 +44,8 @@ def save_pretrained(
         directory: made when missing.
         model_card: what the card shall say: "license", "training_data", "ranker" (where its weights
             come from), "base_model" (the repository it was trained from), "description", and
-            "measured": ``{keep_ratio: {what: value}}``.
+            "measured": ``{keep_ratio: {what: value}}``, or "results": ``{who: {what: value}}`` with
+            "results_note".
         overwrite: replace these three files where the folder holds them.
 
     Returns:
@@ -153,10 +154,11 @@ def _save(
     overwrite: bool,
     repo_id: str,
 ) -> Path:
-    card = check_card(model_card)
+    told = check_card(model_card)
     whole = isinstance(model, LTRPModel)
     ranker = model.ranker if isinstance(model, LTRPModel) else model
     check_ranker(ranker, whole)
+    card = {**_origin(ranker), **told}
     config = model_config(model) if whole else {"ranker": ranker.name, "args": ranker.config()}
     text = _model_text(model, card, repo_id) if whole else _ranker_text(model, card, repo_id)
     if (folder / CARD_NAME).exists() and not overwrite:
@@ -225,8 +227,6 @@ def _model_text(model: LTRPModel, card: Dict[str, Any], repo_id: str) -> str:
             f"{model.in_chans} × {height} × {width}, mean {cfg.get('mean')}, std {cfg.get('std')}",
         ),
     ]
-    if not model.ranker.learned:
-        card = {"ranker": "none: it has no weights", **card}
     usage = (
         "import timm, ltrp_timm  # the import registers the models\n\n"
         f'model = timm.create_model("{hub.PREFIX}{repo_id}", pretrained=True).eval()\n'
@@ -252,6 +252,13 @@ def _image_size(model: LTRPModel) -> Tuple[int, int]:
 
 def _options(options: Any) -> str:
     return f" with {json.dumps(dict(options))}" if options else ""
+
+
+def _origin(ranker: Any) -> Dict[str, Any]:
+    """Where the ranker's weights are from, as a card says it, when that is known."""
+    if not ranker.learned:
+        return {"ranker": "none: it has no weights"}
+    return {"ranker": ranker.origin} if ranker.origin else {}
 
 
 def _ranker_text(ranker: Any, card: Dict[str, Any], repo_id: str) -> str:

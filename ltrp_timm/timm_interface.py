@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Set, Tuple
 import torch
 from torch import nn
 
+from ltrp_timm.ml_decoder import HEADS, MLDecoder, make_head, put_head
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.rankers.base import to_pair
 from ltrp_timm.slots import patch_embed_of
@@ -24,7 +25,10 @@ _MIRRORED = (
 )
 
 # what a model knows of itself, or what is not kept, however it was asked for
-_NOT_RECORDED = ("backbone", "ranker", "ranker_args", "ranker_weights", "validate")
+_NOT_RECORDED = (
+    *("backbone", "ranker", "ranker_args", "ranker_weights", "validate"),
+    *("head", "head_args"),
+)
 
 
 class TimmInterface:
@@ -78,6 +82,9 @@ class TimmInterface:
         args["ranker"] = name if known else self.ranker
         if known:
             args["ranker_args"] = self.ranker.config()
+        classifier = self.backbone.get_classifier()
+        if isinstance(classifier, MLDecoder):
+            args.update(head=HEADS[0], head_args=classifier.config())
         settings = {
             "keep_ratio": self._keep_ratio,
             "selection": self._selection,
@@ -99,11 +106,24 @@ class TimmInterface:
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give the backbone a new classifier; None keeps the pooling."""
-        if global_pool is None:
+        """Give the backbone a new classifier; None keeps the pooling, and an ML-Decoder one.
+
+        Without classes a model that had an ML-Decoder gives its tokens, unpooled.
+        """
+        head = self.backbone.get_classifier()
+        if isinstance(head, MLDecoder) and not global_pool and num_classes > 0:
+            self.backbone.num_classes = num_classes
+            put_head(self.backbone, make_head(HEADS[0], self.backbone, head.config()))
+        elif global_pool is None:
             self.backbone.reset_classifier(num_classes)
         else:
             self.backbone.reset_classifier(num_classes, global_pool)
+        self._copy_from_backbone()
+
+    @torch.jit.ignore
+    def set_classifier(self, head: MLDecoder) -> None:
+        """Put a head that ``make_head`` made in place of the backbone's classifier."""
+        put_head(self.backbone, head)
         self._copy_from_backbone()
 
     @torch.jit.ignore
@@ -192,6 +212,8 @@ class TimmInterface:
             new = (name for name in own if name in state_dict)
             changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)
             self.ranker.trained = self.ranker.trained or changed
+            if changed:
+                self.ranker.origin = ""
         return result
 
 

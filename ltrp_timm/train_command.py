@@ -9,7 +9,7 @@ from typing import Any
 
 from ltrp_timm.console import CommandError, say
 from ltrp_timm.photos import one_line
-from ltrp_timm.rankers import list_rankers
+from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.train.settings import CLIP_MODES, PRECISIONS, RESUMES, Settings
 
 _HELP = "see the documentation of ltrp_timm.train"
@@ -45,6 +45,9 @@ def _add_ranker(commands: Any) -> None:
     add("--metric", default="l1", help="l1, mse, ssim, psnr or lpips (%(default)s)")
     add("--aggregate", default="mean", help="mean or max (%(default)s)")
     add("--chunk", type=int, metavar="N", help="reconstructions at a time (by memory)")
+    free = [name for name in list_rankers() if not ranker_class(name).learned]
+    add("--compare", nargs="+", default=[], choices=free, help="measured beside it, for the log")
+    add("--dry-run", action="store_true", help="check everything, say what would be done")
     add_settings(parser)
 
 
@@ -144,7 +147,7 @@ def _run_ranker(arguments: argparse.Namespace) -> int:
     names = [
         *("data", "output", "ranker", "img_size", "init_from", "distill_from", "distill_weight"),
         *("loss", "list_size", "visible_only", "mask_ratio", "removal", "metric", "aggregate"),
-        "chunk",
+        *("chunk", "compare", "dry_run"),
     ]
     values = {name: getattr(arguments, name) for name in names}
     values["teacher"] = None if arguments.teacher == "none" else arguments.teacher
@@ -172,7 +175,7 @@ def run_training(train: Callable[..., Any], values: dict[str, Any], hint: str) -
         if not main:
             return 2
         raise CommandError(one_line(error)) from error
-    if main:
+    if main and not values.get("dry_run"):
         _report(summary, hint)
     return 128 + summary.stopped_by if summary.stopped_by else 0
 

@@ -291,6 +291,11 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{name}/commit/{oid}"
         return reply({"success": True, "commitOid": oid, "commitUrl": url})
 
+    def whoami(self) -> Any:
+        if not self.user():
+            raise RefusedError(401, "", "Invalid username or password.")
+        return reply({"type": "user", "name": "me", "orgs": []})
+
     def validate(self) -> Any:
         return reply({"errors": [], "warnings": []})
 
@@ -314,6 +319,7 @@ ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Any]]] = [
     (("GET",), rf"/api/models/{_ID}/tree/(.+)", Handler.tree),
     (("GET",), rf"/api/models/{_ID}/revision/(.+)", Handler.info),
     (("GET",), rf"/api/models/{_ID}", Handler.info),
+    (("GET",), r"/api/whoami-v2", Handler.whoami),
     (("POST",), r"/api/repos/create", Handler.create),
     (("POST",), r"/api/validate-yaml", Handler.validate),
     (("POST",), rf"/api/models/{_ID}/branch/(.+)", Handler.branch),

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 ROOMS = [
     ["configs"],
     ["hub"],
-    ["selection", "checkpoints", "throughput", "photos", "change"],
+    ["selection", "checkpoints", "throughput", "photos", "change", "ml_decoder"],
     ["slots", "metrics"],
     ["rankers", "losses"],
     ["timm_interface", "adaptive", "dense", "teacher"],
@@ -25,8 +25,9 @@ ROOMS = [
     ["arguments", "index_cache", "named_model", "parity", "formats"],
     ["sharing"],
     ["export", "train"],
+    ["convert"],
     ["demo", "evaluate", "rank"],
-    ["benchmark_command", "export_command", "train_command", "share_command"],
+    ["benchmark_command", "convert_command", "export_command", "train_command", "share_command"],
     ["finetune_command"],
     ["cli"],
 ]

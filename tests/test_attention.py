@@ -185,7 +185,9 @@ def test_arguments_out_of_range(backbone_of: Callable[..., Any]) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             AttentionRanker(net, **args)
-    with pytest.raises(TypeError, match="must be the name of a timm ViT or such a model, got int"):
+    with pytest.raises(
+        TypeError, match="must be the name of a timm model or such a model, got int"
+    ):
         AttentionRanker(3)
     grey, _ = backbone_of("vit", in_chans=1)
     with pytest.raises(ValueError, match="takes 3 channels, the images have 1"):

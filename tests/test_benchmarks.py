@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import math
@@ -439,7 +440,7 @@ def test_slow_models_are_measured_where_goals_are() -> None:
 @pytest.fixture
 def results(run_benchmark: Callable[..., Done], tmp_path: Path) -> Path:
     """A CSV of every benchmark, as if the models had been whole."""
-    for name, options in SCRIPTS.items():
+    for name, options in {**SCRIPTS, "learning": LEARNING}.items():
         rows = run_benchmark(name, *options).rows
         tables.write_csv([{**row, "depth": "all"} for row in rows], tmp_path / f"{name}.csv")
     return tmp_path
@@ -447,7 +448,7 @@ def results(run_benchmark: Callable[..., Done], tmp_path: Path) -> Path:
 
 def test_the_report_has_a_section_for_every_csv(results: Path) -> None:
     module = load("report")
-    assert {section.file for section in module.SECTIONS} == set(SCRIPTS)
+    assert {section.file for section in module.SECTIONS} == {*SCRIPTS, "learning"}
     start, end = module.ends(module.SECTIONS[0].marker)
     plain = f"# Title\n\n{start}\noutdated\n{end}\n\n## Next\n"
     text = module.with_sections(plain, results, module.SECTIONS)
@@ -599,8 +600,8 @@ def test_digits_in_clutter() -> None:
     assert (white > 0.01).all()  # there is a digit in each
 
 
-LEARNING = ("--scenes", "20", "--crops", "12", "--held-out", "4", "--draws", "2")
-LEARNING += ("--teacher-epochs", "2", "--ranker-epochs", "1")
+LEARNING = ("--scenes", "20", "--crops", "12", "--held-out", "4", "--draws", "2", "--seeds", "5")
+LEARNING += ("--teacher-epochs", "2", "--ranker-epochs", "1", "--aggregates", "mean", "max")
 
 
 def test_learning(run_benchmark: Callable[..., Done]) -> None:
@@ -608,33 +609,70 @@ def test_learning(run_benchmark: Callable[..., Done]) -> None:
     assert done.files == ["learning.csv", "learning.md", "learning.png", "learning_maps.png"]
     assert done.png.startswith(PNG_MAGIC)
     assert "No goal applies to these settings." in done.text  # nor may it: the teacher is cut
-    rows = {(row["images"], row["aggregate"], row["method"]): row for row in done.rows}
+    rows = {(row["images"], row["px"], row["aggregate"], row["method"]): row for row in done.rows}
+    assert len(rows) == len(done.rows)
     free = ["contrast", "pixel_std", "gradient", "colour", "centre", "random"]
+    inked = [("scenes", "128"), ("digits on photos", "128"), ("scenes", "224")]
+    inked.append(("digits on photos", "224"))
     for aggregate in ("mean", "max"):
-        methods = ["teacher", f"conv, {aggregate}", *free]
-        for images, names in (("scenes", [*methods, "ink"]), ("photos", methods)):
-            assert [key[2] for key in rows if key[:2] == (images, aggregate)] == names
-            figures = {name: float(rows[images, aggregate, name]["spearman"]) for name in names}
+        own = f"conv, {aggregate}"
+        for place in (*inked, ("photos", "128"), ("all", "")):
+            names = [own, *free]
+            names = ["teacher", *names] if place[1] == "128" else names
+            names = names if place[0] == "photos" else [*names, "ink"]
+            assert [key[3] for key in rows if key[:3] == (*place, aggregate)] == names
+            measure = "object_auc" if place[0] != "photos" else "spearman"
+            figures = {name: float(rows[(*place, aggregate, name)][measure]) for name in names}
             best = max(figures[name] for name in free)
-            gain = float(rows[images, aggregate, names[1]]["spearman_gain"])
-            assert gain == pytest.approx(figures[names[1]] - best, abs=1e-4)
-            assert max(figures, key=lambda name: figures[name]) == "teacher"
-        assert float(rows["scenes", aggregate, "ink"]["object_auc"]) == 1.0
-        assert rows["photos", aggregate, "contrast"]["object_auc"] == ""
+            gain = float(rows[(*place, aggregate, own)][f"{measure}_gain"])
+            assert gain == pytest.approx(figures[own] - best, abs=1e-4)
+            if place[1] == "128":
+                agreement = {n: float(rows[(*place, aggregate, n)]["spearman"]) for n in names}
+                assert max(agreement, key=lambda name: agreement[name]) == "teacher"
+        assert float(rows["all", "", aggregate, "ink"]["object_auc"]) == 1.0
+        mean = sum(float(rows[(*place, aggregate, own)]["ink_kept"]) for place in inked) / 4
+        assert float(rows["all", "", aggregate, own]["ink_kept"]) == pytest.approx(mean, abs=1e-4)
+        assert rows["photos", "128", aggregate, "contrast"]["object_auc"] == ""
+        assert rows["scenes", "224", aggregate, own]["spearman"] == ""
+        above = [float(rows[(*place, aggregate, own)]["above_random"]) for place in inked]
+        assert float(rows["all", "", aggregate, own]["above_random"]) == min(above)
     # the two teachers are not one: aggregates differ in what a score without weights is worth
-    assert len({rows["scenes", a, "contrast"]["spearman"] for a in ("mean", "max")}) == 2
-    assert len({rows["scenes", a, "contrast"]["ink_kept"] for a in ("mean", "max")}) == 1
+    pair = [rows["scenes", "128", aggregate, "contrast"] for aggregate in ("mean", "max")]
+    assert len({row["spearman"] for row in pair}) == 2
+    assert len({row["ink_kept"] for row in pair}) == 1
+    assert len({row["weights_sha256"] for row in done.rows}) == 3  # two rankers, and none
+
+
+def test_the_first_ranker_of_learning_is_what_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, home = load("learning"), tmp_path / "runs" / "seed_3" / "conv_max"
+    home.mkdir(parents=True)
+    (home / "model.safetensors").write_bytes(b"weights")
+    flags = ["--ship", str(tmp_path), "--runs", str(tmp_path / "runs"), "--seeds", "3", "4"]
+    monkeypatch.setattr(sys, "argv", ["learning", *flags, "--aggregates", "max", "mean"])
+    monkeypatch.setattr(module, "run", lambda *_: ([], None))
+    monkeypatch.setattr(module.tables, "conclude", lambda *_: None)
+    module.main()
+    assert (tmp_path / "conv.safetensors").read_bytes() == b"weights"
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert module.digest(tmp_path / "runs" / "seed_3", "conv, max") == digest
+    assert module.digest(tmp_path / "runs" / "seed_3", "contrast") == ""
 
 
 def test_goals_of_learning() -> None:
-    conv = {"method": "conv, max", "images": "scenes"}
-    good = {"map_spearman_gain": 0.1, "object_auc_gain": 0.0, "ink_kept_gain": 0.0}
-    good |= dict.fromkeys(("map_spearman", "object_auc", "ink_kept"), 0.5)
-    assert verdicts("learning", {**conv, **good}) == ["met"] * 3
-    bad = {"map_spearman_gain": 0.09, "object_auc_gain": -0.01, "ink_kept_gain": -0.01}
-    assert verdicts("learning", {**conv, **good, **bad}) == ["not met"] * 3
-    assert verdicts("learning", {**conv, **bad, "images": "photos"}) == ["not met"]
-    assert verdicts("learning", {**conv, **good, "method": "contrast"}) == []
+    conv = {"method": "conv, max", "images": "scenes", "px": 128, "map_spearman": 0.5}
+    for gain, verdict in ((0.1, "met"), (0.09, "not met")):
+        for images in ("scenes", "photos", "digits on photos"):
+            row = {**conv, "images": images, "map_spearman_gain": gain}
+            assert verdicts("learning", row) == [verdict]
+    assert verdicts("learning", {**conv, "px": 224}) == []
+    every = {"method": "conv, mean", "images": "all", "px": ""}
+    good = {"above_random": 0.05, "object_auc_gain": 0.0, "ink_kept_gain": 0.0}
+    assert verdicts("learning", {**every, **good}) == ["met"] * 3
+    bad = {"above_random": 0.04, "object_auc_gain": -0.01, "ink_kept_gain": -0.01}
+    assert verdicts("learning", {**every, **bad}) == ["not met"] * 3
+    assert verdicts("learning", {**every, **good, "method": "contrast"}) == []
 
 
 def test_judging_by_hand() -> None:
@@ -682,6 +720,8 @@ def test_seconds_of_a_run_are_those_of_its_log(tmp_path: Path) -> None:
 
 def test_scenes_by_hand() -> None:
     images, ink = scenes.make_cluttered_scenes(40, seed=3, side=64)
+    other = scenes.make_cluttered_scenes(40, seed=3, side=64, part=scenes.NEW_DIGITS)
+    assert not torch.equal(ink, other[1])  # the same scenes, drawn of other digits
     assert images.shape == (40, 3, 64, 64)
     assert 0.0 <= float(images.min()) < 0.1 < 0.9 < float(images.max()) <= 1.0
     assert set(ink.unique().tolist()) == {0.0, 1.0}

@@ -36,7 +36,19 @@ OPTIONS = {
     "mixed": {"ratio": 0.4, "pixels": 2},
     "stratified": {"cell": 3},
 }
-both = pytest.mark.parametrize(("family", "ranker"), CASES)
+# minutes of compiling: by default one family of a kind, and each ranker and selection once
+REPEATED = ("registers", "siglip", "dinov3", "relpos_shared", "naflex_siglip", "naflex_clip")
+
+
+def is_slow(family: str, ranker: str) -> bool:
+    """Whether another case goes the same way through the code."""
+    return family in REPEATED or (family == "eva02" and ranker not in ("contrast", "conv"))
+
+
+both = pytest.mark.parametrize(
+    ("family", "ranker"),
+    [pytest.param(*case, marks=pytest.mark.slow if is_slow(*case) else ()) for case in CASES],
+)
 
 
 def prepare(

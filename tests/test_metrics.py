@@ -3,14 +3,17 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import average_precision_score, ndcg_score
 from torch import Tensor
 
-from ltrp_timm.metrics import kendall, ndcg, spearman, top_k_overlap
+from ltrp_timm.metrics import average_precision, kendall, ndcg, spearman, top_k_overlap
 
 METRICS: dict[str, Callable[..., Tensor]] = {
     "spearman": spearman,
@@ -112,3 +115,73 @@ def test_wrong_arguments(name: str) -> None:
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"k must be in 1 … 5, .* got {k}"):
             top_k_overlap(torch.rand(2, 5), torch.rand(2, 5), k=k)
+
+
+def judged_by_sklearn(scores: Tensor, targets: Tensor) -> list[float]:
+    columns = zip(scores.T.numpy(), targets.T.numpy())
+    return [average_precision_score(target, score) for score, target in columns]
+
+
+@pytest.mark.parametrize("case", ["random", "ties", "bool", "rare", "half"])
+def test_average_precision_against_sklearn(case: str) -> None:
+    scores, targets = torch.randn(301, 17), torch.rand(301, 17) < 0.2
+    if case == "ties":
+        scores = (scores * 2).round()
+    if case == "rare":
+        targets = torch.zeros(301, 17, dtype=torch.bool)
+        targets[torch.randint(301, (17,)), torch.arange(17)] = True  # one positive each
+    if case == "half":
+        scores = scores.half()
+    given = targets if case == "bool" else targets.long()
+    found = average_precision(scores, given)
+    assert found.dtype == torch.float64
+    expected = torch.tensor(judged_by_sklearn(scores.double(), targets), dtype=torch.float64)
+    assert (found - expected).abs().max() <= 1e-12
+    # batch by batch is something else
+    parts = [average_precision(s, t) for s, t in zip(scores.split(43), given.split(43))]
+    assert (torch.stack(parts).nanmean(dim=0) - expected).abs().max() > 1e-2
+
+
+def test_average_precision_of_degenerate_classes() -> None:
+    scores = torch.tensor([[0.1], [0.1], [0.1], [0.1]])
+    some = torch.tensor([[1], [0], [0], [1]])
+    every, none = torch.ones(4, 1), torch.zeros(4, 1)
+    assert average_precision(scores, some).item() == 0.5  # a constant gets the share of positives
+    assert average_precision(torch.arange(4.0)[:, None], some).item() == pytest.approx(0.75)
+    assert average_precision(torch.randn(4, 1), every).item() == 1.0
+    assert average_precision(scores, none).isnan().all()
+    wide = torch.tensor([[torch.inf], [-torch.inf], [0.0], [-0.0]])
+    assert average_precision(wide, some).item() == pytest.approx(0.5 + 0.5 * 2 / 3)
+    single = average_precision(torch.zeros(1, 2), torch.tensor([[1, 0]]))
+    assert single[0] == 1.0
+    assert single[1].isnan()
+    both = torch.cat([scores, scores], 1), torch.cat([some, none], 1)
+    assert average_precision(*both).nanmean().item() == 0.5  # an absent class counts nowhere
+
+
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30),
+    st.randoms(use_true_random=False),
+)
+def test_average_precision_whatever_the_order(rows: list[Any], shuffle: Any) -> None:
+    if not any(positive for _, positive in rows):
+        rows.append((0, True))
+    values = []
+    for _ in range(2):
+        scores = torch.tensor([[float(score)] for score, _ in rows])
+        targets = torch.tensor([[positive] for _, positive in rows])
+        values.append(average_precision(scores, targets).item())
+        assert values[-1] == pytest.approx(judged_by_sklearn(scores, targets)[0], abs=1e-12)
+        shuffle.shuffle(rows)
+    assert values[0] == pytest.approx(values[1], abs=1e-12)
+
+
+def test_average_precision_refuses() -> None:
+    with pytest.raises(ValueError, match=r"both be \(N, C\), got \[2, 5\] and \[2, 4\]"):
+        average_precision(torch.rand(2, 5), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"got \[0, 5\]"):
+        average_precision(torch.rand(0, 5), torch.ones(0, 5))
+    with pytest.raises(ValueError, match="got NaN"):
+        average_precision(torch.full((2, 1), float("nan")), torch.ones(2, 1))
+    with pytest.raises(ValueError, match="targets must be 0 or 1"):
+        average_precision(torch.rand(2, 1), torch.tensor([[1], [2]]))

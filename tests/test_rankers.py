@@ -20,8 +20,10 @@ SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}
 
 
 def small(name: str, **changes: Any) -> Any:
-    own_net = name == "attention" or name.startswith("vit")
+    own_net = name in ("attention", "cam", "grad_cam") or name.startswith("vit")
     args = {**SMALL, **changes} if own_net else changes
+    if name.endswith("cam"):
+        args["backbone"] = "vit_base_patch16_gap_224"
     return create_ranker(name, **args).eval()
 
 
@@ -77,8 +79,8 @@ def test_unknown_names_and_arguments() -> None:
         create_ranker("contrast", patch_size=0)
     with pytest.raises(ValueError, match="the contrast ranker has no weights"):
         create_ranker("contrast", pretrained=True)
-    with pytest.raises(ValueError, match="no published weights exist for the conv ranker"):
-        create_ranker("conv", pretrained=True)
+    with pytest.raises(ValueError, match="no published weights exist for the vit_small ranker"):
+        create_ranker("vit_small", pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["conv", "vit_small"])

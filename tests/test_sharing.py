@@ -113,7 +113,7 @@ def test_the_card_states_what_was_told_and_no_more(tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "silent")
     text = (tmp_path / "silent" / "README.md").read_text()
     assert text.count("not stated") == 3
-    assert "Nothing was measured." in text
+    assert "Nothing was measured at these ratios." in text
     assert set(yaml.safe_load(text.split("---")[1])) == {"library_name", "tags"}
     save_pretrained(trained_conv(), tmp_path / "ranker")
     assert "create_model" in (tmp_path / "ranker" / "README.md").read_text()

@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from train_setup import make_photos, run, tiny_teacher
 
 import ltrp_timm
 from ltrp_timm import train_command
 from ltrp_timm.cli import main
+from ltrp_timm.metrics import spearman
 from ltrp_timm.train import Settings
 from ltrp_timm.train.logs import read_log
 
@@ -58,6 +61,43 @@ def test_a_teacher_and_then_a_ranker(here: Path, capsys: pytest.CaptureFixture[s
     assert Path("run/pictures.png").is_file()
 
 
+def test_a_fast_ranker_from_a_slow_one(here: Path) -> None:
+    """What ``conv`` learns is the order of the ViT ranker, and ``ltrp-timm rank`` keeps by it."""
+    sizes = ["embed_dim=32", "depth=1", "num_heads=2"]
+    slow = ["train-ranker", "--data", "photos", "--output", "slow", "--ranker", "vit_tiny"]
+    flags = ["--teacher", "teacher", "--mask-ratio", "0.5", "--lr", "1e-2", "--batch-size", "4"]
+    assert main([*slow, "--ranker-args", *sizes, *QUICK, "--epochs", "4", *flags]) == 0
+    fast = ["train-ranker", "--data", "photos", "--distill-from", "slow", "--teacher", "none"]
+    fast += ["--img-size", "32", "--ranker-args", "patch_size=8", "width=16", "depth=1"]
+    for output, epochs, rate in (("start", "1", "1e-12"), ("fast", "16", "1e-2")):
+        flags = ["--lr", rate, "--batch-size", "4", "--warmup-epochs", "0"]
+        assert main([*fast, "--output", output, *QUICK, "--epochs", epochs, *flags]) == 0
+
+    make_photos(Path("new"), 30)
+    for old in Path("photos").glob("*.png"):
+        Path("new", old.name).unlink()
+    names = ("slow", "start", "fast")
+    found = {name: ranked(name, "vit_tiny" if name == "slow" else "conv") for name in names}
+    target = torch.from_numpy(found["slow"]["scores"]).flatten(1)
+    agreement = {
+        name: float(spearman(torch.from_numpy(found[name]["scores"]).flatten(1), target))
+        for name in names
+    }
+    assert agreement["fast"] > 0.5 > agreement["start"] + 0.2
+    kept = [found[name]["keep_indices"] for name in ("start", "fast")]
+    assert kept[0].shape == kept[1].shape == (10, 8)
+    assert (kept[0] != kept[1]).any(axis=1).mean() > 0.9  # of all images
+
+
+def ranked(weights: str, name: str) -> dict[str, np.ndarray]:
+    """What ``ltrp-timm rank`` says with a ranker that was trained here."""
+    command = ["rank", "new", "-o", f"of {weights}", "--ranker", name, "--ranker-weights", weights]
+    command += ["--img-size", "32", "--patch-size", "8", "--no-overlays", "--workers", "0"]
+    assert main([*command, "--device", "cpu"]) == 0
+    with np.load(f"of {weights}/scores.npz") as results:
+        return dict(results)
+
+
 def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
@@ -75,12 +115,14 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--teacher", "none", "--distill-from", "r", "--distill-weight", "0.3", "--chunk", "5"),
         *("--ranker", "vit_tiny", "--ranker-args", "depth=2", "mean=[0.5]", "x=y"),
         *("--visible-only", "--list-size", "7", "--opt-args", "momentum=0.5", "--resume", "auto"),
+        *("--compare", "contrast", "random", "--dry-run"),
         *("--batch-size", "3", "--lr", "1e-3", "--compile", "--precision", "bf16", "--opt", "sgd"),
     ]
     assert main([*plain, *flags]) == 0
     assert seen["ranker_args"] == {"depth": 2, "mean": [0.5], "x": "y"}
     assert seen["opt_args"] == {"momentum": 0.5}
     expected = {"teacher": None, "distill_from": "r", "distill_weight": 0.3, "chunk": 5}
+    expected |= {"compare": ["contrast", "random"], "dry_run": True}
     expected |= {"visible_only": True, "list_size": 7, "resume": "auto", "batch_size": 3}
     expected |= {"lr": 1e-3, "compile": True, "precision": "bf16", "opt": "sgd"}
     assert {name: seen[name] for name in expected} == expected

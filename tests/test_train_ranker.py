@@ -12,7 +12,7 @@ from PIL import Image
 from train_setup import QUIET, TINY, distance, make_photos, run, same_bits, tiny_teacher, weights
 
 import ltrp_timm
-from ltrp_timm.metrics import spearman
+from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.train import train_ranker
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.ranker import LOSSES
@@ -44,7 +44,10 @@ def test_it_learns_and_the_folder_loads(photos: Path, tmp_path: Path) -> None:
 
 def test_the_held_out_metric_is_that_of_the_saved_ranker(photos: Path, tmp_path: Path) -> None:
     held = make_photos(tmp_path / "held", 5)
-    summary = run(photos, tmp_path / "run", val_data=held, batch_size=2)
+    names = ["contrast", "random"]
+    summary = run(photos, tmp_path / "run", val_data=held, batch_size=2, compare=names)
+    run(photos, tmp_path / "plain", val_data=held, batch_size=2)
+    assert same_bits(*(weights(tmp_path / name) for name in ("run", "plain")))
     from ltrp_timm.train.data import HELD_OUT, Batch, Images, KeyedImages, open_dataset
     from ltrp_timm.train.sources import crop_transforms
     from ltrp_timm.train.targets import Targets
@@ -56,10 +59,36 @@ def test_the_held_out_metric_is_that_of_the_saved_ranker(photos: Path, tmp_path:
     batch = Batch(sample, 0, HELD_OUT, torch.device("cpu"))
     lists = targets.draw(batch)
     ranker = ltrp_timm.create_ranker("conv", pretrained=tmp_path / "run").eval()
-    with torch.no_grad():
-        scores = ranker(batch.images).flatten(1).gather(1, lists.indices)
-    expected = spearman(scores, lists.scores[0][1]).item()
-    assert summary.metrics["val_spearman"] == pytest.approx(expected, abs=1e-6)
+    others = {f"_{name}": ltrp_timm.create_ranker(name, patch_size=8) for name in names}
+    for name, judged in {"": ranker, **others}.items():
+        with torch.no_grad():
+            scores = judged(batch.images).flatten(1).gather(1, lists.indices)
+        for metric, of in (("spearman", spearman), ("ndcg", ndcg)):
+            expected = of(scores, lists.scores[0][1]).item()
+            assert summary.metrics[f"val_{metric}{name}"] == pytest.approx(expected, abs=1e-6)
+    assert len({summary.metrics[f"val_spearman{name}"] for name in ("", *others)}) == 3
+
+
+def test_a_dry_run_says_what_would_be_done(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rehearse(**changes: Any) -> str:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        options = {"epochs": 3, "holdout": 0.2, "resume": "auto", "dry_run": True, **changes}
+        run(photos, tmp_path / "run", **options)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return capsys.readouterr().out.replace(str(tmp_path), "")
+
+    settings = "epochs of 4 updates with 4 images, 4 images held out, learning rate 0.01, fp32, "
+    settings += "1 process on cpu\n"
+    assert rehearse() == f"/run: new\n3 {settings}"
+    run(photos, tmp_path / "run", epochs=3, holdout=0.2)
+    capsys.readouterr()
+    assert rehearse() == f"/run: finished\n3 {settings}"
+    with pytest.raises(ValueError, match=r"of another configuration: .*seed \(0 there, 1 here\)"):
+        rehearse(seed=1)
+    with pytest.raises(FileExistsError, match="resume='auto' goes on with it"):
+        rehearse(resume="never")
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -287,6 +316,7 @@ def damaged(folder: Path) -> Path:
         ({"device": "nonsense"}, ValueError, "device 'nonsense' cannot be used"),
         ({"nonsense": 1}, TypeError, "no such argument: nonsense; settings are epochs"),
         ({"val_data": "missing"}, FileNotFoundError, "missing does not exist"),
+        ({"compare": ["conv"]}, ValueError, "the conv ranker must be trained"),
     ],
     ids=str,
 )

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ltrp_timm import create_ranker, create_teacher, save_pretrained
+from ltrp_timm import convert_checkpoint, create_ranker, create_teacher, save_pretrained
 from ltrp_timm.checkpoints import read_weights
 from ltrp_timm.configs import MAX_BYTES
+from ltrp_timm.rankers.vit import VitRanker
 
 RANKER = {"width": 8, "depth": 1}
 MODEL = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 2, "num_classes": 3}
@@ -224,6 +225,135 @@ def test_hostile_configurations_of_whole_models(amount: int, tmp_path: Path) -> 
     timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
+LAYOUTS = ("stage 1", "stage 2", "mae")
+_ODD_TENSORS: dict[str, Callable[[], Tensor]] = {
+    "scalar": lambda: torch.tensor(1.0),
+    "empty": lambda: torch.zeros(0, 3, 8, 8),
+    "long": lambda: torch.zeros(1, 1000, 1),
+    "negative": lambda: torch.full((16, 3, 8, 8), -torch.inf),
+    "whole numbers": lambda: torch.zeros(16, 16, dtype=torch.int64),
+    "complex": lambda: torch.zeros(16, 16, dtype=torch.complex64),
+    "sparse": lambda: torch.eye(16).to_sparse(),
+    "without data": lambda: torch.zeros(16, 16, device="meta"),
+    "a view": lambda: torch.zeros(1).expand(2**20, 2**20),
+    "a long view": lambda: torch.zeros(1).expand(1, 2**40 + 1, 16),
+    "a deep view": lambda: torch.zeros(1).expand(16, 3, 2**20, 2**20),
+}
+_ODD_NAMES = [
+    *("blocks.99999999.norm1.weight", "blocks.1023.norm1.weight", "blocks.٣.norm1.weight", "", "."),
+    *(
+        "head.weight",
+        "pos_embed.x",
+        "mim.pos_embed",
+        "score_net.",
+        "../../x",
+        "decoder_embed.weight",
+    ),
+    *("mim.decoder_blocks.500.attn.qkv.weight", "score_net.blocks.-1.x", "vit.layernorm.weight"),
+    *("norm.weight", "fc_norm.weight", "embeddings.cls_token", "backbone.x", "module.x"),
+]
+
+
+def other_layout(layout: str) -> dict[str, Tensor]:
+    """Small weights in one of the layouts that are converted."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    if layout == "stage 2":
+        vit = timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=3)
+        return dict(vit.state_dict())
+    mae = small_teacher(depth=1, decoder_depth=1).state_dict()
+    if layout == "mae":
+        return dict(mae)
+    ranker = VitRanker(**sizes).state_dict()
+    inner = {f"mim.{name}": tensor for name, tensor in mae.items()}
+    return inner | {f"score_net.{name}": tensor for name, tensor in ranker.items()}
+
+
+def convert_and_load(path: Path, layout: str, folder: Path) -> None:
+    """Convert a file; what was written must load. Refused files leave nothing behind."""
+    shutil.rmtree(folder, ignore_errors=True)
+    outputs: dict[str, Any] = {"output": folder / "out", "decoder_num_heads": 3}
+    if layout == "stage 1":
+        outputs |= {"num_heads": 2, "teacher": folder / "mae", "teacher_num_heads": 4}
+    else:
+        outputs["num_heads"] = 2 if layout == "stage 2" else 4
+    if layout == "stage 2":
+        outputs["ranker"] = "contrast"
+    try:
+        convert_checkpoint(path, **outputs)
+    except ERRORS:
+        assert not list(folder.glob("*")), list(folder.glob("*"))
+        raise
+    if layout == "stage 2":
+        timm.create_model(f"local-dir:{folder / 'out'}", pretrained=True)
+        return
+    if layout == "stage 1":
+        create_ranker("vit_small", pretrained=folder / "out")
+    create_teacher(folder / ("mae" if layout == "stage 1" else "out"))
+
+
+@records_arguments
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_damaged_checkpoints_are_converted_whole_or_not_at_all(
+    amount: int, layout: str, tmp_path: Path
+) -> None:
+    buffer, refused = io.BytesIO(), []
+    torch.save({"model": other_layout(layout), "args": argparse.Namespace(lr=1.0)}, buffer)
+    path = tmp_path / "model.pth"
+
+    @tries(amount // 2)
+    @given(damaged(buffer.getvalue()))
+    def attack(broken: bytes) -> None:
+        path.write_bytes(broken)
+        try:
+            convert_and_load(path, layout, tmp_path / "new")
+        except ERRORS as error:
+            refused.append(str(error))
+
+    attack()
+    assert len(refused) > amount // 16
+    path.write_bytes(buffer.getvalue())
+    convert_and_load(path, layout, tmp_path / "new")
+
+
+@st.composite
+def disguised(draw: st.DrawFn, names: list[str]) -> list[tuple[str, str]]:
+    """One to three places of a state dict, and what becomes of each."""
+    actions = st.sampled_from(["drop", *_ODD_TENSORS, *(f"name {name}" for name in _ODD_NAMES)])
+    return draw(st.lists(st.tuples(st.sampled_from(names), actions), min_size=1, max_size=3))
+
+
+@records_arguments
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_hostile_checkpoints_are_converted_whole_or_not_at_all(
+    amount: int, layout: str, tmp_path: Path
+) -> None:
+    """Names, shapes, kinds of tensors and training arguments that no training would leave."""
+    weights, path, refused = other_layout(layout), tmp_path / "model.pth", []
+    told = st.sampled_from(["num_heads", "mim_num_heads", "score_net", "norm_pix_loss", "x"])
+
+    @tries(amount // 2)
+    @given(disguised(sorted(weights)), st.dictionaries(told, nasty, max_size=2))
+    def attack(changes: list[tuple[str, str]], args: dict[str, Any]) -> None:
+        model = dict(weights)
+        for name, action in changes:
+            tensor = model.pop(name, torch.zeros(1))
+            if action.startswith("name "):
+                model[action[5:]] = tensor
+            elif action != "drop":
+                model[name] = _ODD_TENSORS[action]()
+        torch.save({"model": model, "args": argparse.Namespace(**args)}, path)
+        try:
+            convert_and_load(path, layout, tmp_path / "new")
+        except ERRORS as error:
+            refused.append(str(error))
+
+    attack()
+    assert len(refused) > amount // 4
+    assert any("missing  " in text for text in refused)
+
+
 class Trap:
     """Makes a folder when it is unpickled by a reader that runs code."""
 
@@ -270,6 +400,8 @@ def test_malicious_pickles_run_nothing(kind: str, tmp_path: Path) -> None:
             create_ranker("conv", pretrained=source, **RANKER)
         with pytest.raises(ValueError, match="is no readable pickle of weights alone"):
             create_teacher(source)
+        with pytest.raises(ValueError, match="is no readable pickle of weights alone"):
+            convert_checkpoint(source, tmp_path / "converted")
     assert not target.exists()
     if kind != "plain pickle":
         torch.load(tmp_path / "weights.pth", weights_only=False)  # the trap does work
@@ -352,15 +484,47 @@ def test_what_a_model_may_not_say(
             timm.create_model(f"local-dir:{tmp_path}", pretrained=pretrained)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: torch.empty_like(tensor, device="meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch thinks aloud
+def test_what_is_no_plain_tensor(tmp_path: Path, odd: Callable[[Tensor], Tensor]) -> None:
+    """Names and shapes fit, but there are no real numbers to load, or other ones."""
+    weights = create_ranker("conv", **RANKER).state_dict()
+    name = next(iter(weights))
+    weights[name] = odd(weights[name])
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=f"holds tensors that are no plain weights: {name}"):
+        create_ranker("conv", pretrained=tmp_path / "odd.pth", **RANKER)
+
+
 def test_a_teacher_of_gigantic_shapes(tmp_path: Path) -> None:
-    """Without a configuration shapes tell the sizes, and a view of one number has any shape."""
+    """Without a configuration shapes tell the sizes: of few numbers a model of very many."""
     weights = small_teacher().state_dict()
-    weights["decoder_embed.weight"] = torch.zeros(1).expand(2**20, 2**20)
-    torch.save(weights, tmp_path / "huge.pth")
-    assert (tmp_path / "huge.pth").stat().st_size < 10**6
     heads = {"num_heads": SMALL_MAE["num_heads"], "decoder_num_heads": 1}
-    with pytest.raises(ValueError, match=r"describes a model of \d+ GiB"):
+    wide = {**weights, "patch_embed.proj.weight": torch.zeros(2**17, 3, 1, 1)}
+    torch.save(wide, tmp_path / "huge.pth")
+    assert (tmp_path / "huge.pth").stat().st_size < 10**7
+    with pytest.raises(ValueError, match=r"describes a model of \d+ GiB; its weights have 0\.0\."):
         create_teacher(tmp_path / "huge.pth", **heads)
+    weights["decoder_embed.weight"] = torch.zeros(1).expand(2**20, 2**20)
+    torch.save(weights, tmp_path / "view.pth")  # a view of one number has any shape
+    assert (tmp_path / "view.pth").stat().st_size < 10**6
+    with pytest.raises(ValueError, match="are no plain weights: decoder_embed"):
+        create_teacher(tmp_path / "view.pth", **heads)
     save_file({"x": torch.zeros(0)}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match=r"is an encoder only|is no whole MAE"):
         create_teacher(tmp_path / "empty.safetensors", **heads)
+
+
+@pytest.mark.parametrize("shape", [(), (24,), (1, 0, 24), (1, 26, 7), (2, 10, 24)])
+def test_position_tables_of_odd_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    weights = {**small_teacher().state_dict(), "decoder_pos_embed": torch.zeros(shape)}
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(RuntimeError, match="mismatched  decoder_pos_embed"):
+        create_teacher(tmp_path / "odd.pth", num_heads=4, decoder_num_heads=3)

@@ -27,6 +27,11 @@ def add_evaluate(commands: Any) -> None:
     add("--input-key", metavar="NAME", help="where a named dataset keeps its images (image)")
     add("--target-key", metavar="NAME", help="where it keeps its labels (label)")
     add("--class-map", metavar="FILE", help="a text file: line n names class n, from 0")
+    add("--multi-label", action="store_true", help="images have several classes: mAP, not top-1")
+    text = "with --multi-label: COCO's annotations (.json) or a .csv; --data is their folder"
+    add("--labels", metavar="FILE", help=text)
+    text = "with --multi-label: class names, one a line; mAP of them and of the others apart"
+    add("--seen-classes", metavar="FILE", help=text)
     add("--all-classes", action="store_true", help="classes that the data lacks compete too")
     add(
         "--keep-ratio",

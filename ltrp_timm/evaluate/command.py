@@ -12,9 +12,11 @@ from tqdm import tqdm
 from ltrp_timm.arguments import threads
 from ltrp_timm.console import CommandError, complain, say
 from ltrp_timm.evaluate.measure import measure_all
+from ltrp_timm.evaluate.multi_label import class_rows, image_rows, make_counters, say_absent
 from ltrp_timm.evaluate.report import (
     CSV_NAME,
     JSON_NAME,
+    PER_CLASS_NAME,
     PER_IMAGE_NAME,
     PLOT_NAME,
     check_folder,
@@ -22,6 +24,7 @@ from ltrp_timm.evaluate.report import (
     say_table,
     write_per_image,
     write_results,
+    write_tables,
 )
 from ltrp_timm.evaluate.setup import (
     EvaluateOptions,
@@ -41,6 +44,7 @@ from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.data import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.keys import HELD_OUT
+from ltrp_timm.train.labels import LabelledImages
 from ltrp_timm.train.world import World, join_world
 
 
@@ -79,6 +83,7 @@ def _evaluate(options: EvaluateOptions, world: World) -> int:
     subject = prepare(options, world)
     model, images = subject.model, subject.images
     runner = _Runner(options, world, _keyed(options, subject))
+    counters = make_counters(options, subject)
     if world.main:
         describe(options, subject)
     with torch.inference_mode(), quiet_about_training():
@@ -88,23 +93,30 @@ def _evaluate(options: EvaluateOptions, world: World) -> int:
             world,
             competing(options, subject),
             runner.note,
-            keep_predictions=options.per_image,
+            keep_predictions=options.per_image and counters is None,
+            counters=counters,
         )
         kept = {ratio: mean_kept(subject, ratio, runner.first) for ratio in subject.ratios}
     unreadable = world.gather_names(runner.problems)
     predictions = world.gather(predictions)
+    by_image = counters is not None and options.per_image
+    lines = image_rows(counters, images, world) if counters is not None and by_image else []
     if world.main:
         rows = make_rows(results, kept)
         say_table(rows)
         explain(options, rows, world)
+        absent = say_absent(results)
         if unreadable:
             say(f"could not be read, and count nowhere: {len(unreadable)}")
         if options.output is not None:
             total = next(iter(results.values())).accuracy.images
             counts = {"images": total, "unreadable": len(unreadable)}
-            facts = {**counts, **conditions(options, subject, world)}
+            facts = {**counts, **absent, **conditions(options, subject, world)}
             write_results(options.output, rows, facts, options.plot)
-            if options.per_image:
+            if counters is not None:
+                tables = {PER_CLASS_NAME: class_rows(results, counters), PER_IMAGE_NAME: lines}
+                write_tables(options.output, tables)
+            elif options.per_image and isinstance(images, LabelledImages):
                 write_per_image(options.output, predictions, images)
             say(f"\nwritten to {printable(options.output)}")
     return 2 if unreadable else 0
@@ -159,6 +171,7 @@ def _check_output(options: EvaluateOptions) -> None:
     names = [CSV_NAME, JSON_NAME]
     names += [PLOT_NAME] if options.plot else []
     names += [PER_IMAGE_NAME] if options.per_image else []
+    names += [PER_CLASS_NAME] if options.multi_label else []
     check_folder(str(options.output), names, options.overwrite)
     if options.plot:
         require_matplotlib()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltrp_timm.throughput import Timing, timed
 from ltrp_timm.train.data import Batch
+from ltrp_timm.train.precision import MeanPrecision, PrecisionCounter
 from ltrp_timm.train.validation import Accuracy, AccuracyCounter
 from ltrp_timm.train.world import World
 
@@ -27,7 +28,7 @@ class Measured:
         batch_size: of what was timed.
     """
 
-    accuracy: Accuracy
+    accuracy: Accuracy | MeanPrecision
     timing: Timing
     batch_size: int
 
@@ -55,6 +56,7 @@ def measure_all(
     classes: Sequence[int] | None = None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
     keep_predictions: bool = False,
+    counters: Mapping[float, Any] | None = None,
 ) -> tuple[dict[float, Measured], list[Prediction]]:
     """Run every batch through every call, in turns: A B C, A B C, ….
 
@@ -68,7 +70,8 @@ def measure_all(
         world: who shares the set.
         classes: see ``AccuracyCounter``.
         on_batch: called with each batch, before it runs.
-        keep_predictions: also return what became of each image.
+        keep_predictions: also return what became of each image; of images with one class.
+        counters: a ``PrecisionCounter`` for each call, for images with several classes.
 
     Returns:
         Results by keep ratio, and the predictions of this process.
@@ -76,7 +79,8 @@ def measure_all(
     Raises:
         ValueError: no image could be read, or a label is no class of the model.
     """
-    counters = {ratio: AccuracyCounter(classes) for ratio in calls}
+    if counters is None:
+        counters = {ratio: AccuracyCounter(classes) for ratio in calls}
     seconds: dict[float, list[float]] = {ratio: [] for ratio in calls}
     predictions: list[Prediction] = []
     full: Batch | None = None
@@ -109,12 +113,17 @@ def measure_all(
     return results, predictions
 
 
-def _count(counter: AccuracyCounter, logits: Any, batch: Batch) -> Tensor:
+def _count(counter: Any, logits: Any, batch: Batch) -> Tensor:
+    """Count a batch; returns the ranks of the right classes, where images have one."""
     if batch.targets is None:
         raise ValueError("the images have no labels.")
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError("the model gives no logits (B, C): it is no classifier.")
-    return counter.add(logits, batch.targets, batch.real)
+    if isinstance(counter, PrecisionCounter):
+        counter.add(logits, batch.targets, batch.indices, batch.real)
+        return torch.empty(0)
+    ranks: Tensor = counter.add(logits, batch.targets, batch.real)
+    return ranks
 
 
 def _predictions(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ from ltrp_timm.photos import printable
 from ltrp_timm.throughput import ratio as speed_up
 from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.labels import LabelledImages
+from ltrp_timm.train.precision import MeanPrecision
+from ltrp_timm.train.validation import Accuracy
 
 CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", "evaluate.json", "evaluate.png"
 PER_IMAGE_NAME = "per_image.csv"
+PER_CLASS_NAME = "per_class.csv"
 Row = dict[str, Any]
+TITLES = {
+    **{"top1": "top-1", "top5": "top-5"},
+    **{"map": "mAP", "map_seen": "mAP seen", "map_unseen": "mAP unseen"},
+}
+_WIDTH = {name: max(9, len(title) + 4) for name, title in TITLES.items()}
 
 
 def make_rows(results: Mapping[float, Measured], kept: Mapping[float, float | None]) -> list[Row]:
@@ -36,8 +45,7 @@ def make_rows(results: Mapping[float, Measured], kept: Mapping[float, float | No
             {
                 "keep_ratio": keep_ratio,
                 "num_keep": kept[keep_ratio],
-                "top1": 100 * found.accuracy.top1,
-                "top5": 100 * found.accuracy.top5,
+                **figures(found.accuracy),
                 "images_per_second": found.images_per_second,
                 "images_per_second_low": found.batch_size / found.timing.high,
                 "images_per_second_high": found.batch_size / found.timing.low,
@@ -51,15 +59,36 @@ def make_rows(results: Mapping[float, Measured], kept: Mapping[float, float | No
     return rows
 
 
+def figures(found: Accuracy | MeanPrecision) -> dict[str, float]:
+    """How well, in per cent, by name; what is meant first.
+
+    Raises:
+        ValueError: not one image has a label.
+    """
+    if isinstance(found, MeanPrecision):
+        if not found.row():
+            raise ValueError("no image that could be read has a label: there is no mAP.")
+        return {name: 100 * value for name, value in found.row().items()}
+    return {"top1": 100 * found.top1, "top5": 100 * found.top5}
+
+
+def _names(row: Row) -> list[str]:
+    """Which of the known figures a row has."""
+    return [name for name in TITLES if name in row]
+
+
 def say_table(rows: Sequence[Row]) -> None:
     """The rows on the console."""
-    say("\nkeep    patches    top-1    top-5    images/s    times as fast")
+    names = _names(rows[0])
+    titles = "".join(f"{TITLES[name]:<{_WIDTH[name]}}" for name in names)
+    say(f"\nkeep    patches    {titles}images/s    times as fast")
     for row in rows:
         kept = "-" if row["num_keep"] is None else f"{row['num_keep']:.4g}"
         spread = f"({row['times_as_fast_low']:.2f} to {row['times_as_fast_high']:.2f})"
         say(
-            f"{row['keep_ratio']:<8g}{kept:<11}{row['top1']:<9.2f}{row['top5']:<9.2f}"
-            f"{row['images_per_second']:<12.4g}{row['times_as_fast']:.2f} {spread}"
+            f"{row['keep_ratio']:<8g}{kept:<11}"
+            + "".join(f"{row[name]:<{_WIDTH[name]}.2f}" for name in names)
+            + f"{row['images_per_second']:<12.4g}{row['times_as_fast']:.2f} {spread}"
         )
 
 
@@ -121,6 +150,23 @@ def write_per_image(output: str, predictions: Sequence[Prediction], images: Labe
         write_atomically(path, lambda place: place.write_text(_csv(lines), "utf-8"))
 
 
+def write_tables(output: str, tables: Mapping[str, Sequence[Row]]) -> None:
+    """More CSVs, by name; one without a row is left out.
+
+    Raises:
+        CommandError: one of them cannot be written.
+    """
+    with output_errors(output):
+        for name, rows in tables.items():
+            text = _csv(rows) if rows else ""
+            if text:
+                write_atomically(Path(output) / name, partial(_write, text))
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, "utf-8")
+
+
 def _csv(rows: Sequence[Row]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -130,21 +176,22 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _draw(rows: Sequence[Row], model: str, path: Path) -> None:
-    """Top-1 against images/s, a point for each keep ratio with the quartiles of its speed."""
+    """Accuracy against images/s, a point for each keep ratio with the quartiles of its speed."""
     figure = require_matplotlib()(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
     speeds = [row["images_per_second"] for row in rows]
     below = [row["images_per_second"] - row["images_per_second_low"] for row in rows]
     above = [row["images_per_second_high"] - row["images_per_second"] for row in rows]
-    top1 = [row["top1"] for row in rows]
-    axis.errorbar(speeds, top1, xerr=(below, above), marker="o", capsize=3, ecolor="0.7")
-    for number, (row, speed, value) in enumerate(zip(rows, speeds, top1)):
+    name = _names(rows[0])[0]
+    values = [row[name] for row in rows]
+    axis.errorbar(speeds, values, xerr=(below, above), marker="o", capsize=3, ecolor="0.7")
+    for number, (row, speed, value) in enumerate(zip(rows, speeds, values)):
         text = f"keep {row['keep_ratio']:g}"
         place = (4, 7 if number % 2 == 0 else -15)  # neighbours may be close
         axis.annotate(text, (speed, value), place, textcoords="offset points")
     axis.margins(0.15)
     axis.set_xlabel(f"images/s (batches of {rows[0]['timed_batch']}, median and quartiles)")
-    axis.set_ylabel("top-1 accuracy, %")
+    axis.set_ylabel("top-1 accuracy, %" if name == "top1" else f"{TITLES[name]}, %")
     axis.set_title(printable(model))
     axis.grid(alpha=0.3)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

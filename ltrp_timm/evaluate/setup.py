@@ -15,6 +15,7 @@ from ltrp_timm.photos import printable
 from ltrp_timm.selection import num_keep
 from ltrp_timm.throughput import environment
 from ltrp_timm.train.labels import LabelledImages, open_labelled
+from ltrp_timm.train.multi_label import MultiLabelImages, open_multi_label
 from ltrp_timm.train.network import image_config
 from ltrp_timm.train.world import World
 
@@ -32,6 +33,9 @@ class EvaluateOptions:
     input_key: str | None = None
     target_key: str | None = None
     class_map: str | None = None
+    multi_label: bool = False
+    labels: str | None = None
+    seen_classes: str | None = None
     all_classes: bool = False
     keep_ratio: Sequence[float] | None = None
     ranker: str | None = None
@@ -68,7 +72,7 @@ class Subject:
 
     model: Any
     weights: str | None
-    images: LabelledImages
+    images: LabelledImages | MultiLabelImages
     how: str
     config: dict[str, Any]
     ratios: Sequence[float]
@@ -82,7 +86,34 @@ def prepare(options: EvaluateOptions, world: World) -> Subject:
         ValueError: the images are none, or of other classes than the model's.
         FileNotFoundError: something is not there.
     """
-    images = open_labelled(
+    _check_multi_label(options)
+    images = _open(options)
+    model, weights = _build(options)
+    model.to(world.device)
+    how = images.match(model.num_classes, _label_names(options, model))
+    config = image_config(model, options.img_size)
+    return Subject(model, weights, images, how, config, _keep_ratios(options, model))
+
+
+def _check_multi_label(options: EvaluateOptions) -> None:
+    """Say which flags do not go together."""
+    if not options.multi_label:
+        others: Sequence[str] = ("labels", "seen_classes")
+        reason = "goes with --multi-label"
+    else:
+        others = ("data_root", "input_key", "target_key", "all_classes")
+        reason = "does not go with --multi-label"
+    given = [name for name in others if getattr(options, name)]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} {reason}.")
+    if options.multi_label and not options.labels:
+        raise ValueError("--multi-label needs --labels FILE: COCO's annotations or a .csv.")
+
+
+def _open(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
+    if options.multi_label:
+        return open_multi_label(options.data, options.labels, allow_empty=True)
+    return open_labelled(
         options.data,
         options.data_root,
         options.split,
@@ -90,11 +121,6 @@ def prepare(options: EvaluateOptions, world: World) -> Subject:
         options.target_key,
         allow_empty=True,
     )
-    model, weights = _build(options)
-    model.to(world.device)
-    how = images.match(model.num_classes, _label_names(options, model))
-    config = image_config(model, options.img_size)
-    return Subject(model, weights, images, how, config, _keep_ratios(options, model))
 
 
 def _build(options: EvaluateOptions) -> tuple[Any, str | None]:
@@ -171,6 +197,8 @@ def mean_kept(subject: Subject, keep_ratio: float, images: Tensor | None) -> flo
 
 def competing(options: EvaluateOptions, subject: Subject) -> Sequence[int] | None:
     """The classes that compete, where they are not all of the model's."""
+    if isinstance(subject.images, MultiLabelImages):
+        return None  # they do not compete: each has a precision of its own
     present = subject.images.present
     if options.all_classes or len(present) in (0, subject.model.num_classes):
         return None
@@ -190,9 +218,9 @@ def describe(options: EvaluateOptions, subject: Subject) -> None:
     count = f"{named} classes, found {subject.how}" if named else f"classes are {subject.how}"
     say(f"data        {printable(str(options.data))}, {len(images)} images, {count}")
     if competing(options, subject) is not None:
-        others = model.num_classes - len(images.present)
+        others = model.num_classes - len(competing(options, subject) or ())
         say(f"            the model's {others} other classes are left out (--all-classes: not)")
-    if images.empty:
+    if images.empty and not options.multi_label:  # what is absent there is said at the end
         names = ", ".join(printable(name) for name in images.empty)
         say(f"            without any image: {names}")
 

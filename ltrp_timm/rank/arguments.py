@@ -33,7 +33,8 @@ def add_rank(commands: Any) -> None:
     add("--ranker", default="contrast", help="what scores the patches (%(default)s)")
     add("--ranker-weights", metavar="PATH", help="folder or .safetensors file of a trained ranker")
     add("--ranker-args", metavar="JSON", help="further arguments of create_ranker")
-    add("--pretrained", action="store_true", help="download the ranker's published weights")
+    published = "the ranker's published weights (conv, attention, cam, grad_cam)"
+    add("--pretrained", action="store_true", help=published)
     add("--keep-ratio", type=keep_ratio, metavar="R", help="in (0, 1] (0.5)")
     fixed = [name for name in SELECTIONS if name != "adaptive"]  # one K for all images
     add("--selection", choices=fixed, help="(top)")

@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from importlib.resources import as_file, files
 from typing import Any, Callable, Dict, List, Optional, Set, Union
 
 from torch import nn
@@ -12,6 +13,8 @@ from ltrp_timm.hub import hub_errors
 from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
+from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
+from ltrp_timm.rankers.clusters import DpcKnnRanker
 from ltrp_timm.rankers.contrast import ContrastRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.random import RandomRanker
@@ -20,8 +23,11 @@ from ltrp_timm.rankers.vit import VitRanker
 
 __all__ = [
     "AttentionRanker",
+    "CamRanker",
     "ContrastRanker",
     "ConvRanker",
+    "DpcKnnRanker",
+    "GradCamRanker",
     "InputBridge",
     "RandomRanker",
     "Ranker",
@@ -37,8 +43,11 @@ __all__ = [
 
 _RANKERS: Dict[str, Callable[..., Any]] = {
     "attention": AttentionRanker,
+    "cam": CamRanker,
     "contrast": ContrastRanker,
     "conv": ConvRanker,
+    "dpc_knn": DpcKnnRanker,
+    "grad_cam": GradCamRanker,
     "vit_tiny": partial(VitRanker, embed_dim=192, depth=12, num_heads=3),
     "vit_small": partial(VitRanker, embed_dim=384, depth=12, num_heads=6),
     "vit_base": partial(VitRanker, embed_dim=768, depth=12, num_heads=12),
@@ -51,7 +60,7 @@ def list_rankers() -> List[str]:
     """Names that ``create_ranker`` takes.
 
     >>> list_rankers()[:4]
-    ['attention', 'centre', 'colour', 'contrast']
+    ['attention', 'cam', 'centre', 'colour']
     """
     return sorted(_RANKERS)
 
@@ -82,8 +91,9 @@ def create_ranker(
     Args:
         name: one of ``list_rankers()``.
         pretrained: a folder written by ``ranker.save``, a ``.safetensors`` file with weights of
-            this ranker, or ``hf-hub:owner/name[@revision]``; True for the attention ranker, whose
-            backbone's weights timm publishes.
+            this ranker, or ``hf-hub:owner/name[@revision]``. True for the conv ranker's
+            experimental weights, which come along with this package, and for attention, cam and
+            grad_cam, whose backbones' weights timm publishes.
         cache_dir: where downloads lie; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
@@ -92,8 +102,8 @@ def create_ranker(
         The ranker, an ``nn.Module`` images -> (B, h, w).
 
     Raises:
-        ValueError: unknown name, weights for a ranker without any, or a saved configuration of
-            another ranker.
+        ValueError: unknown name, weights for a ranker without any, True for one of which none are
+            published, or a saved configuration of another ranker.
         FileNotFoundError: ``pretrained`` names nothing.
         OSError: the Hub refuses or does not answer; the message says what to do.
         RuntimeError: the weights do not fit; every name that is missing or too much is listed.
@@ -108,20 +118,41 @@ def create_ranker(
         raise ValueError(
             f"the {name} ranker has no weights: leave pretrained=False, got {pretrained!r}."
         )
-    if pretrained is True:
-        if kind.has_published_weights:
-            with hub_errors(str(kwargs.get("backbone", name))):
-                return _named(name, {**kwargs, "pretrained": True})
+    if pretrained is not True:
+        return _load(name, pretrained, kwargs, cache_dir, token)
+    if not kind.has_published_weights:
         raise ValueError(
             f"no published weights exist for the {name} ranker: pass pretrained=<folder, file "
             "or hf-hub:owner/name>."
         )
-    state_dict, config = read_weights(pretrained, cache_dir=cache_dir, token=token)
+    if not kind.brings_weights:
+        with hub_errors(str(kwargs.get("backbone", name))):
+            return _named(name, {**kwargs, "pretrained": True})
+    with as_file(files("ltrp_timm") / "weights" / f"{name}.safetensors") as path:
+        ranker = _load(name, path, kwargs)
+    ranker.origin = _own_origin()
+    return ranker
+
+
+def _own_origin() -> str:
+    from ltrp_timm import __version__
+
+    return f"experimental, part of ltrp_timm {__version__}"
+
+
+def _load(
+    name: str,
+    source: PathLike,
+    kwargs: Dict[str, Any],
+    cache_dir: Optional[PathLike] = None,
+    token: Optional[str] = None,
+) -> Any:
+    state_dict, config = read_weights(source, cache_dir=cache_dir, token=token)
     ranker: Any = build_and_load(
         lambda **args: _named(name, args),
-        {**_saved_args(name, config, pretrained), **kwargs},
+        {**_saved_args(name, config, source), **kwargs},
         state_dict,
-        str(pretrained),
+        str(source),
         lambda tensors, model: adapt_channels(tensors, model.state_dict()),
     )
     ranker.trained = True

@@ -8,15 +8,12 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from ltrp_timm.checkpoints import PathLike
-from ltrp_timm.rankers.base import Ranker, to_pair
+from ltrp_timm.rankers.base import to_pair
 from ltrp_timm.rankers.class_token import ClassTokenAttention, check_class_token
-
-# said by the ranker itself, or of no use where the backbone ends at the chosen block
-_NOT_RECORDED = ("img_size", "in_chans", "num_classes", "checkpoint_path", "pretrained_cfg_overlay")
+from ltrp_timm.rankers.on_model import ModelRanker, check_backbone, is_integer
 
 
-class AttentionRanker(Ranker, nn.Module):
+class AttentionRanker(ModelRanker, nn.Module):
     """The class token's attention to the patches in one block of a ViT, averaged over heads.
 
     The blocks in front of the chosen one run as they are. Of that block only the norm and the
@@ -51,9 +48,8 @@ class AttentionRanker(Ranker, nn.Module):
     """
 
     name = "attention"
-    learned = True
-    has_published_weights = True
-    follows_patch_size = False
+    own_args = ("block", "heads", "in_chans", "mean", "std")
+    not_recorded = (*ModelRanker.not_recorded, "num_classes")  # the backbone ends before its head
 
     def __init__(
         self,
@@ -71,54 +67,17 @@ class AttentionRanker(Ranker, nn.Module):
     ) -> None:
         super().__init__()
         size = None if img_size is None else to_pair(img_size)
+        check_backbone(backbone, pretrained, kwargs)
         if isinstance(backbone, nn.Module):
-            if pretrained or kwargs:
-                raise ValueError(
-                    "pretrained and arguments of timm.create_model go with a backbone's name; this "
-                    f"one is a {type(backbone).__name__}."
-                )
             net = _copy_up_to(backbone, block, size, in_chans).to(device=device, dtype=dtype)
-        elif not isinstance(backbone, str):
-            kind = type(backbone).__name__
-            raise TypeError(f"backbone must be the name of a timm ViT or such a model, got {kind}.")
         else:
             given = {"img_size": size, "in_chans": in_chans, "device": device, "dtype": dtype}
             net = _build(backbone, pretrained, {"num_classes": 0, **given, **kwargs})
-        self.trained = bool(
-            pretrained or isinstance(backbone, nn.Module) or "checkpoint_path" in kwargs
-        )
-        cfg = getattr(net, "pretrained_cfg", None) or {}
         self.block = _block_index(block, len(net.blocks))
         self.heads = _head_indices(heads, net.blocks[self.block])
         self.img_size: Optional[Tuple[int, int]] = to_pair(net.patch_embed.img_size)
-        self.in_chans: int = net.in_chans
-        self.mean: Optional[List[float]] = _floats(cfg.get("mean") if mean is None else mean)
-        self.std: Optional[List[float]] = _floats(cfg.get("std") if std is None else std)
-        recorded = {**kwargs, **getattr(net, "_model_args", {})}
-        self._backbone_args = {n: recorded[n] for n in recorded if n not in _NOT_RECORDED}
+        self.describe(backbone, net, pretrained, kwargs, mean, std)
         self.backbone = _cut(net, self.block, self.heads or ())
-
-    def config(self) -> Dict[str, Any]:
-        """Arguments that rebuild this ranker; a backbone that timm has no name for stands there."""
-        names = ("block", "heads", "in_chans", "mean", "std")
-        return {
-            **self._backbone_args,
-            "backbone": _timm_name(self.backbone) or self.backbone,
-            "img_size": list(self.img_size or ()),
-            **{name: getattr(self, name) for name in names},
-        }
-
-    def save(self, directory: PathLike, overwrite: bool = False) -> None:
-        """Write ``config.json`` and ``model.safetensors`` for ``create_ranker(pretrained=…)``.
-
-        Raises:
-            FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
-            ValueError: timm has no name for the backbone, so that it could not be built again.
-        """
-        if _timm_name(self.backbone) is None:
-            kind = type(self.backbone).__name__
-            raise ValueError(f"cannot save an attention ranker on a {kind} not made by timm.")
-        super().save(directory, overwrite)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) of ``img_size`` -> score map (B, h, w) float32, its sum below 1."""
@@ -173,7 +132,7 @@ def _cut(backbone: Any, block: int, heads: Sequence[int]) -> Any:
 
 
 def _block_index(block: int, depth: int) -> int:
-    if not _is_integer(block) or not -depth <= block < depth:
+    if not is_integer(block) or not -depth <= block < depth:
         raise ValueError(f"block must lie in {-depth} … {depth - 1}, got {block!r}.")
     return block % depth
 
@@ -183,24 +142,7 @@ def _head_indices(heads: Union[int, Sequence[int], None], block: Any) -> Optiona
         return None
     count = getattr(block, "attn", block).num_heads
     listed = list(heads) if isinstance(heads, Sequence) else [heads]
-    inside = [_is_integer(head) and 0 <= head < count for head in listed]
+    inside = [is_integer(head) and 0 <= head < count for head in listed]
     if not listed or not all(inside) or len(set(listed)) < len(listed):
         raise ValueError(f"heads must be different ones of 0 … {count - 1}, got {heads!r}.")
     return listed
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _floats(values: Optional[Sequence[float]]) -> Optional[List[float]]:
-    return None if values is None else [float(value) for value in values]
-
-
-def _timm_name(backbone: Any) -> Optional[str]:
-    """The name timm builds a model by, with its tag where timm publishes that."""
-    cfg = getattr(backbone, "pretrained_cfg", None) or {}
-    name = cfg.get("architecture")
-    tagged = f"{name}.{cfg.get('tag')}"
-    known = name is not None and timm.models.is_model_pretrained(tagged)
-    return tagged if known else name

@@ -19,18 +19,22 @@ class Ranker:
     used: ``mean`` and ``std`` of the pixels it wants (None: as the backbone gets them), and
     ``img_size`` when it looks at one size only: images are resized to it, its map to the grid.
     ``trained`` says that its weights mean something: set when weights are loaded, and by whoever
-    trains it. ``has_published_weights`` says that its class takes ``pretrained=True``.
+    trains it. ``has_published_weights`` says that ``create_ranker`` takes ``pretrained=True``, and
+    ``brings_weights`` that they lie in this package; ``origin`` is where its weights are from, in
+    words for a model card, where that is known.
     """
 
     name: str = ""
     learned: bool = False
     has_published_weights: bool = False
+    brings_weights: bool = False
     follows_patch_size: bool = True
 
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None
     img_size: Optional[Tuple[int, int]] = None
     trained: bool = False
+    origin: str = ""
 
     def config(self) -> Dict[str, Any]:
         """Arguments of ``create_ranker`` that rebuild this ranker, as JSON can hold them."""

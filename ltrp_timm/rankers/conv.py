@@ -14,6 +14,8 @@ class ConvRanker(Ranker, nn.Module):
 
     Its cost is below 1 % of a ViT-B: no map is larger than the patch grid. Any image size will do.
     GroupNorm over one group is a single operator and does not mix the images of a batch.
+    ``create_ranker("conv", pretrained=True)`` has experimental weights, trained at small scale; the
+    card beside them, ``weights/conv.md``, has data, command and what they reach.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
@@ -32,6 +34,8 @@ class ConvRanker(Ranker, nn.Module):
 
     name = "conv"
     learned = True
+    has_published_weights = True
+    brings_weights = True
 
     def __init__(
         self,

@@ -9,7 +9,13 @@ from ltrp_timm.selection.by_name import (
     choose_keep_indices,
     select_patches,
 )
-from ltrp_timm.selection.coverage import dpc_knn, patch_pixels, select_mixed, select_stratified
+from ltrp_timm.selection.coverage import (
+    density_peaks,
+    dpc_knn,
+    patch_pixels,
+    select_mixed,
+    select_stratified,
+)
 from ltrp_timm.selection.rules import (
     best_first,
     check_keep_ratio,
@@ -40,6 +46,7 @@ __all__ = [
     "check_selection",
     "check_selection_args",
     "choose_keep_indices",
+    "density_peaks",
     "dpc_knn",
     "gather_patches",
     "keep_tokens",

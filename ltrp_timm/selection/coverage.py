@@ -65,6 +65,35 @@ def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
     return grouped.gather(2, near).flatten(2).topk(k, dim=2, largest=False, sorted=False)[0]
 
 
+def density_peaks(tokens: Tensor, k: int = 5) -> Tensor:
+    """How well each patch stands for a cluster: density times separation, as in ``dpc_knn``.
+
+    The K patches with the largest values are the centres of ``dpc_knn`` with K clusters, for any K.
+
+    Args:
+        tokens: (B, N, C).
+        k: neighbours that make the density; fewer where N is smaller.
+
+    Returns:
+        (B, N) float32.
+
+    Raises:
+        ValueError: k is below 1.
+    """
+    return _peaks(squared_distances(tokens), k)
+
+
+def _peaks(distances: Tensor, k: int) -> Tensor:
+    """Squared distances (B, N, N) -> (B, N): density times separation."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    density = torch.exp(-smallest(distances, min(k, distances.shape[1])).mean(dim=2))
+    not_denser = density.unsqueeze(1) <= density.unsqueeze(2)  # [b, i, j]: j is not denser than i
+    nearest_denser = distances.masked_fill(not_denser, math.inf).amin(dim=2)
+    largest = distances.flatten(1).amax(dim=1, keepdim=True)  # what the densest patch gets
+    return density * torch.minimum(nearest_denser, largest).sqrt()
+
+
 def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tensor]:
     """Cluster patches by density peaks (DPC-KNN).
 
@@ -90,14 +119,7 @@ def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tens
     distances = squared_distances(tokens)
     n = distances.shape[1]
     check_k(distances[:, 0], num_clusters)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
-    density = torch.exp(-smallest(distances, min(k, n)).mean(dim=2))
-    not_denser = density.unsqueeze(1) <= density.unsqueeze(2)  # [b, i, j]: j is not denser than i
-    nearest_denser = distances.masked_fill(not_denser, math.inf).amin(dim=2)
-    largest = distances.flatten(1).amax(dim=1, keepdim=True)  # what the densest patch gets
-    separation = torch.minimum(nearest_denser, largest).sqrt()
-    centres = select_top(density * separation, num_clusters)
+    centres = select_top(_peaks(distances, k), num_clusters)
     to_centres = distances.gather(1, centres.unsqueeze(2).expand(-1, -1, n))
     labels = to_centres.argmin(dim=1)
     own = torch.arange(num_clusters, device=centres.device).expand_as(centres)

@@ -1,6 +1,7 @@
 """The teacher: a masked autoencoder (MAE) that shows what the rest of an image tells of a patch."""
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -33,6 +34,7 @@ __all__ = [
     "masked_indices",
     "num_visible",
     "random_visible_indices",
+    "teacher_of",
 ]
 
 DEFAULT_SOURCE = "facebook/vit-mae-base"
@@ -72,11 +74,29 @@ def create_teacher(
     """
     path = locate(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
     state_dict, config = read_weights(path)
-    state_dict = to_plain_names(state_dict, str(source))
-    saved = {**config_args(config or {}, str(source)), **_normalisation(path)}
-    args = {**check_saved_args(saved, source, _SAVED), **kwargs}
-    args = infer_args(state_dict, args, str(source))
-    teacher: MAETeacher = build_and_load(MAETeacher, args, state_dict, str(source), _fit_positions)
+    return teacher_of(state_dict, config, path, str(source), kwargs)
+
+
+def teacher_of(
+    state_dict: Mapping[str, Tensor],
+    config: Optional[Mapping[str, Any]],
+    path: Path,
+    source: str,
+    given: Mapping[str, Any],
+) -> MAETeacher:
+    """The teacher that lies in weights of any layout; errors as in ``create_teacher``.
+
+    Args:
+        state_dict: the weights, under the names of their file.
+        config: the configuration beside them, if there is one.
+        path: folder or file that they are from.
+        source: named in the errors.
+        given: arguments of ``MAETeacher`` that override what the file says.
+    """
+    plain = to_plain_names(state_dict, source)
+    saved = {**config_args(config or {}, source), **_normalisation(path)}
+    args = infer_args(plain, {**check_saved_args(saved, source, _SAVED), **given}, source)
+    teacher: MAETeacher = build_and_load(MAETeacher, args, plain, source, _fit_positions)
     return teacher
 
 
@@ -97,7 +117,9 @@ def _fit_positions(state_dict: Mapping[str, Tensor], teacher: MAETeacher) -> Dic
     out = dict(state_dict)
     for name in ("pos_embed", "decoder_pos_embed"):
         table, own = out[name], getattr(teacher, name)
-        side = round((table.shape[1] - 1) ** 0.5)
+        if table.dim() != 3 or table.shape[0] != 1 or table.shape[1] < 2:
+            continue  # named with its shape in the table of differences
+        side = math.isqrt(table.shape[1] - 1)
         if table.shape[1] != own.shape[1] and side * side == table.shape[1] - 1:
             grid = list(teacher.grid_size)
             out[name] = resample_abs_pos_embed(table, grid, antialias=False)

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor
 
-from ltrp_timm.configs import check_saved_args
+from ltrp_timm.configs import MAX_DEPTH, check_saved_args
 
 # Hugging Face -> plain names; what transformers writes today has `decoder.decoder_encoder.layer`
 _RENAMES: Tuple[Tuple[str, str], ...] = (
@@ -34,6 +34,7 @@ _DECODER_PARTS = (
     "decoder_norm",
     "decoder_pred",
 )
+_TENSORS = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")  # parts of one tensor
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # encoders of the published sizes
 _DECODER_HEADS = {512: 16}
 _CONFIG_ARGS = {
@@ -49,11 +50,14 @@ def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> Dict[str, T
     """Weights of any known layout -> the names of the authors, which are ``MAETeacher``'s.
 
     Raises:
-        ValueError: a part of the MAE is not there at all; it is named.
+        ValueError: a part of the MAE is not there at all, and is named; or some are there twice.
     """
     inner = {name[4:]: t for name, t in state_dict.items() if name.startswith("mim.")}
-    out = _fuse_qkv({_rename(name): t for name, t in (inner or state_dict).items()})
-    present = {name.split(".")[0] for name in out}
+    renamed = {name: _rename(name) for name in inner or state_dict}
+    if len(set(renamed.values())) < len(renamed):
+        raise ValueError(f"{source} names some weights of the MAE twice, in two layouts.")
+    out = _fuse_qkv({renamed[name]: t for name, t in (inner or state_dict).items()})
+    present = {name.split(".")[0] for name in out} - {name for name in _TENSORS if name not in out}
     missing = [part for part in (*_PARTS, *_DECODER_PARTS) if part not in present]
     if missing:
         kind = "is an encoder only" if set(_DECODER_PARTS) <= set(missing) else "is no whole MAE"
@@ -121,15 +125,15 @@ def infer_args(
         "patch_size": tuple(kernel.shape[2:]),
         "in_chans": kernel.shape[1],
         "embed_dim": width,
-        "depth": _depth(state_dict, "blocks"),
-        "mlp_ratio": _mlp_ratio(state_dict, "blocks", width),
+        "depth": count_blocks(state_dict, "blocks", source),
+        "mlp_ratio": mlp_ratio_of(state_dict, "blocks", width),
         "decoder_embed_dim": decoder_width,
-        "decoder_depth": _depth(state_dict, "decoder_blocks"),
-        "decoder_mlp_ratio": _mlp_ratio(state_dict, "decoder_blocks", decoder_width),
+        "decoder_depth": count_blocks(state_dict, "decoder_blocks", source),
+        "decoder_mlp_ratio": mlp_ratio_of(state_dict, "decoder_blocks", decoder_width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
         **given,
     }
-    side = math.isqrt(table.shape[1] - 1)
+    side = math.isqrt(max(table.shape[1] - 1, 0))
     if side * side == table.shape[1] - 1:
         args.setdefault("img_size", tuple(side * p for p in kernel.shape[2:]))
     known = {"num_heads": _HEADS.get(width), "decoder_num_heads": _DECODER_HEADS.get(decoder_width)}
@@ -142,11 +146,24 @@ def infer_args(
     return args
 
 
-def _depth(state_dict: Mapping[str, Tensor], stem: str) -> int:
-    found = (re.match(rf"{stem}\.(\d+)\.", name) for name in state_dict)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+def count_blocks(state_dict: Mapping[str, Tensor], stem: str, source: str) -> int:
+    """The number of blocks that names like ``blocks.11.…`` tell; 0 when there is none.
+
+    Raises:
+        ValueError: a number that no model has.
+    """
+    found = (re.match(rf"{stem}\.([0-9]{{1,18}})\.", name) for name in state_dict)
+    count = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if count > max(len(state_dict), 1) or count > MAX_DEPTH:
+        raise ValueError(
+            f"{source} names {stem}.{count - 1}, but holds {len(state_dict)} tensors in all."
+        )
+    return count
 
 
-def _mlp_ratio(state_dict: Mapping[str, Tensor], stem: str, width: int) -> float:
+def mlp_ratio_of(state_dict: Mapping[str, Tensor], stem: str, width: int) -> float:
+    """Hidden width of the MLPs over the width of the tokens, from the first block."""
     weight = state_dict.get(f"{stem}.0.mlp.fc1.weight")
-    return 4.0 if weight is None else weight.shape[0] / width
+    if weight is None or weight.dim() != 2 or width < 1:
+        return 4.0
+    return weight.shape[0] / width

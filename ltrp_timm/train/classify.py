@@ -114,15 +114,21 @@ class ClassifyTask:
             raise ValueError(f"a label is {int(wrong[0])}, but there are {count} classes.")
         return targets
 
+    @property
+    def budget_names(self) -> list[str]:
+        """What the metrics of each keep ratio are called by: "" for the only."""
+        several = self.pruned and len(self.plan.ratios) > 1
+        return [f"@{ratio:g}" for ratio in self.plan.ratios] if several else [""]
+
     def budgets(self, model: Any) -> Iterator[str]:
-        """Set each keep ratio in turn; gives what its metrics are called by: "" for the only."""
+        """Set each keep ratio in turn; gives its name."""
         if not self.pruned:
             yield ""
             return
         before = model.keep_ratio
-        for ratio in self.plan.ratios:
+        for ratio, name in zip(self.plan.ratios, self.budget_names):
             model.keep_ratio = ratio
-            yield f"@{ratio:g}" if len(self.plan.ratios) > 1 else ""
+            yield name
         model.keep_ratio = before
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -151,17 +157,29 @@ class ClassifyTask:
     def draw(self, model: Any, batch: Batch) -> Image.Image:
         """A row for each image: what is kept, and the class that is seen in it."""
         cfg = model.pretrained_cfg or {}
-        names = cfg.get("label_names") or [str(n) for n in range(model.num_classes)]
-        targets = self.checked_targets(batch).tolist()
         photos = show_images(batch.images, cfg.get("mean", (0.0,)), cfg.get("std", (1.0,)))
-        panels = [[(photo, str(names[t]))] for photo, t in zip(photos, targets)]
+        panels = [[pair] for pair in zip(photos, self.told(self.checked_targets(batch)))]
         for _ in self.budgets(model):
-            seen = model(batch.images).argmax(1).tolist()
+            seen = self.seen_in(model(batch.images))
             kept = model.keep_indices(batch.images) if self.pruned else [None] * len(photos)
-            for parts, photo, keep, number in zip(panels, photos, kept, seen):
-                title = f"{names[number]}?"
+            for parts, photo, keep, text in zip(panels, photos, kept, seen):
+                title = f"{text}?"
                 if keep is not None:
                     photo = kept_patches(photo, keep, model.grid_size(batch.images))
                     title += f" at {model.keep_ratio:g}"
                 parts.append((photo, title))
         return stack_rows([row(parts) for parts in panels])
+
+    @property
+    def class_names(self) -> list[str]:
+        """C names; numbers where the classes have none."""
+        names = (self.model.pretrained_cfg or {}).get("label_names")
+        return [str(name) for name in names or range(self.model.num_classes)]
+
+    def told(self, targets: Tensor) -> list[str]:
+        """The class of each image, by its label."""
+        return [self.class_names[number] for number in targets.tolist()]
+
+    def seen_in(self, logits: Tensor) -> list[str]:
+        """The class of each image, by the model."""
+        return [self.class_names[number] for number in logits.argmax(1).tolist()]

@@ -87,7 +87,7 @@ class Engine:
         self.scheduler = make_scheduler(self.optimizer, updates_per_epoch, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         decay = settings.ema_decay
-        self.ema = None if decay is None else ModelEmaV3(model, decay=decay)
+        self.ema = None if not decay else ModelEmaV3(model, decay=decay)
         self.forward: Any = model if forward is None else forward
 
     def wrap(self) -> None:

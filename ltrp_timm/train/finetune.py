@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from ltrp_timm.console import say
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.named_model import is_source, with_front_end
 from ltrp_timm.sharing import check_ranker
+from ltrp_timm.timm_interface import GENERIC
 from ltrp_timm.train.budget import KeepPlan
 from ltrp_timm.train.cached import cached_transform
 from ltrp_timm.train.classes import ClassData
@@ -19,10 +21,19 @@ from ltrp_timm.train.classify import ClassifyTask
 from ltrp_timm.train.distill import Distillation
 from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit
-from ltrp_timm.train.network import RANDOM, build_network, check_network, fit_head, image_config
-from ltrp_timm.train.recipe import Recipe, split_options
+from ltrp_timm.train.multi_label import MULTI_LABEL_LOSSES
+from ltrp_timm.train.network import (
+    RANDOM,
+    build_network,
+    check_network,
+    fit_head,
+    image_config,
+    put_head,
+)
+from ltrp_timm.train.recipe import MULTI_LABEL_KEEP_RATIO, Recipe, split_options
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.train.sources import Sources
+from ltrp_timm.train.tagging import MultiLabelData, MultiLabelTask
 from ltrp_timm.train.task import Summary
 from ltrp_timm.train.world import join_world
 
@@ -41,12 +52,15 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
         data: images with a class each: a folder with a folder for each class (below ``train``, when
             there is one), a ``.tar`` of one, a name that timm's ``create_dataset`` takes
             (``hfds/…``, ``wds/…``, ``torch/…``), or a torch dataset of (picture, class number).
+            With ``multi_label`` the folder that ``labels`` names files of.
         output: folder of the run, new or empty.
         **options: see ``Recipe`` (model, budget, teacher), ``Augmentation`` (images and labels)
             and ``Settings`` (optimisation and bookkeeping). Defaults are the published ones: 50
             epochs, 5 of them warm-up, AdamW, 1e-3 · images per update / 256 down to 1e-6, weight
             decay 0.05, layer decay 0.75, drop path 0.1, RandAugment, random erasing, label
-            smoothing, a new head of standard deviation 2e-5; the ranker is frozen.
+            smoothing, a new head of standard deviation 2e-5; the ranker is frozen. With
+            ``multi_label``: 100 epochs, 5e-4 · images per update / 256, layer decay 0.65, an
+            average of the weights (0.9997), three quarters of the patches, the asymmetric loss.
 
     Returns:
         How it ended.
@@ -64,19 +78,23 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
     >>> finetune("ltrp_vit_base", "photos", "run", pretrained=True)  # doctest: +SKIP
     """
     recipe, augmentation, common = split_options(options)
+    recipe = _with_published_budget(model, recipe)
     if recipe.gate and common.compile:
         raise ValueError("gate lends the model a hook at each step: leave compile out.")
     with join_world(common.device) as world:
-        classes = ClassData(data, common, recipe.num_classes)
+        classes = open_classes(data, common, recipe)
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net, notes, new_head = make_network(model, recipe, classes)
         net = net.to(world.device)
         plan = make_plan(net, recipe, common)
         images = image_config(net, recipe.img_size)
         distillation = make_distillation(net, recipe, images, new_head)
-        task = ClassifyTask(
-            net, plan, augmentation, distillation, recipe.train_ranker, recipe.channels_last
-        )
+        parts = (net, plan, augmentation, distillation, recipe.train_ranker, recipe.channels_last)
+        if isinstance(classes, MultiLabelData):
+            loss = recipe.loss or MULTI_LABEL_LOSSES[0]
+            task: ClassifyTask = MultiLabelTask(*parts, loss=loss, seen=classes.seen)
+        else:
+            task = ClassifyTask(*parts)
         size = tuple(images["input_size"][-2:])
         common = dataclasses.replace(common, val_data=classes.held_out)
         transforms = augmentation.transforms(images)
@@ -92,6 +110,24 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
             for line in (*classes.says, *notes, _describe(task, sources)):
                 say(line)
         return fit(task, sources, common, world, output)
+
+
+def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
+    """Training and held-out images with a class each, or several."""
+    if recipe.multi_label:
+        return MultiLabelData(data, common, recipe)
+    return ClassData(data, common, recipe.num_classes)
+
+
+def _with_published_budget(model: Any, recipe: Recipe) -> Recipe:
+    """Images with several classes keep 147 of 196 patches, unless the user, or the model, says."""
+    if not recipe.multi_label or recipe.keep_ratio is not None:
+        return recipe
+    if not isinstance(model, nn.Module) and not is_source(str(model)):
+        ours = str(model).split(".")[0] in timm.list_models(f"{GENERIC}*")
+        if ours or recipe.front or recipe.head:
+            return dataclasses.replace(recipe, keep_ratio=MULTI_LABEL_KEEP_RATIO)
+    return recipe
 
 
 def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, list[str], bool]:
@@ -112,6 +148,8 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
         notes = [f"weights: {origin or RANDOM}"]
     _prepare_ranker(net, recipe)
     new_head = fit_head(net, classes.num_classes, classes.class_names)
+    if recipe.head is not None:
+        new_head = put_head(net, recipe.head, recipe.head_args) or new_head
     classes.match(net.pretrained_cfg.get("label_names"))
     head = "a new one" if new_head else "that of the weights"
     notes.append(f"head: {head}, for {classes.num_classes} classes")

@@ -53,7 +53,7 @@ def open_labelled(
     images = LabelledImages(dataset, min_side)
     if images.empty and not allow_empty:
         noun = "class has" if len(images.empty) == 1 else "classes have"
-        raise ValueError(f"{len(images.empty)} {noun} no image in {data}: {_some(images.empty)}.")
+        raise ValueError(f"{len(images.empty)} {noun} no image in {data}: {some(images.empty)}.")
     return images
 
 
@@ -194,7 +194,7 @@ def match_classes(
     >>> match_classes(["cat", "dog"], 2)
     ([0, 1], 'in natural order')
     """
-    recorded = _listed(label_names)
+    recorded = listed_names(label_names)
     if recorded and len(recorded) != num_classes:
         raise ValueError(f"the model has {num_classes} classes and names {len(recorded)}.")
     synsets = _imagenet_classes(num_classes)
@@ -212,14 +212,14 @@ def match_classes(
     if recorded or (wordnet and len(strangers) < len(names)):
         raise ValueError(
             f"{len(strangers)} of {len(names)} classes are none of the model's {num_classes}: "
-            f"{_some(strangers)}; the model's begin with {_some(known)}."
+            f"{some(strangers)}; the model's begin with {some(known)}."
         )
     raise ValueError(
-        f"there are {len(names)} classes ({_some(names)}), but the model has {num_classes}."
+        f"there are {len(names)} classes ({some(names)}), but the model has {num_classes}."
     )
 
 
-def _listed(label_names: Any) -> list[str]:
+def listed_names(label_names: Any) -> list[str]:
     """Names by number, from a list or from {number: name}."""
     if isinstance(label_names, Mapping):
         numbered = {int(number): str(name) for number, name in label_names.items()}
@@ -239,7 +239,8 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of many names, on one line."""
     shown = ", ".join(printable(name) for name in names[:_SHOWN])
     return shown + (", …" if len(names) > _SHOWN else "")
 

@@ -57,18 +57,47 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
             return trainer.run(requests)
 
 
-def _claim(folder: Path, settings: Settings, stack: contextlib.ExitStack) -> None:
-    """Take the output folder for this run, and nothing else."""
+def rehearse(
+    task: Task, sources: Sources, settings: Settings, world: World, output: Any
+) -> Summary:
+    """Say what ``fit`` would do; nothing is written. Errors are those of its beginning."""
+    folder = Path(output)
+    _check_folder(folder, settings)
+    trainer = Trainer(task, sources, settings, world, folder)
+    if trainer.checkpoint.exists():
+        state = read_state(trainer.checkpoint)
+        check_same(state["config"], trainer.config(), trainer.checkpoint)
+        trainer.progress = Progress(**state["progress"])
+    if world.main:
+        done, epochs = trainer.progress.epoch, settings.epochs
+        state_now = "finished" if done >= epochs else f"{done} of {epochs} epochs done"
+        held = len(sources.held_out) if sources.held_out is not None else 0
+        each, count = sources.per_update, sources.updates_per_epoch
+        say(f"{folder}: {state_now if trainer.checkpoint.exists() else 'new'}")
+        say(
+            f"{epochs} epochs of {count} updates with {each} images, {held} images held out, "
+            f"learning rate {trainer.engine.lr:.3g}, {trainer.engine.precision}, {world.size} "
+            f"process{'es' if world.size > 1 else ''} on {world.device}"
+        )
+    return trainer.summary(None)
+
+
+def _check_folder(folder: Path, settings: Settings) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is no folder.")
     names = (CHECKPOINT_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
     resumes = settings.resume == "auto" and (folder / CHECKPOINT_NAME).exists()
     present = [name for name in names if (folder / name).exists()]
-    if folder.exists():
-        stack.enter_context(locked(folder))
     if present and not resumes:
         hint = "resume='auto' goes on with it" if CHECKPOINT_NAME in present else "choose another"
         raise FileExistsError(f"{folder} already holds {' and '.join(present)}; {hint}.")
+
+
+def _claim(folder: Path, settings: Settings, stack: contextlib.ExitStack) -> None:
+    """Take the output folder for this run, and nothing else."""
+    if folder.is_dir():
+        stack.enter_context(locked(folder))
+    _check_folder(folder, settings)
     if not folder.exists():
         folder.mkdir(parents=True)
         stack.enter_context(locked(folder))
@@ -276,7 +305,11 @@ class Trainer:
         names = self.world.gather_names(list(sums))
         totals = dict(zip(names, self.world.sum([sums.get(name, 0.0) for name in names])))
         count = totals.pop("images", 0.0)
-        return {name: total / count for name, total in totals.items()} if count else {}
+        if not count:
+            return {}
+        judge = getattr(self.task, "judge", None)  # of what is no mean over images
+        whole = {} if judge is None else judge(self.world)
+        return {**{name: total / count for name, total in totals.items()}, **whole}
 
     def _show_epoch(self) -> None:
         if self.log:

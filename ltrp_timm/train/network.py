@@ -13,6 +13,7 @@ from torch import nn
 
 from ltrp_timm.checkpoints import check_keys, read_weights
 from ltrp_timm.factory import checkpoint_filter_fn
+from ltrp_timm.ml_decoder import MLDecoder, make_head
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.named_model import is_source, with_front_end
 from ltrp_timm.photos import printable
@@ -119,6 +120,8 @@ def fit_head(model: Any, num_classes: int, class_names: Sequence[str]) -> bool:
         model.reset_classifier(num_classes)
         heads = model.get_classifier()
         for head in heads if isinstance(heads, tuple) else (heads,):
+            if isinstance(head, MLDecoder):  # with layers of its own, which nothing would reach
+                continue
             for module in head.modules():
                 if isinstance(module, nn.Linear):
                     trunc_normal_(module.weight, std=HEAD_STD)
@@ -133,6 +136,25 @@ def fit_head(model: Any, num_classes: int, class_names: Sequence[str]) -> bool:
         **({"label_names": names} if names else {}),
     }
     return new
+
+
+def put_head(model: Any, name: str, args: Mapping[str, Any] | None) -> bool:
+    """Give a model a head of that name, unless it has such a one.
+
+    Returns:
+        Whether it is new.
+
+    Raises:
+        TypeError: no pruned model, or its backbone hands on no tokens.
+        ValueError: an argument out of its range.
+    """
+    if not isinstance(model, LTRPModel):
+        raise TypeError(f"head {name!r} needs a pruned model: give a ranker or a keep_ratio.")
+    found = model.get_classifier()
+    if isinstance(found, MLDecoder) and {**found.config(), **(args or {})} == found.config():
+        return False
+    model.set_classifier(make_head(name, model.backbone, args))
+    return True
 
 
 def image_config(model: Any, img_size: int | None = None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The teacher is an MAE (its exact pseudo-scores), another ranker (its scores), or
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from ltrp_timm.rankers import create_ranker, ranker_class, resize_score_map
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.train.data import Batch
 from ltrp_timm.train.keys import sample_seed, seeded
-from ltrp_timm.train.loop import fit
+from ltrp_timm.train.loop import fit, rehearse
 from ltrp_timm.train.pictures import show_images
 from ltrp_timm.train.settings import make_settings
 from ltrp_timm.train.sources import Sources, crop_transforms
 from ltrp_timm.train.state import digest
-from ltrp_timm.train.targets import Targets, accepted, saved_name
+from ltrp_timm.train.targets import Targets, accepted, open_ranker, saved_name
 from ltrp_timm.train.task import Summary
 from ltrp_timm.train.world import join_world
 from ltrp_timm.visualize import kept_patches, row, score_map, stack_rows
@@ -52,6 +52,8 @@ def train_ranker(
     metric: str = "l1",
     aggregate: str = "mean",
     chunk: int | None = None,
+    compare: Sequence[str] = (),
+    dry_run: bool = False,
     **settings: Any,
 ) -> Summary:
     """Train a ranker; ``create_ranker(ranker, pretrained=output)`` loads it.
@@ -80,6 +82,8 @@ def train_ranker(
         metric: likewise.
         aggregate: likewise.
         chunk: likewise.
+        compare: names of rankers without weights that are measured beside it, for the log.
+        dry_run: check everything and say what would be done; write nothing.
         **settings: see ``Settings``. Defaults here are the published ones: 400 epochs, a tenth of
             them warm-up, AdamW (0.9, 0.95), weight decay 0.06, 1.5e-4 · images per update / 256.
 
@@ -114,11 +118,11 @@ def train_ranker(
         )
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net = make_ranker(ranker, targets, args, init_from)
-        task = RankerTask(net.to(world.device), targets, loss_function, visible_only, loss)
+        task = RankerTask(net.to(world.device), targets, loss_function, visible_only, loss, compare)
         transforms = crop_transforms(targets.img_size, targets.mean, targets.std)
         least = max(targets.patch_size)
         sources = Sources(data, common, world, *transforms, targets.img_size, least)
-        return fit(task, sources, common, world, output)
+        return (rehearse if dry_run else fit)(task, sources, common, world, output)
 
 
 def _loss(name: str) -> Callable[..., Tensor]:
@@ -156,6 +160,7 @@ class RankerTask:
         loss_function: (pred (B, R), target (B, R)) -> scalar.
         visible_only: it sees the visible patches alone while it trains.
         loss_name: of the loss, for the record.
+        compare: names of rankers without weights that are measured too.
 
     Raises:
         ValueError: ``visible_only`` with a ranker, or targets, that do not allow it.
@@ -172,12 +177,18 @@ class RankerTask:
         loss_function: Callable[..., Tensor],
         visible_only: bool,
         loss_name: str,
+        compare: Sequence[str] = (),
     ) -> None:
         self.model, self.targets, self.visible_only = ranker, targets, visible_only
         self.bridge, self.loss_name = targets.bridge_to(ranker), loss_name
         self.loss_function = loss_function
         if loss_name == "focused_rank":
             self.loss_function = partial(loss_function, k=min(10, targets.list_size))
+        others = {name: open_ranker(name, targets.patch_size) for name in compare}
+        self.others = {
+            name: (targets.bridge_to(other), other.to(targets.device))
+            for name, other in others.items()
+        }
         self._check_grid()
         equal = torch.zeros(1, targets.list_size)
         ordered = torch.arange(float(targets.list_size)).unsqueeze(0)
@@ -237,12 +248,15 @@ class RankerTask:
             weight * self.loss_function(pred, target, reduction="none")
             for weight, target in lists.scores
         ]
-        target = lists.scores[0][1]
-        return {
-            "loss": torch.stack(parts).sum(dim=0),
-            "spearman": spearman(pred, target, reduction="none"),
-            "ndcg": ndcg(pred, target, reduction="none"),
-        }
+        out = {"loss": torch.stack(parts).sum(dim=0)}
+        rankings = {"": pred}
+        for name, (bridge, other) in self.others.items():
+            found = resize_score_map(other(bridge(batch.images)), *self.targets.grid_size)
+            rankings[f"_{name}"] = found.gather(1, lists.indices)
+        for name, scores in rankings.items():
+            out[f"spearman{name}"] = spearman(scores, lists.scores[0][1], reduction="none")
+            out[f"ndcg{name}"] = ndcg(scores, lists.scores[0][1], reduction="none")
+        return out
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the ranker for ``create_ranker``."""

@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ltrp_timm.ml_decoder import HEADS
 from ltrp_timm.train.augment import Augmentation
 from ltrp_timm.train.budget import check_keep_ratios
+from ltrp_timm.train.multi_label import MULTI_LABEL_LOSSES
 from ltrp_timm.train.settings import Settings, make_settings
 from ltrp_timm.train.student import GATES
 
@@ -17,6 +19,14 @@ DEFAULTS: dict[str, Any] = {
     "layer_decay": 0.75,
     "min_lr": 1e-6,
 }
+MULTI_LABEL_DEFAULTS: dict[str, Any] = {
+    "epochs": 100,
+    "base_lr": 5e-4,
+    "layer_decay": 0.65,
+    "ema_decay": 0.9997,
+}
+MULTI_LABEL_KEEP_RATIO = 0.75
+_ONE_CLASS = ("smoothing", "mixup", "cutmix", "bce_loss")  # what knows one class for an image
 _BETAS = {"betas": (0.9, 0.999)}  # of AdamW
 
 
@@ -50,6 +60,14 @@ class Recipe:
         gate: "straight-through": how a gradient is to reach the ranker.
         grad_checkpointing: recompute the blocks in the backward pass, to save memory.
         channels_last: memory layout of images and convolutions.
+        multi_label: images have several classes, which ``labels`` names.
+        labels: COCO's instance annotations (``.json``), or a ``.csv`` (image,labels with labels
+            joined by semicolons; or image and a column of 0 and 1 for each class).
+        val_labels: of ``val_data``.
+        seen_classes: a file of class names, one a line: mAP of them, and of the others, apart.
+        loss: of several classes: "asymmetric" or "bce"; None for "asymmetric".
+        head: "ml_decoder" in place of the linear head; None keeps what the model has.
+        head_args: options of that head.
 
     Raises:
         ValueError: a value out of its range.
@@ -76,6 +94,13 @@ class Recipe:
     gate: str | None = None
     grad_checkpointing: bool = False
     channels_last: bool = False
+    multi_label: bool = False
+    labels: Any = None
+    val_labels: Any = None
+    seen_classes: Any = None
+    loss: str | None = None
+    head: str | None = None
+    head_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.keep_ratio is not None:
@@ -107,6 +132,23 @@ class Recipe:
             raise ValueError("index_cache goes without gate and distill_features: they rank anew.")
         if self.selection == "adaptive":
             raise ValueError("selection 'adaptive' is calibrated on a trained model, not trained.")
+        self._check_multi_label()
+
+    def _check_multi_label(self) -> None:
+        others = ("labels", "val_labels", "seen_classes", "loss", "head", "head_args")
+        given = [name for name in others if getattr(self, name) is not None]
+        if given and not self.multi_label:
+            raise ValueError(f"{given[0]} goes with multi_label.")
+        if self.multi_label and self.labels is None:
+            raise ValueError("multi_label needs labels: COCO's annotations (.json) or a .csv.")
+        if self.multi_label and self.distill is not None:
+            raise ValueError("distill compares classes of which an image has one: no multi_label.")
+        for name, allowed in (("loss", MULTI_LABEL_LOSSES), ("head", HEADS)):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        if self.head_args is not None and self.head is None:
+            raise ValueError("head_args go with head.")
 
     @property
     def front(self) -> dict[str, Any]:
@@ -117,7 +159,7 @@ class Recipe:
         given = {name: getattr(self, name) for name in ("ranker", "ranker_weights", "selection")}
         front = {name: value for name, value in given.items() if value is not None}
         ratios = [] if self.keep_ratio is None else check_keep_ratios(self.keep_ratio)
-        if not ratios or (ratios == [1.0] and not front):
+        if not ratios or (ratios == [1.0] and not front and self.head is None):
             return front
         return {**front, "keep_ratio": ratios[0]}
 
@@ -137,8 +179,14 @@ def split_options(options: Mapping[str, Any]) -> tuple[Recipe, Augmentation, Set
         }
         for kind in (Recipe, Augmentation)
     ]
+    several = bool(options.get("multi_label"))
+    if several:
+        mixed = [name for name in _ONE_CLASS if name in parts[1]]
+        if mixed:
+            raise ValueError(f"{mixed[0]} is for images with one class: no multi_label.")
+        parts[1]["smoothing"] = 0.0
     rest = {name: value for name, value in options.items() if not any(name in p for p in parts)}
-    defaults = dict(DEFAULTS)
+    defaults = {**DEFAULTS, **(MULTI_LABEL_DEFAULTS if several else {})}
     if rest.get("opt", "adamw") == "adamw":
         defaults["opt_args"] = _BETAS
     return Recipe(**parts[0]), Augmentation(**parts[1]), make_settings(defaults, rest)

@@ -43,7 +43,8 @@ class Settings:
         min_lr: where the schedule ends.
         clip_grad: norm, value or factor to clip gradients at; None for no clipping.
         clip_mode: "norm", "value" or "agc".
-        ema_decay: of an average of the weights, which is then what is measured and saved; or None.
+        ema_decay: of an average of the weights, which is then what is measured and saved; None or 0
+            for none.
         precision: "fp32", "bf16" or "fp16" (autocast); None: bf16 on a GPU, fp32 elsewhere.
         compile: use ``torch.compile``.
         seed: of everything that is drawn.
@@ -117,8 +118,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 0, got {value}.")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}.")
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
         for name, allowed in (

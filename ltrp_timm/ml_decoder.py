@@ -1,0 +1,199 @@
+"""ML-Decoder: a classifier whose classes look at the tokens themselves, for images of many labels.
+
+Axes: B images, L tokens (prefix and kept patches), D their width, E that of the decoder, C classes,
+G queries. The names of the weights are the published ones.
+"""
+
+import inspect
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEADS = ("ml_decoder",)
+BY_CLASS = ("query_embed.weight", "duplicate_pooling", "duplicate_pooling_bias")
+
+
+class MLDecoder(nn.Module):
+    """Tokens (B, L, D) -> logits (B, C), by one layer of cross attention.
+
+    Each query stands for one class, or for a group of them; queries are drawn once and not trained.
+    How many tokens there are is free, so it goes with any keep ratio.
+
+    Args:
+        num_classes: C.
+        in_features: D.
+        embed_dim: E.
+        num_groups: G at most; there are no more queries than classes.
+        num_heads: of the attention; divides E.
+        mlp_dim: hidden width of the layer.
+        drop: dropout rate in training.
+
+    Raises:
+        ValueError: a size below 1, E that the heads do not divide, or a rate outside [0, 1).
+
+    Source: Ridnik et al. (2023), ML-Decoder: scalable and versatile classification head.
+
+    >>> MLDecoder(80, 384)(torch.randn(2, 99, 384)).shape
+    torch.Size([2, 80])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_features: int,
+        embed_dim: int = 768,
+        num_groups: int = 100,
+        num_heads: int = 8,
+        mlp_dim: int = 2048,
+        drop: float = 0.1,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_classes": num_classes, "in_features": in_features, "embed_dim": embed_dim}
+        sizes.update(num_groups=num_groups, num_heads=num_heads, mlp_dim=mlp_dim)
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of {num_heads} heads, got {embed_dim}.")
+        if not 0.0 <= drop < 1.0:
+            raise ValueError(f"drop must be in [0, 1), got {drop}.")
+        self.num_classes, self.in_features = num_classes, in_features
+        self._config = {"embed_dim": embed_dim, "num_groups": num_groups, "num_heads": num_heads}
+        self._config.update(mlp_dim=mlp_dim)
+        self._drop = drop
+        groups = min(num_groups, num_classes)
+        self.embed_standart = nn.Linear(in_features, embed_dim)
+        self.query_embed = nn.Embedding(groups, embed_dim).requires_grad_(False)
+        self.layers = nn.ModuleList([_CrossAttention(embed_dim, num_heads, mlp_dim, drop)])
+        in_group = -(-num_classes // groups)
+        self.duplicate_pooling = nn.Parameter(torch.empty(groups, embed_dim, in_group))
+        self.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_classes))
+        nn.init.xavier_normal_(self.duplicate_pooling)
+
+    @torch.jit.ignore
+    def config(self) -> Dict[str, Any]:
+        """Arguments that make such a head again, without those that follow from model and data."""
+        return {**self._config, "drop": self._drop}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens x (B, L, D) -> logits (B, C)."""
+        memory = F.relu(self.embed_standart(x))  # (B, L, E)
+        queries = self.query_embed.weight.unsqueeze(0).expand(x.shape[0], -1, -1)  # (B, G, E)
+        for layer in self.layers:
+            queries = layer(queries, memory)
+        logits = torch.einsum("bge,gec->bgc", queries, self.duplicate_pooling).flatten(1)
+        return logits[:, : self.num_classes] + self.duplicate_pooling_bias
+
+
+class _CrossAttention(nn.Module):
+    """Queries (B, G, E) look at memory (B, L, E), not at each other: linear in G."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, drop: float) -> None:
+        super().__init__()
+        self.multihead_attn = nn.MultiheadAttention(embed_dim, num_heads, drop, batch_first=True)
+        self.linear1 = nn.Linear(embed_dim, mlp_dim)
+        self.linear2 = nn.Linear(mlp_dim, embed_dim)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.norm3 = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(drop)
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        x = self.norm1(queries + self.dropout(queries))  # where self attention would stand
+        seen = self.multihead_attn(x, memory, memory, need_weights=False)[0]
+        x = self.norm2(x + self.dropout(seen))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.norm3(x + self.dropout(self.linear2(hidden)))
+
+
+def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None) -> MLDecoder:
+    """A head of that name for a backbone's classes and tokens; the backbone stays as it is.
+
+    Args:
+        name: one of ``HEADS``.
+        backbone: a timm ViT with classes.
+        args: of the head: ``embed_dim``, ``num_groups``, ``num_heads``, ``mlp_dim``, ``drop``.
+
+    Raises:
+        TypeError: the backbone hands no tokens to its classifier, or an argument is unknown.
+        ValueError: no such head, no classes, or an argument out of its range.
+    """
+    if name not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}.")
+    if args is not None and not isinstance(args, Mapping):
+        raise TypeError(f"head_args must be a mapping, got {type(args).__name__}.")
+    if backbone.num_classes < 1:
+        raise ValueError(f"an {name} head needs classes: create the backbone with num_classes=….")
+    known = list(inspect.signature(MLDecoder).parameters)[2:]  # classes and width are known
+    unknown = [str(key) for key in args or {} if key not in known]
+    if unknown:
+        raise TypeError(f"head_args may be {', '.join(known)}, got {', '.join(unknown)}.")
+    width = _token_width(backbone, name)
+    parameter = next(backbone.parameters())
+    head = MLDecoder(backbone.num_classes, width, **(args or {}))
+    return head.to(parameter.device, parameter.dtype).train(backbone.training)
+
+
+def put_head(backbone: Any, head: MLDecoder) -> None:
+    """Make a head the classifier of a backbone, and have all tokens handed to it."""
+    name = classifier_name(backbone)
+    backbone.reset_classifier(head.num_classes, "")
+    if getattr(backbone, "attn_pool", None) is not None:  # an older timm's Eva keeps it
+        backbone.attn_pool = None
+    setattr(backbone, name, head)
+
+
+def classifier_name(backbone: Any) -> str:
+    """The attribute that holds a backbone's classifier; "" where it is not one module."""
+    classifier = backbone.get_classifier()
+    names = (name for name, module in backbone.named_children() if module is classifier)
+    return next(names, "")
+
+
+def _token_width(backbone: Any, name: str) -> int:
+    """D of the tokens that the classifier is given when nothing is pooled: tried out.
+
+    Raises:
+        TypeError: it is given none.
+    """
+    seen = _shape_at_classifier(backbone)
+    if len(seen) != 3:
+        kind = type(backbone).__name__
+        raise TypeError(f"{kind} cannot have an {name} head: its forward_head hands on no tokens.")
+    return seen[-1]
+
+
+def _shape_at_classifier(backbone: Any) -> Tuple[int, ...]:
+    """Shape of what an unpooled ``forward_head`` gives its classifier, for (1, P + 2, D) tokens."""
+    attribute = classifier_name(backbone)
+    if not attribute:
+        return ()
+    parameter, witness = next(backbone.parameters()), _Witness()
+    count = getattr(backbone, "num_prefix_tokens", 1) + 2
+    tokens = parameter.new_zeros(1, count, backbone.num_features)
+    # modules and settings by their dictionaries: nothing is registered, and all comes back
+    before = (dict(backbone.__dict__), dict(backbone._modules))
+    devices = [parameter.device] if parameter.device.type == "cuda" else []
+    try:
+        backbone._modules[attribute] = witness
+        if backbone._modules.get("attn_pool") is not None:
+            backbone._modules["attn_pool"] = None
+        backbone.__dict__["global_pool"] = ""
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            backbone.forward_head(tokens)
+    finally:
+        backbone.__dict__["global_pool"] = before[0].get("global_pool", "")
+        backbone._modules.update(before[1])
+    return witness.shape
+
+
+class _Witness(nn.Module):
+    """Notes the shape of what it is given."""
+
+    shape: Tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shape = tuple(x.shape)
+        return x

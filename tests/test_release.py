@@ -1,0 +1,238 @@
+"""The release recipe at toy size: teacher from a Hub, rankers to it, and back, bit for bit."""
+
+import importlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+from safetensors.torch import load
+from test_hub import environment, files_of
+from train_setup import make_photos, same_bits, tiny_teacher, weights
+
+from ltrp_timm.cli import main
+from ltrp_timm.rankers import list_rankers, ranker_class
+from ltrp_timm.train.logs import read_log
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TEACHER = "facebook/vit-mae-base"
+TOY = [
+    *("--epochs", "2", "--batch-size", "4", "--lr", "0.01", "--mask-ratio", "0.5"),
+    *("--num-workers", "0", "--no-tensorboard", "--no-progress", "--holdout", "0.2"),
+    *("--ranker-args", "depth=1"),
+]
+CARD = ["--license", "apache-2.0", "--training-data", "twenty photos"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    make_photos(tmp_path / "photos")
+    tiny_teacher().save(tmp_path / "mae")
+    with Hub() as server:
+        server.add(TEACHER, files_of(tmp_path / "mae"))
+        yield server
+
+
+PREAMBLE = """
+import contextlib, io, os, sys
+sys.path.insert(0, sys.argv[1])
+from release_rankers import RANKERS, main
+assert RANKERS == ("conv", "vit_small")
+def run(*flags):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+        code = main(flags)
+    print(code, err.getvalue().strip())
+    return out.getvalue()
+"""
+
+
+def command(*flags: str) -> list[str]:
+    script = [sys.executable, str(SCRIPTS / "release_rankers.py"), "--data", "photos"]
+    return [*script, "--output", "out", "--repo-id", "me/ltrp-{ranker}", *CARD, *TOY, *flags]
+
+
+def inside(hub: Hub, tmp_path: Path, source: str, **more: str) -> list[str]:
+    """Lines that Python prints which may call the recipe more than once."""
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + source, str(SCRIPTS), *command()[2:]],
+        cwd=tmp_path,
+        env=environment(hub, tmp_path / "home", **more),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def stored(hub: Hub, name: str) -> dict[str, bytes]:
+    repository = hub.repositories[name]
+    return repository.commits[repository.branches["main"]]
+
+
+def test_from_photos_to_rankers_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    lines = inside(
+        hub,
+        tmp_path,
+        """
+print(run(*sys.argv[2:], "--dry-run"))
+print(os.path.exists("out"))
+""",
+        HF_TOKEN="writer",  # noqa: S106
+    )
+    settings = "2 epochs of 4 updates with 4 images, 4 images held out, learning rate 0.01, fp32, "
+    settings += "1 process on cpu"
+    assert lines == [
+        *("0 ", "me/ltrp-conv: nothing yet", "me/ltrp-vit-small: nothing yet"),
+        *("out/conv: new", settings, "out/vit_small: new", settings, "", "False"),
+    ]
+    assert list(hub.repositories) == [TEACHER]
+    assert not hub.asked("POST", "")
+    assert len(hub.asked("GET", "/cdn/")) == 1  # the teacher
+
+    hub.fault("commit/main", "POST", times=1, status=500)  # what was trained stays
+    source = "for _ in range(3):\n    print(run(*sys.argv[2:]))"
+    text = "\n".join(inside(hub, tmp_path, source, HF_TOKEN="writer"))  # noqa: S106
+    failed, done, again = re.split(r"^(?=0 $|2 ltrp-timm)", text, flags=re.M)[1:]
+    assert "2 ltrp-timm: the Hub has a fault of its own at me/ltrp-conv (500)" in failed
+    assert "pushed" not in failed
+    assert done.startswith("0 \n")
+    assert "out/conv is finished: 2 epochs, 8 steps" in done
+    for name, repository in (("conv", "me/ltrp-conv"), ("vit_small", "me/ltrp-vit-small")):
+        assert f"hf-hub:{repository} pushed, pulled again and compared" in done
+        files = stored(hub, repository)
+        assert same_bits(load(files["model.safetensors"]), weights(tmp_path / "out" / name))
+        assert json.loads(files["config.json"])["ranker"] == name
+        check_card(files["README.md"].decode(), tmp_path / "out" / name, repository)
+        assert f"{repository}: these weights" in again
+        assert f"hf-hub:{repository} has these weights already" in again
+        assert len(hub.repositories[repository].commits) == 2  # made, and filled once
+
+
+def check_card(text: str, run: Path, repository: str) -> None:
+    """It says what the log says, of this ranker and of those without weights, and no more."""
+    row = read_log(run / "log.csv")[-1]
+    for who, name in (("this ranker", ""), ("contrast (no weights)", "_contrast")):
+        metrics = (f"{row[f'val_{metric}{name}']:.4f}" for metric in ("spearman", "ndcg"))
+        assert f"| {who} | {' | '.join(metrics)} |" in text
+    assert row["val_spearman"] != row["val_spearman_contrast"]
+    free = [name for name in list_rankers() if not ranker_class(name).learned]
+    assert re.findall(r"(\w+) \(no weights\)", text) == free
+    assert "Whether it finds objects was not measured." in text
+    assert "Trained for 2 epochs, 8 updates of 4 images (mask_ratio 0.5, removal full" in text
+    assert f"the order of the pseudo-scores of {TEACHER}" in text
+    assert "- **Training data:** twenty photos" in text
+    assert f'base_model: "{TEACHER}"' in text
+    assert f"hf-hub:{repository}" in text
+
+
+def test_what_is_half_trained_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
+    flags = ("--rankers", "conv", "--epochs", "60")
+    process = subprocess.Popen(
+        command(*flags),
+        cwd=tmp_path,
+        env=environment(hub, tmp_path / "home", HF_TOKEN="writer"),  # noqa: S106
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "out" / "conv" / "log.csv"
+    for _ in range(12000):
+        if log.exists() or process.poll() is not None:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, (out, err)
+    assert len(read_log(log)) < 60
+    assert (tmp_path / "out" / "conv" / "model.safetensors").exists()  # of the epochs it had
+    assert list(hub.repositories) == [TEACHER]
+    assert not (tmp_path / "out" / "conv" / "release").exists()
+    source = f"print(run(*sys.argv[2:], *{flags}))"
+    lines = inside(hub, tmp_path, source, HF_TOKEN="writer")  # noqa: S106
+    assert lines[0] == "0 "
+    assert any(line.startswith("resuming out/conv at epoch") for line in lines)
+    assert len(read_log(log)) == 60
+    pushed = load(stored(hub, "me/ltrp-conv")["model.safetensors"])
+    assert same_bits(pushed, weights(tmp_path / "out" / "conv"))
+
+
+def test_two_processes(hub: Hub, tmp_path: Path) -> None:
+    """They stay together from ranker to ranker, and one of them talks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ["--rankers", "conv", "vit_tiny", "--device", "cpu", "--batch-size", "2"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 180}
+    env = environment(hub, tmp_path / "home", HF_TOKEN="writer")  # noqa: S106
+    for dry in (["--dry-run"], []):
+        line = [*torchrun, *command(*flags, *dry)[1:]]
+        done = subprocess.run(line, env=env, **options)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("me/ltrp-conv: nothing yet") == 1
+        assert done.stdout.count("2 processes on cpu") == 2 * bool(dry)
+    assert done.stdout.count("pushed, pulled again and compared") == 2
+    for name, repository in (("conv", "me/ltrp-conv"), ("vit_tiny", "me/ltrp-vit-tiny")):
+        pushed = load(stored(hub, repository)["model.safetensors"])
+        assert same_bits(pushed, weights(tmp_path / "out" / name))
+
+
+def test_what_is_wrong_is_said_before_any_training(hub: Hub, tmp_path: Path) -> None:
+    hub.add("me/ltrp-conv", {"config.json": b'{"ranker": "x"}', "model.safetensors": b"other"})
+    source = """
+card = ["--license", "mit", "--training-data", "x"]
+push = ["--repo-id", "me/ltrp-{ranker}", *card]
+def show(*flags):
+    run("--data", "photos", "--output", "out", *flags)
+show("--rankers", "contrast")
+show("--repo-id", "me/x", *card)
+show("--repo-id", "{ranker}", *card)
+show("--repo-id", "me/{ranker}", "--license", "mit")
+show(*push)
+show(*push, "--token", "wrong")
+show(*push, "--token", "reader")
+show(*push, "--token", "writer")
+show("--no-such-flag")
+show("--teacher", "me/none", "--dry-run")
+show("--mask-ratio", "0.99", "--dry-run")
+print(os.path.exists("out"))
+"""
+    lines = inside(hub, tmp_path, source)
+    expected = [
+        "--rankers must be rankers that learn, got 'contrast'.",
+        "--repo-id must hold {ranker}, got 'me/x'.",
+        "--repo-id must give OWNER/NAME, got 'conv'.",
+        "what is published must state it: --training-data.",
+        "pushing needs a token: set HF_TOKEN or run `hf auth login`.",
+        "the Hub wants a token that is valid for me/ltrp-conv (401): set HF_TOKEN or run",
+        "me/ltrp-conv holds other weights: --overwrite replaces them.",
+        "me/ltrp-conv holds other weights: --overwrite replaces them.",
+        "unrecognized arguments: --no-such-flag",
+        "me/none is no local path, and as a repository: the Hub shows no repository me/none",
+        "mask_ratio = 0.99 leaves 0 of 16 visible.",
+        "False",
+    ]
+    assert len(lines) == len(expected), lines
+    for line, text in zip(lines, expected):
+        assert text in line
+        assert line.startswith("2 ltrp-timm: ") or text == "False"
+    assert not hub.asked("POST", "")
+
+
+def test_the_documented_flags_exist(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every flag that docs/releasing.md shows is one of the script's or of train-ranker's."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    make_parser = importlib.import_module("release_rankers").make_parser
+    text = (SCRIPTS.parent / "docs" / "releasing.md").read_text(encoding="utf-8")
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert main(["train-ranker", "--help"]) == 0
+    known = make_parser().format_help() + capsys.readouterr().out
+    assert {"--data", "--repo-id", "--dry-run", "--val-data", "--epochs"} <= flags
+    assert flags - {"--nproc-per-node"} <= set(re.findall(r"--[a-z][a-z-]+", known))
