@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from common import ideal, twin
 from flops import plain_tokens, vit_flops
 from peers import (
     drop_at_random,
@@ -21,6 +20,8 @@ from peers.fuse import FusingBlocks, reorganise
 from peers.merge import ATTENTION, MergingBlocks, match_flops
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from ltrp_timm.payoff import ideal, twin
 
 
 @pytest.fixture

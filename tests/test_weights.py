@@ -24,8 +24,8 @@ from ltrp_timm import create_ranker, drop_patches, save_pretrained
 from ltrp_timm.checkpoints import read_weights
 from ltrp_timm.cli import main
 
-ROOT = Path(ltrp_timm.__file__).parents[1]
-FOLDER = ROOT / "ltrp_timm" / "weights"
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(ltrp_timm.__file__).parent / "weights"  # of the package that is installed
 WEIGHTS, CARD = FOLDER / "conv.safetensors", FOLDER / "conv.md"
 
 
