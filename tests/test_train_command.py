@@ -142,7 +142,7 @@ def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str
     [
         (["--teacher", "missing.pth"], "missing.pth does not exist."),
         (["--teacher", "teacher", "--mask-ratio", "0.95"], "leaves 0 of 16"),
-        (["--teacher", "teacher", "--data", "nowhere"], "nowhere does not exist."),
+        (["--teacher", "no-such.pth", "--data", "nowhere"], "nowhere does not exist."),  # first
         (["--teacher", "teacher", "--opt", "nonsense"], "nonsense"),
         (["--teacher", "teacher", "--ranker-args", "width"], "expected NAME=VALUE, got 'width'."),
         (["--teacher", "teacher", "--ranker-args", "kernel_size=2"], "kernel_size must be odd"),

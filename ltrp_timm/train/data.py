@@ -57,11 +57,8 @@ def open_dataset(
     """
     if not isinstance(data, (str, os.PathLike)):
         return data
-    text = str(data)
+    text, named = str(data), check_data(data)
     prefix = text.partition("/")[0].lower()
-    named = prefix in NAMED and not Path(text).exists()
-    if not named and not Path(text).exists():
-        raise FileNotFoundError(f"{text} does not exist.")
     extra: dict[str, Any] = {"input_key": input_key} if named and input_key else {}
     if prefix == "hfds" and named:
         extra["target_key"] = target_key or input_key or "image"  # it need not have labels
@@ -83,6 +80,22 @@ def open_dataset(
         ) from error
     except Exception as error:  # timm and what it calls raise anything, AssertionError included
         raise ValueError(f"{text} cannot be read as a dataset: {one_line(error)}") from error
+
+
+def check_data(data: Any) -> bool:
+    """Check that something is there before anything is downloaded for it.
+
+    Returns:
+        Whether it is a dataset by name, not a path.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    if not isinstance(data, (str, os.PathLike)) or Path(data).exists():
+        return False
+    if str(data).partition("/")[0].lower() not in NAMED:
+        raise FileNotFoundError(f"{data} does not exist.")
+    return True
 
 
 class Images:

@@ -17,7 +17,7 @@ from ltrp_timm import losses
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.rankers import create_ranker, ranker_class, resize_score_map
 from ltrp_timm.selection import num_keep, select_top
-from ltrp_timm.train.data import Batch
+from ltrp_timm.train.data import Batch, check_data
 from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit, rehearse
 from ltrp_timm.train.pictures import show_images
@@ -103,6 +103,7 @@ def train_ranker(
     common = make_settings(DEFAULTS, settings)
     loss_function = _loss(loss)
     args = dict(ranker_args or {})
+    check_data(data)  # before a teacher is pulled
     scoring = {"removal": removal, "metric": metric, "aggregate": aggregate, "chunk": chunk}
     with join_world(common.device) as world:
         targets = Targets(
