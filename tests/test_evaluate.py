@@ -411,7 +411,7 @@ def test_help_in_timms_words(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_readme_lines_are_understood() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^ltrp-timm (?:evaluate|rank) [^#\n]*", readme, re.M)
-    assert len(lines) == 5
+    assert len(lines) == 7
     for line in lines:
         arguments = _make_parser().parse_args(line.split()[1:])
         assert arguments.command == line.split()[1]
