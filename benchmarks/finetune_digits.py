@@ -14,6 +14,8 @@ handwriting. One plain ViT (sin-cos position embedding to begin with) is trained
 every row goes on from its weights for as many epochs, with nothing else between them:
     full       all patches
     contrast   the weight-free ranker
+    learned    the conv ranker that comes along, frozen, on pictures of twice the size (its patches
+               are 16 pixels wide); it was trained without labels on scenes of this kind
     random     one random set of patches for all images
     gate       a conv ranker, untrained at first, that learns with the model through the
                straight-through gate: it sees labels, unlike a ranker from `train-ranker`
@@ -39,6 +41,7 @@ from tables import Goal
 from timm.layers import build_sincos2d_pos_embed
 from torch.utils.data import Dataset
 
+from ltrp_timm import create_ranker
 from ltrp_timm.train import finetune
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.pictures import show_images
@@ -50,9 +53,11 @@ GATE = {"ranker": "conv", "train_ranker": True, "gate": "straight-through"}
 METHODS: list[tuple[str, float, dict[str, Any]]] = [
     ("full", 1.0, {}),
     ("contrast", 0.5, {"ranker": "contrast"}),
+    ("learned", 0.5, {"ranker": "conv"}),
     ("random", 0.5, {"ranker": "random"}),
     ("gate", 0.5, GATE),
     ("contrast", 0.25, {"ranker": "contrast"}),
+    ("learned", 0.25, {"ranker": "conv"}),
     ("random", 0.25, {"ranker": "random"}),
     ("gate", 0.25, GATE),
 ]
@@ -113,10 +118,14 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
     start: Row = {"checkpoint": folder / "start.safetensors", "lr": args.lr}
     _tune(train, folder / "first", epochs=args.first_epochs, **start, **common)
     start = {"checkpoint": folder / "first" / "model.safetensors", "lr": args.lr / 3}
+    learned = folder / "learned"
+    ranker = create_ranker("conv", pretrained=True, img_size=2 * SIDE)
+    ranker.save(learned, overwrite=True)
     rows: list[Row] = []
     for method, ratio, options in METHODS:
         output = folder / f"{method}_{ratio:g}"
-        more = {**options, "keep_ratio": ratio, "epochs": args.epochs, **start, **common}
+        weights: Row = {"ranker_weights": learned} if method == "learned" else {}
+        more = {**options, **weights, "keep_ratio": ratio, "epochs": args.epochs, **start, **common}
         _tune(train, output, **more)
         log = read_log(output / LOG_NAME)
         speed = sum(row["images_per_second"] for row in log) / len(log)

@@ -566,7 +566,7 @@ def test_digits(run_benchmark: Callable[..., Done]) -> None:
     assert done.files == [f"finetune_digits.{kind}" for kind in ("csv", "md", "png")]
     assert done.png.startswith(PNG_MAGIC)
     assert "No goal applies to these settings." in done.text  # nor may it: the model is cut
-    cases = [(m, r) for r in ("0.5", "0.25") for m in ("contrast", "random", "gate")]
+    cases = [(m, r) for r in ("0.5", "0.25") for m in ("contrast", "learned", "random", "gate")]
     assert done.cells("method", "keep_ratio") == [("full", "1.0"), *cases]
     rows = {(row["method"], row["keep_ratio"]): row for row in done.rows}
     for (method, ratio), row in rows.items():
