@@ -5,6 +5,7 @@ need, and may drop the rest.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any, Optional, Sequence, Tuple, Union
 
 import timm
@@ -16,7 +17,7 @@ from ltrp_timm.rankers.base import to_pair
 from ltrp_timm.rankers.on_model import ModelRanker, check_backbone, is_integer
 
 
-class ClassMapRanker(ModelRanker, nn.Module):
+class ClassMapRanker(ModelRanker, nn.Module, ABC):
     """A classifier of timm and the map of its highest classes; see the two kinds of it.
 
     Args:
@@ -90,9 +91,9 @@ class ClassMapRanker(ModelRanker, nn.Module):
         scores = F.avg_pool2d(scores.unsqueeze(1), 3, 1, padding=1, count_include_pad=False)
         return scores.squeeze(1)
 
+    @abstractmethod
     def class_maps(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> (B, top, h, w) float32, the highest class first."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Arguments for ``print(module)``."""
@@ -118,18 +119,19 @@ class CamRanker(ClassMapRanker):
         """Raise TypeError unless the logits are a linear layer on pooled places."""
         super()._check(net)
         classifier = net.get_classifier()
-        features = torch.zeros(1, *_probe_size(net, self.img_size))
+        images = torch.zeros(1, *_probe_size(net, self.img_size))
         parameter = next(net.parameters())
-        features = features.to(device=parameter.device, dtype=parameter.dtype)
+        images = images.to(device=parameter.device, dtype=parameter.dtype)
         with torch.no_grad():
-            places = to_map(net, net.eval().forward_features(features), features)
+            features = net.eval().forward_features(images)
+        places = to_map(net, features, images)
         linear = isinstance(classifier, nn.Linear) or (
             isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1)
         )
         reason = "its logits are not a linear layer on pooled places; grad_cam takes it"
         if not linear or classifier.weight.shape[1] != places.shape[1]:
             raise _refusal(self.name, net, reason)
-        if not places.is_meta and not _pools_places(net, features):
+        if not places.is_meta and not _pools_places(net, features, images):
             raise _refusal(self.name, net, reason)
 
     def class_maps(self, images: Tensor) -> Tensor:
@@ -255,11 +257,10 @@ def _probe_size(net: Any, size: Optional[Tuple[int, int]]) -> Tuple[int, int, in
     return (getattr(net, "in_chans", 3), *(size or (64, 64)))
 
 
-def _pools_places(net: Any, images: Tensor) -> bool:
+def _pools_places(net: Any, like: Tensor, images: Tensor) -> bool:
     """Whether the logits are the pooled logits of the places, on features made up."""
     generator = torch.Generator().manual_seed(0)
-    shape = net.forward_features(images).shape
-    features = torch.randn(shape, generator=generator).to(images)
+    features = torch.randn(like.shape, generator=generator).to(like)
     classifier = net.get_classifier()
     with torch.no_grad():
         logits = net.forward_head(features).float()
