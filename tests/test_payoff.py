@@ -131,6 +131,10 @@ def test_break_even_by_hand(costs: list[float], expected: float) -> None:
     assert pays_up_to(lines) == pytest.approx(expected)
 
 
+def test_the_last_crossing_counts() -> None:
+    assert break_even([0.2, 0.4, 0.6, 0.8], [0.9, 1.1, 0.9, 1.1]) == pytest.approx(0.7)
+
+
 def test_recommendations() -> None:
     contrast = [
         line("contrast", 0.25, 3.0),
