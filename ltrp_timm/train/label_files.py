@@ -6,10 +6,10 @@ They come from others: read as data, checked whole, before any image is opened.
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.utils import natural_key
@@ -22,6 +22,7 @@ KINDS = (".json", ".csv")
 SEPARATOR = ";"  # between the labels of a cell
 _JOINED = ("label", "labels")  # names of a column that holds labels, not a class
 _YES = {"0": False, "1": True}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ class LabelTable:
     names: tuple[str, ...]
     classes: tuple[str, ...]
     targets: Tensor
+
+
+@dataclass(frozen=True)
+class CocoLists:
+    """The lists of a file in COCO's format: its own entries, checked to belong together.
+
+    Attributes:
+        images: entries with ``id`` and ``file_name``.
+        categories: entries with ``id`` and ``name``, in the order of their ids.
+        annotations: entries with the ``image_id`` and the ``category_id`` of one of those.
+    """
+
+    images: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
 
 
 def read_labels(path: Any) -> LabelTable:
@@ -58,15 +74,36 @@ def read_labels(path: Any) -> LabelTable:
     file = Path(path)
     if file.suffix.lower() not in KINDS:
         raise ValueError(f"labels must be a file of the kinds {', '.join(KINDS)}, got {file}.")
+    return _read(file, _coco_table if file.suffix.lower() == ".json" else _read_csv)
+
+
+def read_coco(path: Any) -> CocoLists:
+    """Read a file in COCO's format.
+
+    Args:
+        path: instance annotations, ``.json``.
+
+    Returns:
+        All of it that is about images, categories and annotations.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: one line with the file and what is wrong in it.
+
+    >>> len(read_coco("annotations/instances_val2017.json").categories)  # doctest: +SKIP
+    80
+    """
+    return _read(Path(path), _read_coco)
+
+
+def _read(file: Path, parse: Callable[[str], _T]) -> _T:
+    """What a parser makes of a file's text; what it says against it, with the file's name."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist, or is no file.")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        table = _read_coco(text) if file.suffix.lower() == ".json" else _read_csv(text)
-        _check_names(table.names)
+        return parse(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError, csv.Error) as error:  # of decoding, too
         raise ValueError(f"{file}: {one_line(error)}") from error
-    return table
 
 
 def read_names(path: Any) -> tuple[str, ...]:
@@ -116,7 +153,7 @@ def _check_names(names: Sequence[str]) -> None:
 # COCO: {"images": [{id, file_name}], "annotations": [{image_id, category_id}], "categories": [...]}
 
 
-def _read_coco(text: str) -> LabelTable:
+def _read_coco(text: str) -> CocoLists:
     content = json.loads(text)
     lists = content if isinstance(content, dict) else {}
     images = _entries(lists, "images", ("id", "file_name"))
@@ -126,20 +163,26 @@ def _read_coco(text: str) -> LabelTable:
         raise ValueError("it has no categories.")
     _check_once([image["id"] for image in images], "it has an image id twice")
     _check_once([category["id"] for category in categories], "it has a category id twice")
+    _check_once([category["name"] for category in categories], "it names a category twice")
     categories.sort(key=lambda category: natural_key(str(category["id"])))  # the ids have gaps
-    names = tuple(str(category["name"]) for category in categories)
-    _check_once(names, "it names a category twice")
-    rows = {image["id"]: row for row, image in enumerate(images)}
-    columns = {category["id"]: column for column, category in enumerate(categories)}
-    pairs = []
-    for annotation in annotations:  # those of crowds too: a crowd of people shows people
-        row, column = rows.get(annotation["image_id"]), columns.get(annotation["category_id"])
-        if row is None:
+    known = {image["id"] for image in images}, {category["id"] for category in categories}
+    for annotation in annotations:
+        if annotation["image_id"] not in known[0]:
             raise ValueError(f"an annotation is of the unknown image {annotation['image_id']!r}.")
-        if column is None:
+        if annotation["category_id"] not in known[1]:
             raise ValueError(f"an annotation is of unknown category {annotation['category_id']!r}.")
-        pairs.append((row, column))
-    files = tuple(str(image["file_name"]) for image in images)
+    _check_names([image["file_name"] for image in images])
+    return CocoLists(images, categories, annotations)
+
+
+def _coco_table(text: str) -> LabelTable:
+    found = _read_coco(text)
+    rows = {image["id"]: row for row, image in enumerate(found.images)}
+    columns = {category["id"]: column for column, category in enumerate(found.categories)}
+    # those of crowds too: a crowd of people shows people
+    pairs = [(rows[a["image_id"]], columns[a["category_id"]]) for a in found.annotations]
+    files = tuple(image["file_name"] for image in found.images)
+    names = tuple(category["name"] for category in found.categories)
     return LabelTable(files, names, _targets(pairs, len(files), len(names)))
 
 
@@ -209,7 +252,9 @@ def _one_hot(classes: Sequence[str], rows: Sequence[tuple[int, Sequence[str]]]) 
 
 
 def _files(rows: Sequence[tuple[int, Sequence[str]]]) -> tuple[str, ...]:
-    return tuple(row[0].strip() for _, row in rows)
+    names = tuple(row[0].strip() for _, row in rows)
+    _check_names(names)
+    return names
 
 
 def _targets(pairs: Sequence[tuple[int, int]], num_images: int, num_classes: int) -> Tensor:

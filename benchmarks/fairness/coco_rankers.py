@@ -1,0 +1,92 @@
+"""The rankers of the table, opened as ``ltrp-timm rank`` opens them, and what they keep."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairness.coco_objects import Batch
+from ltrp_timm.console import CommandError, library_errors
+from ltrp_timm.rank.command import make_scorer
+from ltrp_timm.rank.job import RankOptions
+from ltrp_timm.rank.scorer import Scorer, rank_batch
+from ltrp_timm.rankers import ranker_class
+from ltrp_timm.selection import num_keep, select_top
+from ltrp_timm.train.labels import some
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A ranker of the table: its name there, and what scores patches."""
+
+    label: str
+    scorer: Scorer
+
+
+def open_rankers(args: argparse.Namespace, device: str) -> list[Entry]:
+    """The rankers asked for, and random.
+
+    Raises:
+        CommandError: there is no such thing.
+    """
+    labels = list(dict.fromkeys(args.rankers))
+    labels += [] if RANDOM in labels else [RANDOM]
+    try:
+        further = json.loads(args.ranker_args)
+    except json.JSONDecodeError as error:
+        raise CommandError(
+            f"--ranker-args is not JSON ({error}), got {args.ranker_args}."
+        ) from error
+    if not isinstance(further, dict):
+        raise CommandError(f"--ranker-args must be a JSON object, got {args.ranker_args}.")
+    strangers = [name for name in further if name not in labels]
+    if strangers:
+        raise CommandError(f"--ranker-args are for none of the --rankers: {some(strangers)}.")
+    return [Entry(label, _open_ranker(label, further.get(label), args, device)) for label in labels]
+
+
+def _open_ranker(label: str, further: Any, args: argparse.Namespace, device: str) -> Scorer:
+    name, equals, weights = label.partition("=")
+    if equals and not weights:
+        raise CommandError(f"--rankers {label} names no weights behind the =.")
+    with library_errors():
+        published = args.pretrained and not weights and ranker_class(name).has_published_weights
+    options = RankOptions(
+        inputs=(),
+        ranker=name,
+        ranker_weights=weights or None,
+        ranker_args=None if further is None else json.dumps(further),
+        pretrained=published,
+        model=args.model,
+        img_size=args.img_size,
+        patch_size=args.patch_size,
+    )
+    scorer = make_scorer(options, device)
+    if name == RANDOM:  # one draw for all images would like some places of the picture
+        scorer.ranker.generator = torch.Generator().manual_seed(args.seed)
+    if args.crop_mode is None:
+        return scorer
+    config = {**scorer.config, "crop_mode": args.crop_mode}
+    if args.crop_mode == "squash":
+        config["crop_pct"] = 1.0  # all of every picture
+    return replace(scorer, config=config)
+
+
+def kept_shares(
+    batch: Batch, entries: Sequence[Entry], ratios: Sequence[float], device: str
+) -> Tensor:
+    """Of each object the share of its area in kept patches (M, R), by ranker and keep ratio."""
+    shares = []
+    for entry in entries:
+        scores, _ = rank_batch(entry.scorer, batch.pixels, 1.0, "top", device)
+        for ratio in ratios:
+            keep = select_top(scores, num_keep(scores.shape[1], ratio))
+            kept = torch.zeros_like(scores).scatter(1, keep, 1.0)
+            shares.append((batch.areas * kept[batch.row]).sum(1) / batch.areas.sum(1))
+    return torch.stack(shares, dim=1)
