@@ -294,12 +294,13 @@ SQUARE = box(0, 0, 9, 9)
         ({}, ["--rankers", "contrasts"], "got 'contrasts'"),
         ({}, ["--rankers", "conv"], "the conv ranker is not trained"),
         ({}, ["--rankers", "conv="], "--rankers conv= names no weights"),
-        ({}, ["--rankers", "conv={}/none"], "none"),
+        ({}, ["--rankers", "conv={}/none"], "/none"),
         ({}, ["--ranker-args", "{{"], "--ranker-args is not JSON"),
         ({}, ["--ranker-args", "[]"], "--ranker-args must be a JSON object"),
         ({}, ["--ranker-args", '{{"conv": {{}}}}'], "for none of the --rankers: conv"),
         ({}, ["--img-size", "8"], "smaller than a patch"),
-        ({}, ["--output", "{}/other.txt"], "other.txt"),
+        ({}, ["--output", "{}/other.txt"], "other.txt cannot be written: File exists."),
+        ({}, ["--model", "vit_tiny_patch16_224"], "--patch-size goes without --model"),
     ],
 )
 def test_one_line_on_what_is_wrong(

@@ -57,7 +57,7 @@ from fairness.coco_objects import Annotated, ObjectDataset, collate, find_object
 from fairness.coco_rankers import Entry, kept_shares, open_rankers
 from fairness.coco_report import FILES, Measured, report, table_rows
 from ltrp_timm.arguments import keep_ratio, not_negative, positive, threads
-from ltrp_timm.console import CommandError, library_errors
+from ltrp_timm.console import CommandError, library_errors, output_errors
 from ltrp_timm.photos import printable
 from ltrp_timm.rank.cache import CROP_MODES
 from ltrp_timm.rank.command import find_device
@@ -209,7 +209,7 @@ def check_output(args: argparse.Namespace) -> None:
     if there and not args.overwrite:
         name = printable(args.output)
         raise CommandError(f"{name} holds {there[0]} already: --overwrite replaces it.")
-    with library_errors():
+    with output_errors(str(args.output)):
         args.output.mkdir(parents=True, exist_ok=True)
 
 
@@ -222,6 +222,8 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("skimage") is None:
         raise CommandError("polygons need scikit-image: pip install 'ltrp-timm[demo]'")
     load_pyplot()
+    if args.model is not None and args.patch_size is not None:
+        raise CommandError("--patch-size goes without --model: a model has its own.")
     device = find_device(args.device)
     args.keep_ratios = list(dict.fromkeys(args.keep_ratios))
     with library_errors():

@@ -205,7 +205,7 @@ def _plot(rows: Sequence[tables.Row]) -> Any:
     axes[0, 0].set_ylabel("share of an object kept")
     axes[1, 0].set_ylabel("seen − unseen")
     axes[0, 0].set_ylim(0, 1)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8, loc="lower left")
     return figure
 
 
