@@ -165,6 +165,7 @@ def report(rows: Sequence[tables.Row], found: Measured, args: argparse.Namespace
     picture.suptitle(title, fontsize=8)
     picture.tight_layout()
     picture.savefig(output / "coco.png", dpi=150)
+    load_pyplot().close(picture)
     print(f"{says}\n\n{text}", flush=True)
 
 
