@@ -1,0 +1,1 @@
+"""Selectors with and without labels: what do they keep of classes that no label named?"""
