@@ -111,8 +111,7 @@ def fit(
     seed: int,
     see: Callable[[Scenes, Tensor, torch.Generator], Tensor] | None = None,
 ) -> Any:
-    """Train a classifier on the labels of some classes, AdamW and a cosine, to a fixed number of
-    steps.
+    """Train a classifier on the labels of some classes, by AdamW and a cosine.
 
     Args:
         net: images -> logits, one for each of ``classes``.

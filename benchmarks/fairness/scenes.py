@@ -153,11 +153,11 @@ def _background(count: int, smooth: bool, draw: torch.Generator) -> Tensor:
     """A colour and a gradient, with noise of low and middle frequency unless smooth."""
     line = torch.linspace(-1, 1, SIDE)
     base = 0.25 + 0.5 * torch.rand(count, 3, 1, 1, generator=draw)
-    slope = 0.15 * torch.randn(2, count, 3, 1, 1, generator=draw)
+    slope = 0.08 * torch.randn(2, count, 3, 1, 1, generator=draw)
     scene = base + slope[0] * line.view(-1, 1) + slope[1] * line
     if smooth:
         return scene
-    return scene + _noise(count, 4, 0.10, draw) + _noise(count, 16, 0.06, draw)
+    return scene + _noise(count, 4, 0.06, draw) + _noise(count, 16, 0.05, draw)
 
 
 def _blobs(scene: Tensor, draw: torch.Generator) -> Tensor:

@@ -77,7 +77,13 @@ class Run:
         return {
             **{"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": self.seed},
             **{"num_workers": 0, "device": "cpu", "precision": "fp32", "holdout": 0.02},
-            **{"tensorboard": False, "progress": False, "resume": "auto", "clip_grad": 1.0},
+            **{
+                "tensorboard": False,
+                "progress": False,
+                "resume": "auto",
+                "clip_grad": 1.0,
+                "scale": self.args.scale,
+            },
         }
 
     def teacher(self, scenes: Callable[[], Scenes]) -> Any:
@@ -153,21 +159,21 @@ def load_network(net: Any, path: Path) -> Any:
 def train_all(run: Run, scenes: Callable[[], Scenes]) -> Trained:
     """Everything of one seed."""
     args, seed = run.args, run.seed
+    cnns, vits = {}, {}
+    learn = partial(fit, scenes=scenes, seed=seed)
+    for half, digits in HALVES.items():
+        train = partial(learn, classes=digits, epochs=args.cnn_epochs, lr=args.cnn_lr)
+        cnns[half] = run.network(f"cnn {half}", partial(make_cnn, 5), train)
+    train = partial(learn, classes=list(range(CLASSES)), epochs=args.judge_epochs, lr=args.cnn_lr)
+    judge = run.network("judge", make_judge, partial(train, see=masked))
     teacher = run.teacher(scenes)
     rankers = {
         name: run.ranker(f"ltrp {name}", scenes, removal=name.split()[0], aggregate=name.split()[1])
         for name in LTRP
     }
-    cnns, vits = {}, {}
     for half, digits in HALVES.items():
-        learn = partial(fit, scenes=scenes, seed=seed, classes=digits)
-        train = partial(learn, epochs=args.cnn_epochs, lr=args.cnn_lr)
-        cnns[half] = run.network(f"cnn {half}", partial(make_cnn, 5), train)
-        train = partial(learn, epochs=args.vit_epochs, lr=args.vit_lr)
+        train = partial(learn, classes=digits, epochs=args.vit_epochs, lr=args.vit_lr)
         vits[half] = run.network(f"vit {half}", partial(make_vit, 5, teacher), train)
-    settings = {"epochs": args.judge_epochs, "lr": args.cnn_lr, "see": masked}
-    train = partial(fit, scenes=scenes, seed=seed, classes=list(range(CLASSES)), **settings)
-    judge = run.network("judge", make_judge, train)
     return Trained(teacher, rankers, cnns, vits, judge, run.seconds)
 
 
