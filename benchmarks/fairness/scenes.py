@@ -114,9 +114,7 @@ def _uniform(count: int, low: float, high: float, draw: torch.Generator) -> Tens
 
 
 def _placed(shapes: Tensor, place: Tensor, draw: torch.Generator) -> Tensor:
-    """8 x 8 shapes (B, 8, 8), turned, sheared and stretched, near the middle of a quarter of the
-    scene: (B, 64, 64) in [0, 1].
-    """
+    """Shapes (B, 8, 8), bent, each in its quarter of a scene: (B, 64, 64) in [0, 1]."""
     count = len(shapes)
     size = _uniform(count, *_BOX, draw)
     stretch = torch.exp(_uniform(count, -0.15, 0.15, draw))
