@@ -12,6 +12,8 @@ from ltrp_timm.rankers import InputBridge
 from ltrp_timm.selection import mean_rank, num_keep, select_top
 from ltrp_timm.teacher import num_visible
 
+INKED = 0.1  # a patch has ink where at least so much of it is
+
 
 def teacher_lists(
     teacher: Any, images: Tensor, mask_ratio: float, aggregate: str, draws: int, seed: int
@@ -56,7 +58,7 @@ def agreement(scores: Tensor, lists: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def object_auc(scores: Tensor, ink: Tensor) -> Tensor:
     """scores (B, N), ink (B, N) -> chance that a patch with ink outranks one without, (B,)."""
-    ranks, inked = mean_rank(scores), (ink >= 0.1).float()
+    ranks, inked = mean_rank(scores), (ink >= INKED).float()
     of_ink = (ranks * inked).sum(1) / inked.sum(1)
     return 0.5 + of_ink - (ranks * (1 - inked)).sum(1) / (1 - inked).sum(1)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ltrp_timm.console import CommandError, say
 from ltrp_timm.photos import one_line
 from ltrp_timm.rankers import list_rankers, ranker_class
-from ltrp_timm.train.settings import CLIP_MODES, PRECISIONS, RESUMES, Settings
+from ltrp_timm.train.settings import CLIP_MODES, PRECISIONS, RESUMES, SCALE, Settings
 
 _HELP = "see the documentation of ltrp_timm.train"
 
@@ -70,6 +70,8 @@ def _command(commands: Any, name: str, about: str, run: Callable[..., int]) -> A
     add("--data", required=True, metavar="DIR", help=text)
     add("--output", required=True, metavar="DIR", help="folder of the run")
     add("--img-size", type=int, metavar="PIXELS", help="side of the images (the teacher's, or 224)")
+    text = "share of a picture's area that a random crop takes (0.2 1)"
+    add("--scale", type=float, nargs=2, default=SCALE, metavar=("FROM", "TO"), help=text)
     return parser
 
 
@@ -147,7 +149,7 @@ def _run_ranker(arguments: argparse.Namespace) -> int:
     names = [
         *("data", "output", "ranker", "img_size", "init_from", "distill_from", "distill_weight"),
         *("loss", "list_size", "visible_only", "mask_ratio", "removal", "metric", "aggregate"),
-        *("chunk", "compare", "dry_run"),
+        *("chunk", "scale", "compare", "dry_run"),
     ]
     values = {name: getattr(arguments, name) for name in names}
     values["teacher"] = None if arguments.teacher == "none" else arguments.teacher
@@ -159,7 +161,7 @@ def _run_ranker(arguments: argparse.Namespace) -> int:
 def _run_teacher(arguments: argparse.Namespace) -> int:
     from ltrp_timm.train.teacher import train_teacher
 
-    names = ("data", "output", "img_size", "init_from", "mask_ratio", "norm_pix_loss")
+    names = ("data", "output", "img_size", "init_from", "mask_ratio", "norm_pix_loss", "scale")
     values = {name: getattr(arguments, name) for name in names}
     values["teacher_args"] = parse_values(arguments.teacher_args)
     hint = f"create_teacher({arguments.output!r})"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltrp_timm.train.data import Batch, Transform
 from ltrp_timm.train.keys import seeded
+from ltrp_timm.train.settings import check_range
 
 ERASE_MODES = ("const", "rand", "pixel")
 MIXUP_MODES = ("batch", "pair", "elem")
@@ -76,10 +77,7 @@ class Augmentation:
         if self.recount < 1:
             raise ValueError(f"recount must be at least 1, got {self.recount}.")
         for name, top in (("scale", 1.0), ("ratio", float("inf"))):
-            value = getattr(self, name)
-            pair = isinstance(value, (tuple, list)) and len(value) == 2
-            if not pair or not 0.0 < value[0] <= value[1] <= top:
-                raise ValueError(f"{name} must be two numbers, 0 < from <= to, got {value}.")
+            check_range(name, getattr(self, name), top)
         for name, allowed in (("remode", ERASE_MODES), ("mixup_mode", MIXUP_MODES)):
             value = getattr(self, name)
             if value not in allowed:

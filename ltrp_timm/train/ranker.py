@@ -21,7 +21,7 @@ from ltrp_timm.train.data import Batch, check_data
 from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit, rehearse
 from ltrp_timm.train.pictures import show_images
-from ltrp_timm.train.settings import make_settings
+from ltrp_timm.train.settings import SCALE, check_range, make_settings
 from ltrp_timm.train.sources import Sources, crop_transforms
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.targets import Targets, accepted, open_ranker, saved_name
@@ -52,6 +52,7 @@ def train_ranker(
     metric: str = "l1",
     aggregate: str = "mean",
     chunk: int | None = None,
+    scale: Sequence[float] = SCALE,
     compare: Sequence[str] = (),
     dry_run: bool = False,
     **settings: Any,
@@ -82,6 +83,7 @@ def train_ranker(
         metric: likewise.
         aggregate: likewise.
         chunk: likewise.
+        scale: share of a picture's area that a random crop takes, from and to.
         compare: names of rankers without weights that are measured beside it, for the log.
         dry_run: check everything and say what would be done; write nothing.
         **settings: see ``Settings``. Defaults here are the published ones: 400 epochs, a tenth of
@@ -103,6 +105,7 @@ def train_ranker(
     common = make_settings(DEFAULTS, settings)
     loss_function = _loss(loss)
     args = dict(ranker_args or {})
+    check_range("scale", scale, 1.0)
     check_data(data)  # before a teacher is pulled
     scoring = {"removal": removal, "metric": metric, "aggregate": aggregate, "chunk": chunk}
     with join_world(common.device) as world:
@@ -120,9 +123,10 @@ def train_ranker(
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net = make_ranker(ranker, targets, args, init_from)
         task = RankerTask(net.to(world.device), targets, loss_function, visible_only, loss, compare)
-        transforms = crop_transforms(targets.img_size, targets.mean, targets.std)
+        transforms = crop_transforms(targets.img_size, targets.mean, targets.std, scale)
         least = max(targets.patch_size)
         sources = Sources(data, common, world, *transforms, targets.img_size, least)
+        sources.fingerprint["scale"] = list(scale)
         return (rehearse if dry_run else fit)(task, sources, common, world, output)
 
 

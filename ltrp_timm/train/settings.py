@@ -7,6 +7,7 @@ from typing import Any
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 RESUMES = ("never", "auto")
+SCALE = (0.2, 1.0)  # of the published crops
 CLIP_MODES = ("norm", "value", "agc")
 
 # what may differ between a run and its continuation: it changes no weight
@@ -135,6 +136,18 @@ class Settings:
         """What a continuation must not change, as JSON can hold it."""
         names = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in names if name not in _FREE}
+
+
+def check_range(name: str, value: Any, top: float) -> None:
+    """Check two numbers, from and to.
+
+    Raises:
+        ValueError: they are not, or not 0 < from <= to <= ``top``.
+    """
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not pair or not 0.0 < value[0] <= value[1] <= top:
+        most = "" if top == float("inf") else f" <= {top:g}"
+        raise ValueError(f"{name} must be two numbers, 0 < from <= to{most}, got {value}.")
 
 
 def make_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:

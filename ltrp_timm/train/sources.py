@@ -20,7 +20,7 @@ from ltrp_timm.train.data import (
     open_dataset,
 )
 from ltrp_timm.train.keys import HELD_OUT, sample_seed
-from ltrp_timm.train.settings import Settings
+from ltrp_timm.train.settings import SCALE, Settings
 from ltrp_timm.train.world import World
 
 
@@ -188,9 +188,12 @@ class Sources:
 
 
 def crop_transforms(
-    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+    img_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    scale: Sequence[float] = SCALE,
 ) -> tuple[Transform, Transform]:
     """The published augmentation, a random resized crop and a flip; and a centre crop."""
     shared = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
-    train = create_transform(**shared, is_training=True, scale=(0.2, 1.0), color_jitter=None)
+    train = create_transform(**shared, is_training=True, scale=tuple(scale), color_jitter=None)
     return train, create_transform(**shared, is_training=False, crop_pct=1.0)

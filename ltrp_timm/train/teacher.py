@@ -1,6 +1,6 @@
 """Train a teacher, an MAE, on images of one's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ltrp_timm.train.data import Batch
 from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit
 from ltrp_timm.train.pictures import show_images
-from ltrp_timm.train.settings import make_settings
+from ltrp_timm.train.settings import SCALE, check_range, make_settings
 from ltrp_timm.train.sources import Sources, crop_transforms
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.task import Summary
@@ -38,6 +38,7 @@ def train_teacher(
     init_from: Any = None,
     mask_ratio: float = 0.75,
     norm_pix_loss: bool = False,
+    scale: Sequence[float] = SCALE,
     **settings: Any,
 ) -> Summary:
     """Train an MAE to paint hidden patches; ``create_teacher(output)`` loads it.
@@ -50,6 +51,7 @@ def train_teacher(
         init_from: what ``create_teacher`` takes, to begin with its weights.
         mask_ratio: share of patches that are hidden.
         norm_pix_loss: paint each patch normalised by its own mean and standard deviation.
+        scale: share of a picture's area that a random crop takes, from and to.
         **settings: see ``Settings``. Defaults here are MAE's: 400 epochs, a tenth of them warm-up,
             AdamW (0.9, 0.95), weight decay 0.05, 1.5e-4 · images per update / 256.
 
@@ -69,6 +71,7 @@ def train_teacher(
     >>> train_teacher("photos", "mae", img_size=96, epochs=100)  # doctest: +SKIP
     """
     common = make_settings(DEFAULTS, settings)
+    check_range("scale", scale, 1.0)
     args: dict[str, Any] = {**(teacher_args or {}), "norm_pix_loss": norm_pix_loss, "frozen": False}
     if img_size is not None:
         args["img_size"] = img_size
@@ -76,9 +79,10 @@ def train_teacher(
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             teacher = create_teacher(init_from, **args) if init_from else MAETeacher(**args)
         task = TeacherTask(teacher.to(world.device), mask_ratio)
-        transforms = crop_transforms(teacher.img_size, teacher.mean, teacher.std)
+        transforms = crop_transforms(teacher.img_size, teacher.mean, teacher.std, scale)
         least = max(teacher.patch_size)
         sources = Sources(data, common, world, *transforms, teacher.img_size, least)
+        sources.fingerprint["scale"] = list(scale)
         return fit(task, sources, common, world, output)
 
 

@@ -1,0 +1,62 @@
+"""Pictures of the comparison: what is kept of a few scenes, and bars of the figures."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Row, load_pyplot
+
+from fairness.measures import scores_of
+from fairness.scenes import PATCH, SIDE, TEST, make_scenes
+from fairness.selectors import CAM, label_free, with_labels
+from fairness.stages import Trained
+from ltrp_timm.selection import num_keep, select_top
+from ltrp_timm.train.pictures import show_images
+from ltrp_timm.visualize import kept_patches, row, stack_rows
+
+_SHOWN = ("random", "pixel_std", "contrast", "full mean", "full max", CAM, "attention")
+_GRID = (SIDE // PATCH, SIDE // PATCH)
+_SCALE = 2
+
+
+def draw_scenes(trained: Trained, path: Path, count: int = 6, keep_ratio: float = 0.25) -> None:
+    """New scenes, and what each selector keeps of them; labels were those of the first half."""
+    scenes = make_scenes(count, 2, TEST)
+    half = next(iter(trained.cnns))
+    rankers = {**label_free(trained), **with_labels(trained, half)}
+    scores = {name: scores_of(rankers[name], scenes) for name in _SHOWN if name in rankers}
+    scores["ink"] = scenes.ink().sum(dim=1)
+    rows = []
+    for number, photo in enumerate(show_images(scenes.pixels())):
+        large = photo.resize((photo.width * _SCALE, photo.height * _SCALE), resample=0)
+        digits = scenes.labels[number].nonzero().squeeze(1).tolist()
+        panels = [(large, " ".join(map(str, digits)))]
+        for name, values in scores.items():
+            keep = select_top(values[number : number + 1], num_keep(values.shape[1], keep_ratio))
+            panels.append((kept_patches(large, keep, _GRID), name))
+        rows.append(row(panels))
+    stack_rows(rows).save(path)
+
+
+def plot(rows: list[Row], keep_ratio: float = 0.25) -> Any:
+    """Bars of seen and unseen classes for each selector; lines are the extremes of the seeds."""
+    figure, axes = load_pyplot().subplots(1, 2, figsize=(15, 5))
+    last = "both" if any(r["seen"] == "both" for r in rows) else rows[0]["seen"]
+    case = ("all", last, "clutter", keep_ratio)
+    own = [r for r in rows if (r["seed"], r["seen"], r["images"], r["keep_ratio"]) == case]
+    places = torch.arange(len(own)).tolist()
+    for ax, name in zip(axes, ("recall", "map")):
+        for part, shift in (("seen", -0.2), ("unseen", 0.2)):
+            column = f"{name}_{part}"
+            heights = [r[column] for r in own]
+            below = [max(r[column] - r[f"{column}_low"], 0) for r in own]
+            above = [max(r[f"{column}_high"] - r[column], 0) for r in own]
+            at = [place + shift for place in places]
+            ax.bar(at, heights, 0.4, yerr=(below, above), capsize=2, label=f"{part} classes")
+        ax.set_xticks(places, [r["method"] for r in own], rotation=40, ha="right", fontsize=8)
+        ax.set_ylim(0, 1)
+        ax.grid(alpha=0.3, axis="y")
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel(f"share of ink kept at keep ratio {keep_ratio:g}")
+    axes[1].set_ylabel("mAP of the judge")
+    return figure

@@ -1,0 +1,212 @@
+"""What is trained, stage by stage; a stage that lies in the folder of the run is not repeated."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+
+import ltrp_timm
+from fairness.networks import fit, make_cnn, make_judge, make_vit, masked
+from fairness.scenes import CLASSES, PATCH, SIDE, Scenes
+from ltrp_timm.train import train_ranker, train_teacher
+
+HALVES = {"0-4": list(range(5)), "5-9": list(range(5, CLASSES))}  # the digits with labels
+LTRP = ("full mean", "full max", "decoder mean", "decoder max")
+TEACHER = {"patch_size": PATCH, "embed_dim": 128, "depth": 3, "num_heads": 4}
+TEACHER |= {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
+
+
+class Trained(NamedTuple):
+    """All that a seed trained.
+
+    Attributes:
+        teacher: the MAE.
+        rankers: LTRP's, by removal and aggregate.
+        cnns: by the half of the digits whose labels it saw.
+        vits: likewise.
+        judge: of kept patches.
+        seconds: of the training of each, by its name.
+    """
+
+    teacher: Any
+    rankers: dict[str, Any]
+    cnns: dict[str, Any]
+    vits: dict[str, Any]
+    judge: Any
+    seconds: dict[str, float]
+
+
+class Pictures(Dataset[Image.Image]):
+    """The images of scenes, without their labels."""
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.pixels = scenes.images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def __len__(self) -> int:
+        """Number of scenes."""
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """A scene as a picture."""
+        return Image.fromarray(self.pixels[index])
+
+
+class Run:
+    """The folder of a seed, and how long each stage took.
+
+    Args:
+        folder: of the seed.
+        seed: of all that is drawn.
+        args: of the benchmark: epochs, learning rates.
+    """
+
+    def __init__(self, folder: Path, seed: int, args: argparse.Namespace) -> None:
+        self.folder, self.seed, self.args = folder, seed, args
+        self.seconds: dict[str, float] = {}
+
+    def common(self, epochs: int, batch_size: int, lr: float) -> dict[str, Any]:
+        """Settings of the library's trainings."""
+        return {
+            **{"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": self.seed},
+            **{"num_workers": 0, "device": "cpu", "precision": "fp32", "holdout": 0.02},
+            **{
+                "tensorboard": False,
+                "progress": False,
+                "resume": "auto",
+                "clip_grad": 1.0,
+                "scale": self.args.scale,
+            },
+        }
+
+    def teacher(self, scenes: Callable[[], Scenes]) -> Any:
+        """The MAE, trained by ``train_teacher``."""
+        path = self.folder / "teacher"
+        args = self.args
+
+        def train() -> None:
+            settings = self.common(args.teacher_epochs, 64, args.teacher_lr)
+            _finished(train_teacher(Pictures(scenes()), path, SIDE, TEACHER, **settings))
+
+        self.timed("teacher", train)
+        return ltrp_timm.create_teacher(path)
+
+    def ranker(self, name: str, scenes: Callable[[], Scenes], **options: Any) -> Any:
+        """A ranker, trained by ``train_ranker``; ``options`` are that function's.
+
+        Args:
+            name: of its folder.
+            scenes: makes those to train on.
+            **options: removal, aggregate, loss …; ``ranker``, ``teacher``, ``epochs`` too.
+        """
+        path, args = self.folder / name.replace(" ", "_"), self.args
+        epochs = options.pop("epochs", args.ranker_epochs)
+        kind = options.get("ranker", "conv")
+        options.setdefault("teacher", self.folder / "teacher")
+        options.setdefault("mask_ratio", args.mask_ratio)
+        options.setdefault("list_size", args.list_size)
+
+        def train() -> None:
+            settings = self.common(epochs, 32, args.ranker_lr)
+            _finished(train_ranker(Pictures(scenes()), path, **options, **settings))
+
+        self.timed(name, train)
+        return ltrp_timm.create_ranker(kind, pretrained=path)
+
+    def network(self, name: str, make: Callable[[], Any], train: Callable[[Any], Any]) -> Any:
+        """A network with labels: of its file, or made, trained and written there."""
+        path = self.folder / f"{name.replace(' ', '_')}.safetensors"
+
+        def train_and_write() -> None:
+            torch.manual_seed(self.seed)
+            net = train(make().to(memory_format=torch.channels_last))
+            save_file({key: value.contiguous() for key, value in net.state_dict().items()}, path)
+
+        self.timed(name, train_and_write)
+        return load_network(make(), path)
+
+    def timed(self, name: str, train: Callable[[], None]) -> None:
+        """Train what is not there; note the seconds beside it."""
+        note = self.folder / f"{name.replace(' ', '_')}.json"
+        if not note.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            start = time.perf_counter()
+            train()
+            seconds = time.perf_counter() - start
+            note.write_text(json.dumps({"seconds": round(seconds, 1)}), encoding="utf-8")
+            print(f"seed {self.seed}: {name} in {seconds:.0f} s", flush=True)
+        self.seconds[name] = json.loads(note.read_text(encoding="utf-8"))["seconds"]
+
+
+def _finished(summary: Any) -> None:
+    if summary.stopped_by:
+        raise SystemExit(f"{summary.output} was stopped; with the same --runs it goes on")
+
+
+def load_network(net: Any, path: Path) -> Any:
+    """A network with the weights of a file, in eval and channels last."""
+    net.load_state_dict(load_file(path))
+    return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def train_all(run: Run, scenes: Callable[[], Scenes]) -> Trained:
+    """Everything of one seed."""
+    args, seed = run.args, run.seed
+    cnns, vits = {}, {}
+    learn = partial(fit, scenes=scenes, seed=seed)
+    for half, digits in HALVES.items():
+        train = partial(learn, classes=digits, epochs=args.cnn_epochs, lr=args.cnn_lr)
+        cnns[half] = run.network(f"cnn {half}", partial(make_cnn, 5), train)
+    train = partial(learn, classes=list(range(CLASSES)), epochs=args.judge_epochs, lr=args.cnn_lr)
+    judge = run.network("judge", make_judge, partial(train, see=masked))
+    teacher = run.teacher(scenes)
+    rankers = {
+        name: run.ranker(f"ltrp {name}", scenes, removal=name.split()[0], aggregate=name.split()[1])
+        for name in LTRP
+    }
+    for half, digits in HALVES.items():
+        train = partial(learn, classes=digits, epochs=args.vit_epochs, lr=args.vit_lr)
+        vits[half] = run.network(f"vit {half}", partial(make_vit, 5, teacher), train)
+    return Trained(teacher, rankers, cnns, vits, judge, run.seconds)
+
+
+def ship(trained: Trained, path: Path) -> None:
+    """Write what the quick run needs, in half precision.
+
+    That is teacher, rankers, the CNN of the first half of the digits, and the judge.
+    """
+    weights = {
+        f"{name}.{key}": value.half() if value.is_floating_point() else value
+        for name, net in _shipped(trained).items()
+        for key, value in net.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in weights.items()}, path)
+
+
+def _shipped(trained: Trained) -> dict[str, Any]:
+    first = next(iter(HALVES))
+    nets = {f"ltrp {name}": ranker for name, ranker in trained.rankers.items()}
+    return {"teacher": trained.teacher, **nets, "cnn": trained.cnns[first], "judge": trained.judge}
+
+
+def load_shipped(path: Path) -> Trained:
+    """What ``ship`` wrote; there are no ViTs, and only the first half of the digits has a CNN."""
+    rankers = {name: ltrp_timm.create_ranker("conv", patch_size=PATCH) for name in LTRP}
+    teacher = ltrp_timm.MAETeacher(img_size=SIDE, **TEACHER)
+    trained = Trained(teacher, rankers, {next(iter(HALVES)): make_cnn(5)}, {}, make_judge(), {})
+    weights = load_file(path)
+    for name, net in _shipped(trained).items():
+        own = {
+            key[len(name) + 1 :]: of for key, of in weights.items() if key.startswith(f"{name}.")
+        }
+        net.load_state_dict(own)
+        net.eval().requires_grad_(False)
+    return trained

@@ -1,0 +1,193 @@
+"""What makes a ranker without labels better: mask, removal, aggregate, loss, size, more of it?
+
+Claim. What decides is how a patch's worth is aggregated over the masked ones: `max`, the strongest
+local change, is better than the paper's `mean`; losses and sizes of the ranker matter little; and
+`decoder` removal does not find objects.
+
+Arithmetic. At 64 patches a mask ratio of 0.75 leaves 16 visible, 0.5 leaves 32 and 0.9 leaves 6, of
+which a list has at most 10. A ranker of 64 channels and 4 blocks has 0.15 M weights and sees 10 000
+scenes once, in 312 steps of 32: every variant has the same images in the same order.
+
+Each variant differs in what its name says from `base`: removal `full`, aggregate `mean`, metric
+`l1`, mask ratio 0.75, ListMLE, conv 64 × 4. Teachers and judges are those of
+`benchmarks/fairness.py --runs FOLDER`, with the same FOLDER; scenes to measure on are others than
+that benchmark's. Nothing here saw a label, so all ten digits count alike:
+    recall    share of ink in kept patches, mean over classes
+    mAP       of the judge, mean over classes
+    − contrast  mAP above that of the `contrast` ranker: same judge, same scenes
+Rows of seed `all` are means over the seeds; low and high there are the extremes of the seeds, and
+else 95 % intervals over resampled scenes. `mixed` is not a training: 0.7 of the patches are the
+base's best, clusters choose the rest.
+"""
+
+import argparse
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tables
+import torch
+from common import Row, load_pyplot, make_parser, set_up
+from fairness.measures import Judging, Kept, N, interval, scores_of
+from fairness.networks import make_judge
+from fairness.scenes import PATCH, SIDE, TEST, TRAIN, make_scenes
+from fairness.stages import Run, load_network
+
+import ltrp_timm
+from ltrp_timm.selection import num_keep, patch_pixels, select_mixed
+
+NAME = "fairness_ablations"
+TITLE = "What makes a ranker that saw no labels better"
+KEEP_RATIO = 0.25
+VIT = {"ranker": "vit_tiny", "ranker_args": {"embed_dim": 96, "depth": 4, "num_heads": 3}}
+# axis, what is changed
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "base": ("base", {}),
+    "mask ratio 0.5": ("mask ratio", {"mask_ratio": 0.5}),
+    "mask ratio 0.9": ("mask ratio", {"mask_ratio": 0.9}),
+    "removal encoder": ("removal", {"removal": "encoder"}),
+    "removal decoder": ("removal", {"removal": "decoder"}),
+    "aggregate max": ("aggregate", {"aggregate": "max"}),
+    "metric mse": ("metric", {"metric": "mse"}),
+    "list_net": ("loss", {"loss": "list_net"}),
+    "rank_net": ("loss", {"loss": "rank_net"}),
+    "focused_rank": ("loss", {"loss": "focused_rank"}),
+    "lambda_rank": ("loss", {"loss": "lambda_rank"}),
+    "pointwise_mse": ("loss", {"loss": "pointwise_mse"}),
+    "conv 32 × 2": ("ranker", {"ranker_args": {"width": 32, "depth": 2}}),
+    "conv 128 × 6": ("ranker", {"ranker_args": {"width": 128, "depth": 6}}),
+    "vit": ("ranker", VIT),
+    "vit, visible only": ("ranker", {**VIT, "visible_only": True}),
+    "list of 16": ("list", {"list_size": 16}),
+    "3 epochs": ("more", {"epochs": 3}),
+    "max, metric mse": ("max and", {"aggregate": "max", "metric": "mse"}),
+    "max, mask ratio 0.5": ("max and", {"aggregate": "max", "mask_ratio": 0.5}),
+    "max, list of 16": ("max and", {"aggregate": "max", "list_size": 16}),
+    "max, 3 epochs": ("max and", {"aggregate": "max", "epochs": 3}),
+    "max, half contrast": ("max and", {"aggregate": "max", "distill_from": "contrast"}),
+    "contrast alone": ("distilled", {"teacher": None, "distill_from": "contrast"}),
+}
+FREE = ("contrast", "pixel_std", "random")
+
+
+def goals() -> list[tables.Goal]:
+    """What the claim says, of the best ranker: no worse than the best score without weights."""
+    where = {"seed": "all", "method": "max, 3 epochs"}
+    return [tables.Goal("mAP − contrast's", where, "above_contrast", ">=", 0.0)]
+
+
+def variants(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Every variant's ranker, trained where it is not in the folder of its seed yet."""
+    run = Run(folder / f"seed_{seed}", seed, args)
+    scenes = cache(lambda: make_scenes(args.scenes, 0, TRAIN))
+    found = {}
+    for name, (_, options) in VARIANTS.items():
+        own = {**options}
+        if own.get("teacher", True) is None:
+            own |= {"img_size": SIDE, "ranker_args": {"patch_size": PATCH}}
+        found[name] = run.ranker(f"ablation {name}", scenes, **own).eval()
+    return found
+
+
+def measured(kept: Kept) -> Row:
+    """Means over the classes with intervals."""
+    assert kept.precision is not None
+    recall, precision = kept.recall.mean(dim=1), kept.precision.mean(dim=1)
+    return {**interval("recall", recall), **interval("map", precision)}
+
+
+def judge_seed(folder: Path, seed: int, args: argparse.Namespace) -> list[Row]:
+    """Rows of one seed."""
+    judge = load_network(make_judge(), folder / f"seed_{seed}" / "judge.safetensors")
+    judging = Judging(make_scenes(args.test_scenes, 3, TEST), judge)
+    rankers = variants(folder, seed, args)
+    free = {name: ltrp_timm.create_ranker(name, patch_size=PATCH).eval() for name in FREE}
+    free["random"].generator = torch.Generator().manual_seed(0)
+    scores = {name: scores_of(net, judging.scenes) for name, net in (rankers | free).items()}
+    tokens = patch_pixels(judging.scenes.pixels(), (SIDE // PATCH, SIDE // PATCH))
+    keep = select_mixed(scores["base"], num_keep(N, KEEP_RATIO), tokens)
+    scores["mixed"] = torch.zeros(len(keep), N).scatter_(1, keep, 1.0)
+    axes = {name: axis for name, (axis, _) in VARIANTS.items()} | {"mixed": "selection"}
+    rows = []
+    for name, values in scores.items():
+        row: Row = {"seed": seed, "axis": axes.get(name, "no weights"), "method": name}
+        rows.append({**row, **measured(judging(values, KEEP_RATIO))})
+    of_contrast = next(row["map"] for row in rows if row["method"] == "contrast")
+    return [{**row, "above_contrast": round(row["map"] - of_contrast, 5)} for row in rows]
+
+
+def over_seeds(rows: list[Row]) -> list[Row]:
+    """Means over the seeds, with their extremes."""
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        line: Row = {**own[0], "seed": "all"}
+        for name in ("recall", "map", "above_contrast"):
+            values = [row[name] for row in own]
+            line[name] = round(statistics.mean(values), 5)
+            if name != "above_contrast":
+                line |= {f"{name}_low": min(values), f"{name}_high": max(values)}
+        found.append(line)
+    return found
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The figures over all seeds as text."""
+    return [
+        {
+            "axis": row["axis"],
+            "variant": row["method"],
+            "recall": tables.figure(row, "recall", ".2f"),
+            "mAP": tables.figure(row, "map", ".2f"),
+            "mAP − contrast's": f"{row['above_contrast']:+.3f}",
+        }
+        for row in rows
+        if row["seed"] == "all"
+    ]
+
+
+def plot(rows: list[Row]) -> Any:
+    """A bar for each variant, with the extremes of the seeds; a line where `contrast` is."""
+    own = [row for row in rows if row["seed"] == "all"]
+    figure, axes = load_pyplot().subplots(1, 2, figsize=(14, 7), sharey=True)
+    names = [f"{row['axis']}: {row['method']}" for row in own]
+    for ax, name in zip(axes, ("recall", "map")):
+        below = [row[name] - row[f"{name}_low"] for row in own]
+        above = [row[f"{name}_high"] - row[name] for row in own]
+        ax.barh(names, [row[name] for row in own], xerr=(below, above), capsize=2)
+        ax.axvline(next(r[name] for r in own if r["method"] == "contrast"), color="k", ls=":")
+        ax.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel(f"share of ink kept at keep ratio {KEEP_RATIO:g}")
+    axes[1].set_xlabel("mAP of the judge")
+    return figure
+
+
+def main() -> None:
+    """Train, judge, write CSV, PNG and Markdown, check the goals."""
+    parser = make_parser((__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--runs", type=Path, required=True, help="folder of benchmarks/fairness.py's training")
+    add("--scenes", type=int, default=10_000, help="to train on")
+    add("--test-scenes", type=int, default=2000, help="to measure on")
+    add("--ranker-epochs", type=int, default=1, help="of each ranker, batches of 32")
+    add("--ranker-lr", type=float, default=4e-3, help="learning rate")
+    add("--scale", type=float, nargs=2, default=(0.7, 1.0), help="of the crops that train them")
+    add("--mask-ratio", type=float, default=0.75, help="of the scores that the rankers learn")
+    add("--list-size", type=int, default=10, help="scores of an image that a ranker learns from")
+    add("--seeds", type=int, nargs="+", default=[1, 2], help="of the training")
+    args = parser.parse_args()
+    where = set_up(args)
+    rows: list[Row] = []
+    for seed in args.seeds:
+        if not (args.runs / f"seed_{seed}" / "judge.safetensors").exists():
+            raise SystemExit(f"{args.runs} has no judge of seed {seed}: run fairness.py first")
+        rows += judge_seed(args.runs, seed, args)
+    fixed = {name: getattr(args, name) for name in ("scenes", "test_scenes", "ranker_lr")}
+    rows = [{**row, **fixed, **where} for row in [*rows, *over_seeds(rows)]]
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
+
+
+if __name__ == "__main__":
+    main()
