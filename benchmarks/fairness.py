@@ -36,11 +36,11 @@ from typing import Any
 
 import tables
 from common import Row, make_parser, set_up
+from fairness.compared import CAM, OF_CNN, WITH_LABELS, label_free, with_labels
 from fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
 from fairness.networks import logits_of
 from fairness.pictures import draw_scenes, plot
 from fairness.scenes import CLASSES, TEST, TRAIN, Scenes, make_scenes
-from fairness.selectors import CAM, OF_CNN, WITH_LABELS, label_free, with_labels
 from fairness.stages import HALVES, LTRP, Run, Trained, load_shipped, ship, train_all
 from tables import Goal
 from torch import Tensor

@@ -285,7 +285,7 @@ def environment(device: str | torch.device | None = None) -> dict[str, str]:
         machine = f"{torch.cuda.get_device_name(device)}, {machine}"
     return {
         "machine": machine,
-        "cores": str(_num_cores()),
+        "cores": str(num_cores()),
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
         "timm": _version("timm"),
@@ -304,8 +304,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
-def _num_cores() -> int:
-    """Cores that this process may use, where the system says."""
+def num_cores() -> int:
+    """Cores that this process may use, where the system says; else those of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

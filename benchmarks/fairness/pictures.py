@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from common import Row, load_pyplot
 
+from fairness.compared import CAM, label_free, with_labels
 from fairness.measures import scores_of
 from fairness.scenes import PATCH, SIDE, TEST, make_scenes
-from fairness.selectors import CAM, label_free, with_labels
 from fairness.stages import Trained
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.train.pictures import show_images

@@ -1,9 +1,10 @@
 """What every training has in common, as plain values."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
+
+from ltrp_timm.throughput import num_cores
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 RESUMES = ("never", "auto")
@@ -16,12 +17,6 @@ _FREE = {
     *("val_data", "val_split", "data_root", "split", "num_samples", "input_key"),
     *("batch_size", "accumulate"),  # their product with the processes is what counts
 }
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    own = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(own(0)) if own is not None else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Settings:
     compile: bool = False
     seed: int = 0
     device: str | None = None
-    num_workers: int = min(4, _cores())
+    num_workers: int = min(4, num_cores())
     resume: str = "never"
     checkpoint_steps: int | None = None
     holdout: float = 0.05
