@@ -1,11 +1,11 @@
 """What labels train: two classifiers whose maps are selectors, and the judge of all selectors."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -18,20 +18,49 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LEAST_KEPT = 8  # patches that the judge is shown while it learns, at least
 
 
+class SmallCNN(nn.Module):
+    """Convolutions with BatchNorm down to a place for each patch; it pools places by maximum.
+
+    It has the methods of timm's classifiers that rankers need.
+
+    Args:
+        num_classes: logits.
+        in_chans: channels of an image.
+    """
+
+    def __init__(self, num_classes: int, in_chans: int = 3) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, 128
+        widths = (in_chans, 32, 64, 128, 128, 128)
+        layers: list[nn.Module] = []
+        for number, (width, out) in enumerate(pairwise(widths)):
+            layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)]
+            layers.append(nn.ReLU(inplace=True))
+            if number in (0, 1, 3):  # 64 pixels become 8 places
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(self.num_features, num_classes)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> (B, 128, H / 8, W / 8)."""
+        return self.features(images)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """features (B, 128, h, w) -> logits (B, num_classes)."""
+        return self.fc(features.amax(dim=(2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(images))
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer on pooled places."""
+        return self.fc
+
+
 def make_cnn(num_classes: int, in_chans: int = 3) -> Any:
-    """A small ResNet whose last map has a place for each patch; it pools places by maximum."""
-    net = ResNet(
-        BasicBlock,
-        (1, 1, 1, 1),
-        num_classes=num_classes,
-        in_chans=in_chans,
-        output_stride=PATCH,
-        global_pool="max",
-        stem_width=16,
-        stem_type="deep",
-        channels=(32, 64, 96, 128),
-    )
-    return with_normalisation(net)
+    """A classifier for ``cam`` and ``grad_cam``."""
+    return with_normalisation(SmallCNN(num_classes, in_chans))
 
 
 def make_vit(num_classes: int, teacher: Any = None) -> Any:
@@ -111,7 +140,7 @@ def fit(
     seed: int,
     see: Callable[[Scenes, Tensor, torch.Generator], Tensor] | None = None,
 ) -> Any:
-    """Train a classifier on the labels of some classes, by AdamW and a cosine.
+    """Train a classifier on the labels of some classes, by AdamW and a cosine, in bfloat16 autocast.
 
     Args:
         net: images -> logits, one for each of ``classes``.
@@ -130,18 +159,17 @@ def fit(
     optimizer = create_optimizer_v2(net, opt="adamw", lr=lr, weight_decay=0.05)
     shown = scenes()
     steps = epochs * (len(shown.images) // BATCH)
-    schedule = CosineLRScheduler(
-        optimizer, t_initial=steps, warmup_t=steps // 20, t_in_epochs=False
-    )
+    schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 7, t_in_epochs=False)
     net.train()
     for step, batch in enumerate(_batches(shown, epochs, draw)):
         schedule.step_update(step)
         images = normalise(batch.pixels())
         if see is not None:
             images = see(batch, images, draw)
-        logits = net(images.contiguous(memory_format=torch.channels_last))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(images.contiguous(memory_format=torch.channels_last))
         targets = batch.labels[:, classes].float()
-        loss = F.binary_cross_entropy_with_logits(logits, targets)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), targets)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
