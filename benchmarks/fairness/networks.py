@@ -140,7 +140,7 @@ def fit(
     seed: int,
     see: Callable[[Scenes, Tensor, torch.Generator], Tensor] | None = None,
 ) -> Any:
-    """Train a classifier on the labels of some classes, by AdamW and a cosine, in bfloat16 autocast.
+    """Train a classifier on the labels of some classes, by AdamW and a cosine, in bfloat16.
 
     Args:
         net: images -> logits, one for each of ``classes``.
