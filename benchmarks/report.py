@@ -124,7 +124,7 @@ SECTIONS = [
         lambda row: {**_model(row), "keep": row["keep_ratio"]},
         lambda row: row["method"] if row["method"] in ("full", "ideal") else f"`{row['method']}`",
         _speed_cell,
-        lambda row: row["keep_ratio"] in ("0.5", "0.25"),
+        lambda row: row["keep_ratio"] in ("0.5", "0.25") and row["batch"] in ("1", "8"),
     ),
     Section(
         "compile",

@@ -211,7 +211,8 @@ def main() -> None:
     args = make_parser(
         (__doc__ or "").splitlines()[0],
         models=[VIT_TI, VIT_S, VIT_B, VIT_L],
-        keep_ratios=[0.75, 0.5, 0.25, 0.1],
+        batch_sizes=[1, 8, 32],
+        keep_ratios=[1.0, 0.75, 0.5, 0.25, 0.1],
     ).parse_args()
     rows = run(args, set_up(args))
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
