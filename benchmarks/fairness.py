@@ -28,6 +28,7 @@ largest of the seeds. `smooth` scenes, without noise, blobs and strokes, are a c
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 from functools import cache, partial
@@ -43,7 +44,6 @@ from fairness.pictures import draw_scenes, plot
 from fairness.scenes import CLASSES, TEST, TRAIN, Scenes, make_scenes
 from fairness.stages import HALVES, LTRP, Run, Trained, load_shipped, ship, train_all
 from tables import Goal
-from torch import Tensor
 
 from ltrp_timm import throughput
 from ltrp_timm.metrics import average_precision
@@ -107,26 +107,43 @@ def judge_all(trained: Trained, args: argparse.Namespace) -> list[Row]:
         name: teacher_auc(trained.teacher, clutter, args.mask_ratio, *name.split()) for name in LTRP
     }
     rows: list[Row] = []
-    free_scores = {key: all_scores(free, judge) for key, judge in judges.items()}
+    ratios = (1.0, *KEEP_RATIOS)
+    kept = {key: keep_all(free, judge, ratios) for key, judge in judges.items()}
     for half, cnn in trained.cnns.items():
         own = own_map(cnn, clutter, HALVES[half])
         for images, judge in judges.items():
-            scores = free_scores[images] | all_scores(with_labels(trained, half), judge)
-            for ratio in (1.0, *KEEP_RATIOS):
-                some = {"all patches": judge.ink.sum(dim=1)} if ratio == 1 else scores
-                for method, values in some.items():
-                    row: Row = {"seen": half, "images": images, "keep_ratio": ratio}
-                    row |= {"method": method, **measured(judge(values, ratio), HALVES[half])}
-                    row["teacher_auc"] = aucs.get(method, "")
-                    row["own_map"] = own if method.startswith(OF_CNN) else ""
-                    rows.append({**row, "rank_ms": costs.get(method, "")})
+            found = kept[images] | keep_all(with_labels(trained, half), judge, KEEP_RATIOS)
+            for (method, ratio), what in found.items():
+                row: Row = {"seen": half, "images": images, "keep_ratio": ratio}
+                row |= {"method": method, **measured(what, HALVES[half])}
+                row["teacher_auc"] = aucs.get(method, "")
+                row["own_map"] = own if method.startswith(OF_CNN) else ""
+                rows.append({**row, "rank_ms": costs.get(method, "")})
     return with_differences(rows)
 
 
-def all_scores(rankers: dict[str, Any], judge: Judging) -> dict[str, Tensor]:
-    """Scores (B, N) of all selectors, and the truth."""
+def judged(trained: Trained, seed: int, args: argparse.Namespace, folder: Path) -> list[Row]:
+    """Rows of one seed; those of a run that goes on are in its folder."""
+    path = folder / f"seed_{seed}" / "rows.json"
+    if not path.exists():
+        rows = judge_all(trained, args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    found: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def keep_all(
+    rankers: dict[str, Any], judge: Judging, ratios: tuple[float, ...]
+) -> dict[tuple[str, float], Kept]:
+    """What is kept by each ranker at each ratio; beside those without labels, by the truth."""
     scores = {name: scores_of(ranker, judge.scenes) for name, ranker in rankers.items()}
-    return {**scores, "ink": judge.ink.sum(dim=1)}
+    if 1.0 in ratios:
+        scores["ink"] = judge.ink.sum(dim=1)
+    found = {(name, r): judge(of, r) for r in ratios if r < 1 for name, of in scores.items()}
+    if 1.0 in ratios:
+        found["all patches", 1.0] = judge(scores["ink"], 1.0)
+    return found
 
 
 def milliseconds(rankers: dict[str, Any], scenes: Scenes) -> dict[str, float]:
@@ -221,11 +238,11 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> tuple[list[Row], 
             trained = train_all(Run(folder / f"seed_{seed}", seed, args), scenes)
         first = first or trained
         seconds = round(sum(trained.seconds.values()), 1)
-        for row in judge_all(trained, args):
+        for row in judged(trained, seed, args, folder):
             size = abs(row["recall_gap"])
             rows.append({"seed": seed, **row, "recall_gap_size": size, "train_seconds": seconds})
         print(f"seed {seed}: {seconds:.0f} s of training", flush=True)
-    settings = ("scenes", "test_scenes", "mask_ratio", "list_size", "teacher_epochs")
+    settings = ("scale", "scenes", "test_scenes", "mask_ratio", "list_size", "teacher_epochs")
     settings += ("ranker_epochs", "cnn_epochs", "vit_epochs", "judge_epochs", "quick")
     fixed = {name: getattr(args, name) for name in settings}
     return [{**row, **fixed, **where} for row in [*rows, *over_seeds(rows)]], first
@@ -274,10 +291,34 @@ def main() -> None:
     add("--scenes", type=int, default=20_000, help="to train on")
     add("--test-scenes", type=int, default=2000, help="to measure on")
     add("--teacher-epochs", type=int, default=8, help="of the MAE, batches of 64")
-    add("--ranker-epochs", type=int, default=1, help="of each ranker, batches of 32")
-    add("--cnn-epochs", type=int, default=3, help="of each CNN, batches of 64")
-    add("--vit-epochs", type=int, default=3, help="of each ViT, batches of 64")
-    add("--judge-epochs", type=int, default=4, help="of the judge, batches of 64")
+    add(
+        "--ranker-epochs",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="of each ranker, batches of 32; of each cycle",
+    )
+    add(
+        "--cnn-epochs",
+        type=int,
+        nargs="+",
+        default=[3, 3],
+        help="of each CNN, batches of 64; of each cycle",
+    )
+    add(
+        "--vit-epochs",
+        type=int,
+        nargs="+",
+        default=[3],
+        help="of each ViT, batches of 64; of each cycle",
+    )
+    add(
+        "--judge-epochs",
+        type=int,
+        nargs="+",
+        default=[4],
+        help="of the judge, batches of 64; of each cycle",
+    )
     add("--teacher-lr", type=float, default=3e-3, help="learning rate")
     add("--ranker-lr", type=float, default=4e-3, help="learning rate")
     add("--cnn-lr", type=float, default=4e-3, help="learning rate, the judge's too")
@@ -294,7 +335,7 @@ def main() -> None:
         args.seeds, args.test_scenes = [0], min(args.test_scenes, 400)
     where = set_up(args)
     with tempfile.TemporaryDirectory() as name:
-        rows, trained = run(args, where, args.runs or Path(name))
+        rows, trained = run(args, where, Path(name) if args.quick else args.runs or Path(name))
     if args.ship and not args.quick:
         ship(trained, WEIGHTS)
     args.output.mkdir(parents=True, exist_ok=True)

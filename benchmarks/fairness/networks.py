@@ -196,12 +196,12 @@ def masked(scenes: Scenes, images: Tensor, draw: torch.Generator) -> Tensor:
 def logits_of(net: Any, scenes: Scenes, kept: Tensor | None = None) -> Tensor:
     """Logits (B, C) of all scenes, of the kept patches (B, N) bool alone where these are given."""
     found, start = [], 0
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for batch in scenes.batches(4 * BATCH):
             images = normalise(batch.pixels())
             if kept is not None:
                 images = only(images, kept[start : start + len(images)])
-            found.append(net(images.contiguous(memory_format=torch.channels_last)))
+            found.append(net(images.contiguous(memory_format=torch.channels_last)).float())
             start += len(images)
     return torch.cat(found)
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,53 +88,52 @@ class Run:
 
     def teacher(self, scenes: Callable[[], Scenes]) -> Any:
         """The MAE, trained by ``train_teacher``."""
-        path = self.folder / "teacher"
-        args = self.args
-
-        def train() -> None:
-            settings = self.common(args.teacher_epochs, 64, args.teacher_lr)
-            _finished(train_teacher(Pictures(scenes()), path, SIDE, TEACHER, **settings))
-
-        self.timed("teacher", train)
+        path, args = self.folder / "teacher", self.args
+        settings = self.common(args.teacher_epochs, 64, args.teacher_lr)
+        settings |= {"output": path, "img_size": SIDE, "teacher_args": TEACHER}
+        self.timed("teacher", partial(_train_on, partial(train_teacher, **settings), scenes))
         return ltrp_timm.create_teacher(path)
 
     def ranker(self, name: str, scenes: Callable[[], Scenes], **options: Any) -> Any:
         """A ranker, trained by ``train_ranker``; ``options`` are that function's.
 
         Args:
-            name: of its folder.
+            name: of its folders, one for each cycle of the learning rate.
             scenes: makes those to train on.
-            **options: removal, aggregate, loss …; ``ranker``, ``teacher``, ``epochs`` too.
+            **options: removal, aggregate, loss …; ``ranker``, ``teacher`` too.
         """
-        path, args = self.folder / name.replace(" ", "_"), self.args
-        epochs = options.pop("epochs", args.ranker_epochs)
-        kind = options.get("ranker", "conv")
+        args, kind = self.args, options.get("ranker", "conv")
         options.setdefault("teacher", self.folder / "teacher")
         options.setdefault("mask_ratio", args.mask_ratio)
         options.setdefault("list_size", args.list_size)
-
-        def train() -> None:
+        before: Path | None = None
+        for cycle, epochs in enumerate(options.pop("epochs", args.ranker_epochs), 1):
+            stage = f"{name}, cycle {cycle}"
+            path = self.folder / file_name(stage)
             settings = self.common(epochs, 32, args.ranker_lr)
-            _finished(train_ranker(Pictures(scenes()), path, **options, **settings))
+            settings |= {**options, "init_from": before, "seed": self.seed + 1000 * (cycle - 1)}
+            train = partial(train_ranker, output=path, **settings)
+            self.timed(stage, partial(_train_on, train, scenes))
+            before = path
+        return ltrp_timm.create_ranker(kind, pretrained=before)
 
-        self.timed(name, train)
-        return ltrp_timm.create_ranker(kind, pretrained=path)
-
-    def network(self, name: str, make: Callable[[], Any], train: Callable[[Any], Any]) -> Any:
-        """A network with labels: of its file, or made, trained and written there."""
-        path = self.folder / f"{name.replace(' ', '_')}.safetensors"
-
-        def train_and_write() -> None:
-            torch.manual_seed(self.seed)
-            net = train(make().to(memory_format=torch.channels_last))
-            save_file({key: value.contiguous() for key, value in net.state_dict().items()}, path)
-
-        self.timed(name, train_and_write)
-        return load_network(make(), path)
+    def network(
+        self, name: str, make: Callable[[], Any], train: Callable[..., Any], epochs: Sequence[int]
+    ) -> Any:
+        """A network with labels, trained in cycles of the learning rate, each in a file."""
+        torch.manual_seed(self.seed)
+        net = make()
+        for cycle, count in enumerate(epochs, 1):
+            stage = f"{name}, cycle {cycle}"
+            path = self.folder / f"{file_name(stage)}.safetensors"
+            seed = self.seed + 1000 * (cycle - 1)
+            self.timed(stage, partial(_train_and_write, train, net, path, count, seed))
+            net.load_state_dict(load_file(path))
+        return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def timed(self, name: str, train: Callable[[], None]) -> None:
         """Train what is not there; note the seconds beside it."""
-        note = self.folder / f"{name.replace(' ', '_')}.json"
+        note = self.folder / f"{file_name(name)}.json"
         if not note.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
@@ -145,35 +144,53 @@ class Run:
         self.seconds[name] = json.loads(note.read_text(encoding="utf-8"))["seconds"]
 
 
-def _finished(summary: Any) -> None:
+def file_name(stage: str) -> str:
+    """The name of a stage without blanks and commas."""
+    return stage.replace(",", "").replace(" ", "_")
+
+
+def _train_on(train: Callable[..., Any], scenes: Callable[[], Scenes]) -> None:
+    """Train by the library, on pictures without labels."""
+    summary = train(Pictures(scenes()))
     if summary.stopped_by:
         raise SystemExit(f"{summary.output} was stopped; with the same --runs it goes on")
 
 
-def load_network(net: Any, path: Path) -> Any:
-    """A network with the weights of a file, in eval and channels last."""
+def _train_and_write(
+    train: Callable[..., Any], net: Any, path: Path, epochs: int, seed: int
+) -> None:
+    """Train by labels, and write the weights."""
+    net.requires_grad_(True).to(memory_format=torch.channels_last)
+    net = train(net, epochs=epochs, seed=seed)
+    save_file({key: value.contiguous() for key, value in net.state_dict().items()}, path)
+
+
+def load_network(net: Any, folder: Path, name: str) -> Any:
+    """A network with the weights of its last cycle in the folder of a seed."""
+    path = max(folder.glob(f"{file_name(name)}_cycle_*.safetensors"))
     net.load_state_dict(load_file(path))
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def train_all(run: Run, scenes: Callable[[], Scenes]) -> Trained:
     """Everything of one seed."""
-    args, seed = run.args, run.seed
+    args = run.args
     cnns, vits = {}, {}
-    learn = partial(fit, scenes=scenes, seed=seed)
     for half, digits in HALVES.items():
-        train = partial(learn, classes=digits, epochs=args.cnn_epochs, lr=args.cnn_lr)
-        cnns[half] = run.network(f"cnn {half}", partial(make_cnn, 5), train)
-    train = partial(learn, classes=list(range(CLASSES)), epochs=args.judge_epochs, lr=args.cnn_lr)
-    judge = run.network("judge", make_judge, partial(train, see=masked))
+        train = partial(fit, scenes=scenes, classes=digits, lr=args.cnn_lr)
+        cnns[half] = run.network(f"cnn {half}", partial(make_cnn, 5), train, args.cnn_epochs)
+    every = list(range(CLASSES))
+    train = partial(fit, scenes=scenes, classes=every, lr=args.cnn_lr, see=masked)
+    judge = run.network("judge", make_judge, train, args.judge_epochs)
     teacher = run.teacher(scenes)
     rankers = {
         name: run.ranker(f"ltrp {name}", scenes, removal=name.split()[0], aggregate=name.split()[1])
         for name in LTRP
     }
     for half, digits in HALVES.items():
-        train = partial(learn, classes=digits, epochs=args.vit_epochs, lr=args.vit_lr)
-        vits[half] = run.network(f"vit {half}", partial(make_vit, 5, teacher), train)
+        train = partial(fit, scenes=scenes, classes=digits, lr=args.vit_lr)
+        make = partial(make_vit, 5, teacher)
+        vits[half] = run.network(f"vit {half}", make, train, args.vit_epochs)
     return Trained(teacher, rankers, cnns, vits, judge, run.seconds)
 
 

@@ -1,0 +1,271 @@
+"""The fairness benchmark: its scenes, its measures, and the run with weights trained before."""
+
+import argparse
+import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from fairness import measures, networks, scenes, stages
+from fairness.compared import WEIGHT_FREE, label_free, with_labels
+
+import ltrp_timm
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+def load(name: str) -> ModuleType:
+    """A script by its file: ``fairness`` is a package of that name too."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def drawn() -> scenes.Scenes:
+    return scenes.make_scenes(60, 0, scenes.TEST)
+
+
+def test_scenes_are_the_same_for_a_seed_and_others_for_another(drawn: scenes.Scenes) -> None:
+    again, other = (scenes.make_scenes(60, seed, scenes.TEST) for seed in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, again))
+    assert not torch.equal(drawn.images, other.images)
+    assert drawn.images.shape == (60, 3, 64, 64)
+    assert drawn.images.dtype == torch.uint8
+
+
+def test_ink_is_of_the_digits_that_the_labels_name(drawn: scenes.Scenes) -> None:
+    found = drawn.ink()
+    assert found.shape == (60, 10, 64)
+    assert found.sum() == (drawn.classes > 0).sum()
+    per_class = found.sum(dim=2)
+    assert (per_class[drawn.labels == 0] == 0).all()
+    hidden = (per_class[drawn.labels == 1] == 0).float().mean()  # behind another digit
+    assert hidden < 0.02
+    assert set(drawn.labels.sum(dim=1).tolist()) == {2, 3, 4}
+
+
+def test_a_digit_is_drawn_where_its_ink_is() -> None:
+    plain = scenes.make_scenes(40, 3, scenes.TEST, smooth=True)
+    inked = plain.classes > 0
+    pixels = plain.pixels()
+    for image, own in zip(pixels, inked):
+        around = torch.nn.functional.max_pool2d(own[None].float(), 5, 1, 2)[0].bool() & ~own
+        # a colour far from that around it, and one colour a digit: ink differs from its border
+        assert (image[:, own].mean(dim=1) - image[:, around].mean(dim=1)).abs().max() > 0.03
+    assert 0.04 < inked.float().mean() < 0.15
+
+
+def test_a_smooth_scene_is_found_by_anything_and_clutter_is_not(drawn: scenes.Scenes) -> None:
+    smooth = scenes.make_scenes(60, 0, scenes.TEST, smooth=True)
+    ranker = ltrp_timm.create_ranker("pixel_std", patch_size=8)
+    recall = [
+        float(
+            measures.Judging(images, None)(measures.scores_of(ranker, images), 0.25)
+            .recall[0]
+            .mean()
+        )
+        for images in (drawn, smooth)
+    ]
+    assert recall[0] < 0.8 < 0.9 < recall[1]
+
+
+def test_training_and_test_digits_are_of_other_samples() -> None:
+    assert scenes.TRAIN.start == scenes.TEST.stop
+
+
+def test_neutral_masks_favour_ink_by_every_degree(drawn: scenes.Scenes) -> None:
+    draw, ink = torch.Generator().manual_seed(0), drawn.ink().sum(dim=1)
+    masks = torch.stack([networks.neutral_masks(ink, draw) for _ in range(20)])
+    counts = masks.sum(dim=2)
+    assert (int(counts.min()), int(counts.max())) == (8, 64)
+    kept = (masks * ink).sum(dim=2) / ink.sum(dim=1)
+    gain = (kept - counts / 64).flatten()  # above what chance keeps
+    assert gain.mean() > 0.1
+    assert gain.min() < 0 < 0.5 < gain.max()
+
+
+def test_the_judge_sees_kept_patches_alone() -> None:
+    images = torch.ones(1, 3, 64, 64)
+    kept = torch.zeros(1, 64, dtype=torch.bool)
+    kept[0, 9] = True  # second row, second column
+    seen = networks.only(images, kept)
+    assert seen.shape == (1, 4, 64, 64)
+    assert seen.sum() == 4 * 64
+    assert (seen[:, :, 8:16, 8:16] == 1).all()
+
+
+def test_recall_by_hand() -> None:
+    classes = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    classes[0, :8, :8] = 1  # 64 pixels of a 0 in the first patch
+    classes[0, :8, 8:12] = 4  # 32 of a 3 in the second
+    classes[1, 56:, 56:] = 4  # 64 of a 3 in the last
+    labels = torch.zeros(2, 10, dtype=torch.uint8)
+    labels[0, [0, 3]], labels[1, 3] = 1, 1
+    some = scenes.Scenes(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), labels, classes)
+    scores = torch.zeros(2, 64)
+    scores[:, 0] = 1.0  # the first patch of both
+    kept = measures.Judging(some, None)(scores, 1 / 64)
+    assert kept.recall[0, 0] == 1.0
+    assert kept.recall[0, 3] == 0.0
+    assert kept.precision is None
+    scores[:, 1] = 2.0
+    assert measures.Judging(some, None)(scores, 1 / 64).recall[0, 3] == pytest.approx(1 / 3)
+    assert kept.recall.shape == (201, 10)
+
+
+def test_intervals_lie_around_what_is_measured() -> None:
+    values = torch.cat([torch.tensor([0.5]), torch.linspace(0, 1, 201)])
+    assert measures.interval("x", values) == {"x": 0.5, "x_low": 0.025, "x_high": 0.975}
+
+
+def test_gaps_and_differences_by_hand() -> None:
+    module = load("fairness")
+    recall = torch.zeros(3, 10)
+    recall[:, :5], recall[:, 5:] = 0.8, 0.3
+    row = module.measured(measures.Kept(recall, recall / 2), [0, 1, 2, 3, 4])
+    assert (row["recall_seen"], row["recall_unseen"], row["recall_gap"]) == (0.8, 0.3, 0.5)
+    assert (row["map_seen"], row["map_gap_high"]) == (0.4, 0.25)
+    swapped = module.measured(measures.Kept(recall, None), [5, 6, 7, 8, 9])
+    assert swapped["recall_gap"] == -0.5
+    assert swapped["map_seen"] == ""
+
+
+def test_rows_over_seeds_are_means_with_extremes() -> None:
+    module = load("fairness")
+    common = {"images": "clutter", "keep_ratio": 0.25, "method": "contrast", "map_seen": ""}
+    rows = [
+        {"seed": seed, "seen": half, **common, **dict.fromkeys(("recall_gap_low",), 9.0)}
+        | {"recall_gap_high": 9.0, "recall_gap": gap, "recall_gap_size": abs(gap)}
+        for seed, half, gap in ((1, "0-4", 0.1), (1, "5-9", -0.1), (2, "0-4", 0.3), (2, "5-9", 0.1))
+    ]
+    first, second, both = module.over_seeds(rows)
+    assert [row["seen"] for row in (first, second, both)] == ["0-4", "5-9", "both"]
+    assert first["recall_gap"] == pytest.approx(0.2)
+    assert (first["recall_gap_low"], first["recall_gap_high"]) == (0.1, 0.3)
+    assert second["recall_gap_size"] == 0.0
+    assert both["recall_gap"] == pytest.approx(0.1)
+    assert (both["recall_gap_low"], both["recall_gap_high"]) == (0.0, 0.2)
+    assert both["map_seen"] == ""
+
+
+def run_small(name: str, tmp_path: Path, *options: str) -> list[dict[str, str]]:
+    flags = ["--output", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--seeds", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *flags, *options])
+        module = load(name)
+        if name == "fairness_ablations":
+            patch.setattr(module, "VARIANTS", {"base": ("base", {})})
+        patch.setattr(measures, "_RESAMPLES", 3)
+        if name == "fairness":
+            with pytest.raises(SystemExit, match=r"not met: .*mAP on its classes"):
+                module.main()
+        else:
+            module.main()
+    with open(tmp_path / "out" / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_of_it_runs_and_goes_on_where_it_was(tmp_path: Path, capsys: Any) -> None:
+    small = ["--scenes", "128", "--test-scenes", "60"]
+    small += [f"--{name}-epochs=1" for name in ("teacher", "cnn", "vit", "judge", "ranker")]
+    rows = run_small("fairness", tmp_path, *small)
+    methods = {row["method"] for row in rows}
+    assert methods >= {*WEIGHT_FREE, *stages.LTRP, "cam", "cam, blurred", "grad_cam", "attention"}
+    assert methods >= {"ink", "all patches"}
+    assert {row["seen"] for row in rows} == {"0-4", "5-9", "both"}
+    truth = next(r for r in rows if (r["method"], r["keep_ratio"]) == ("ink", "0.25"))
+    assert float(truth["recall_seen"]) > 0.9
+    done = capsys.readouterr().out
+    assert "seed 1: judge, cycle 1 in" in done
+    run_small("fairness", tmp_path, *small)
+    assert "seed 1: judge, cycle 1 in" not in capsys.readouterr().out
+    found = run_small("fairness_ablations", tmp_path, "--scenes", "64", "--test-scenes", "60")
+    assert {row["method"] for row in found} == {"base", "mixed", "contrast", "pixel_std", "random"}
+    contrast = [row for row in found if row["method"] == "contrast"]
+    assert all(float(row["above_contrast"]) == 0.0 for row in contrast)
+
+
+def test_what_ships_is_what_was_trained(tmp_path: Path) -> None:
+    rankers = {name: ltrp_timm.create_ranker("conv", patch_size=8) for name in stages.LTRP}
+    teacher = ltrp_timm.MAETeacher(img_size=64, **stages.TEACHER)
+    cnns = {"0-4": networks.make_cnn(5).eval(), "5-9": networks.make_cnn(5).eval()}
+    judge = networks.make_judge().eval()
+    trained = stages.Trained(teacher, rankers, cnns, {}, judge, {})
+    stages.ship(trained, tmp_path / "quick.safetensors")
+    found = stages.load_shipped(tmp_path / "quick.safetensors")
+    images, four = torch.rand(2, 3, 64, 64), torch.rand(2, 4, 64, 64)
+    for name in stages.LTRP:
+        ours, theirs = (net.rankers[name].eval()(images) for net in (trained, found))
+        assert torch.allclose(ours, theirs, atol=2e-3)
+    assert torch.allclose(judge(four), found.judge(four), atol=2e-3)
+    assert set(found.cnns) == {"0-4"}
+    assert set(with_labels(found, "0-4")) == {"cam", "cam, blurred", "grad_cam"}
+    assert set(label_free(found)) == {*WEIGHT_FREE, *stages.LTRP}
+
+
+def test_the_vit_begins_with_the_encoder_of_the_teacher() -> None:
+    teacher = ltrp_timm.MAETeacher(img_size=64, **stages.TEACHER)
+    images = torch.rand(2, 3, 64, 64)
+    vit = networks.make_vit(5, teacher).eval()
+    theirs = teacher.encode(images)
+    assert torch.allclose(vit.forward_features(images), theirs, atol=1e-5)
+    with pytest.raises(ValueError, match="encoder is another one"):
+        networks.make_vit(
+            5, argparse.Namespace(state_dict=dict, pos_embed=teacher.pos_embed, num_patches=64)
+        )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The quick run as a user starts it; it fails where what must hold does not."""
+    output = tmp_path_factory.mktemp("quick")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "fairness.py"), "--quick", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with open(output / "fairness_quick.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_quick_run_finds_what_must_hold(quick: list[dict[str, str]]) -> None:
+    rows = [row for row in quick if (row["images"], row["keep_ratio"]) == ("clutter", "0.25")]
+    of = {row["method"]: row for row in rows if row["seed"] == "all"}
+    for name in ("full mean", "full max"):
+        assert abs(float(of[name]["recall_gap"])) <= 0.04
+        assert float(of[name]["recall_above_random"]) >= 0.25
+        assert float(of[name]["map_unseen_above_cam"]) >= 0.1
+    assert float(of["cam, blurred"]["recall_gap"]) >= 0.2
+    assert float(of["full mean"]["auc_above_decoder"]) >= 0.1
+
+
+def test_the_quick_run_agrees_with_the_table(quick: list[dict[str, str]]) -> None:
+    with open(RESULTS / "fairness.csv", newline="", encoding="utf-8") as file:
+        committed = list(csv.DictReader(file))
+    first = committed[0]["seed"]
+    key = ("seen", "images", "keep_ratio", "method")
+    table = {tuple(row[name] for name in key): row for row in committed if row["seed"] == first}
+    compared = 0
+    for row in quick:
+        other = table[tuple(row[name] for name in key)]
+        if row["seed"] == "all" or row["images"] != "clutter":
+            continue
+        for name in ("recall_seen", "recall_unseen", "map_seen", "map_unseen"):
+            # 95 % intervals of fewer scenes and of all; half precision moves little
+            low, high = float(row[f"{name}_low"]) - 0.02, float(row[f"{name}_high"]) + 0.02
+            assert float(other[f"{name}_low"]) <= high, (row["method"], name)
+            assert low <= float(other[f"{name}_high"]), (row["method"], name)
+            compared += 1
+    assert compared > 100
