@@ -266,3 +266,17 @@ def test_a_reader_whose_package_is_missing(
     with pytest.raises(error, match=r"pip install|Please install webdataset"):
         run(name, tmp_path / "run", data_root=str(photos), **QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_crops_take_the_share_of_a_picture_that_they_are_told() -> None:
+    """A picture whose red is its column: the range of red is the width of the crop."""
+    columns = np.linspace(0, 255, 64).astype(np.uint8)
+    pixels = np.stack([np.tile(columns, (64, 1)), *[np.zeros((64, 64), np.uint8)] * 2], axis=-1)
+    picture = Image.fromarray(pixels)
+    shares = {}
+    for scale in ((0.04, 0.06), (1.0, 1.0)):
+        transform, _ = crop_transforms((32, 32), (0.0,) * 3, (1.0,) * 3, scale)
+        reds = [transform(picture)[0] for _ in range(20)]
+        shares[scale] = [float(red.max() - red.min()) for red in reds]
+    assert max(shares[0.04, 0.06]) < 0.4
+    assert min(shares[1.0, 1.0]) > 0.7  # crops are not all square: the width may be cut a little

@@ -91,3 +91,20 @@ def test_bad_input(
     with pytest.raises(error, match=text):
         train_teacher(photos, tmp_path / "mae", **{**TINY, **change})
     assert not (tmp_path / "mae").exists()
+
+
+def test_the_scale_of_crops_is_checked_and_kept(photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**TINY, "epochs": 1}
+    with pytest.raises(ValueError, match=r"scale must be two numbers, 0 < from <= to <= 1, got"):
+        train_teacher(photos, tmp_path / "mae", scale=(0.5, 2.0), **options)
+    with pytest.raises(ValueError, match=r"scale must be two numbers"):
+        run(photos, tmp_path / "ranker", scale=(0.5,))
+    assert not list(tmp_path.iterdir())
+    train_teacher(photos, tmp_path / "mae", scale=(0.9, 1.0), **options)
+    train_teacher(photos, tmp_path / "other", **options)
+    ours, theirs = (weights(tmp_path / name) for name in ("mae", "other"))
+    assert distance(ours, theirs) > 0.0  # they saw other crops
+    with pytest.raises(
+        ValueError, match=r"data\.scale \(\[0\.9, 1\.0\] there, \[0\.2, 1\.0\] here"
+    ):
+        train_teacher(photos, tmp_path / "mae", resume="auto", **options)
