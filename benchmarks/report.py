@@ -1,4 +1,4 @@
-"""Write the tables of README, BENCHMARKS and of the card of the weights that come along.
+"""Write the tables of README, BENCHMARKS, the guide to rankers and the card of shipped weights.
 
 Figures are from the CSVs, support is from the code.
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fairness.compared import labels_of
 from sections import SECTIONS, Section, images_of, score_of, two_digits
 from tables import markdown_table, read_csv
 
@@ -18,6 +19,7 @@ from ltrp_timm.slots import support_rows
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, DETAILS = ROOT / "README.md", ROOT / "BENCHMARKS.md"
+GUIDE = ROOT / "docs" / "choosing_a_ranker.md"
 CARD = ROOT / "ltrp_timm" / "weights" / "conv.md"
 
 
@@ -117,15 +119,47 @@ def with_held_out(text: str, results: Path) -> str:
     return with_section(text, "held-out", f"{start}\n{table}\n\nSHA-256: `{shipped}`\n{end}")
 
 
+def with_choice(text: str, results: Path) -> str:
+    """The guide's text with what each selector keeps of classes that labels named, and of others.
+
+    Raises:
+        SystemExit: the CSV is not there.
+    """
+    path = results / "fairness.csv"
+    if not path.exists():
+        raise SystemExit(f"{GUIDE} has a table of selectors, but there is no {path}.")
+    case = {"seed": "all", "seen": "both", "images": "clutter", "keep_ratio": "0.25"}
+    rows = [row for row in read_csv(path) if case.items() <= row.items()]
+    table = markdown_table(
+        [
+            {
+                "selector": row["method"],
+                "labels": labels_of(row["method"]),
+                "ink of seen classes": two_digits(row["recall_seen"]),
+                "of unseen ones": two_digits(row["recall_unseen"]),
+                "mAP seen": two_digits(row["map_seen"]),
+                "unseen": two_digits(row["map_unseen"]),
+                "ms an image": two_digits(row["rank_ms"]),
+            }
+            for row in rows
+        ]
+    )
+    start, end = ends("choice")
+    return with_section(text, "choice", f"{start}\n{table}\n{end}")
+
+
 def main() -> None:
     """Write or check."""
-    before = {path: path.read_text(encoding="utf-8") for path in (README, DETAILS, CARD)}
+    before = {path: path.read_text(encoding="utf-8") for path in (README, DETAILS, CARD, GUIDE)}
     front = with_sections(before[README], RESULTS, SECTIONS[:1])
     after = {README: with_shortfalls(with_support(front), RESULTS)}
     after[DETAILS] = with_sections(before[DETAILS], RESULTS, SECTIONS[1:])
     after[CARD] = with_held_out(before[CARD], RESULTS)
+    after[GUIDE] = with_choice(before[GUIDE], RESULTS)
     if "--check" in sys.argv[1:]:
-        wrong = "README, BENCHMARKS or card and CSVs or code disagree: run benchmarks/report.py"
+        wrong = (
+            "README, BENCHMARKS, guide or card and CSVs or code disagree: run benchmarks/report.py"
+        )
         sys.exit(None if before == after else wrong)
     for path, text in after.items():
         path.write_text(text, encoding="utf-8")

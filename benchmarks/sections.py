@@ -240,20 +240,4 @@ SECTIONS = [
         how="means over seeds and over both halves of the digits as those with labels",
         pictures={"fairness_scenes": "What selectors keep of new scenes at keep ratio 0.25"},
     ),
-    Section(
-        "fairness-ablations",
-        "fairness_ablations",
-        "Rankers that saw no label and differ in one thing from `base`: share of ink in kept "
-        "patches, mAP of the judge, and how far that is above `contrast`",
-        lambda row: {"axis": row["axis"], "variant": row["method"]},
-        lambda row: "ink, mAP, − contrast",
-        lambda row: (
-            lambda row: (
-                f"{two_digits(row['recall'])}, {two_digits(row['map'])}, "
-                f"{float(row['above_contrast']):+.3f}"
-            ),
-        ),
-        lambda row: row["seed"] == "all",
-        how="means over seeds, at keep ratio 0.25",
-    ),
 ]

@@ -37,3 +37,10 @@ def with_labels(trained: Trained, half: str) -> dict[str, Any]:
             "attention", backbone=trained.vits[half], **shared
         )
     return {name: ranker.eval() for name, ranker in found.items()}
+
+
+def labels_of(method: str) -> str:
+    """What a selector has seen beside the images."""
+    if method in ("ink", "all patches"):
+        return "the truth" if method == "ink" else "–"
+    return "of five digits" if method.startswith(WITH_LABELS) else "none"
