@@ -21,40 +21,45 @@ samples of the digits:
              of 5-9 is that of 0-4 with another sign, and `all patches` has the judge's own
     AUC      chance that a patch with ink outranks one without, for the teacher's own scores under
              one mask: what a ranker could learn from
-Scenes and settings were chosen in trials with seed 0; those measured are others.
+Scenes to train on are the same for every seed, those to measure on are each seed's own; settings
+were chosen in trials with other seeds and other scenes to measure on. On a network that pools by
+maximum Grad-CAM is CAM, by its definition. Of the teacher's AUC it is asked that it lies 0.1 above
+that of `decoder`; the run fails below 0.05.
 `low` and `high` are a 95 % interval over resampled scenes; in rows of all seeds, the least and the
 largest of the seeds. `smooth` scenes, without noise, blobs and strokes, are a control.
 `--quick` loads weights that were trained so (the first seed's) and measures fewer scenes.
 """
 
 import argparse
-import json
-import statistics
 import tempfile
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tables
 from common import Row, make_parser, set_up
-from fairness.compared import CAM, OF_CNN, label_free, labels_of, with_labels
-from fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
-from fairness.networks import logits_of
+from fairness.compared import CAM, labels_of
+from fairness.judged import PARTS, judged, over_seeds
 from fairness.pictures import draw_scenes, plot
-from fairness.scenes import CLASSES, TEST, TRAIN, Scenes, make_scenes
-from fairness.stages import HALVES, LTRP, Run, Trained, load_shipped, ship, train_all
+from fairness.scenes import TRAIN, make_scenes
+from fairness.stages import (
+    LTRP,
+    Run,
+    Trained,
+    load_shipped,
+    refuse_others,
+    ship,
+    train_all,
+)
 from tables import Goal
-
-from ltrp_timm import throughput
-from ltrp_timm.metrics import average_precision
 
 NAME = "fairness"
 TITLE = "What is kept of classes that labels named, and of others"
 WEIGHTS = Path(__file__).parent / "fairness" / "quick.safetensors"
-KEEP_RATIOS = (0.5, 0.25, 0.125)
-PARTS = ("seen", "unseen", "gap")
-DIFFERENCES = ("recall_above_random", "map_unseen_above_cam", "map_unseen_above_contrast")
-DIFFERENCES += ("auc_above_decoder",)
+
+SETTINGS = ("scale", "scenes", "test_scenes", "mask_ratio", "list_size", "teacher_epochs")
+SETTINGS += ("ranker_epochs", "cnn_epochs", "vit_epochs", "judge_epochs")
+SETTINGS += ("teacher_lr", "ranker_lr", "cnn_lr", "vit_lr")
 
 
 def musts(rows: list[Row]) -> list[Goal]:
@@ -102,158 +107,25 @@ def goals(rows: list[Row]) -> list[Goal]:
     return [*must, auc_goal({**must[-1].where}, 0.1)]
 
 
-def judge_all(trained: Trained, args: argparse.Namespace) -> list[Row]:
-    """Rows of one seed: every selector, for each half of the digits with labels.
-
-    Smooth scenes are the control: what is kept there; the judge has not learned them.
-    """
-    clutter = make_scenes(args.test_scenes, 1, TEST)
-    smooth = make_scenes(args.test_scenes, 1, TEST, smooth=True)
-    judges = {"clutter": Judging(clutter, trained.judge), "smooth": Judging(smooth, None)}
-    free = label_free(trained)
-    costs = milliseconds({**free, **with_labels(trained, next(iter(trained.cnns)))}, clutter)
-    aucs = {
-        name: teacher_auc(trained.teacher, clutter, args.mask_ratio, *name.split()) for name in LTRP
-    }
-    rows: list[Row] = []
-    ratios = (1.0, *KEEP_RATIOS)
-    kept = {key: keep_all(free, judge, ratios) for key, judge in judges.items()}
-    for half, cnn in trained.cnns.items():
-        own = own_map(cnn, clutter, HALVES[half])
-        for images, judge in judges.items():
-            found = kept[images] | keep_all(with_labels(trained, half), judge, KEEP_RATIOS)
-            for (method, ratio), what in found.items():
-                row: Row = {"seen": half, "images": images, "keep_ratio": ratio}
-                row |= {"method": method, **measured(what, HALVES[half])}
-                row["teacher_auc"] = aucs.get(method, "")
-                row["own_map"] = own if method.startswith(OF_CNN) else ""
-                rows.append({**row, "rank_ms": costs.get(method, "")})
-    return with_differences(rows)
-
-
-def judged(trained: Trained, seed: int, args: argparse.Namespace, folder: Path) -> list[Row]:
-    """Rows of one seed; those of a run that goes on are in its folder."""
-    path = folder / f"seed_{seed}" / "rows.json"
-    if not path.exists():
-        rows = judge_all(trained, args)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    found: list[Row] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def keep_all(
-    rankers: dict[str, Any], judge: Judging, ratios: tuple[float, ...]
-) -> dict[tuple[str, float], Kept]:
-    """What is kept by each ranker at each ratio; beside those without labels, by the truth."""
-    scores = {name: scores_of(ranker, judge.scenes) for name, ranker in rankers.items()}
-    if 1.0 in ratios:
-        scores["ink"] = judge.ink.sum(dim=1)
-    found = {(name, r): judge(of, r) for r in ratios if r < 1 for name, of in scores.items()}
-    if 1.0 in ratios:
-        found["all patches", 1.0] = judge(scores["ink"], 1.0)
-    return found
-
-
-def milliseconds(rankers: dict[str, Any], scenes: Scenes) -> dict[str, float]:
-    """What ranking costs an image, in a batch of 64: the median of rounds in turns."""
-    images = scenes.pixels()[:64]
-    calls = {
-        name: partial(scores_of, ranker, Scenes(scenes.images[:64], *scenes[1:]))
-        for name, ranker in rankers.items()
-    }
-    timings = throughput.compare(calls, repeats=5, warmup=1)
-    return {name: round(1e3 * of.median / len(images), 4) for name, of in timings.items()}
-
-
-def own_map(cnn: Any, scenes: Scenes, digits: list[int]) -> float:
-    """mAP of a classifier on whole scenes, on the classes that it learned."""
-    precision = average_precision(logits_of(cnn, scenes), scenes.labels[:, digits])
-    return round(float(precision.mean()), 4)
-
-
-def measured(kept: Kept, seen: list[int]) -> Row:
-    """Recall and mAP of seen and unseen classes, with intervals; mAP is empty without a judge."""
-    unseen = [number for number in range(CLASSES) if number not in seen]
-    row: Row = {}
-    for name, of in (("recall", kept.recall), ("map", kept.precision)):
-        if of is None:
-            columns = [f"{name}_{part}{end}" for part in PARTS for end in ("", "_low", "_high")]
-            row |= dict.fromkeys(columns, "")
-            continue
-        first, second = of[:, seen].mean(dim=1), of[:, unseen].mean(dim=1)
-        for part, values in zip(PARTS, (first, second, first - second)):
-            row |= interval(f"{name}_{part}", values)
-    return row
-
-
-def with_differences(rows: list[Row]) -> list[Row]:
-    """Rows of one seed with what a selector has above random, blurred CAM and `contrast`."""
-    of = {(r["seen"], r["images"], r["keep_ratio"], r["method"]): r for r in rows}
-    for row in rows:
-        case = (row["seen"], row["images"], row["keep_ratio"])
-        row |= dict.fromkeys(DIFFERENCES, "")
-        if row["keep_ratio"] == 1:
-            continue
-        random = of[(*case, "random")]
-        recall, chance = ((r["recall_seen"] + r["recall_unseen"]) / 2 for r in (row, random))
-        row["recall_above_random"] = round(recall - chance, 5)
-        for name, other in (("cam", CAM), ("contrast", "contrast")):
-            if row["images"] == "clutter":
-                difference = row["map_unseen"] - of[(*case, other)]["map_unseen"]
-                row[f"map_unseen_above_{name}"] = round(difference, 5)
-        if row["method"] == "full mean":
-            other = of[(*case, "decoder mean")]["teacher_auc"]
-            row["auc_above_decoder"] = round(row["teacher_auc"] - other, 5)
-    return rows
-
-
-def over_seeds(rows: list[Row]) -> list[Row]:
-    """Means over the seeds, for each half and for both; low and high are the extremes of seeds."""
-    found = []
-    halves = list(dict.fromkeys(row["seen"] for row in rows))
-    for seen in [*halves, "both"] if len(halves) > 1 else halves:
-        own = [row for row in rows if seen in (row["seen"], "both")]
-        for key in dict.fromkeys((r["images"], r["keep_ratio"], r["method"]) for r in own):
-            some = [r for r in own if (r["images"], r["keep_ratio"], r["method"]) == key]
-            found.append(merged(some, {"seed": "all", "seen": seen}))
-    return found
-
-
-def merged(rows: list[Row], case: Row) -> Row:
-    """One row of several: the mean of seeds, each the mean of its halves."""
-    line: Row = {**rows[0], **case}
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    for name, value in rows[0].items():
-        if not isinstance(value, float) or name.endswith(("_low", "_high")) or name == "keep_ratio":
-            continue
-        each = [statistics.mean(row[name] for row in rows if row["seed"] == seed) for seed in seeds]
-        line[name] = round(statistics.mean(each), 5)
-        if f"{name}_low" in line:
-            line |= {f"{name}_low": round(min(each), 5), f"{name}_high": round(max(each), 5)}
-    line["recall_gap_size"] = abs(line["recall_gap"])
-    return line
-
-
 def run(args: argparse.Namespace, where: Row, folder: Path) -> tuple[list[Row], Trained]:
     """Train, or load, and judge each seed; rows, and what the first seed trained."""
     rows: list[Row] = []
     first: Any = None
     scenes = cache(lambda: make_scenes(args.scenes, 0, TRAIN))
+    fixed = {name: getattr(args, name) for name in SETTINGS}
     for seed in args.seeds:
         if args.quick:
-            trained = load_shipped(WEIGHTS)
+            trained, shipped = load_shipped(WEIGHTS)
+            fixed |= {**shipped, "test_scenes": args.test_scenes}
+            seed = int(fixed.pop("seed"))
         else:
-            trained = train_all(Run(folder / f"seed_{seed}", seed, args), scenes)
+            trained = train_all(Run(folder / f"seed_{seed}", seed, args, fixed), scenes)
         first = first or trained
         seconds = round(sum(trained.seconds.values()), 1)
         for row in judged(trained, seed, args, folder):
             size = abs(row["recall_gap"])
             rows.append({"seed": seed, **row, "recall_gap_size": size, "train_seconds": seconds})
         print(f"seed {seed}: {seconds:.0f} s of training", flush=True)
-    settings = ("scale", "scenes", "test_scenes", "mask_ratio", "list_size", "teacher_epochs")
-    settings += ("ranker_epochs", "cnn_epochs", "vit_epochs", "judge_epochs", "quick")
-    fixed = {name: getattr(args, name) for name in settings}
     return [{**row, **fixed, **where} for row in [*rows, *over_seeds(rows)]], first
 
 
@@ -333,20 +205,28 @@ def main() -> None:
     add("--runs", type=Path, help=text)
     add("--ship", action="store_true", help="write the first seed's weights for --quick")
     args = parser.parse_args()
+    args.name = NAME
+    refuse_others(parser, args)
+    if args.quick and (args.ship or args.runs):
+        parser.error("--quick loads what was shipped: it goes without --ship and --runs")
     if args.quick:
         args.seeds, args.test_scenes = [0], min(args.test_scenes, 400)
     where = set_up(args)
     with tempfile.TemporaryDirectory() as name:
-        rows, trained = run(args, where, Path(name) if args.quick else args.runs or Path(name))
-    if args.ship and not args.quick:
-        ship(trained, WEIGHTS)
+        rows, trained = run(args, where, args.runs or Path(name))
     args.output.mkdir(parents=True, exist_ok=True)
     stem = f"{NAME}_quick" if args.quick else NAME
     draw_scenes(trained, args.output / f"{stem}_scenes.png")
     tables.conclude(stem, TITLE, rows, table(rows), goals(rows), plot(rows), args)
-    unmet = [row["goal"] for goal in musts(rows) for row in goal.check(rows) if row[""] != "met"]
+    checks = [(goal, goal.check(rows)) for goal in musts(rows)]
+    unmet = [row["goal"] for _, found in checks for row in found if row[""] != "met"]
+    unmet += [f"{goal.text} (no such row)" for goal, found in checks if not found]
     if unmet:
         raise SystemExit(f"not met: {'; '.join(unmet)}")
+    if args.ship:
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        ship(trained, WEIGHTS, {**settings, "seed": args.seeds[0]})
+        print(f"{WEIGHTS} written")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ local change, is better than the paper's `mean`; losses and sizes of the ranker 
 
 Arithmetic. At 64 patches a mask ratio of 0.75 leaves 16 visible, 0.5 leaves 32 and 0.9 leaves 6, of
 which a list has at most 10. A ranker of 64 channels and 4 blocks has 0.15 M weights and sees 10 000
-scenes once, in 312 steps of 32: every variant has the same images in the same order.
+scenes once, in 306 steps of 32 (200 of them are held out): every variant has the same images in the
+same order.
 
 Each variant differs in what its name says from `base`: removal `full`, aggregate `mean`, metric
 `l1`, mask ratio 0.75, ListMLE, conv 64 × 4. Teachers and judges are those of
@@ -32,7 +33,7 @@ from common import Row, load_pyplot, make_parser, set_up
 from fairness.measures import Judging, Kept, N, interval, scores_of
 from fairness.networks import make_judge
 from fairness.scenes import PATCH, SIDE, TEST, TRAIN, make_scenes
-from fairness.stages import Run, load_network
+from fairness.stages import Run, load_network, refuse_others
 
 import ltrp_timm
 from ltrp_timm.selection import num_keep, patch_pixels, select_mixed
@@ -40,6 +41,7 @@ from ltrp_timm.selection import num_keep, patch_pixels, select_mixed
 NAME = "fairness_ablations"
 TITLE = "What makes a ranker that saw no labels better"
 KEEP_RATIO = 0.25
+SETTINGS = ("scale", "scenes", "mask_ratio", "list_size", "ranker_epochs", "ranker_lr")
 VIT = {"ranker": "vit_tiny", "ranker_args": {"embed_dim": 96, "depth": 4, "num_heads": 3}}
 # axis, what is changed
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,7 +81,8 @@ def goals() -> list[tables.Goal]:
 
 def variants(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Every variant's ranker, trained where it is not in the folder of its seed yet."""
-    run = Run(folder / f"seed_{seed}", seed, args)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    run = Run(folder / f"seed_{seed}", seed, args, settings)
     scenes = cache(lambda: make_scenes(args.scenes, 0, TRAIN))
     found = {}
     for name, (_, options) in VARIANTS.items():
@@ -100,7 +103,7 @@ def measured(kept: Kept) -> Row:
 def judge_seed(folder: Path, seed: int, args: argparse.Namespace) -> list[Row]:
     """Rows of one seed."""
     judge = load_network(make_judge(), folder / f"seed_{seed}", "judge")
-    judging = Judging(make_scenes(args.test_scenes, 3, TEST), judge)
+    judging = Judging(make_scenes(args.test_scenes, 20_000 + seed, TEST), judge)
     rankers = variants(folder, seed, args)
     free = {name: ltrp_timm.create_ranker(name, patch_size=PATCH).eval() for name in FREE}
     free["random"].generator = torch.Generator().manual_seed(0)
@@ -178,13 +181,14 @@ def main() -> None:
     add("--list-size", type=int, default=10, help="scores of an image that a ranker learns from")
     add("--seeds", type=int, nargs="+", default=[1, 2], help="of the training")
     args = parser.parse_args()
+    args.name = NAME
+    refuse_others(parser, args)
     where = set_up(args)
-    rows: list[Row] = []
-    for seed in args.seeds:
-        if not (args.runs / f"seed_{seed}" / "judge_cycle_1.safetensors").exists():
-            raise SystemExit(f"{args.runs} has no judge of seed {seed}: run fairness.py first")
-        rows += judge_seed(args.runs, seed, args)
-    fixed = {name: getattr(args, name) for name in ("scenes", "test_scenes", "ranker_lr")}
+    for seed in args.seeds:  # the last that fairness.py writes for a seed
+        if not (args.runs / f"seed_{seed}" / "rows.json").exists():
+            raise SystemExit(f"{args.runs} has no seed {seed}: run fairness.py first, to its end")
+    rows = [row for seed in args.seeds for row in judge_seed(args.runs, seed, args)]
+    fixed = {name: getattr(args, name) for name in (*SETTINGS, "test_scenes")}
     rows = [{**row, **fixed, **where} for row in [*rows, *over_seeds(rows)]]
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fairness import measures, networks, scenes, stages
+from fairness import judged, measures, networks, scenes, stages
 from fairness.compared import WEIGHT_FREE, label_free, with_labels
 
 import ltrp_timm
@@ -129,26 +129,24 @@ def test_intervals_lie_around_what_is_measured() -> None:
 
 
 def test_gaps_and_differences_by_hand() -> None:
-    module = load("fairness")
     recall = torch.zeros(3, 10)
     recall[:, :5], recall[:, 5:] = 0.8, 0.3
-    row = module.measured(measures.Kept(recall, recall / 2), [0, 1, 2, 3, 4])
+    row = judged.measured(measures.Kept(recall, recall / 2), [0, 1, 2, 3, 4])
     assert (row["recall_seen"], row["recall_unseen"], row["recall_gap"]) == (0.8, 0.3, 0.5)
     assert (row["map_seen"], row["map_gap_high"]) == (0.4, 0.25)
-    swapped = module.measured(measures.Kept(recall, None), [5, 6, 7, 8, 9])
+    swapped = judged.measured(measures.Kept(recall, None), [5, 6, 7, 8, 9])
     assert swapped["recall_gap"] == -0.5
     assert swapped["map_seen"] == ""
 
 
 def test_rows_over_seeds_are_means_with_extremes() -> None:
-    module = load("fairness")
     common = {"images": "clutter", "keep_ratio": 0.25, "method": "contrast", "map_seen": ""}
     rows = [
         {"seed": seed, "seen": half, **common, **dict.fromkeys(("recall_gap_low",), 9.0)}
         | {"recall_gap_high": 9.0, "recall_gap": gap, "recall_gap_size": abs(gap)}
         for seed, half, gap in ((1, "0-4", 0.1), (1, "5-9", -0.1), (2, "0-4", 0.3), (2, "5-9", 0.1))
     ]
-    first, second, both = module.over_seeds(rows)
+    first, second, both = judged.over_seeds(rows)
     assert [row["seen"] for row in (first, second, both)] == ["0-4", "5-9", "both"]
     assert first["recall_gap"] == pytest.approx(0.2)
     assert (first["recall_gap_low"], first["recall_gap_high"]) == (0.1, 0.3)
@@ -158,7 +156,12 @@ def test_rows_over_seeds_are_means_with_extremes() -> None:
     assert both["map_seen"] == ""
 
 
-def run_small(name: str, tmp_path: Path, *options: str) -> list[dict[str, str]]:
+NOT_MET = r"not met: .*mAP on its classes"
+
+
+def run_small(
+    name: str, tmp_path: Path, *options: str, ends: str = NOT_MET
+) -> list[dict[str, str]]:
     flags = ["--output", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--seeds", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *flags, *options])
@@ -167,7 +170,7 @@ def run_small(name: str, tmp_path: Path, *options: str) -> list[dict[str, str]]:
             patch.setattr(module, "VARIANTS", {"base": ("base", {})})
         patch.setattr(measures, "_RESAMPLES", 3)
         if name == "fairness":
-            with pytest.raises(SystemExit, match=r"not met: .*mAP on its classes"):
+            with pytest.raises(SystemExit, match=ends):
                 module.main()
         else:
             module.main()
@@ -189,6 +192,8 @@ def test_all_of_it_runs_and_goes_on_where_it_was(tmp_path: Path, capsys: Any) ->
     assert "seed 1: judge, cycle 1 in" in done
     run_small("fairness", tmp_path, *small)
     assert "seed 1: judge, cycle 1 in" not in capsys.readouterr().out
+    other = r"of other settings: scenes \(128 there, 192 here\)"
+    run_small("fairness", tmp_path, *small, "--scenes", "192", ends=other)
     found = run_small("fairness_ablations", tmp_path, "--scenes", "64", "--test-scenes", "60")
     assert {row["method"] for row in found} == {"base", "mixed", "contrast", "pixel_std", "random"}
     contrast = [row for row in found if row["method"] == "contrast"]
@@ -201,8 +206,9 @@ def test_what_ships_is_what_was_trained(tmp_path: Path) -> None:
     cnns = {"0-4": networks.make_cnn(5).eval(), "5-9": networks.make_cnn(5).eval()}
     judge = networks.make_judge().eval()
     trained = stages.Trained(teacher, rankers, cnns, {}, judge, {})
-    stages.ship(trained, tmp_path / "quick.safetensors")
-    found = stages.load_shipped(tmp_path / "quick.safetensors")
+    stages.ship(trained, tmp_path / "quick.safetensors", {"seed": 7, "scale": (0.5, 1.0)})
+    found, settings = stages.load_shipped(tmp_path / "quick.safetensors")
+    assert settings == {"seed": 7, "scale": [0.5, 1.0]}
     images, four = torch.rand(2, 3, 64, 64), torch.rand(2, 4, 64, 64)
     for name in stages.LTRP:
         ours, theirs = (net.rankers[name].eval()(images) for net in (trained, found))

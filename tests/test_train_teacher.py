@@ -104,7 +104,5 @@ def test_the_scale_of_crops_is_checked_and_kept(photos: Path, tmp_path: Path) ->
     train_teacher(photos, tmp_path / "other", **options)
     ours, theirs = (weights(tmp_path / name) for name in ("mae", "other"))
     assert distance(ours, theirs) > 0.0  # they saw other crops
-    with pytest.raises(
-        ValueError, match=r"data\.scale \(\[0\.9, 1\.0\] there, \[0\.2, 1\.0\] here"
-    ):
+    with pytest.raises(ValueError, match=r"data\.scale \(\[0\.9, 1\.0\] there, None here"):
         train_teacher(photos, tmp_path / "mae", resume="auto", **options)

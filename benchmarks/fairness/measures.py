@@ -63,7 +63,11 @@ class Judging:
         if self.judge is None:
             return Kept(torch.stack(recall), None)
         logits, labels = logits_of(self.judge, self.scenes, kept), self.scenes.labels
-        precision = [average_precision(logits[some], labels[some]) for some in self.resamples]
+        # copies of a scene must not count as ties
+        noise = 1e-5 * torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
+        precision = [
+            average_precision(logits[some] + noise, labels[some]) for some in self.resamples
+        ]
         return Kept(torch.stack(recall), torch.stack(precision))
 
 

@@ -201,7 +201,9 @@ def logits_of(net: Any, scenes: Scenes, kept: Tensor | None = None) -> Tensor:
             images = normalise(batch.pixels())
             if kept is not None:
                 images = only(images, kept[start : start + len(images)])
-            found.append(net(images.contiguous(memory_format=torch.channels_last)).float())
+            places = net.forward_features(images.contiguous(memory_format=torch.channels_last))
+            with torch.autocast("cpu", enabled=False):  # else logits of 8 bits would tie
+                found.append(net.forward_head(places.float()))
             start += len(images)
     return torch.cat(found)
 

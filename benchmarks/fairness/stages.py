@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 import ltrp_timm
 from fairness.networks import fit, make_cnn, make_judge, make_vit, masked
 from fairness.scenes import CLASSES, PATCH, SIDE, Scenes
+from ltrp_timm.checkpoints import write_atomically
 from ltrp_timm.train import train_ranker, train_teacher
 
 HALVES = {"0-4": list(range(5)), "5-9": list(range(5, CLASSES))}  # the digits with labels
@@ -65,12 +67,28 @@ class Run:
     Args:
         folder: of the seed.
         seed: of all that is drawn.
-        args: of the benchmark: epochs, learning rates.
+        args: of the benchmark: epochs, learning rates; and its name.
+        settings: what must be as it was when the folder was begun.
+
+    Raises:
+        SystemExit: it is not.
     """
 
-    def __init__(self, folder: Path, seed: int, args: argparse.Namespace) -> None:
+    def __init__(
+        self, folder: Path, seed: int, args: argparse.Namespace, settings: dict[str, Any]
+    ) -> None:
         self.folder, self.seed, self.args = folder, seed, args
         self.seconds: dict[str, float] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{args.name}_settings.json"
+        own = json.loads(json.dumps(settings))  # tuples as JSON has them
+        if not path.exists():
+            write_text(path, json.dumps(own))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in own if found.get(name) != own[name]]
+        if other:
+            texts = [f"{name} ({found.get(name)} there, {own[name]} here)" for name in other]
+            raise SystemExit(f"{folder} is of other settings: {', '.join(texts)}")
 
     def common(self, epochs: int, batch_size: int, lr: float) -> dict[str, Any]:
         """Settings of the library's trainings."""
@@ -135,13 +153,17 @@ class Run:
         """Train what is not there; note the seconds beside it."""
         note = self.folder / f"{file_name(name)}.json"
         if not note.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
             train()
             seconds = time.perf_counter() - start
-            note.write_text(json.dumps({"seconds": round(seconds, 1)}), encoding="utf-8")
+            write_text(note, json.dumps({"seconds": round(seconds, 1)}))
             print(f"seed {self.seed}: {name} in {seconds:.0f} s", flush=True)
         self.seconds[name] = json.loads(note.read_text(encoding="utf-8"))["seconds"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def file_name(stage: str) -> str:
@@ -167,7 +189,7 @@ def _train_and_write(
 
 def load_network(net: Any, folder: Path, name: str) -> Any:
     """A network with the weights of its last cycle in the folder of a seed."""
-    path = max(folder.glob(f"{file_name(name)}_cycle_*.safetensors"))
+    path = max(folder.glob(f"{file_name(name)}_cycle_?.safetensors"))
     net.load_state_dict(load_file(path))
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -194,10 +216,20 @@ def train_all(run: Run, scenes: Callable[[], Scenes]) -> Trained:
     return Trained(teacher, rankers, cnns, vits, judge, run.seconds)
 
 
-def ship(trained: Trained, path: Path) -> None:
+def refuse_others(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options of timing benchmarks that would change nothing here are refused."""
+    for name in ("models", "batch_sizes", "keep_ratios", "rankers", "depth", "device", "dtype"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} changes nothing here")
+    if args.scenes < 64 or args.test_scenes < 50:
+        parser.error("it needs 64 scenes to train on and 50 to measure on, at least")
+
+
+def ship(trained: Trained, path: Path, settings: dict[str, Any]) -> None:
     """Write what the quick run needs, in half precision.
 
-    That is teacher, rankers, the CNN of the first half of the digits, and the judge.
+    That is teacher, rankers, the CNN of the first half of the digits, and the judge; ``settings``
+    say how they were trained.
     """
     weights = {
         f"{name}.{key}": value.half() if value.is_floating_point() else value
@@ -205,7 +237,9 @@ def ship(trained: Trained, path: Path) -> None:
         for key, value in net.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    whole = {key: value.contiguous() for key, value in weights.items()}
+    metadata = {"settings": json.dumps(settings)}
+    write_atomically(path, lambda part: save_file(whole, part, metadata))
 
 
 def _shipped(trained: Trained) -> dict[str, Any]:
@@ -214,11 +248,21 @@ def _shipped(trained: Trained) -> dict[str, Any]:
     return {"teacher": trained.teacher, **nets, "cnn": trained.cnns[first], "judge": trained.judge}
 
 
-def load_shipped(path: Path) -> Trained:
-    """What ``ship`` wrote; there are no ViTs, and only the first half of the digits has a CNN."""
+def load_shipped(path: Path) -> tuple[Trained, dict[str, Any]]:
+    """What ``ship`` wrote, and the settings of its training.
+
+    There are no ViTs, and only the first half of the digits has a CNN.
+
+    Raises:
+        SystemExit: the file is not there.
+    """
+    if not path.exists():
+        raise SystemExit(f"there is no {path}: write it by a run with --ship")
     rankers = {name: ltrp_timm.create_ranker("conv", patch_size=PATCH) for name in LTRP}
     teacher = ltrp_timm.MAETeacher(img_size=SIDE, **TEACHER)
     trained = Trained(teacher, rankers, {next(iter(HALVES)): make_cnn(5)}, {}, make_judge(), {})
+    with safe_open(path, "pt") as file:
+        settings = json.loads(file.metadata()["settings"])
     weights = load_file(path)
     for name, net in _shipped(trained).items():
         own = {
@@ -226,4 +270,4 @@ def load_shipped(path: Path) -> Trained:
         }
         net.load_state_dict(own)
         net.eval().requires_grad_(False)
-    return trained
+    return trained, settings

@@ -126,7 +126,8 @@ def train_ranker(
         transforms = crop_transforms(targets.img_size, targets.mean, targets.std, scale)
         least = max(targets.patch_size)
         sources = Sources(data, common, world, *transforms, targets.img_size, least)
-        sources.fingerprint["scale"] = list(scale)
+        if tuple(scale) != SCALE:
+            sources.fingerprint["scale"] = list(scale)
         return (rehearse if dry_run else fit)(task, sources, common, world, output)
 
 

@@ -82,7 +82,8 @@ def train_teacher(
         transforms = crop_transforms(teacher.img_size, teacher.mean, teacher.std, scale)
         least = max(teacher.patch_size)
         sources = Sources(data, common, world, *transforms, teacher.img_size, least)
-        sources.fingerprint["scale"] = list(scale)
+        if tuple(scale) != SCALE:
+            sources.fingerprint["scale"] = list(scale)
         return fit(task, sources, common, world, output)
 
 

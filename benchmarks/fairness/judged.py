@@ -1,0 +1,159 @@
+"""Rows of the comparison: every selector judged, differences, means over seeds."""
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import Row
+
+from fairness.compared import CAM, OF_CNN, label_free, with_labels
+from fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
+from fairness.networks import logits_of
+from fairness.scenes import CLASSES, TEST, Scenes, make_scenes
+from fairness.stages import HALVES, LTRP, Trained, write_text
+from ltrp_timm import throughput
+from ltrp_timm.metrics import average_precision
+
+TEST_SEED = 10_000  # scenes of trials had smaller ones
+KEEP_RATIOS = (0.5, 0.25, 0.125)
+PARTS = ("seen", "unseen", "gap")
+DIFFERENCES = ("recall_above_random", "map_unseen_above_cam", "map_unseen_above_contrast")
+DIFFERENCES += ("auc_above_decoder",)
+
+
+def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row]:
+    """Rows of one seed: every selector, for each half of the digits with labels.
+
+    Each seed has test scenes of its own.
+    Smooth scenes are the control: what is kept there; the judge has not learned them.
+    """
+    clutter = make_scenes(args.test_scenes, TEST_SEED + seed, TEST)
+    smooth = make_scenes(args.test_scenes, TEST_SEED + seed, TEST, smooth=True)
+    judges = {"clutter": Judging(clutter, trained.judge), "smooth": Judging(smooth, None)}
+    free = label_free(trained)
+    costs = milliseconds({**free, **with_labels(trained, next(iter(trained.cnns)))}, clutter)
+    aucs = {
+        name: teacher_auc(trained.teacher, clutter, args.mask_ratio, *name.split()) for name in LTRP
+    }
+    rows: list[Row] = []
+    ratios = (1.0, *KEEP_RATIOS)
+    kept = {key: keep_all(free, judge, ratios) for key, judge in judges.items()}
+    for half, cnn in trained.cnns.items():
+        own = own_map(cnn, clutter, HALVES[half])
+        for images, judge in judges.items():
+            found = kept[images] | keep_all(with_labels(trained, half), judge, KEEP_RATIOS)
+            for (method, ratio), what in found.items():
+                row: Row = {"seen": half, "images": images, "keep_ratio": ratio}
+                row |= {"method": method, **measured(what, HALVES[half])}
+                measured_here = images == "clutter"  # the control has neither
+                row["teacher_auc"] = aucs.get(method, "") if measured_here else ""
+                row["own_map"] = own if measured_here and method.startswith(OF_CNN) else ""
+                rows.append({**row, "rank_ms": costs.get(method, "")})
+    return with_differences(rows)
+
+
+def judged(trained: Trained, seed: int, args: argparse.Namespace, folder: Path) -> list[Row]:
+    """Rows of one seed; those of a run that goes on are in its folder."""
+    path = folder / f"seed_{seed}" / "rows.json"
+    if not path.exists():
+        rows = judge_all(trained, seed, args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(rows))
+    found: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def keep_all(
+    rankers: dict[str, Any], judge: Judging, ratios: tuple[float, ...]
+) -> dict[tuple[str, float], Kept]:
+    """What is kept by each ranker at each ratio; beside those without labels, by the truth."""
+    scores = {name: scores_of(ranker, judge.scenes) for name, ranker in rankers.items()}
+    if 1.0 in ratios:
+        scores["ink"] = judge.ink.sum(dim=1)
+    found = {(name, r): judge(of, r) for r in ratios if r < 1 for name, of in scores.items()}
+    if 1.0 in ratios:
+        found["all patches", 1.0] = judge(scores["ink"], 1.0)
+    return found
+
+
+def milliseconds(rankers: dict[str, Any], scenes: Scenes) -> dict[str, float]:
+    """What ranking costs an image, in a batch of 64: the median of rounds in turns."""
+    images = scenes.pixels()[:64]
+    calls = {
+        name: partial(scores_of, ranker, Scenes(scenes.images[:64], *scenes[1:]))
+        for name, ranker in rankers.items()
+    }
+    timings = throughput.compare(calls, repeats=5, warmup=1)
+    return {name: round(1e3 * of.median / len(images), 4) for name, of in timings.items()}
+
+
+def own_map(cnn: Any, scenes: Scenes, digits: list[int]) -> float:
+    """mAP of a classifier on whole scenes, on the classes that it learned."""
+    precision = average_precision(logits_of(cnn, scenes), scenes.labels[:, digits])
+    return round(float(precision.mean()), 4)
+
+
+def measured(kept: Kept, seen: list[int]) -> Row:
+    """Recall and mAP of seen and unseen classes, with intervals; mAP is empty without a judge."""
+    unseen = [number for number in range(CLASSES) if number not in seen]
+    row: Row = {}
+    for name, of in (("recall", kept.recall), ("map", kept.precision)):
+        if of is None:
+            columns = [f"{name}_{part}{end}" for part in PARTS for end in ("", "_low", "_high")]
+            row |= dict.fromkeys(columns, "")
+            continue
+        first, second = of[:, seen].mean(dim=1), of[:, unseen].mean(dim=1)
+        for part, values in zip(PARTS, (first, second, first - second)):
+            row |= interval(f"{name}_{part}", values)
+    return row
+
+
+def with_differences(rows: list[Row]) -> list[Row]:
+    """Rows of one seed with what a selector has above random, blurred CAM and `contrast`."""
+    of = {(r["seen"], r["images"], r["keep_ratio"], r["method"]): r for r in rows}
+    for row in rows:
+        case = (row["seen"], row["images"], row["keep_ratio"])
+        row |= dict.fromkeys(DIFFERENCES, "")
+        if row["keep_ratio"] == 1:
+            continue
+        random = of[(*case, "random")]
+        recall, chance = ((r["recall_seen"] + r["recall_unseen"]) / 2 for r in (row, random))
+        row["recall_above_random"] = round(recall - chance, 5)
+        for name, other in (("cam", CAM), ("contrast", "contrast")):
+            if row["images"] == "clutter":
+                difference = row["map_unseen"] - of[(*case, other)]["map_unseen"]
+                row[f"map_unseen_above_{name}"] = round(difference, 5)
+        if row["method"] == LTRP[0] and row["images"] == "clutter":
+            other = of[(*case, "decoder mean")]["teacher_auc"]
+            row["auc_above_decoder"] = round(row["teacher_auc"] - other, 5)
+    return rows
+
+
+def over_seeds(rows: list[Row]) -> list[Row]:
+    """Means over the seeds, for each half and for both; low and high are the extremes of seeds."""
+    found = []
+    halves = list(dict.fromkeys(row["seen"] for row in rows))
+    for seen in [*halves, "both"] if len(halves) > 1 else halves:
+        own = [row for row in rows if seen in (row["seen"], "both")]
+        for key in dict.fromkeys((r["images"], r["keep_ratio"], r["method"]) for r in own):
+            some = [r for r in own if (r["images"], r["keep_ratio"], r["method"]) == key]
+            found.append(merged(some, {"seed": "all", "seen": seen}))
+    return found
+
+
+def merged(rows: list[Row], case: Row) -> Row:
+    """One row of several: the mean of seeds, each the mean of its halves."""
+    line: Row = {**rows[0], **case}
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    for name, value in rows[0].items():
+        if not isinstance(value, float) or name.endswith(("_low", "_high")) or name == "keep_ratio":
+            continue
+        each = [statistics.mean(row[name] for row in rows if row["seed"] == seed) for seed in seeds]
+        line[name] = round(statistics.mean(each), 5)
+        if f"{name}_low" in line:
+            line |= {f"{name}_low": round(min(each), 5), f"{name}_high": round(max(each), 5)}
+    line["recall_gap_size"] = abs(line["recall_gap"])
+    return line
