@@ -72,7 +72,7 @@ def save_weights(
         folder / WEIGHTS_NAME,
         lambda path: safetensors.torch.save_file(tensors, path, metadata=metadata),
     )
-    write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CONFIG_NAME, text)
     return folder / WEIGHTS_NAME
 
 
@@ -91,6 +91,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically."""
+    write_atomically(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def locate(

@@ -17,7 +17,7 @@ from ltrp_timm.checkpoints import (
     PathLike,
     read_weights,
     save_weights,
-    write_atomically,
+    write_text,
 )
 from ltrp_timm.configs import first_line
 from ltrp_timm.model import LTRPModel
@@ -166,7 +166,7 @@ def _save(
             f"{folder} already holds {CARD_NAME}; pass overwrite=True (--overwrite) to replace."
         )
     save_weights(folder, config, model.state_dict(), overwrite=overwrite)
-    write_atomically(folder / CARD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CARD_NAME, text)
     return folder
 
 

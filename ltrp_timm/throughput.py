@@ -311,6 +311,9 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+NUM_WORKERS = min(4, num_cores())  # processes that read images, where nobody says
+
+
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)

@@ -64,7 +64,7 @@ from ltrp_timm.rank.command import find_device
 from ltrp_timm.rank.processes import ignore_signals
 from ltrp_timm.rank.scorer import Scorer
 from ltrp_timm.selection import num_keep
-from ltrp_timm.throughput import environment, num_cores
+from ltrp_timm.throughput import NUM_WORKERS, environment
 from ltrp_timm.train.label_files import read_coco
 from ltrp_timm.train.labels import some
 from ltrp_timm.train.precision import seen_classes
@@ -167,9 +167,7 @@ def measure(
         What was found, and how many images were used and what was not.
     """
     dataset = open_images(args, found, entries[0].scorer)
-    workers = args.workers
-    if workers is None:
-        workers = min(4, num_cores())
+    workers = NUM_WORKERS if args.workers is None else args.workers
     loader = DataLoader(
         dataset,
         args.batch_size,

@@ -13,8 +13,9 @@ from fairness.compared import CAM, OF_CNN, label_free, with_labels
 from fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
 from fairness.networks import logits_of
 from fairness.scenes import CLASSES, TEST, Scenes, make_scenes
-from fairness.stages import HALVES, LTRP, Trained, write_text
+from fairness.stages import HALVES, LTRP, Trained
 from ltrp_timm import throughput
+from ltrp_timm.checkpoints import write_text
 from ltrp_timm.metrics import average_precision
 
 TEST_SEED = 10_000  # scenes of trials had smaller ones

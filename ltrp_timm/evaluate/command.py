@@ -39,7 +39,7 @@ from ltrp_timm.evaluate.setup import (
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.named_model import quiet_about_training
 from ltrp_timm.photos import one_line, printable
-from ltrp_timm.throughput import num_cores
+from ltrp_timm.throughput import NUM_WORKERS
 from ltrp_timm.train.cached import CachedTransform, open_cache, select_cached
 from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.data import Batch, HeldOutSampler, KeyedImages, make_loader
@@ -151,7 +151,7 @@ class _Runner:
         on_gpu = self.world.device.type != "cpu"
         workers = self.options.workers
         if workers is None:
-            workers = min(4, num_cores()) if on_gpu else 0
+            workers = NUM_WORKERS if on_gpu else 0
         loader = make_loader(self.keyed, sampler, size, workers, self.world.device, False)
         quiet = None if self.world.main else True  # None: not where nobody looks
         with tqdm(total=len(sampler), unit="image", disable=quiet, leave=False) as self.bar:

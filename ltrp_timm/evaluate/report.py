@@ -5,11 +5,10 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.checkpoints import write_atomically, write_text
 from ltrp_timm.console import CommandError, output_errors, say
 from ltrp_timm.evaluate.measure import Measured, Prediction
 from ltrp_timm.photos import printable
@@ -120,9 +119,9 @@ def write_results(output: str, rows: Sequence[Row], facts: Mapping[str, Any], pl
     with output_errors(output):
         folder.mkdir(parents=True, exist_ok=True)
         table = _csv([{**row, **facts} for row in rows])
-        write_atomically(folder / CSV_NAME, lambda path: path.write_text(table, "utf-8"))
+        write_text(folder / CSV_NAME, table)
         text = json.dumps({**facts, "results": list(rows)}, indent=2) + "\n"
-        write_atomically(folder / JSON_NAME, lambda path: path.write_text(text, "utf-8"))
+        write_text(folder / JSON_NAME, text)
         if plot:
             _draw(rows, str(facts["model"]), folder / PLOT_NAME)
 
@@ -147,7 +146,7 @@ def write_per_image(output: str, predictions: Sequence[Prediction], images: Labe
     ]
     with output_errors(output):
         path = Path(output) / PER_IMAGE_NAME
-        write_atomically(path, lambda place: place.write_text(_csv(lines), "utf-8"))
+        write_text(path, _csv(lines))
 
 
 def write_tables(output: str, tables: Mapping[str, Sequence[Row]]) -> None:
@@ -158,13 +157,8 @@ def write_tables(output: str, tables: Mapping[str, Sequence[Row]]) -> None:
     """
     with output_errors(output):
         for name, rows in tables.items():
-            text = _csv(rows) if rows else ""
-            if text:
-                write_atomically(Path(output) / name, partial(_write, text))
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text, "utf-8")
+            if rows:
+                write_text(Path(output) / name, _csv(rows))
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.checkpoints import write_atomically, write_text
 from ltrp_timm.configs import parse_json
 from ltrp_timm.photos import printable
 from ltrp_timm.selection import best_first
@@ -101,7 +101,7 @@ def finish_cache(
         "failed": [name for number, name in enumerate(ids.names) if number not in there],
     }
     text = json.dumps(content)
-    write_atomically(folder / CACHE_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CACHE_NAME, text)
 
 
 class IndexCache:

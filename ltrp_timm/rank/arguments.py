@@ -5,7 +5,7 @@ from typing import Any
 
 from ltrp_timm.arguments import keep_ratio, positive
 from ltrp_timm.console import CommandError
-from ltrp_timm.throughput import num_cores
+from ltrp_timm.throughput import NUM_WORKERS
 
 
 def add_rank(commands: Any) -> None:
@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_goal(arguments)
     given = dict(vars(arguments), overlays=not arguments.no_overlays)
     if given["workers"] is None:
-        given["workers"] = min(4, num_cores())
+        given["workers"] = NUM_WORKERS
     for name in ("command", "run", "no_overlays"):
         del given[name]
     options = RankOptions(**{name: value for name, value in given.items() if value is not None})

@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.checkpoints import write_atomically, write_text
 from ltrp_timm.console import CommandError
 from ltrp_timm.photos import printable
 from ltrp_timm.rank.images import OVERLAYS
@@ -71,7 +71,7 @@ class Parts:
             raise CommandError(f"{name} holds overlays already: --overwrite replaces them.")
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2)
-        write_atomically(self._settings, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self._settings, text)
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(now))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.checkpoints import write_text
 from ltrp_timm.console import say
 
 LOG_NAME = "log.csv"
@@ -83,7 +83,7 @@ class Log:
         """Write the row of an epoch, and say it."""
         self.bar.close()
         self.rows.append(dict(row))
-        write_atomically(self.path, lambda path: path.write_text(_table(self.rows), "utf-8"))
+        write_text(self.path, _table(self.rows))
         if self.writer:
             for name, value in row.items():
                 if name not in ("epoch", "step") and value is not None:

@@ -22,7 +22,7 @@ from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit, rehearse
 from ltrp_timm.train.pictures import show_images
 from ltrp_timm.train.settings import SCALE, check_range, make_settings
-from ltrp_timm.train.sources import Sources, crop_transforms
+from ltrp_timm.train.sources import cropped_sources
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.targets import Targets, accepted, open_ranker, saved_name
 from ltrp_timm.train.task import Summary
@@ -123,11 +123,7 @@ def train_ranker(
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net = make_ranker(ranker, targets, args, init_from)
         task = RankerTask(net.to(world.device), targets, loss_function, visible_only, loss, compare)
-        transforms = crop_transforms(targets.img_size, targets.mean, targets.std, scale)
-        least = max(targets.patch_size)
-        sources = Sources(data, common, world, *transforms, targets.img_size, least)
-        if tuple(scale) != SCALE:
-            sources.fingerprint["scale"] = list(scale)
+        sources = cropped_sources(data, common, world, targets, scale)
         return (rehearse if dry_run else fit)(task, sources, common, world, output)
 
 

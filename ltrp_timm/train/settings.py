@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ltrp_timm.throughput import num_cores
+from ltrp_timm.throughput import NUM_WORKERS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 RESUMES = ("never", "auto")
@@ -84,7 +84,7 @@ class Settings:
     compile: bool = False
     seed: int = 0
     device: str | None = None
-    num_workers: int = min(4, num_cores())
+    num_workers: int = NUM_WORKERS
     resume: str = "never"
     checkpoint_steps: int | None = None
     holdout: float = 0.05

@@ -197,3 +197,27 @@ def crop_transforms(
     shared = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
     train = create_transform(**shared, is_training=True, scale=tuple(scale), color_jitter=None)
     return train, create_transform(**shared, is_training=False, crop_pct=1.0)
+
+
+def cropped_sources(
+    data: Any, settings: Settings, world: World, like: Any, scale: Sequence[float]
+) -> Sources:
+    """Images without labels, as random crops and as centre crops.
+
+    Args:
+        data: see ``Sources``.
+        settings: likewise.
+        world: likewise.
+        like: what they are for: its ``img_size``, ``patch_size``, ``mean`` and ``std``.
+        scale: share of a picture's area that a random crop takes.
+
+    Raises:
+        ValueError: as for ``Sources``.
+        FileNotFoundError: likewise.
+    """
+    transforms = crop_transforms(like.img_size, like.mean, like.std, scale)
+    least = max(like.patch_size)
+    sources = Sources(data, settings, world, *transforms, like.img_size, least)
+    if tuple(scale) != SCALE:
+        sources.fingerprint["scale"] = list(scale)
+    return sources

@@ -21,7 +21,7 @@ from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit
 from ltrp_timm.train.pictures import show_images
 from ltrp_timm.train.settings import SCALE, check_range, make_settings
-from ltrp_timm.train.sources import Sources, crop_transforms
+from ltrp_timm.train.sources import cropped_sources
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.task import Summary
 from ltrp_timm.train.world import join_world
@@ -79,11 +79,7 @@ def train_teacher(
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             teacher = create_teacher(init_from, **args) if init_from else MAETeacher(**args)
         task = TeacherTask(teacher.to(world.device), mask_ratio)
-        transforms = crop_transforms(teacher.img_size, teacher.mean, teacher.std, scale)
-        least = max(teacher.patch_size)
-        sources = Sources(data, common, world, *transforms, teacher.img_size, least)
-        if tuple(scale) != SCALE:
-            sources.fingerprint["scale"] = list(scale)
+        sources = cropped_sources(data, common, world, teacher, scale)
         return fit(task, sources, common, world, output)
 
 
