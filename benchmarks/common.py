@@ -29,23 +29,38 @@ VIT_TI, VIT_S, VIT_B, VIT_L = (
 ON_ONE_CORE = {"device": "cpu", "dtype": "float32", "threads": "1"}
 
 
-def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options every timing benchmark has; ``defaults`` are a benchmark's own."""
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    add = parser.add_argument
+    add("--threads", type=int, default=1, help="threads of torch; 0 leaves them as they are")
+    add("--output", type=Path, default=RESULTS, help="folder of the CSV, PNG and Markdown files")
+    parser.set_defaults(depth=0, device="cpu", dtype="float32")
+    return parser
+
+
+def device_parser(description: str) -> argparse.ArgumentParser:
+    """The options of a benchmark that runs on any device."""
+    parser = base_parser(description)
+    add = parser.add_argument
+    add("--depth", type=int, default=0, help="blocks of each model; 0 takes all of them")
+    add("--device", default="cpu", help="cpu, cuda, …")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of all")
+    return parser
+
+
+def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options every timing benchmark has; ``defaults`` are a benchmark's own."""
+    parser = device_parser(description)
     add = parser.add_argument
     add("--models", nargs="+", default=[VIT_B], help="timm models")
     add("--batch-sizes", nargs="+", type=int, default=[1, 8], help="images per call")
     add("--keep-ratios", nargs="+", type=float, default=[0.5], help="shares of patches to encode")
     add("--rankers", nargs="+", default=["contrast", "conv"], help="names of ltrp_timm rankers")
-    add("--depth", type=int, default=0, help="blocks of each model; 0 takes all of them")
-    add("--device", default="cpu", help="cpu, cuda, …")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of all")
-    add("--threads", type=int, default=1, help="threads of torch; 0 leaves them as they are")
     add("--repeats", type=int, default=0, help="timed rounds; 0 fits them to --seconds")
     add("--seconds", type=float, default=20.0, help="what one comparison may take, in seconds")
-    add("--output", type=Path, default=RESULTS, help="folder of the CSV, PNG and Markdown files")
     parser.set_defaults(**defaults)
     return parser
 

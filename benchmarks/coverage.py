@@ -23,7 +23,7 @@ from typing import Any
 
 import tables
 import torch
-from common import Row, load_pyplot, make_parser, set_up, summary
+from common import Row, base_parser, load_pyplot, set_up, summary
 from scenes import load_crops
 from tables import Goal
 from torch import Tensor
@@ -147,7 +147,11 @@ def plot(rows: list[Row]) -> Any:
 def main() -> None:
     """Measure, write CSV, PNG and Markdown, check the goals."""
     description = (__doc__ or "").splitlines()[0]
-    args = make_parser(description, keep_ratios=[0.1, 0.25, 0.5, 0.75]).parse_args()
+    parser = base_parser(description)
+    ratios = [0.1, 0.25, 0.5, 0.75]
+    text = "shares of patches to keep"
+    parser.add_argument("--keep-ratios", nargs="+", type=float, default=ratios, help=text)
+    args = parser.parse_args()
     rows = run(args, set_up(args))
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
 

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from common import Row, make_parser, set_up
+from common import Row, set_up
 from fairness.compared import CAM, labels_of
 from fairness.judged import PARTS, judged, over_seeds
 from fairness.pictures import draw_scenes, plot
@@ -46,8 +46,9 @@ from fairness.stages import (
     LTRP,
     Run,
     Trained,
+    add_epochs,
     load_shipped,
-    refuse_others,
+    make_parser,
     ship,
     train_all,
 )
@@ -162,51 +163,18 @@ def main() -> None:
     parser = make_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="load what was trained before, measure 400 scenes")
-    add("--scenes", type=int, default=20_000, help="to train on")
-    add("--test-scenes", type=int, default=2000, help="to measure on")
     add("--teacher-epochs", type=int, default=8, help="of the MAE, batches of 64")
-    add(
-        "--ranker-epochs",
-        type=int,
-        nargs="+",
-        default=[1, 2],
-        help="of each ranker, batches of 32; of each cycle",
-    )
-    add(
-        "--cnn-epochs",
-        type=int,
-        nargs="+",
-        default=[3, 3],
-        help="of each CNN, batches of 64; of each cycle",
-    )
-    add(
-        "--vit-epochs",
-        type=int,
-        nargs="+",
-        default=[3],
-        help="of each ViT, batches of 64; of each cycle",
-    )
-    add(
-        "--judge-epochs",
-        type=int,
-        nargs="+",
-        default=[4],
-        help="of the judge, batches of 64; of each cycle",
-    )
+    add_epochs(parser, "--cnn-epochs", [3, 3], "of each CNN, batches of 64")
+    add_epochs(parser, "--vit-epochs", [3], "of each ViT, batches of 64")
+    add_epochs(parser, "--judge-epochs", [4], "of the judge, batches of 64")
     add("--teacher-lr", type=float, default=3e-3, help="learning rate")
-    add("--ranker-lr", type=float, default=4e-3, help="learning rate")
     add("--cnn-lr", type=float, default=4e-3, help="learning rate, the judge's too")
     add("--vit-lr", type=float, default=1e-3, help="learning rate")
-    add("--scale", type=float, nargs=2, default=(0.7, 1.0), help="of the crops that train them")
-    add("--mask-ratio", type=float, default=0.75, help="of the scores that the rankers learn")
-    add("--list-size", type=int, default=10, help="scores of an image that a ranker learns from")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the training, a run for each")
     text = "keep what is trained here; started again, it goes on"
     add("--runs", type=Path, help=text)
     add("--ship", action="store_true", help="write the first seed's weights for --quick")
+    parser.set_defaults(name=NAME)
     args = parser.parse_args()
-    args.name = NAME
-    refuse_others(parser, args)
     if args.quick and (args.ship or args.runs):
         parser.error("--quick loads what was shipped: it goes without --ship and --runs")
     if args.quick:

@@ -29,11 +29,11 @@ from typing import Any
 
 import tables
 import torch
-from common import Row, load_pyplot, make_parser, set_up
+from common import Row, load_pyplot, set_up
 from fairness.measures import Judging, Kept, N, interval, scores_of
 from fairness.networks import make_judge
 from fairness.scenes import PATCH, SIDE, TEST, TRAIN, make_scenes
-from fairness.stages import Run, load_network, refuse_others
+from fairness.stages import Run, load_network, make_parser
 
 import ltrp_timm
 from ltrp_timm.selection import num_keep, patch_pixels, select_mixed
@@ -170,19 +170,10 @@ def plot(rows: list[Row]) -> Any:
 def main() -> None:
     """Train, judge, write CSV, PNG and Markdown, check the goals."""
     parser = make_parser((__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    add("--runs", type=Path, required=True, help="folder of benchmarks/fairness.py's training")
-    add("--scenes", type=int, default=10_000, help="to train on")
-    add("--test-scenes", type=int, default=2000, help="to measure on")
-    add("--ranker-epochs", type=int, nargs="+", default=[1], help="of each cycle, batches of 32")
-    add("--ranker-lr", type=float, default=4e-3, help="learning rate")
-    add("--scale", type=float, nargs=2, default=(0.7, 1.0), help="of the crops that train them")
-    add("--mask-ratio", type=float, default=0.75, help="of the scores that the rankers learn")
-    add("--list-size", type=int, default=10, help="scores of an image that a ranker learns from")
-    add("--seeds", type=int, nargs="+", default=[1, 2], help="of the training")
+    text = "folder of benchmarks/fairness.py's training"
+    parser.add_argument("--runs", type=Path, required=True, help=text)
+    parser.set_defaults(name=NAME, scenes=10_000, ranker_epochs=[1], seeds=[1, 2])
     args = parser.parse_args()
-    args.name = NAME
-    refuse_others(parser, args)
     where = set_up(args)
     for seed in args.seeds:  # the last that fairness.py writes for a seed
         if not (args.runs / f"seed_{seed}" / "rows.json").exists():

@@ -33,7 +33,7 @@ from typing import Any
 import tables
 import timm
 import torch
-from common import Row, load_pyplot, make_parser, set_up
+from common import Row, device_parser, load_pyplot, set_up
 from PIL import Image
 from safetensors.torch import save_file
 from scenes import make_digit_scenes
@@ -193,7 +193,7 @@ def plot(rows: list[Row]) -> Any:
 
 def main() -> None:
     """Train, write CSV, PNG and Markdown, check the goals."""
-    parser = make_parser((__doc__ or "").splitlines()[0])
+    parser = device_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--scenes", type=int, default=3000, help="to train on")
     add("--held-out", type=int, default=1000, help="to measure on")

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import tables
 import torch
-from common import Row, make_parser, set_up, summary
+from common import Row, device_parser, set_up, summary
 from judging import (
     agreement,
     as_seen_by,
@@ -270,7 +270,7 @@ def _figure(row: Row, column: str) -> str:
 
 def main() -> None:
     """Train, judge, write CSV, PNG and Markdown, check the goals."""
-    parser = make_parser((__doc__ or "").splitlines()[0])
+    parser = device_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--scenes", type=int, default=2000, help="to train on")
     add("--crops", type=int, default=2000, help="squares of photos to train on")

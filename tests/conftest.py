@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from benchmark_setup import Done, run_once
 from torch import Tensor, nn
 
 from ltrp_timm.teacher import MAETeacher
@@ -133,6 +134,20 @@ def backbone_of() -> Callable[..., tuple[Any, Tensor]]:
         return copy.deepcopy(model), images
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Done]:
+    """Run a benchmark once for each set of options."""
+    done: dict[tuple[str, ...], Done] = {}
+
+    def run(name: str, *options: str) -> Done:
+        key = (name, *options)
+        if key not in done:
+            done[key] = run_once(name, tmp_path_factory.mktemp(name), *options)
+        return done[key]
+
+    return run
 
 
 # a small MAE: 16 patches

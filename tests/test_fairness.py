@@ -2,32 +2,18 @@
 
 import argparse
 import csv
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmark_setup import BENCHMARKS, RESULTS, load
 from fairness import judged, measures, networks, scenes, stages
 from fairness.compared import WEIGHT_FREE, label_free, with_labels
 
 import ltrp_timm
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-RESULTS = BENCHMARKS / "results"
-
-
-def load(name: str) -> ModuleType:
-    """A script by its file: ``fairness`` is a package of that name too."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import base_parser
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 import ltrp_timm
 from fairness.networks import fit, make_cnn, make_judge, make_vit, masked
 from fairness.scenes import CLASSES, PATCH, SIDE, Scenes
-from ltrp_timm.checkpoints import write_atomically
+from ltrp_timm.checkpoints import write_atomically, write_text
 from ltrp_timm.train import train_ranker, train_teacher
 
 HALVES = {"0-4": list(range(5)), "5-9": list(range(5, CLASSES))}  # the digits with labels
@@ -161,11 +162,6 @@ class Run:
         self.seconds[name] = json.loads(note.read_text(encoding="utf-8"))["seconds"]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
 def file_name(stage: str) -> str:
     """The name of a stage without blanks and commas."""
     return stage.replace(",", "").replace(" ", "_")
@@ -216,13 +212,34 @@ def train_all(run: Run, scenes: Callable[[], Scenes]) -> Trained:
     return Trained(teacher, rankers, cnns, vits, judge, run.seconds)
 
 
-def refuse_others(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options of timing benchmarks that would change nothing here are refused."""
-    for name in ("models", "batch_sizes", "keep_ratios", "rankers", "depth", "device", "dtype"):
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} changes nothing here")
-    if args.scenes < 64 or args.test_scenes < 50:
-        parser.error("it needs 64 scenes to train on and 50 to measure on, at least")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every benchmark that trains rankers on scenes."""
+    parser = base_parser(description)
+    add = parser.add_argument
+    add("--scenes", type=_at_least(64), default=20_000, help="to train on")
+    add("--test-scenes", type=_at_least(50), default=2000, help="to measure on")
+    add_epochs(parser, "--ranker-epochs", [1, 2], "of each ranker, batches of 32")
+    add("--ranker-lr", type=float, default=4e-3, help="learning rate")
+    add("--scale", type=float, nargs=2, default=(0.7, 1.0), help="of the crops that train them")
+    add("--mask-ratio", type=float, default=0.75, help="of the scores that the rankers learn")
+    add("--list-size", type=int, default=10, help="scores of an image that a ranker learns from")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the training, a run for each")
+    return parser
+
+
+def add_epochs(parser: argparse.ArgumentParser, option: str, default: list[int], text: str) -> None:
+    """An option with the epochs of each cycle of the learning rate."""
+    text = f"{text}; of each cycle"
+    parser.add_argument(option, type=int, nargs="+", default=default, help=text)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    return number
 
 
 def ship(trained: Trained, path: Path, settings: dict[str, Any]) -> None:
