@@ -54,7 +54,7 @@ from ltrp_timm import throughput
 from ltrp_timm.cli import main as ltrp_timm_cli
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.train.cached import CachedTransform, open_cache, select_cached
-from ltrp_timm.train.data import Images, open_dataset
+from ltrp_timm.train.images import Images, open_dataset
 from ltrp_timm.train.keys import seeded
 from ltrp_timm.visualize import data_config
 

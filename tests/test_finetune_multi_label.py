@@ -16,7 +16,7 @@ from train_setup import QUIET, distance, weights
 from ltrp_timm.cli import main
 from ltrp_timm.ml_decoder import MLDecoder
 from ltrp_timm.train import Summary, finetune
-from ltrp_timm.train.data import split_indices
+from ltrp_timm.train.images import split_indices
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.network import fit_head, put_head
 from ltrp_timm.train.recipe import split_options

@@ -28,16 +28,9 @@ from ltrp_timm.rank import cache as cache_command
 from ltrp_timm.rank import command, parts
 from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.train.cached import CachedTransform, open_cache, select_cached
-from ltrp_timm.train.data import (
-    HELD_OUT,
-    Batch,
-    HeldOutSampler,
-    Images,
-    KeyedImages,
-    make_loader,
-    open_dataset,
-)
+from ltrp_timm.train.data import HELD_OUT, Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.train.finetune import finetune
+from ltrp_timm.train.images import Images, open_dataset
 from ltrp_timm.train.keys import seeded
 from ltrp_timm.train.world import World
 from ltrp_timm.visualize import data_config

@@ -14,16 +14,8 @@ from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader, Dataset
 from train_setup import QUIET, make_photos, run, same_bits, weights
 
-from ltrp_timm.train.data import (
-    HELD_OUT,
-    HeldOutSampler,
-    Images,
-    KeyedImages,
-    KeyedSampler,
-    make_loader,
-    open_dataset,
-    split_indices,
-)
+from ltrp_timm.train.data import HELD_OUT, HeldOutSampler, KeyedImages, KeyedSampler, make_loader
+from ltrp_timm.train.images import Images, open_dataset, split_indices
 from ltrp_timm.train.keys import generators, sample_seed, seeded
 from ltrp_timm.train.sources import crop_transforms
 from ltrp_timm.train.world import World

@@ -28,8 +28,8 @@ from ltrp_timm.rank.command import find_device, make_scorer, scorer_settings
 from ltrp_timm.rank.job import Job, RankOptions, Result, name_failures, run_job, say_done
 from ltrp_timm.rank.parts import PART_SIZE, Parts, stream
 from ltrp_timm.rank.processes import first_alone
-from ltrp_timm.train.data import Images, open_dataset
 from ltrp_timm.train.ids import image_ids
+from ltrp_timm.train.images import Images, open_dataset
 
 CROP_MODES = ("center", "squash")
 

@@ -13,8 +13,9 @@ from ltrp_timm.index_cache import FollowedTransform, IndexCache, Step, trace
 from ltrp_timm.model import LTRPModel
 from ltrp_timm.photos import printable
 from ltrp_timm.selection import check_selection_args, choose_keep_indices
-from ltrp_timm.train.data import Images, Transform
+from ltrp_timm.train.data import Transform
 from ltrp_timm.train.ids import image_ids
+from ltrp_timm.train.images import Images
 from ltrp_timm.visualize import data_config
 
 _VIEW = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from ltrp_timm.train.data import NAMED
+from ltrp_timm.train.images import NAMED
 from ltrp_timm.train.labels import LabelledImages, open_labelled
 from ltrp_timm.train.settings import Settings
 

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from ltrp_timm.index_cache import ImageIds
-from ltrp_timm.train.data import Images
+from ltrp_timm.train.images import Images
 
 
 def image_ids(images: Images) -> ImageIds:

@@ -12,7 +12,7 @@ from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
 from ltrp_timm.photos import one_line, printable
-from ltrp_timm.train.data import Images, open_dataset, split_indices
+from ltrp_timm.train.images import Images, open_dataset, split_indices
 
 _SHOWN = 5  # names in a message
 

@@ -12,7 +12,7 @@ from timm.data.readers.reader import Reader
 from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor, nn
 
-from ltrp_timm.train.data import Images
+from ltrp_timm.train.images import Images
 from ltrp_timm.train.keys import sample_seed
 from ltrp_timm.train.label_files import LabelTable, read_labels
 from ltrp_timm.train.labels import listed_names, match_classes, some

@@ -17,7 +17,8 @@ from ltrp_timm import losses
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.rankers import create_ranker, ranker_class, resize_score_map
 from ltrp_timm.selection import num_keep, select_top
-from ltrp_timm.train.data import Batch, check_data
+from ltrp_timm.train.data import Batch
+from ltrp_timm.train.images import check_data
 from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit, rehearse
 from ltrp_timm.train.pictures import show_images

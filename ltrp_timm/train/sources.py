@@ -11,14 +11,13 @@ from torch.utils.data import IterableDataset, default_collate
 from ltrp_timm.train.data import (
     Batch,
     HeldOutSampler,
-    Images,
     KeyedImages,
     KeyedSampler,
     KeyedStream,
     Transform,
     make_loader,
-    open_dataset,
 )
+from ltrp_timm.train.images import Images, open_dataset
 from ltrp_timm.train.keys import HELD_OUT, sample_seed
 from ltrp_timm.train.settings import SCALE, Settings
 from ltrp_timm.train.world import World
