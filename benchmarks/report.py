@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairness.compared import labels_of
-from sections import SECTIONS, Section, images_of, score_of, two_digits
+from sections import SECTIONS, Cell, Section, images_of, laid_out, number, score_of
 from tables import markdown_table, read_csv
 
 from ltrp_timm.slots import support_rows
@@ -26,6 +26,12 @@ CARD = ROOT / "ltrp_timm" / "weights" / "conv.md"
 def ends(marker: str) -> tuple[str, str]:
     """The comments around a section."""
     return f"<!-- {marker}: written by benchmarks/report.py -->", f"<!-- /{marker} -->"
+
+
+def framed(marker: str, body: str) -> str:
+    """A section: what is in it, between its comments."""
+    start, end = ends(marker)
+    return f"{start}\n{body}\n{end}"
 
 
 def with_sections(text: str, results: Path, sections: Sequence[Section]) -> str:
@@ -47,17 +53,17 @@ def with_sections(text: str, results: Path, sections: Sequence[Section]) -> str:
         rows = read_csv(path)
         if rows[0].get("depth", "all") != "all":
             raise SystemExit(f"{path} is of models cut to {rows[0]['depth']} blocks.")
-        new = f"{start}\n{section.text(rows)}\n{end}"
+        body = section.text(rows)
         if count == (0, 0) and behind:
-            text = text.replace(behind, f"{behind}\n\n{new}")
+            text = text.replace(behind, f"{behind}\n\n{framed(section.marker, body)}")
         else:
-            text = with_section(text, section.marker, new)
+            text = with_section(text, section.marker, body)
         behind = end
     return text
 
 
-def with_section(text: str, marker: str, new: str) -> str:
-    """The README's text with the section of this marker, the comments included, replaced.
+def with_section(text: str, marker: str, body: str) -> str:
+    """The README's text with what is between the comments of this marker replaced.
 
     Raises:
         SystemExit: it is not there once, whole.
@@ -65,18 +71,17 @@ def with_section(text: str, marker: str, new: str) -> str:
     start, end = ends(marker)
     if (text.count(start), text.count(end)) != (1, 1) or text.index(start) > text.index(end):
         raise SystemExit(f"README must hold the markers {start} and {end} once, in this order.")
-    return text.replace(text[text.index(start) : text.index(end) + len(end)], new)
+    old = text[text.index(start) : text.index(end) + len(end)]
+    return text.replace(old, framed(marker, body))
 
 
 def with_support(text: str) -> str:
     """The README's text with the table of backbones as the code has it."""
-    start, end = ends("support")
-    return with_section(text, "support", f"{start}\n{markdown_table(support_rows())}\n{end}")
+    return with_section(text, "support", markdown_table(support_rows()))
 
 
 def with_shortfalls(text: str, results: Path) -> str:
     """The README's text with all goals that the committed measurements do not meet."""
-    start, end = ends("shortfalls")
     rows = []
     for path in sorted(results.glob("*.md")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -86,7 +91,7 @@ def with_shortfalls(text: str, results: Path) -> str:
                 row = {"goal": cells[0], "asked": cells[1], "measured": cells[2]}
                 rows.append({**row, "in": link})
     table = markdown_table(rows) if rows else "Every goal is met."
-    return with_section(text, "shortfalls", f"{start}\n{table}\n{end}")
+    return with_section(text, "shortfalls", table)
 
 
 def with_held_out(text: str, results: Path) -> str:
@@ -95,28 +100,19 @@ def with_held_out(text: str, results: Path) -> str:
     Raises:
         SystemExit: the CSV is not there.
     """
-    path = results / "learning.csv"
-    if not path.exists():
-        raise SystemExit(f"{CARD} has a table of held-out images, but there is no {path}.")
-    every = read_csv(path)
+    every = _rows_of(results, "learning", CARD)
     first = (every[0]["seed"], every[0]["aggregate"])
     rows = [row for row in every if (row["seed"], row["aggregate"]) == first]
     shipped = next(row["weights_sha256"] for row in rows if row["weights_sha256"])
-    table = markdown_table(
-        [
-            {
-                "images": images_of(row),
-                "score": score_of(row),
-                "Spearman with the teacher's lists": two_digits(row["spearman"]),
-                "with its mean rank": two_digits(row["map_spearman"]),
-                "object AUC": two_digits(row["object_auc"]),
-                "ink kept at 25 %": two_digits(row["ink_kept"]),
-            }
-            for row in rows
-        ]
-    )
-    start, end = ends("held-out")
-    return with_section(text, "held-out", f"{start}\n{table}\n\nSHA-256: `{shipped}`\n{end}")
+    columns: dict[str, Cell] = {
+        "images": images_of,
+        "score": score_of,
+        "Spearman with the teacher's lists": number("spearman"),
+        "with its mean rank": number("map_spearman"),
+        "object AUC": number("object_auc"),
+        "ink kept at 25 %": number("ink_kept"),
+    }
+    return with_section(text, "held-out", f"{laid_out(rows, columns)}\n\nSHA-256: `{shipped}`")
 
 
 def with_choice(text: str, results: Path) -> str:
@@ -125,27 +121,25 @@ def with_choice(text: str, results: Path) -> str:
     Raises:
         SystemExit: the CSV is not there.
     """
-    path = results / "fairness.csv"
-    if not path.exists():
-        raise SystemExit(f"{GUIDE} has a table of selectors, but there is no {path}.")
     case = {"seed": "all", "seen": "both", "images": "clutter", "keep_ratio": "0.25"}
-    rows = [row for row in read_csv(path) if case.items() <= row.items()]
-    table = markdown_table(
-        [
-            {
-                "selector": row["method"],
-                "labels": labels_of(row["method"]),
-                "ink of seen classes": two_digits(row["recall_seen"]),
-                "of unseen ones": two_digits(row["recall_unseen"]),
-                "mAP seen": two_digits(row["map_seen"]),
-                "unseen": two_digits(row["map_unseen"]),
-                "ms an image": two_digits(row["rank_ms"]),
-            }
-            for row in rows
-        ]
-    )
-    start, end = ends("choice")
-    return with_section(text, "choice", f"{start}\n{table}\n{end}")
+    rows = [row for row in _rows_of(results, "fairness", GUIDE) if case.items() <= row.items()]
+    columns: dict[str, Cell] = {
+        "selector": lambda row: row["method"],
+        "labels": lambda row: labels_of(row["method"]),
+        "ink of seen classes": number("recall_seen"),
+        "of unseen ones": number("recall_unseen"),
+        "mAP seen": number("map_seen"),
+        "unseen": number("map_unseen"),
+        "ms an image": number("rank_ms"),
+    }
+    return with_section(text, "choice", laid_out(rows, columns))
+
+
+def _rows_of(results: Path, name: str, document: Path) -> list[dict[str, str]]:
+    path = results / f"{name}.csv"
+    if not path.exists():
+        raise SystemExit(f"{document} has a table of {name}.csv, but there is no {path}.")
+    return read_csv(path)
 
 
 def main() -> None:

@@ -68,6 +68,11 @@ def pivot(rows: Sequence[Row], section: Section) -> str:
     )
 
 
+def laid_out(rows: Sequence[Row], columns: Mapping[str, Cell]) -> str:
+    """A line for each row, a column for each heading, as Markdown."""
+    return markdown_table([{name: of(row) for name, of in columns.items()} for row in rows])
+
+
 def _milliseconds(row: Row) -> str:
     return f"{1e3 * float(row['seconds_median']):.0f} ms"
 
@@ -103,6 +108,16 @@ def two_digits(figure: str) -> str:
     return f"{float(figure):.2f}" if figure else "–"
 
 
+def number(name: str) -> Cell:
+    """The figure of a column as text."""
+    return lambda row: two_digits(row[name])
+
+
+def _method(*plain: str) -> Cell:
+    """The method, as code unless it is one of these."""
+    return lambda row: row["method"] if row["method"] in plain else f"`{row['method']}`"
+
+
 def _seen_and_unseen(row: Row) -> str:
     recall = f"{two_digits(row['recall_seen'])} / {two_digits(row['recall_unseen'])}"
     return f"{recall}, {two_digits(row['map_seen'])} / {two_digits(row['map_unseen'])}"
@@ -115,7 +130,7 @@ SECTIONS = [
         "Times as fast as the plain model, ranker's time included. *Ideal* is the same encoder "
         "given as many tokens for nothing; in brackets how much of it is reached",
         lambda row: {**_model(row), "keep": row["keep_ratio"]},
-        lambda row: row["method"] if row["method"] in ("full", "ideal") else f"`{row['method']}`",
+        _method("full", "ideal"),
         _speed_cell,
         lambda row: row["keep_ratio"] in ("0.5", "0.25") and row["batch"] in ("1", "8"),
     ),
@@ -125,7 +140,7 @@ SECTIONS = [
         "Times as fast as the plain eager model when compiled (on a CPU with frozen weights) or "
         "run by ONNX Runtime",
         lambda row: {**_model(row), "keep": row["keep_ratio"], "form": row["form"]},
-        lambda row: row["method"] if row["method"] == "full" else f"`{row['method']}`",
+        _method("full"),
         lambda row: f"{float(row['speedup_over_eager']):.2f}×",
     ),
     Section(
@@ -134,7 +149,7 @@ SECTIONS = [
         "Times as fast as the plain model at larger images, in brackets the ranker's share of the "
         "plain model's time. `@224` ranks the image at 224 px and encodes it at full size",
         lambda row: {**_model(row), "px": row["img_size"]},
-        lambda row: row["method"] if row["method"] in ("full", "ideal") else f"`{row['method']}`",
+        _method("full", "ideal"),
         lambda row: (
             _milliseconds(row)
             if row["method"] == "full"
@@ -174,7 +189,7 @@ SECTIONS = [
         "Time of a step with patches given for nothing, and how many times as long others take; "
         "`cached` reads the orders of `vit_small` from an index cache",
         lambda row: {"step": row["step"], "keep": row["keep_ratio"]},
-        lambda row: row["method"] if row["method"] in ("full", "given") else f"`{row['method']}`",
+        _method("full", "given"),
         lambda row: (
             _milliseconds(row) if row["method"] == "given" else f"{float(row['over_given']):.2f}×"
         ),

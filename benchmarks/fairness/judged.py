@@ -35,7 +35,8 @@ def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row
     smooth = make_scenes(args.test_scenes, TEST_SEED + seed, TEST, smooth=True)
     judges = {"clutter": Judging(clutter, trained.judge), "smooth": Judging(smooth, None)}
     free = label_free(trained)
-    costs = milliseconds({**free, **with_labels(trained, next(iter(trained.cnns)))}, clutter)
+    of_labels = {half: with_labels(trained, half) for half in trained.cnns}
+    costs = milliseconds({**free, **next(iter(of_labels.values()))}, clutter)
     aucs = {
         name: teacher_auc(trained.teacher, clutter, args.mask_ratio, *name.split()) for name in LTRP
     }
@@ -45,7 +46,7 @@ def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row
     for half, cnn in trained.cnns.items():
         own = own_map(cnn, clutter, HALVES[half])
         for images, judge in judges.items():
-            found = kept[images] | keep_all(with_labels(trained, half), judge, KEEP_RATIOS)
+            found = kept[images] | keep_all(of_labels[half], judge, KEEP_RATIOS)
             for (method, ratio), what in found.items():
                 row: Row = {"seen": half, "images": images, "keep_ratio": ratio}
                 row |= {"method": method, **measured(what, HALVES[half])}
@@ -82,13 +83,10 @@ def keep_all(
 
 def milliseconds(rankers: dict[str, Any], scenes: Scenes) -> dict[str, float]:
     """What ranking costs an image, in a batch of 64: the median of rounds in turns."""
-    images = scenes.pixels()[:64]
-    calls = {
-        name: partial(scores_of, ranker, Scenes(scenes.images[:64], *scenes[1:]))
-        for name, ranker in rankers.items()
-    }
+    batch = next(scenes.batches(64))
+    calls = {name: partial(scores_of, ranker, batch) for name, ranker in rankers.items()}
     timings = throughput.compare(calls, repeats=5, warmup=1)
-    return {name: round(1e3 * of.median / len(images), 4) for name, of in timings.items()}
+    return {name: round(1e3 * of.median / len(batch.images), 4) for name, of in timings.items()}
 
 
 def own_map(cnn: Any, scenes: Scenes, digits: list[int]) -> float:

@@ -148,7 +148,7 @@ class Run:
             seed = self.seed + 1000 * (cycle - 1)
             self.timed(stage, partial(_train_and_write, train, net, path, count, seed))
             net.load_state_dict(load_file(path))
-        return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        return _to_judge(net)
 
     def timed(self, name: str, train: Callable[[], None]) -> None:
         """Train what is not there; note the seconds beside it."""
@@ -187,6 +187,11 @@ def load_network(net: Any, folder: Path, name: str) -> Any:
     """A network with the weights of its last cycle in the folder of a seed."""
     path = max(folder.glob(f"{file_name(name)}_cycle_?.safetensors"))
     net.load_state_dict(load_file(path))
+    return _to_judge(net)
+
+
+def _to_judge(net: Any) -> Any:
+    """As networks are measured: what they learn is over."""
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
