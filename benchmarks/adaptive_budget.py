@@ -47,6 +47,7 @@ from tables import Goal
 from torch import Tensor
 
 from ltrp_timm import throughput
+from ltrp_timm.arguments import positive
 
 NAME = "adaptive_budget"
 TITLE = "Adaptive budgets against fixed ones of equal mean"
@@ -174,7 +175,7 @@ def main() -> None:
         keep_ratios=[0.2, 0.3, 0.5],
         batch_sizes=[1, 32],
     )
-    parser.add_argument("--scenes", type=int, default=256, help="to calibrate, and to measure")
+    parser.add_argument("--scenes", type=positive, default=256, help="to calibrate, and to measure")
     args = parser.parse_args()
     rows = run(args, set_up(args))
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)

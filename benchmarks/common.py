@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.arguments import keep_ratio, not_negative, positive
 from ltrp_timm.payoff import twin
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +36,12 @@ def base_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--threads", type=int, default=1, help="threads of torch; 0 leaves them as they are")
+    add(
+        "--threads",
+        type=not_negative,
+        default=1,
+        help="threads of torch; 0 leaves torch's own",
+    )
     add("--output", type=Path, default=RESULTS, help="folder of the CSV, PNG and Markdown files")
     parser.set_defaults(depth=0, device="cpu", dtype="float32")
     return parser
@@ -45,22 +51,30 @@ def device_parser(description: str) -> argparse.ArgumentParser:
     """The options of a benchmark that runs on any device."""
     parser = base_parser(description)
     add = parser.add_argument
-    add("--depth", type=int, default=0, help="blocks of each model; 0 takes all of them")
+    add("--depth", type=not_negative, default=0, help="blocks of each model; 0 takes all of them")
     add("--device", default="cpu", help="cpu, cuda, …")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of all")
     return parser
 
 
-def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options every timing benchmark has; ``defaults`` are a benchmark's own."""
+def timing_parser(description: str) -> argparse.ArgumentParser:
+    """The options of a benchmark that takes the time of batches."""
     parser = device_parser(description)
     add = parser.add_argument
-    add("--models", nargs="+", default=[VIT_B], help="timm models")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 8], help="images per call")
-    add("--keep-ratios", nargs="+", type=float, default=[0.5], help="shares of patches to encode")
-    add("--rankers", nargs="+", default=["contrast", "conv"], help="names of ltrp_timm rankers")
-    add("--repeats", type=int, default=0, help="timed rounds; 0 fits them to --seconds")
+    add("--batch-sizes", nargs="+", type=positive, default=[1, 8], help="images per call")
+    add("--repeats", type=not_negative, default=0, help="timed rounds; 0 fits them to --seconds")
     add("--seconds", type=float, default=20.0, help="what one comparison may take, in seconds")
+    return parser
+
+
+def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options every benchmark of models has; ``defaults`` are a benchmark's own."""
+    parser = timing_parser(description)
+    add = parser.add_argument
+    add("--models", nargs="+", default=[VIT_B], help="timm models")
+    ratios = {"nargs": "+", "type": keep_ratio, "default": [0.5]}
+    add("--keep-ratios", **ratios, help="shares of patches to encode")
+    add("--rankers", nargs="+", default=["contrast", "conv"], help="names of ltrp_timm rankers")
     parser.set_defaults(**defaults)
     return parser
 
@@ -107,8 +121,8 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Any, Tensor, Row]]:
         full = create_full(name, args)
         for batch in args.batch_sizes:
             images = make_images(full, batch, args)
-            for keep_ratio in args.keep_ratios:
-                yield full, images, {"model": name, "batch": batch, "keep_ratio": keep_ratio}
+            for ratio in args.keep_ratios:
+                yield full, images, {"model": name, "batch": batch, "keep_ratio": ratio}
 
 
 def inference(fn: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:

@@ -29,6 +29,7 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
+from ltrp_timm.arguments import keep_ratio
 from ltrp_timm.selection import (
     check_selection_args,
     gather_patches,
@@ -91,15 +92,15 @@ def run(args: argparse.Namespace, where: Row) -> list[Row]:
     scores = ltrp_timm.create_ranker("contrast")(images).flatten(1)
     pixels = patch_pixels(images, GRID)
     rows: list[Row] = []
-    for keep_ratio in args.keep_ratios:
-        k = ltrp_timm.num_keep(scores.shape[1], keep_ratio)
+    for ratio in args.keep_ratios:
+        k = ltrp_timm.num_keep(scores.shape[1], ratio)
         found: dict[str, dict[str, Tensor]] = {}
         for label, (name, changes) in SELECTIONS.items():
             options = check_selection_args(name, changes)
             tokens = patch_pixels(images, GRID, int(options.get("pixels", 0)))
             keep = select_patches(scores, k, name, options, GRID, tokens)
             found[label] = cover(keep, scores, pixels)
-            row: Row = {"keep_ratio": keep_ratio, "patches_kept": k, "method": label}
+            row: Row = {"keep_ratio": ratio, "patches_kept": k, "method": label}
             row |= {"images": len(images)}
             for measure in MEASURES:
                 row |= summary(measure, found[label][measure])
@@ -150,7 +151,7 @@ def main() -> None:
     parser = base_parser(description)
     ratios = [0.1, 0.25, 0.5, 0.75]
     text = "shares of patches to keep"
-    parser.add_argument("--keep-ratios", nargs="+", type=float, default=ratios, help=text)
+    parser.add_argument("--keep-ratios", nargs="+", type=keep_ratio, default=ratios, help=text)
     args = parser.parse_args()
     rows = run(args, set_up(args))
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)

@@ -54,6 +54,8 @@ from fairness.stages import (
 )
 from tables import Goal
 
+from ltrp_timm.arguments import positive
+
 NAME = "fairness"
 TITLE = "What is kept of classes that labels named, and of others"
 WEIGHTS = Path(__file__).parent / "fairness" / "quick.safetensors"
@@ -163,7 +165,7 @@ def main() -> None:
     parser = make_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="load what was trained before, measure 400 scenes")
-    add("--teacher-epochs", type=int, default=8, help="of the MAE, batches of 64")
+    add("--teacher-epochs", type=positive, default=8, help="of the MAE, batches of 64")
     add_epochs(parser, "--cnn-epochs", [3, 3], "of each CNN, batches of 64")
     add_epochs(parser, "--vit-epochs", [3], "of each ViT, batches of 64")
     add_epochs(parser, "--judge-epochs", [4], "of the judge, batches of 64")

@@ -42,6 +42,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch.utils.data import Dataset
 
 from ltrp_timm import create_ranker
+from ltrp_timm.arguments import not_negative, positive
 from ltrp_timm.train import finetune
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.pictures import show_images
@@ -195,12 +196,12 @@ def main() -> None:
     """Train, write CSV, PNG and Markdown, check the goals."""
     parser = device_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--scenes", type=int, default=3000, help="to train on")
-    add("--held-out", type=int, default=1000, help="to measure on")
-    add("--first-epochs", type=int, default=16, help="on all patches, before the methods")
-    add("--epochs", type=int, default=4, help="of each method")
+    add("--scenes", type=positive, default=3000, help="to train on")
+    add("--held-out", type=positive, default=1000, help="to measure on")
+    add("--first-epochs", type=positive, default=16, help="on all patches, before the methods")
+    add("--epochs", type=positive, default=4, help="of each method")
     add("--lr", type=float, default=1.5e-3, help="on all patches; a third of it afterwards")
-    add("--seed", type=int, default=0, help="of the training")
+    add("--seed", type=not_negative, default=0, help="of the training")
     text = "keep weights and logs here; started again, it goes on"
     add("--runs", type=Path, help=text)
     args = parser.parse_args()

@@ -55,6 +55,7 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
+from ltrp_timm.arguments import not_negative, positive
 from ltrp_timm.checkpoints import WEIGHTS_NAME
 from ltrp_timm.metrics import spearman
 
@@ -272,21 +273,28 @@ def main() -> None:
     """Train, judge, write CSV, PNG and Markdown, check the goals."""
     parser = device_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--scenes", type=int, default=2000, help="to train on")
-    add("--crops", type=int, default=2000, help="squares of photos to train on")
-    add("--held-out", type=int, default=48, help="images of each kind to measure on")
-    add("--teacher-epochs", type=int, default=15, help="of the MAE")
-    add("--ranker-epochs", type=int, default=3, help="of each ranker")
+    add("--scenes", type=positive, default=2000, help="to train on")
+    add("--crops", type=positive, default=2000, help="squares of photos to train on")
+    add("--held-out", type=positive, default=48, help="images of each kind to measure on")
+    add("--teacher-epochs", type=positive, default=15, help="of the MAE")
+    add("--ranker-epochs", type=positive, default=3, help="of each ranker")
     add("--teacher-lr", type=float, default=1e-3, help="learning rate")
     add("--ranker-lr", type=float, default=4e-3, help="learning rate")
     add("--mask-ratio", type=float, default=0.5, help="of the scores that the rankers learn")
-    add("--list-size", type=int, default=10, help="scores of an image that a ranker learns from")
+    add(
+        "--list-size",
+        type=positive,
+        default=10,
+        help="scores of an image that a ranker learns from",
+    )
     text = "the MAE paints each patch normalised by its own mean and standard deviation"
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "of the scores over the masked patches; a ranker for each"
     add("--aggregates", nargs="+", choices=AGGREGATES, default=["mean"], help=text)
-    add("--draws", type=int, default=4, help="orders of the patches that are cut into lists")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the training, a run for each")
+    add("--draws", type=positive, default=4, help="orders of the patches that are cut into lists")
+    add(
+        "--seeds", type=not_negative, nargs="+", default=[0], help="of the training, a run for each"
+    )
     text = "keep images, runs and weights here; started again, it goes on and times the rest"
     add("--runs", type=Path, help=text)
     text = "copy the weights of the first seed's first ranker into this folder, as conv.safetensors"

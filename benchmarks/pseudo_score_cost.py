@@ -26,7 +26,6 @@ random: they do not change the time.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
@@ -38,6 +37,7 @@ from torch import Tensor
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.arguments import positive
 from ltrp_timm.pseudo_scores import REMOVALS
 from ltrp_timm.teacher import masked_indices, random_visible_indices
 
@@ -47,24 +47,14 @@ TITLE = "Pseudo-scores: all removals in one batch against one after another"
 
 def make_parser() -> argparse.ArgumentParser:
     """The options; by default what the goals speak of."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.timing_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--img-size", type=int, default=224, help="side of an image in pixels")
-    add("--depth", type=int, default=0, help="blocks of encoder and decoder; 0 takes all of them")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 4], help="images per call")
+    add("--img-size", type=positive, default=224, help="side of an image in pixels")
     add("--removals", nargs="+", default=list(REMOVALS), choices=REMOVALS, help="to compare")
     add("--mask-ratio", type=float, default=0.9, help="share of masked patches")
-    add("--chunks", nargs="*", type=int, default=[1, 4, 8, 19], help="variants at a time")
-    add("--num-removed", nargs="*", type=int, default=[10, 5], help="patches to score")
-    add("--device", default="cpu", help="cpu, cuda, …")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of all")
-    add("--threads", type=int, default=1, help="threads of torch; 0 leaves them as they are")
-    add("--repeats", type=int, default=0, help="timed rounds; 0 fits them to --seconds")
-    add("--seconds", type=float, default=300.0, help="what one comparison may take, in seconds")
-    add("--output", type=Path, default=common.RESULTS, help="folder of CSV, PNG and Markdown")
+    add("--chunks", nargs="*", type=positive, default=[1, 4, 8, 19], help="variants at a time")
+    add("--num-removed", nargs="*", type=positive, default=[10, 5], help="patches to score")
+    parser.set_defaults(batch_sizes=[1, 4], seconds=300.0)
     return parser
 
 

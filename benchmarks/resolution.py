@@ -46,6 +46,7 @@ from tables import Goal
 
 import ltrp_timm
 from ltrp_timm import throughput
+from ltrp_timm.arguments import positive
 from ltrp_timm.payoff import ideal
 
 NAME = "resolution"
@@ -178,8 +179,16 @@ def main() -> None:
         (__doc__ or "").splitlines()[0], models=[VIT_S, VIT_B], batch_sizes=[1], seconds=20.0
     )
     add = parser.add_argument
-    add("--img-sizes", nargs="+", type=int, default=[224, 384, 518, 1024], help="sides in pixels")
-    add("--rank-size", type=int, default=224, help="side that a low-resolution ranker looks at")
+    add(
+        "--img-sizes",
+        nargs="+",
+        type=positive,
+        default=[224, 384, 518, 1024],
+        help="sides in pixels",
+    )
+    add(
+        "--rank-size", type=positive, default=224, help="side that a low-resolution ranker looks at"
+    )
     args = parser.parse_args()
     rows = run(args, set_up(args))
     tables.conclude(NAME, TITLE, rows, table(rows), goals(args), plot(rows, args), args)

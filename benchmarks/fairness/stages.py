@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 import ltrp_timm
 from fairness.networks import fit, make_cnn, make_judge, make_vit, masked
 from fairness.scenes import CLASSES, PATCH, SIDE, Scenes
+from ltrp_timm.arguments import not_negative, positive
 from ltrp_timm.checkpoints import write_atomically, write_text
 from ltrp_timm.train import train_ranker, train_teacher
 
@@ -227,15 +228,26 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--ranker-lr", type=float, default=4e-3, help="learning rate")
     add("--scale", type=float, nargs=2, default=(0.7, 1.0), help="of the crops that train them")
     add("--mask-ratio", type=float, default=0.75, help="of the scores that the rankers learn")
-    add("--list-size", type=int, default=10, help="scores of an image that a ranker learns from")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the training, a run for each")
+    add(
+        "--list-size",
+        type=positive,
+        default=10,
+        help="scores of an image that a ranker learns from",
+    )
+    add(
+        "--seeds",
+        type=not_negative,
+        nargs="+",
+        default=[1, 2, 3],
+        help="of the training, a run for each",
+    )
     return parser
 
 
 def add_epochs(parser: argparse.ArgumentParser, option: str, default: list[int], text: str) -> None:
     """An option with the epochs of each cycle of the learning rate."""
     text = f"{text}; of each cycle"
-    parser.add_argument(option, type=int, nargs="+", default=default, help=text)
+    parser.add_argument(option, type=positive, nargs="+", default=default, help=text)
 
 
 def _at_least(least: int) -> Callable[[str], int]:
