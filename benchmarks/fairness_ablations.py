@@ -54,7 +54,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "metric mse": ("metric", {"metric": "mse"}),
     "list_net": ("loss", {"loss": "list_net"}),
     "rank_net": ("loss", {"loss": "rank_net"}),
-    "focused_rank": ("loss", {"loss": "focused_rank"}),
     "lambda_rank": ("loss", {"loss": "lambda_rank"}),
     "pointwise_mse": ("loss", {"loss": "pointwise_mse"}),
     "conv 32 × 2": ("ranker", {"ranker_args": {"width": 32, "depth": 2}}),
@@ -62,11 +61,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ranker", VIT),
     "vit, visible only": ("ranker", {**VIT, "visible_only": True}),
     "list of 16": ("list", {"list_size": 16}),
+    # of a list of ten its top ten are all: then it is ListMLE
+    "focused_rank, list of 16": ("list", {"loss": "focused_rank", "list_size": 16}),
     "3 cycles": ("more", {"epochs": [1, 1, 1]}),
     "max, metric mse": ("max and", {"aggregate": "max", "metric": "mse"}),
     "max, mask ratio 0.5": ("max and", {"aggregate": "max", "mask_ratio": 0.5}),
     "max, list of 16": ("max and", {"aggregate": "max", "list_size": 16}),
     "max, 3 cycles": ("max and", {"aggregate": "max", "epochs": [1, 1, 1]}),
+    "max, list of 16, 5 epochs": (
+        "max and",
+        {"aggregate": "max", "list_size": 16, "epochs": [1, 2, 2]},
+    ),
     "max, half contrast": ("max and", {"aggregate": "max", "distill_from": "contrast"}),
     "contrast alone": ("distilled", {"teacher": None, "distill_from": "contrast"}),
 }
@@ -75,7 +80,7 @@ FREE = ("contrast", "pixel_std", "random")
 
 def goals() -> list[tables.Goal]:
     """What the claim says, of the best ranker: no worse than the best score without weights."""
-    where = {"seed": "all", "method": "max, 3 cycles"}
+    where = {"seed": "all", "method": "max, list of 16, 5 epochs"}
     return [tables.Goal("mAP − contrast's", where, "above_contrast", ">=", 0.0)]
 
 

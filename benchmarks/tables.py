@@ -27,7 +27,7 @@ class Goal:
         holds = {">=": operator.ge, "<=": operator.le}[self.relation]
         return [
             {
-                "goal": f"{self.text}, {row['method']}",
+                "goal": f"{self.text}, {row['method']}" if "method" in row else self.text,
                 "asked": f"{self.relation} {self.bound:g}",
                 "measured": figure(row, self.column, ".4g"),
                 "rounds": row.get("rounds", "–"),

@@ -1,0 +1,204 @@
+"""Does a second run on the same machine give the same ratios?
+
+Claim. Ratios of times that are taken in turns are properties of the code and the machine, not of
+the hour: a second run gives them within the spread that both print.
+
+Arithmetic. The spread of a row is that of its rounds, from the first to the third quartile. Even if
+nothing changes between two runs, these ranges miss each other in 21 % of all cases with 5 rounds,
+in 34 % with 3, and next to never with 20; so the share of rows whose ranges overlap is held against
+that chance, row by row as they have rounds (normal rounds, 20 000 draws). Where a run is disturbed,
+or a figure hangs on where in memory something comes to lie, the share falls below it.
+
+python benchmarks/agreement.py FOLDER compares every CSV of the committed results with that of
+FOLDER, written by the same scripts with `--output FOLDER`:
+    overlap      rows whose ranges overlap, of all
+    by chance    the same if both runs were one
+    difference   of the two medians: median over the rows, and the largest
+Rows of the plain model against itself, which are 1 whatever happens, do not count.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tables
+import torch
+from common import RESULTS, Row, base_parser, load_pyplot, set_up
+
+NAME = "agreement"
+TITLE = "A second run on the same machine: the same ratios?"
+# what the scripts measure, with columns NAME_low and NAME_high beside it
+FIGURES = ("achieved", "speedup", "speedup_over_eager", "gain", "share", "over_given")
+FIGURES += ("time_ratio", "peak_mib")
+# what a row is about, where it has the column
+CASE = ("model", "batch", "keep_ratio", "img_size", "step", "ranker", "matched", "form", "part")
+CASE += ("method", "removal", "device", "dtype", "depth")
+PLACE = ("machine", "cores", "threads")
+
+
+def goals() -> list[tables.Goal]:
+    """What a second run of the same code should give."""
+    every = {"file": "all"}
+    return [
+        tables.Goal("overlap − by chance", every, "above_chance", ">=", 0.0),
+        tables.Goal("median difference", every, "median_difference", "<=", 0.02),
+    ]
+
+
+@cache
+def by_chance(rounds: int) -> float:
+    """How often the quartile ranges of two series of as many normal rounds overlap.
+
+    >>> round(by_chance(5), 1), round(by_chance(20), 1)
+    (0.8, 1.0)
+    """
+    draw = torch.Generator().manual_seed(0)
+    quarters = torch.tensor([0.25, 0.75])
+    low, high = torch.randn(2, rounds, 20_000, generator=draw).quantile(quarters, dim=1)
+    return float(((low[0] <= high[1]) & (low[1] <= high[0])).float().mean())
+
+
+def case_of(row: dict[str, str]) -> tuple[str, ...]:
+    """What a row is about; numbers as numbers are written."""
+    found = []
+    for name in CASE:
+        value = row.get(name, "")
+        try:
+            found.append(f"{float(value):g}")
+        except ValueError:
+            found.append(value)
+    return tuple(found)
+
+
+def pairs(first: Path, second: Path) -> Iterator[Row]:
+    """Every figure of two CSVs that both have.
+
+    Raises:
+        SystemExit: they were measured on different machines.
+    """
+    others = {case_of(row): row for row in tables.read_csv(second)}
+    for row in tables.read_csv(first):
+        other = others.get(case_of(row))
+        if other is None:
+            continue
+        different = [name for name in PLACE if row[name] != other[name]]
+        if different:
+            texts = [f"{name} ({row[name]}, {other[name]})" for name in different]
+            raise SystemExit(f"{second} is not of the same machine: {', '.join(texts)}")
+        for name in FIGURES:
+            if f"{name}_low" not in row:
+                continue
+            one, two = (
+                [float(r[name + end]) for end in ("_low", "", "_high")] for r in (row, other)
+            )
+            if one == two == [1.0] * 3:
+                continue
+            yield {
+                "figure": name,
+                "case": ", ".join(part for part in case_of(row)[:-3] if part),
+                "first": one,
+                "second": two,
+                "overlap": one[0] <= two[2] and two[0] <= one[2],
+                "by_chance": by_chance(min(int(row["rounds"]), int(other["rounds"]))),
+                "difference": abs(two[1] / one[1] - 1) if one[1] else abs(two[1]),
+            }
+
+
+def summed_up(file: str, figure: str, found: list[Row]) -> Row:
+    """The row of some figures."""
+    overlap = sum(pair["overlap"] for pair in found)
+    chance = statistics.mean(pair["by_chance"] for pair in found)
+    worst = max(found, key=lambda pair: pair["difference"])
+    return {
+        **{"file": file, "figure": figure, "compared": len(found), "overlap": overlap},
+        "by_chance": round(chance, 4),
+        "above_chance": round(overlap / len(found) - chance, 4),
+        "median_difference": round(statistics.median(p["difference"] for p in found), 5),
+        "largest_difference": round(worst["difference"], 5),
+        "largest_at": worst["case"],
+    }
+
+
+def run(first: Path, second: Path) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Rows, and the figures of each file.
+
+    Raises:
+        SystemExit: the folders have nothing in common.
+    """
+    rows: list[Row] = []
+    found: dict[str, list[Row]] = {}
+    for path in sorted(first.glob("*.csv")):
+        if path.stem == NAME or not (second / path.name).exists():
+            continue
+        new = list(pairs(path, second / path.name))
+        for figure in dict.fromkeys(pair["figure"] for pair in new):
+            own = [pair for pair in new if pair["figure"] == figure]
+            rows.append(summed_up(path.stem, figure, own))
+        if new:
+            found[path.stem] = new
+    if not rows:
+        raise SystemExit(f"{second} has no CSV with rows of one in {first}")
+    every = [pair for pairs_of in found.values() for pair in pairs_of]
+    return [*rows, summed_up("all", "all", every)], found
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """The figures as text."""
+    return [
+        {
+            **{"benchmark": row["file"], "figure": row["figure"].replace("_", " ")},
+            "overlap": f"{row['overlap']} of {row['compared']}",
+            "by chance": f"{row['by_chance']:.0%}",
+            "median difference": f"{row['median_difference']:.1%}",
+            "largest": f"{row['largest_difference']:.1%}",
+            "at": row["largest_at"],
+        }
+        for row in rows
+    ]
+
+
+def plot(found: dict[str, list[Row]]) -> Any:
+    """The second run's figures ÷ the first's, a panel for each benchmark."""
+    figure, axes = load_pyplot().subplots(
+        len(found), 1, figsize=(9, 1.6 * len(found)), squeeze=False
+    )
+    for ax, (file, own) in zip(axes[:, 0], found.items()):
+        places = range(len(own))
+        middle = [pair["second"][1] / pair["first"][1] if pair["first"][1] else 1 for pair in own]
+        below, above = (
+            [abs(pair["second"][end] - pair["second"][1]) / (pair["first"][1] or 1) for pair in own]
+            for end in (0, 2)
+        )
+        ax.errorbar(places, middle, yerr=(below, above), fmt=".", capsize=2)
+        ax.axhline(1, color="k", lw=0.8)
+        ax.set_title(file, fontsize=8)
+        ax.set_ylabel("second ÷ first", fontsize=8)
+        ax.set_xticks([])
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Compare, write CSV, PNG and Markdown, check the goals.
+
+    Raises:
+        SystemExit: there is nothing to compare.
+    """
+    parser = base_parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("second", type=Path, help="folder of the second run's CSVs")
+    parser.add_argument("--first", type=Path, default=RESULTS, help="folder of the first run's")
+    args: argparse.Namespace = parser.parse_args()
+    for folder in (args.first, args.second):
+        if not folder.is_dir():
+            parser.error(f"{folder} is no folder")
+    where = set_up(args)
+    rows, found = run(args.first, args.second)
+    rows = [{**row, **where} for row in rows]
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(found), args)
+
+
+if __name__ == "__main__":
+    main()
