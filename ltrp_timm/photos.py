@@ -128,6 +128,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def is_turned(path: str | os.PathLike[str]) -> bool:
+    """Whether ``load_image`` turns or flips what the file stores, because its EXIF says so.
+
+    Raises:
+        OSError: the file cannot be opened as an image.
+    """
+    with Image.open(path) as image:
+        return _orientation(image) in _ORIENTATIONS
+
+
 def _orientation(image: Image.Image) -> int:
     with contextlib.suppress(Exception):  # a damaged EXIF block says nothing
         return int(image.getexif().get(_ORIENTATION_TAG, 1))

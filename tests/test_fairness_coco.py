@@ -249,6 +249,20 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_done(
     assert float(row["unseen"]) == pytest.approx(0.5)
 
 
+def test_a_picture_that_exif_turns_has_no_objects_to_trust(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_coco(tmp_path)
+    path = folder / "images" / "3.png"
+    with Image.open(path) as stored:
+        turned = stored.getexif()
+        turned[0x0112] = 3  # by 180 degrees: its size stays
+        stored.save(path, exif=turned)
+    assert run(folder, "--rankers", "centre", "--keep-ratios", "0.25") == 2
+    assert "3.png: is turned by its EXIF data" in capsys.readouterr().err
+    assert rows_of(folder)[0]["images_unreadable"] == "1"
+
+
 def image_entries(*names: str) -> list[dict[str, Any]]:
     return [{"id": number, "file_name": name} for number, name in enumerate(names, 1)]
 

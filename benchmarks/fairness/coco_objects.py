@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ltrp_timm.photos import check_aspect, load_image, one_line, printable
+from ltrp_timm.photos import check_aspect, is_turned, load_image, one_line, printable
 from ltrp_timm.train.label_files import CocoLists
 
 Mask = NDArray[np.uint8]
@@ -230,6 +230,8 @@ class ObjectDataset(Dataset[tuple[int, Tensor, Tensor, Tensor, str]]):
             size = photo.height, photo.width
             if image.size not in (None, size):
                 raise ValueError(f"is of size {size}, its annotations of {image.size}.")
+            if is_turned(path):
+                raise ValueError("is turned by its EXIF data: its objects may be drawn either way.")
             areas = torch.stack([self._areas(mask, size) for _, mask in image.objects])
         except ValueError as error:
             return self._none(index, f"{printable(path)}: {one_line(error)}")
