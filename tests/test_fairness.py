@@ -67,6 +67,8 @@ def test_a_smooth_scene_is_found_by_anything_and_clutter_is_not(drawn: scenes.Sc
 
 def test_training_and_test_digits_are_of_other_samples() -> None:
     assert scenes.TRAIN.start == scenes.TEST.stop
+    train, test = (scenes.make_scenes(8, 0, part) for part in (scenes.TRAIN, scenes.TEST))
+    assert not torch.equal(train.classes, test.classes)  # of one seed: the samples alone differ
 
 
 def test_neutral_masks_favour_ink_by_every_degree(drawn: scenes.Scenes) -> None:
