@@ -19,6 +19,7 @@ samples of the digits:
     mAP      of the judge; mean over the five classes
     gap      seen − unseen. A class may be easier than another: of selectors without labels the gap
              of 5-9 is that of 0-4 with another sign, and `all patches` has the judge's own
+    own mAP  of the classifier whose selector it is, on whole scenes and its own classes
     AUC      chance that a patch with ink outranks one without, for the teacher's own scores under
              one mask: what a ranker could learn from
 Scenes to train on are the same for every seed, those to measure on are each seed's own; settings
@@ -132,6 +133,11 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> tuple[list[Row], 
     return [{**row, **fixed, **where} for row in [*rows, *over_seeds(rows)]], first
 
 
+def told(row: Row, column: str, spec: str) -> str:
+    """A figure as text; – for none."""
+    return tables.figure(row, column, spec) if row[column] != "" else "–"
+
+
 def table(rows: list[Row]) -> list[Row]:
     """The figures over all seeds as text: means, and the extremes of the seeds."""
     last = "both" if any(row["seen"] == "both" for row in rows) else rows[0]["seen"]
@@ -143,14 +149,14 @@ def table(rows: list[Row]) -> list[Row]:
             "selector": row["method"],
             "labels": labels_of(row["method"]),
             **{
-                f"{name} {part}": tables.figure(row, f"{name.lower()}_{part}", ".2f")
-                if row[f"{name.lower()}_{part}"] != ""
-                else "–"
+                f"{name} {part}": told(row, f"{name.lower()}_{part}", ".2f")
                 for name in ("recall", "mAP")
                 for part in PARTS
             },
-            "teacher's AUC": f"{row['teacher_auc']:.2f}" if row["teacher_auc"] != "" else "–",
-            "ms an image": f"{row['rank_ms']:.3f}" if row["rank_ms"] != "" else "–",
+            "unseen mAP − contrast's": told(row, "map_unseen_above_contrast", "+.3f"),
+            "teacher's AUC": told(row, "teacher_auc", ".2f"),
+            "own mAP": told(row, "own_map", ".2f"),
+            "ms an image": told(row, "rank_ms", ".3f"),
         }
         for row in shown
     ]

@@ -127,6 +127,25 @@ def test_gaps_and_differences_by_hand() -> None:
     assert swapped["map_seen"] == ""
 
 
+def test_differences_are_of_the_same_resampled_scenes() -> None:
+    low = torch.rand(5, 10, generator=torch.Generator().manual_seed(0))
+    high = low.clone()
+    high[:, :5] += 0.25
+    high[:, 5:] += 0.5
+    other = measures.Kept(low, low)
+    every = dict.fromkeys(("random", "contrast", "cam, blurred"), other)
+    row = judged.differences(measures.Kept(high, high), every, [0, 1, 2, 3, 4])
+    assert row["recall_above_random"] == pytest.approx(0.375)
+    for name in ("cam", "contrast"):  # however far the scenes themselves spread
+        ends = [row[f"map_unseen_above_{name}{end}"] for end in ("_low", "", "_high")]
+        assert ends == pytest.approx([0.5] * 3)
+    row = judged.differences(measures.Kept(high, high), every, [5, 6, 7, 8, 9])
+    assert row["map_unseen_above_cam"] == pytest.approx(0.25)
+    row = judged.differences(measures.Kept(high, None), {"random": other}, [0])
+    assert row["recall_above_random"] == pytest.approx(0.375)
+    assert {row[name] for name in row if name.startswith("map")} == {""}
+
+
 def test_rows_over_seeds_are_means_with_extremes() -> None:
     common = {"images": "clutter", "keep_ratio": 0.25, "method": "contrast", "map_seen": ""}
     rows = [

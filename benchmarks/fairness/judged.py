@@ -21,8 +21,12 @@ from ltrp_timm.metrics import average_precision
 TEST_SEED = 10_000  # scenes of trials had smaller ones
 KEEP_RATIOS = (0.5, 0.25, 0.125)
 PARTS = ("seen", "unseen", "gap")
-DIFFERENCES = ("recall_above_random", "map_unseen_above_cam", "map_unseen_above_contrast")
-DIFFERENCES += ("auc_above_decoder",)
+# how far above which selector, in what
+ABOVE = {
+    "recall_above_random": ("random", "recall"),
+    "map_unseen_above_cam": (CAM, "precision"),
+    "map_unseen_above_contrast": ("contrast", "precision"),
+}
 
 
 def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row]:
@@ -44,17 +48,24 @@ def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row
     ratios = (1.0, *KEEP_RATIOS)
     kept = {key: keep_all(free, judge, ratios) for key, judge in judges.items()}
     for half, cnn in trained.cnns.items():
-        own = own_map(cnn, clutter, HALVES[half])
+        own = dict.fromkeys(OF_CNN, own_map(cnn, clutter, HALVES[half]))
+        if half in trained.vits:
+            own["attention"] = own_map(trained.vits[half], clutter, HALVES[half])
         for images, judge in judges.items():
             found = kept[images] | keep_all(of_labels[half], judge, KEEP_RATIOS)
             for (method, ratio), what in found.items():
                 row: Row = {"seen": half, "images": images, "keep_ratio": ratio}
                 row |= {"method": method, **measured(what, HALVES[half])}
+                others = {name: found[name, ratio] for name, r in found if r == ratio < 1}
+                row |= differences(what, others, HALVES[half])
                 measured_here = images == "clutter"  # the control has neither
                 row["teacher_auc"] = aucs.get(method, "") if measured_here else ""
-                row["own_map"] = own if measured_here and method.startswith(OF_CNN) else ""
+                row["auc_above_decoder"] = ""
+                if measured_here and method == LTRP[0]:
+                    row["auc_above_decoder"] = round(aucs[method] - aucs["decoder mean"], 5)
+                row["own_map"] = own.get(method.partition(",")[0], "") if measured_here else ""
                 rows.append({**row, "rank_ms": costs.get(method, "")})
-    return with_differences(rows)
+    return rows
 
 
 def judged(trained: Trained, seed: int, args: argparse.Namespace, folder: Path) -> list[Row]:
@@ -110,25 +121,26 @@ def measured(kept: Kept, seen: list[int]) -> Row:
     return row
 
 
-def with_differences(rows: list[Row]) -> list[Row]:
-    """Rows of one seed with what a selector has above random, blurred CAM and `contrast`."""
-    of = {(r["seen"], r["images"], r["keep_ratio"], r["method"]): r for r in rows}
-    for row in rows:
-        case = (row["seen"], row["images"], row["keep_ratio"])
-        row |= dict.fromkeys(DIFFERENCES, "")
-        if row["keep_ratio"] == 1:
+def differences(what: Kept, others: dict[str, Kept], seen: list[int]) -> Row:
+    """How far a selector lies above others, scene by scene the same, with intervals.
+
+    Args:
+        what: it keeps.
+        others: likewise, by the names of ``ABOVE``; what is not there leaves its columns empty.
+        seen: the classes with labels.
+    """
+    unseen = [number for number in range(CLASSES) if number not in seen]
+    row: Row = {}
+    for column, (other, measure) in ABOVE.items():
+        row |= dict.fromkeys((column, f"{column}_low", f"{column}_high"), "")
+        if other not in others:
             continue
-        random = of[(*case, "random")]
-        recall, chance = ((r["recall_seen"] + r["recall_unseen"]) / 2 for r in (row, random))
-        row["recall_above_random"] = round(recall - chance, 5)
-        for name, other in (("cam", CAM), ("contrast", "contrast")):
-            if row["images"] == "clutter":
-                difference = row["map_unseen"] - of[(*case, other)]["map_unseen"]
-                row[f"map_unseen_above_{name}"] = round(difference, 5)
-        if row["method"] == LTRP[0] and row["images"] == "clutter":
-            other = of[(*case, "decoder mean")]["teacher_auc"]
-            row["auc_above_decoder"] = round(row["teacher_auc"] - other, 5)
-    return rows
+        mine, theirs = (getattr(kept, measure) for kept in (what, others[other]))
+        if mine is None:
+            continue
+        classes = unseen if "unseen" in column else list(range(CLASSES))
+        row |= interval(column, (mine - theirs)[:, classes].mean(dim=1))
+    return row
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
