@@ -6,7 +6,7 @@ from typing import Any
 
 from ltrp_timm.arguments import keep_ratio
 from ltrp_timm.ml_decoder import HEADS
-from ltrp_timm.named_model import check_names
+from ltrp_timm.named_model import check_names, weights_of_ranker
 from ltrp_timm.selection import SELECTIONS
 from ltrp_timm.train.augment import ERASE_MODES, MIXUP_MODES, Augmentation
 from ltrp_timm.train.budget import SCHEDULES
@@ -90,5 +90,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if name in values:
             values[name] = parse_values(values[name])
     values |= {name: getattr(arguments, name) for name in ("model", "data", "output")}
+    trained = weights_of_ranker(
+        values.get("ranker"), values.get("ranker_weights"), values.get("pretrained", False)
+    )
+    values |= {} if trained is None else {"ranker_weights": trained}
     hint = f"timm.create_model('local-dir:{arguments.output}', pretrained=True)"
     return run_training(finetune, values, hint)

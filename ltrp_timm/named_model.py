@@ -90,13 +90,10 @@ def build_model(
     """
     front: dict[str, Any] = {
         "ranker": ranker,
-        "ranker_weights": ranker_weights,
+        "ranker_weights": weights_of_ranker(ranker, ranker_weights, pretrained),
         "keep_ratio": keep_ratio,
         "selection": selection,
     }
-    if pretrained and ranker_weights is None and ranker is not None:
-        # the attention ranker's are those of a backbone that timm publishes
-        front["ranker_weights"] = ranker_class(ranker).has_published_weights or None
     front = {key: value for key, value in front.items() if value is not None}
     sizes = {key: value for key, value in sizes.items() if value is not None}
     with _in_one_line(option, name):
@@ -104,6 +101,23 @@ def build_model(
         if checkpoint is not None:
             weights = _load(model, checkpoint, ranker_weights)
     return model.eval(), _with_head(weights, model, checkpoint)
+
+
+def weights_of_ranker(ranker: str | None, given: str | None, pretrained: bool) -> Any:
+    """What ``--ranker``, ``--ranker-weights`` and ``--pretrained`` together ask for.
+
+    Args:
+        ranker: its name; None where the model keeps its own.
+        given: folder, file or repository; goes before all else.
+        pretrained: published weights are wanted: the ranker's too, where there are some (those of
+            ``attention`` are a backbone's that timm publishes).
+
+    Returns:
+        ``ranker_weights`` of ``create_model`` and ``drop_patches``.
+    """
+    if given is not None or ranker is None or not pretrained:
+        return given
+    return ranker_class(ranker).has_published_weights or None
 
 
 def build_plain(

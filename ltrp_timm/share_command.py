@@ -16,7 +16,11 @@ def add_save(commands: Any) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="an ltrp_* name or any timm ViT")
     add("-o", "--output", required=True, metavar="DIR", help="the folder to write")
-    add("--pretrained", action="store_true", help="the weights that timm publishes")
+    add(
+        "--pretrained",
+        action="store_true",
+        help="the weights that timm publishes, and those of --ranker where there are some",
+    )
     add("--checkpoint", metavar="FILE", help="weights of the ViT or of the whole pruned model")
     add("--ranker", default="contrast", help="what scores the patches (%(default)s)")
     add("--ranker-weights", metavar="SOURCE", help="folder, file or hf-hub:owner/name[@revision]")
@@ -69,10 +73,13 @@ def _make_model(arguments: argparse.Namespace) -> Any:
     import ltrp_timm.ltrp_vit  # noqa: F401  # registers the names
     from ltrp_timm.checkpoints import check_keys, read_weights
     from ltrp_timm.factory import checkpoint_filter_fn
+    from ltrp_timm.named_model import weights_of_ranker
 
     args: dict[str, Any] = {
         "ranker": arguments.ranker,
-        "ranker_weights": arguments.ranker_weights,
+        "ranker_weights": weights_of_ranker(
+            arguments.ranker, arguments.ranker_weights, arguments.pretrained
+        ),
         "keep_ratio": arguments.keep_ratio,
         "selection": arguments.selection,
         "num_classes": arguments.num_classes,

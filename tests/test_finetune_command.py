@@ -1,6 +1,7 @@
 """``ltrp-timm finetune``: flags, messages, exit codes."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,34 @@ def test_a_model_that_is_none(
     assert tune("--keep-ratio", "0.5", model=model) == 2
     assert text in one_line(capsys)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"),
+    [
+        (["--ranker", "conv", "--pretrained"], True),
+        (["--ranker", "conv", "--pretrained", "--ranker-weights", "mine"], "mine"),
+        (["--ranker", "conv"], None),
+        (["--ranker", "contrast", "--pretrained"], None),
+        (["--pretrained"], None),
+    ],
+)
+@pytest.mark.parametrize("command", ["finetune", "save"])
+def test_pretrained_is_of_the_ranker_too(
+    command: str, flags: list[str], weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def ask(*args: Any, **kwargs: Any) -> None:
+        asked.update(kwargs)
+        raise RuntimeError("enough")
+
+    if command == "finetune":
+        module = importlib.import_module("ltrp_timm.train.finetune")
+        monkeypatch.setattr(module, "finetune", ask)
+        flags = ["--data", "photos", *flags]
+    else:
+        monkeypatch.setattr("timm.create_model", ask)
+        flags = flags if "--pretrained" in flags else [*flags, "--checkpoint", "mine.pth"]
+    assert main([command, "ltrp_vit_tiny", "--output", "run", *flags]) != 0
+    assert asked.get("ranker_weights") == weights
