@@ -13,6 +13,8 @@ Each variant differs in what its name says from `base`: removal `full`, aggregat
 `l1`, mask ratio 0.75, ListMLE, conv 64 × 4. Teachers and judges are those of
 `benchmarks/fairness.py --runs FOLDER`, with the same FOLDER; scenes to measure on are others than
 that benchmark's. Nothing here saw a label, so all ten digits count alike:
+    found     share of the kept patches that have ink on a tenth of their pixels or more
+    order     Spearman of the score with the ink of a patch, among those that have ink
     recall    share of ink in kept patches, mean over classes
     mAP       of the judge, mean over classes
     − contrast  mAP above that of the `contrast` ranker: same judge, same scenes
@@ -34,6 +36,7 @@ from fairness.measures import Judging, Kept, N, interval, scores_of
 from fairness.networks import make_judge
 from fairness.scenes import PATCH, SIDE, TEST, TRAIN, make_scenes
 from fairness.stages import Run, load_network, make_parser
+from judging import ink_order, inked_among_kept
 
 import ltrp_timm
 from ltrp_timm.selection import num_keep, patch_pixels, select_mixed
@@ -113,6 +116,7 @@ def judge_seed(folder: Path, seed: int, args: argparse.Namespace) -> list[Row]:
     free = {name: ltrp_timm.create_ranker(name, patch_size=PATCH).eval() for name in FREE}
     free["random"].generator = torch.Generator().manual_seed(0)
     scores = {name: scores_of(net, judging.scenes) for name, net in (rankers | free).items()}
+    ink = judging.ink.sum(dim=1) / PATCH**2
     tokens = patch_pixels(judging.scenes.pixels(), (SIDE // PATCH, SIDE // PATCH))
     keep = select_mixed(scores["base"], num_keep(N, KEEP_RATIO), tokens)
     scores["mixed"] = torch.zeros(len(keep), N).scatter_(1, keep, 1.0)
@@ -120,7 +124,10 @@ def judge_seed(folder: Path, seed: int, args: argparse.Namespace) -> list[Row]:
     rows = []
     for name, values in scores.items():
         row: Row = {"seed": seed, "axis": axes.get(name, "no weights"), "method": name}
-        rows.append({**row, **measured(judging(values, KEEP_RATIO))})
+        row |= measured(judging(values, KEEP_RATIO))
+        row["found"] = round(float(inked_among_kept(values, ink, KEEP_RATIO).mean()), 5)
+        row["ink_order"] = round(float(ink_order(values, ink).mean()), 5)
+        rows.append(row)
     of_contrast = next(row["map"] for row in rows if row["method"] == "contrast")
     return [{**row, "above_contrast": round(row["map"] - of_contrast, 5)} for row in rows]
 
@@ -131,10 +138,10 @@ def over_seeds(rows: list[Row]) -> list[Row]:
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         line: Row = {**own[0], "seed": "all"}
-        for name in ("recall", "map", "above_contrast"):
+        for name in ("recall", "map", "above_contrast", "found", "ink_order"):
             values = [row[name] for row in own]
             line[name] = round(statistics.mean(values), 5)
-            if name != "above_contrast":
+            if f"{name}_low" in line:
                 line |= {f"{name}_low": min(values), f"{name}_high": max(values)}
         found.append(line)
     return found
@@ -146,6 +153,8 @@ def table(rows: list[Row]) -> list[Row]:
         {
             "axis": row["axis"],
             "variant": row["method"],
+            "kept patches with ink": f"{row['found']:.2f}",
+            "order by ink": f"{row['ink_order']:.2f}",
             "recall": tables.figure(row, "recall", ".2f"),
             "mAP": tables.figure(row, "map", ".2f"),
             "mAP − contrast's": f"{row['above_contrast']:+.3f}",

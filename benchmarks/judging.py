@@ -72,3 +72,27 @@ def ink_kept(scores: Tensor, per_patch: Tensor, keep_ratio: float) -> Tensor:
     """scores (B, N), ink of each patch (B, N) -> share of the ink in the best patches, (B,)."""
     keep = select_top(scores, num_keep(scores.shape[1], keep_ratio))
     return per_patch.gather(1, keep).sum(1) / per_patch.sum(1)
+
+
+def inked_among_kept(scores: Tensor, per_patch: Tensor, keep_ratio: float) -> Tensor:
+    """scores (B, N), ink of each patch (B, N) -> share of the best patches that have ink, (B,)."""
+    keep = select_top(scores, num_keep(scores.shape[1], keep_ratio))
+    return (per_patch.gather(1, keep) >= INKED).float().mean(dim=1)
+
+
+def ink_order(scores: Tensor, per_patch: Tensor) -> Tensor:
+    """Spearman of the score with the ink of a patch, among those that have ink.
+
+    Args:
+        scores: (B, N).
+        per_patch: ink, (B, N).
+
+    Returns:
+        One for each image where three patches have ink or more.
+    """
+    found = []
+    for own, ink in zip(scores, per_patch):
+        inked = ink >= INKED
+        if int(inked.sum()) > 2:
+            found.append(spearman(own[inked].unsqueeze(0), ink[inked].unsqueeze(0)))
+    return torch.stack(found)

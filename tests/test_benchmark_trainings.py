@@ -198,6 +198,14 @@ def test_judging_by_hand() -> None:
     assert judging.agreement(torch.tensor([[0.0, 1, 0, 1]]), lists).item() == pytest.approx(0.0)
 
 
+def test_what_is_found_and_how_it_is_ordered() -> None:
+    ink = torch.tensor([[0.5, 0.2, 0.3, 0.05], [0.5, 0.2, 0.0, 0.0]])
+    scores = torch.tensor([[3.0, 1, 2, 4], [1.0, 2, 3, 4]])
+    assert judging.inked_among_kept(scores, ink, 0.5).tolist() == [0.5, 0.0]
+    assert judging.ink_order(scores, ink).tolist() == [1.0]  # of the second two have ink: no order
+    assert judging.ink_order(-scores, ink).tolist() == [-1.0]
+
+
 def test_lists_of_a_draw_are_parts_of_the_grid() -> None:
     small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
     teacher = MAETeacher(32, 8, **small, decoder_depth=1, decoder_num_heads=2)
