@@ -3,7 +3,8 @@
 Claim. On images of which some are busy and some nearly empty, a threshold on scores that compare
 between images keeps more of the objects than a fixed budget that costs as much on average; sorting
 a batch into buckets costs little. Ranks within an image, as `contrast` gives them, cannot tell busy
-images from empty ones, and a share of an image's own score mass hardly can.
+images from empty ones, and a share of an image's own score mass hardly can. How far that holds
+stands in the README, under *Where it falls short*.
 
 Arithmetic. Half of the scenes hold 1 or 2 objects and need a tenth of their patches, half hold 8 to
 12 and need most of them. A fixed keep ratio of 0.3 gives all of them 59 of 196: too much here, too

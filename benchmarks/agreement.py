@@ -4,10 +4,10 @@ Claim. Ratios of times that are taken in turns are properties of the code and th
 the hour: a second run gives them within the spread that both print.
 
 Arithmetic. The spread of a row is that of its rounds, from the first to the third quartile. Even if
-nothing changes between two runs, these ranges miss each other in 21 % of all cases with 5 rounds,
-in 34 % with 3, and next to never with 20; so the share of rows whose ranges overlap is held against
-that chance, row by row as they have rounds (normal rounds, 20 000 draws). Where a run is disturbed,
-or a figure hangs on where in memory something comes to lie, the share falls below it.
+nothing changes between two runs, these ranges miss each other in a fifth of all cases with 5
+rounds, in a third with 3, and next to never with 20; so the share of rows whose ranges overlap is
+held against that chance, row by row as they have rounds (normal rounds, 20 000 draws). Where a run
+is disturbed, or a figure hangs on where in memory something comes to lie, the share falls below it.
 
 python benchmarks/agreement.py FOLDER compares every CSV of the committed results with that of
 FOLDER, written by the same scripts with `--output FOLDER`:

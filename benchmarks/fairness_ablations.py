@@ -76,6 +76,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"aggregate": "max", "list_size": 16, "epochs": [1, 2, 2]},
     ),
     "max, half contrast": ("max and", {"aggregate": "max", "distill_from": "contrast"}),
+    "max, half contrast, 3 cycles": (
+        "max and",
+        {"aggregate": "max", "distill_from": "contrast", "epochs": [1, 1, 1]},
+    ),
     "contrast alone": ("distilled", {"teacher": None, "distill_from": "contrast"}),
 }
 FREE = ("contrast", "pixel_std", "random")
@@ -83,7 +87,7 @@ FREE = ("contrast", "pixel_std", "random")
 
 def goals() -> list[tables.Goal]:
     """What the claim says, of the best ranker: no worse than the best score without weights."""
-    where = {"seed": "all", "method": "max, list of 16, 5 epochs"}
+    where = {"seed": "all", "method": "max, half contrast, 3 cycles"}
     return [tables.Goal("mAP − contrast's", where, "above_contrast", ">=", 0.0)]
 
 

@@ -4,10 +4,11 @@ Claim. With an index cache, a step of training or of evaluation behind the paper
 ranker takes as long as one whose patches are given for nothing; with the ranker at work it takes
 far longer, and in front of a ViT-S it eats what dropping half of the patches gains.
 
-Arithmetic. A ViT-S forward of 4 images takes about 0.5 s on one core, its backward twice that. At
-keep 0.5 a step of training costs about 0.75 s; the `vit_small` ranker, forward alone, adds 0.5 s.
-What the cache adds is, for each image, 196 bytes from a memory map, the places of 196 points
-followed through a crop and a flip, and a share of one sort: 1 to 2 ms, below 1 % of the step.
+Arithmetic. A backward costs twice its forward: at keep 0.5 a step of training is half of 3 forwards
+of the plain model, and the `vit_small` ranker in front of a ViT-S adds a whole one, two thirds of
+the step; in evaluation it adds twice the step. What the cache adds is, for each image, 196 bytes
+from a memory map, the places of 196 points followed through a crop and a flip, and a share of one
+sort: next to nothing beside 2.3 G multiply-adds.
 
 Timed, in turns in one process: a step from pictures in memory on: transform (evaluation: timm's
 own; training: random crop, flip, RandAugment), ranking or reading the cache, forward, in training
@@ -16,11 +17,10 @@ rank, `cached` reads the orders of `vit_small` from the disk. Not timed: decodin
 optimiser, which are the same for all. Weights are random: they do not change the time.
 
 The place in the round counts. Whatever comes right behind `vit_small` is slower, so here both sides
-of the goal come behind a step without a ranker, as steps of a real training with a cache do. With
-`cached` behind `vit_small`, then `given` there instead, cached ÷ given in training was 1.01 and
-0.99 for 4 images (9 rounds), 1.02 and 0.94 for 8 (5 rounds). A first run of this benchmark, with 8
-images and `cached` behind `vit_small`, missed the goal in training: 1.10 (quartiles 1.08 and 1.11,
-5 rounds, other work on the machine). The place explains a part of that, the rest is not explained.
+of the goal come behind a step without a ranker, as steps of a real training with a cache do. A
+first run of this benchmark, with 8 images, `cached` behind `vit_small` and other work on the
+machine, missed the goal in training: 1.10 (quartiles 1.08 and 1.11, 5 rounds; the first version of
+the CSV). The place explains a part of that, the rest is not explained.
 """
 
 import argparse

@@ -4,8 +4,9 @@ Claim. A `conv` ranker that saw nothing but images and a small masked autoencode
 the same images puts the patches of new images in its teacher's order, clearly more so than any
 score that needs no weights; and it finds objects that nobody named, on any kind of image better
 than chance. Whether it finds them better than scores without weights is asked too: as long as it
-does not, `contrast` stays the default ranker. The ranker of the first seed is what
-`create_ranker("conv", pretrained=True)` loads: with `--ship ltrp_timm/weights` it goes there.
+does not, `contrast` stays the default ranker. How far that holds stands in the README, under *Where
+it falls short*. The ranker of the first seed is what `create_ranker("conv", pretrained=True)`
+loads: with `--ship ltrp_timm/weights` it goes there.
 
 Arithmetic. Images of 128 px are 64 patches of 16; at mask ratio 0.5 the teacher sees V = 32, and a
 list has 10 of them. It costs 11 encodings and paintings of the small teacher. Chance is a Spearman

@@ -1,13 +1,14 @@
 """How much memory does a pruned forward need beside the weights?
 
 Claim. The peak of a pruned forward at batch 8 falls nearly with the tokens: at keep ratio 0.5 a
-ViT-B needs at most 0.7 of what the plain model needs beside weights and images.
+ViT-B needs at most 0.7 of what the plain model needs beside weights and images. How far that holds
+stands in the README, under *Where it falls short*.
 
 Arithmetic. At its peak a block holds its input, the normalised input and the MLP's hidden layer
 twice (before and after the activation): about 10 values of D a token, so 8 · 197 · 10 · 768 · 4
-bytes = 48 MB for a ViT-B in float32, and half of it for half of the tokens. The embedding of all
-patches (8 · 196 · 768 · 4 = 5 MB) and the ranker's maps do not shrink; both come before the blocks
-and are freed.
+bytes = 48 MB for a ViT-B in float32, and half of it for half of the tokens; the resident set shows
+about twice as much. The embedding of all patches (8 · 196 · 768 · 4 = 5 MB) and the ranker's maps
+do not shrink; both come before the blocks and are freed.
 
 Measured: bytes at the highest point of one call above what was in use before it, after a call that
 warms buffers up: on CUDA the allocator's count, on a Linux CPU the resident set. Median and range

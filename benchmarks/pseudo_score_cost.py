@@ -1,8 +1,8 @@
 """What do exact pseudo-scores cost, all removals in one batch, against masking one after another?
 
 Claim. The batch gives the same scores (shown before anything is timed), for one image at least 1.25
-times as fast as the loop on one CPU core, and to score R of the V visible patches takes about
-(R + 1)/(V + 1) of its time.
+times as fast as the loop on one CPU core, and to score R of the V visible patches takes about (R +
+1)/(V + 1) of its time.
 
 Arithmetic. MAE ViT-B at mask ratio 0.9 sees V = 19 of 196 patches. A removal is an encoder pass
 over 20 tokens (12 blocks of 768: 1.7 G multiply-adds) and a decoder pass over 197 (8 blocks of 512:
@@ -10,9 +10,10 @@ over 20 tokens (12 blocks of 768: 1.7 G multiply-adds) and a decoder pass over 1
 masked patches alone one tenth of the last layer: 2 % in all. What pays is the batch: a pass over 20
 tokens reads 340 MB of weights for 3.4 GFLOP, so that a loop waits for memory; a chunk of variants
 reads them once. The decoder's share of the work, three quarters, was busy before; so the ratio ends
-near 1.4. A loop that takes several images at a time reads the weights less often, which leaves less
-to gain on a CPU. Removal "decoder" needs the encoder once, in the loop too, and has less to gain.
-"share" is of the batch's time: R of V removals and the anchor are (R + 1)/(V + 1) of the passes.
+between 1.3 and 1.4. A loop that takes several images at a time reads the weights less often, which
+leaves less to gain on a CPU. Removal "decoder" needs the encoder once, in the loop too, and has
+less to gain. "share" is of the batch's time: R of V removals and the anchor are (R + 1)/(V + 1) of
+the passes.
 
 Timed, in turns in one process, on images in memory:
     loop       the anchor, then each removal by itself: attention masks hide the token, the decoder

@@ -5,10 +5,10 @@ little there that its share vanishes: the pruned model is the ideal one.
 
 Arithmetic. A block of width D on L tokens takes 12 L D² + 2 L² D multiply-adds. The quadratic part
 is L / 6D of the other: 4 % of a ViT-B at 224 px (197 tokens), 89 % at 1024 px (4097 tokens). Half
-of the tokens is half of the first and a quarter of the second, so the gain at keep 0.5 grows from
-2.0 to 2.6 (ViT-S: from 2.1 to 2.9). A ranker on the full image grows with the pixels, 21-fold from
-224 to 1024, while a ViT-B grows 38-fold; one that looks at 224 px grows by its reading of the image
-alone: one resize.
+of the tokens is half of the first and a quarter of the second, so by FLOPs the gain at keep 0.5
+grows from 2.0 to 2.6 (ViT-S: from 2.1 to 2.9). A ranker on the full image grows with the pixels,
+21-fold from 224 to 1024, while a ViT-B grows 38-fold; one that looks at 224 px grows by its reading
+of the image alone: one resize.
 
 Timed, in turns in one process, batch by batch:
     full            the plain timm model, made for that image size

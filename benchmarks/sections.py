@@ -178,7 +178,7 @@ SECTIONS = [
     Section(
         "break-even",
         "break_even",
-        "The largest keep ratio up to which a ranker pays for itself",
+        "The largest keep ratio up to which a ranker pays for itself; 0.95 is the largest measured",
         lambda row: {"ranker": f"`{row['method']}`"},
         _where_model,
         lambda row: f"{float(row['break_even']):.2f}" if float(row["break_even"]) else "never",

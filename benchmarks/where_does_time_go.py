@@ -2,7 +2,8 @@
 
 Claim. Ranking, selecting and gathering together are below 1 % of a ViT-B's time on a CPU; a pruned
 forward dispatches at most 1.30 times the operators of the plain one, never makes the host wait for
-the device, and gives the same bits at every call.
+the device, and gives the same bits at every call. How far that holds stands in the README, under
+*Where it falls short*.
 
 Arithmetic. The contrast ranker reads 224 · 224 · 3 = 150 528 values a few times, the conv ranker
 takes 0.037 G multiply-adds, a ViT-B 17.5 G. Selecting is two sorts of 196 numbers; gathering copies
