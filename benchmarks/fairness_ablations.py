@@ -71,10 +71,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "max, mask ratio 0.5": ("max and", {"aggregate": "max", "mask_ratio": 0.5}),
     "max, list of 16": ("max and", {"aggregate": "max", "list_size": 16}),
     "max, 3 cycles": ("max and", {"aggregate": "max", "epochs": [1, 1, 1]}),
-    "max, list of 16, 5 epochs": (
-        "max and",
-        {"aggregate": "max", "list_size": 16, "epochs": [1, 2, 2]},
-    ),
     "max, half contrast": ("max and", {"aggregate": "max", "distill_from": "contrast"}),
     "max, half contrast, 3 cycles": (
         "max and",
