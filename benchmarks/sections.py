@@ -255,4 +255,22 @@ SECTIONS = [
         how="means over seeds and over both halves of the digits as those with labels",
         pictures={"fairness_scenes": "What selectors keep of new scenes at keep ratio 0.25"},
     ),
+    Section(
+        "fairness-ablations",
+        "fairness_ablations",
+        "Rankers that saw no label and differ from `base` in what their names say: share of kept "
+        "patches with ink, rank correlation of score and ink among these patches, share of all ink "
+        "that is kept, and mAP of the judge, in brackets how far it is above that of `contrast`",
+        lambda row: {
+            "axis": row["axis"],
+            "variant": row["method"],
+            "patches with ink": two_digits(row["found"]),
+            "order by ink": two_digits(row["ink_order"]),
+            "ink kept": two_digits(row["recall"]),
+        },
+        lambda row: "mAP (− contrast's)",
+        lambda row: f"{two_digits(row['map'])} ({float(row['above_contrast']):+.3f})",
+        lambda row: row["seed"] == "all",
+        how="means over seeds, at keep ratio 0.25",
+    ),
 ]

@@ -29,7 +29,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "training_speed": TINY,
     "adaptive_budget": (*TINY, "--scenes", "24", "--rankers", "pixel_std", "--keep-ratios", "0.3"),
 }
-TRAINED = ("learning", "fairness")  # those that train for long
+# those that train for long
+TRAINED = ("learning", "fairness", "fairness_ablations")
 
 
 def load(name: str) -> ModuleType:
