@@ -273,4 +273,21 @@ SECTIONS = [
         lambda row: row["seed"] == "all",
         how="means over seeds, at keep ratio 0.25",
     ),
+    Section(
+        "agreement",
+        "agreement",
+        "A second run of the benchmarks on the same machine: how many of its figures lie within "
+        "the spread of both runs, how many would by chance if nothing differed, and how far the "
+        "medians are apart",
+        lambda row: {
+            "benchmark": row["file"],
+            "figure": row["figure"].replace("_", " "),
+            "overlap": f"{row['overlap']} of {row['compared']}",
+            "by chance": f"{float(row['by_chance']):.0%}",
+            "largest difference": f"{float(row['largest_difference']):.1%}",
+        },
+        lambda row: "median difference",
+        lambda row: f"{float(row['median_difference']):.1%}",
+        how="ranges from the first to the third quartile of the rounds",
+    ),
 ]

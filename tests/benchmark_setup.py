@@ -29,8 +29,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "training_speed": TINY,
     "adaptive_budget": (*TINY, "--scenes", "24", "--rankers", "pixel_std", "--keep-ratios", "0.3"),
 }
-# those that train for long
-TRAINED = ("learning", "fairness", "fairness_ablations")
+# those that take long, or that compare what others wrote
+TRAINED = ("learning", "fairness", "fairness_ablations", "agreement")
 
 
 def load(name: str) -> ModuleType:
