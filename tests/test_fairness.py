@@ -259,9 +259,9 @@ def test_the_quick_run_finds_what_must_hold_and_agrees_with_the_table(tmp_path: 
         assert float(of[name]["recall_above_random"]) >= 0.25
         assert float(of[name]["map_unseen_above_cam"]) >= 0.1
     assert float(of["cam, blurred"]["recall_gap"]) >= 0.2
-    assert float(of["full mean"]["auc_above_decoder"]) >= 0.05
+    assert float(of["full mean"]["auc_above_decoder"]) >= 0.1
     committed = read(RESULTS / "fairness.csv")
-    first = committed[0]["seed"]
+    first = rows[0]["seed"]
     assert {row["seed"] for row in rows} == {first, "all"}
     key = ("seen", "images", "keep_ratio", "method")
     table = {tuple(row[name] for name in key): row for row in committed if row["seed"] == first}
