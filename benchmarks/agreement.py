@@ -14,6 +14,7 @@ FOLDER, written by the same scripts with `--output FOLDER`:
     overlap      rows whose ranges overlap, of all
     by chance    the same if both runs were one
     difference   of the two medians: median over the rows, and the largest
+    left out     rows that the second run has not: it may be of fewer models and batch sizes
 Rows of the plain model against itself, which are 1 whatever happens, do not count.
 """
 
@@ -107,13 +108,20 @@ def pairs(first: Path, second: Path) -> Iterator[Row]:
             }
 
 
-def summed_up(file: str, figure: str, found: list[Row]) -> Row:
-    """The row of some figures."""
+def left_out(first: Path, second: Path) -> int:
+    """Rows of the first CSV that the second has not."""
+    there = {case_of(row) for row in tables.read_csv(second)}
+    return sum(case_of(row) not in there for row in tables.read_csv(first))
+
+
+def summed_up(file: str, figure: str, found: list[Row], missing: int) -> Row:
+    """The row of some figures; ``missing`` rows of the first run are not in the second."""
     overlap = sum(pair["overlap"] for pair in found)
     chance = statistics.mean(pair["by_chance"] for pair in found)
     worst = max(found, key=lambda pair: pair["difference"])
     return {
         **{"file": file, "figure": figure, "compared": len(found), "overlap": overlap},
+        "rows_left_out": missing,
         "by_chance": round(chance, 4),
         "above_chance": round(overlap / len(found) - chance, 4),
         "median_difference": round(statistics.median(p["difference"] for p in found), 5),
@@ -130,19 +138,22 @@ def run(first: Path, second: Path) -> tuple[list[Row], dict[str, list[Row]]]:
     """
     rows: list[Row] = []
     found: dict[str, list[Row]] = {}
+    missing = 0
     for path in sorted(first.glob("*.csv")):
         if path.stem == NAME or not (second / path.name).exists():
             continue
         new = list(pairs(path, second / path.name))
+        gone = left_out(path, second / path.name) if new else 0
+        missing += gone
         for figure in dict.fromkeys(pair["figure"] for pair in new):
             own = [pair for pair in new if pair["figure"] == figure]
-            rows.append(summed_up(path.stem, figure, own))
+            rows.append(summed_up(path.stem, figure, own, gone))
         if new:
             found[path.stem] = new
     if not rows:
         raise SystemExit(f"{second} has no CSV with rows of one in {first}")
     every = [pair for pairs_of in found.values() for pair in pairs_of]
-    return [*rows, summed_up("all", "all", every)], found
+    return [*rows, summed_up("all", "all", every, missing)], found
 
 
 def table(rows: list[Row]) -> list[Row]:
@@ -151,6 +162,7 @@ def table(rows: list[Row]) -> list[Row]:
         {
             **{"benchmark": row["file"], "figure": row["figure"].replace("_", " ")},
             "overlap": f"{row['overlap']} of {row['compared']}",
+            "rows left out": row["rows_left_out"],
             "by chance": f"{row['by_chance']:.0%}",
             "median difference": f"{row['median_difference']:.1%}",
             "largest": f"{row['largest_difference']:.1%}",

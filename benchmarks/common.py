@@ -36,12 +36,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--threads",
-        type=not_negative,
-        default=1,
-        help="threads of torch; 0 leaves torch's own",
-    )
+    add("--threads", type=not_negative, default=1, help="of torch; 0 leaves torch's own")
     add("--output", type=Path, default=RESULTS, help="folder of the CSV, PNG and Markdown files")
     parser.set_defaults(depth=0, device="cpu", dtype="float32")
     return parser
@@ -55,6 +50,16 @@ def device_parser(description: str) -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda, …")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of all")
     return parser
+
+
+def add_ranker_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """What rankers are trained with, wherever a benchmark trains some; ``defaults`` are its own."""
+    add = parser.add_argument
+    add("--ranker-lr", type=float, default=4e-3, help="learning rate")
+    add("--mask-ratio", type=float, default=0.5, help="of the scores that the rankers learn")
+    add("--list-size", type=positive, default=10, help="scores of an image to learn from")
+    add("--seeds", type=not_negative, nargs="+", default=[0], help="a run of the training for each")
+    parser.set_defaults(**defaults)
 
 
 def timing_parser(description: str) -> argparse.ArgumentParser:

@@ -67,7 +67,7 @@ SETTINGS += ("ranker_epochs", "cnn_epochs", "vit_epochs", "judge_epochs")
 SETTINGS += ("teacher_lr", "ranker_lr", "cnn_lr", "vit_lr")
 
 
-def musts(rows: list[Row]) -> list[Goal]:
+def goals(rows: list[Row]) -> list[Goal]:
     """What must hold of means over seeds, or the run fails.
 
     LTRP against weight-free scores is told, not asked.
@@ -188,8 +188,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     stem = f"{NAME}_quick" if args.quick else NAME
     draw_scenes(trained, args.output / f"{stem}_scenes.png")
-    tables.conclude(stem, TITLE, rows, table(rows), musts(rows), plot(rows), args)
-    checks = [(goal, goal.check(rows)) for goal in musts(rows)]
+    tables.conclude(stem, TITLE, rows, table(rows), goals(rows), plot(rows), args)
+    checks = [(goal, goal.check(rows)) for goal in goals(rows)]
     unmet = [row["goal"] for _, found in checks for row in found if row[""] != "met"]
     unmet += [f"{goal.text} (no such row)" for goal, found in checks if not found]
     if unmet:

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import tables
 import torch
-from common import Row, device_parser, set_up, summary
+from common import Row, add_ranker_options, device_parser, set_up, summary
 from judging import (
     agreement,
     as_seen_by,
@@ -56,7 +56,7 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm.arguments import not_negative, positive
+from ltrp_timm.arguments import positive
 from ltrp_timm.checkpoints import WEIGHTS_NAME
 from ltrp_timm.metrics import spearman
 
@@ -280,22 +280,12 @@ def main() -> None:
     add("--teacher-epochs", type=positive, default=15, help="of the MAE")
     add("--ranker-epochs", type=positive, default=3, help="of each ranker")
     add("--teacher-lr", type=float, default=1e-3, help="learning rate")
-    add("--ranker-lr", type=float, default=4e-3, help="learning rate")
-    add("--mask-ratio", type=float, default=0.5, help="of the scores that the rankers learn")
-    add(
-        "--list-size",
-        type=positive,
-        default=10,
-        help="scores of an image that a ranker learns from",
-    )
+    add_ranker_options(parser)
     text = "the MAE paints each patch normalised by its own mean and standard deviation"
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "of the scores over the masked patches; a ranker for each"
     add("--aggregates", nargs="+", choices=AGGREGATES, default=["mean"], help=text)
     add("--draws", type=positive, default=4, help="orders of the patches that are cut into lists")
-    add(
-        "--seeds", type=not_negative, nargs="+", default=[0], help="of the training, a run for each"
-    )
     text = "keep images, runs and weights here; started again, it goes on and times the rest"
     add("--runs", type=Path, help=text)
     text = "copy the weights of the first seed's first ranker into this folder, as conv.safetensors"

@@ -283,6 +283,7 @@ SECTIONS = [
             "benchmark": row["file"],
             "figure": row["figure"].replace("_", " "),
             "overlap": f"{row['overlap']} of {row['compared']}",
+            "rows left out": row["rows_left_out"],
             "by chance": f"{float(row['by_chance']):.0%}",
             "largest difference": f"{float(row['largest_difference']):.1%}",
         },

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ltrp_timm.console import CommandError
@@ -31,28 +31,18 @@ def keep_ratio(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}.") from None
 
 
-def positive(text: str) -> int:
-    """A whole number from 1.
+def whole_from(least: int) -> Callable[[str], int]:
+    """A type of flags: whole numbers from ``least``."""
 
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    return _whole(text, 1)
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text}.")
+        return int(text)
 
-
-def not_negative(text: str) -> int:
-    """A whole number from 0.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    return _whole(text, 0)
+    return whole
 
 
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text}.")
-    return int(text)
+positive, not_negative = whole_from(1), whole_from(0)
 
 
 def add_card(parser: Any) -> None:

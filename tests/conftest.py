@@ -76,6 +76,20 @@ if hasattr(timm.layers.pos_embed_sincos, "RotaryEmbeddingMRope"):  # an older ti
     FAMILIES["naflex_mrope"] = ("naflexvit_base_patch16_gap", {**changes, **SMALL}, 96)
 
 
+# TorchScript knows its builtins by their ids, also those that are gone (an ONNX export frees four):
+# now and then an attribute of a model lies where one was and is taken for it. Keep them all.
+_register_builtin = torch.jit._builtins._register_builtin
+_builtins = []
+
+
+def _register_and_keep(fn: Any, op: str) -> None:
+    _builtins.append(fn)
+    _register_builtin(fn, op)
+
+
+torch.jit._builtins._register_builtin = _register_and_keep
+
+
 # an older timm keeps no record of how a model was built: what saves by it cannot work there
 records_arguments = pytest.mark.skipif(
     importlib.util.find_spec("timm.models._input") is None,

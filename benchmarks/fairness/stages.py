@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import base_parser
+from common import add_ranker_options, base_parser
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 import ltrp_timm
 from fairness.networks import fit, make_cnn, make_judge, make_vit, masked
 from fairness.scenes import CLASSES, PATCH, SIDE, Scenes
-from ltrp_timm.arguments import not_negative, positive
+from ltrp_timm.arguments import positive, whole_from
 from ltrp_timm.checkpoints import write_atomically, write_text
 from ltrp_timm.train import train_ranker, train_teacher
 
@@ -222,25 +222,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     """The options of every benchmark that trains rankers on scenes."""
     parser = base_parser(description)
     add = parser.add_argument
-    add("--scenes", type=_at_least(64), default=20_000, help="to train on")
-    add("--test-scenes", type=_at_least(50), default=2000, help="to measure on")
+    add("--scenes", type=whole_from(64), default=20_000, help="to train on")
+    add("--test-scenes", type=whole_from(50), default=2000, help="to measure on")
     add_epochs(parser, "--ranker-epochs", [1, 2], "of each ranker, batches of 32")
-    add("--ranker-lr", type=float, default=4e-3, help="learning rate")
     add("--scale", type=float, nargs=2, default=(0.7, 1.0), help="of the crops that train them")
-    add("--mask-ratio", type=float, default=0.75, help="of the scores that the rankers learn")
-    add(
-        "--list-size",
-        type=positive,
-        default=10,
-        help="scores of an image that a ranker learns from",
-    )
-    add(
-        "--seeds",
-        type=not_negative,
-        nargs="+",
-        default=[1, 2, 3],
-        help="of the training, a run for each",
-    )
+    add_ranker_options(parser, mask_ratio=0.75, seeds=[1, 2, 3])
     return parser
 
 
@@ -248,15 +234,6 @@ def add_epochs(parser: argparse.ArgumentParser, option: str, default: list[int],
     """An option with the epochs of each cycle of the learning rate."""
     text = f"{text}; of each cycle"
     parser.add_argument(option, type=positive, nargs="+", default=default, help=text)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return int(text)
-
-    return number
 
 
 def ship(trained: Trained, path: Path, settings: dict[str, Any]) -> None:
