@@ -38,7 +38,7 @@ from common import (
     load_pyplot,
     make_parser,
     pruned,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -178,7 +178,7 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=positive, default=256, help="to calibrate, and to measure")
     args = parser.parse_args()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
 
 

@@ -7,7 +7,9 @@ Arithmetic. The spread of a row is that of its rounds, from the first to the thi
 nothing changes between two runs, these ranges miss each other in a fifth of all cases with 5
 rounds, in a third with 3, and next to never with 20; so the share of rows whose ranges overlap is
 held against that chance, row by row as they have rounds (normal rounds, 20 000 draws). Where a run
-is disturbed, or a figure hangs on where in memory something comes to lie, the share falls below it.
+is disturbed, or a figure hangs on where in memory something comes to lie, the share falls below it:
+rounds of one process do not see that. The committed rows are therefore of several runs, pooled
+(`--pool`), and the range of a row goes from the lowest first to the highest third quartile.
 
 python benchmarks/agreement.py FOLDER compares every CSV of the committed results with that of
 FOLDER, written by the same scripts with `--output FOLDER`:
@@ -28,16 +30,13 @@ from typing import Any
 import tables
 import torch
 from common import RESULTS, Row, base_parser, load_pyplot, set_up
+from pooling import case_of, same_place
 
 NAME = "agreement"
 TITLE = "A second run on the same machine: the same ratios?"
 # what the scripts measure, with columns NAME_low and NAME_high beside it
 FIGURES = ("achieved", "speedup", "speedup_over_eager", "gain", "share", "over_given")
 FIGURES += ("time_ratio", "peak_mib")
-# what a row is about, where it has the column
-CASE = ("model", "batch", "keep_ratio", "img_size", "step", "ranker", "matched", "form", "part")
-CASE += ("method", "removal", "device", "dtype", "depth")
-PLACE = ("machine", "cores", "threads")
 
 
 def goals() -> list[tables.Goal]:
@@ -50,28 +49,24 @@ def goals() -> list[tables.Goal]:
 
 
 @cache
-def by_chance(rounds: int) -> float:
-    """How often the quartile ranges of two series of as many normal rounds overlap.
+def by_chance(rounds: int, runs: tuple[int, int] = (1, 1)) -> float:
+    """How often the ranges of two series overlap, of as many runs of as many normal rounds each.
 
-    >>> round(by_chance(5), 1), round(by_chance(20), 1)
-    (0.8, 1.0)
+    >>> round(by_chance(5), 1), round(by_chance(20), 1), round(by_chance(5, (3, 1)), 2)
+    (0.8, 1.0, 0.98)
     """
     draw = torch.Generator().manual_seed(0)
     quarters = torch.tensor([0.25, 0.75])
-    low, high = torch.randn(2, rounds, 20_000, generator=draw).quantile(quarters, dim=1)
-    return float(((low[0] <= high[1]) & (low[1] <= high[0])).float().mean())
+    drawn = (torch.randn(number, rounds, 20_000, generator=draw) for number in runs)
+    one, two = (rounds_of.quantile(quarters, dim=1) for rounds_of in drawn)
+    meets = (one[0].amin(0) <= two[1].amax(0)) & (two[0].amin(0) <= one[1].amax(0))
+    return float(meets.float().mean())
 
 
-def case_of(row: dict[str, str]) -> tuple[str, ...]:
-    """What a row is about; numbers as numbers are written."""
-    found = []
-    for name in CASE:
-        value = row.get(name, "")
-        try:
-            found.append(f"{float(value):g}")
-        except ValueError:
-            found.append(value)
-    return tuple(found)
+def chance_of(row: dict[str, str], other: dict[str, str]) -> float:
+    """``by_chance`` for two rows; each run with as many rounds as the one with the fewest."""
+    one, two = ((int(r["rounds"]), int(r.get("runs", 1))) for r in (row, other))
+    return by_chance(min(one[0] // one[1], two[0] // two[1]), (one[1], two[1]))
 
 
 def pairs(first: Path, second: Path) -> Iterator[Row]:
@@ -85,10 +80,7 @@ def pairs(first: Path, second: Path) -> Iterator[Row]:
         other = others.get(case_of(row))
         if other is None:
             continue
-        different = [name for name in PLACE if row[name] != other[name]]
-        if different:
-            texts = [f"{name} ({row[name]}, {other[name]})" for name in different]
-            raise SystemExit(f"{second} is not of the same machine: {', '.join(texts)}")
+        same_place(row, other, second)
         for name in FIGURES:
             if f"{name}_low" not in row:
                 continue
@@ -103,7 +95,7 @@ def pairs(first: Path, second: Path) -> Iterator[Row]:
                 "first": one,
                 "second": two,
                 "overlap": one[0] <= two[2] and two[0] <= one[2],
-                "by_chance": by_chance(min(int(row["rounds"]), int(other["rounds"]))),
+                "by_chance": chance_of(row, other),
                 "difference": abs(two[1] / one[1] - 1) if one[1] else abs(two[1]),
             }
 

@@ -35,7 +35,7 @@ from common import (
     make_images,
     make_parser,
     pruned,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -144,7 +144,7 @@ def main() -> None:
         keep_ratios=[0.95, 0.75, 0.5, 0.25],
         rankers=["contrast", "conv", "vit_tiny", "vit_small"],
     ).parse_args()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pooling
 import timm
 import torch
 from torch import Tensor
@@ -69,6 +70,8 @@ def timing_parser(description: str) -> argparse.ArgumentParser:
     add("--batch-sizes", nargs="+", type=positive, default=[1, 8], help="images per call")
     add("--repeats", type=not_negative, default=0, help="timed rounds; 0 fits them to --seconds")
     add("--seconds", type=float, default=20.0, help="what one comparison may take, in seconds")
+    text = "measure nothing: pool what earlier runs wrote into these folders by --output"
+    add("--pool", nargs="+", type=Path, metavar="FOLDER", help=text)
     return parser
 
 
@@ -92,7 +95,14 @@ def set_up(args: argparse.Namespace) -> Row:
         torch.set_num_threads(args.threads)
     depth = {"depth": args.depth} if args.depth else {"depth": "all"}
     env = throughput.environment(args.device)
-    return {"device": args.device, "dtype": args.dtype, **depth, **env}
+    return {"runs": 1, "device": args.device, "dtype": args.dtype, **depth, **env}
+
+
+def rows_of(
+    name: str, run: Callable[[argparse.Namespace, Row], list[Row]], args: argparse.Namespace
+) -> list[Row]:
+    """What ``run(args, where)`` measures, or with ``--pool`` what runs of before have measured."""
+    return pooling.pool(name, args.pool) if args.pool else run(args, set_up(args))
 
 
 def create_full(name: str, args: argparse.Namespace, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ from common import (
     load_pyplot,
     make_parser,
     pruned,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -236,7 +236,7 @@ def main() -> None:
         if args.device != "cpu" or args.dtype != "float32":
             parser.error("onnxruntime is measured on a CPU in float32: leave it out of --forms")
         _import_onnxruntime()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
 
 

@@ -40,7 +40,7 @@ from common import (
     compare,
     load_pyplot,
     make_parser,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -172,6 +172,16 @@ def run_case(name: str, batch: int, args: argparse.Namespace, where: Row) -> lis
     return rows
 
 
+def run(args: argparse.Namespace, where: Row) -> list[Row]:
+    """Measure every model and batch size."""
+    return [
+        row
+        for name in args.models
+        for batch in args.batch_sizes
+        for row in run_case(name, batch, args, where)
+    ]
+
+
 def write_cache(cache: Path, folder: Path, name: str, step: str) -> Path:
     """Rank the photos as for evaluation, or as whole pictures for training."""
     command = ["rank", str(folder / "photos"), "--cache", str(cache), "--model", name]
@@ -241,13 +251,7 @@ def main() -> None:
         seconds=150.0,
     )
     args = parser.parse_args()
-    where = set_up(args)
-    rows = [
-        row
-        for name in args.models
-        for batch in args.batch_sizes
-        for row in run_case(name, batch, args, where)
-    ]
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
 
 

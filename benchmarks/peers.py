@@ -45,7 +45,7 @@ from common import (
     load_pyplot,
     make_parser,
     pruned,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -226,7 +226,7 @@ def plot(rows: list[Row], args: argparse.Namespace) -> Any:
 def main() -> None:
     """Measure, write CSV, PNG and Markdown, check the goals."""
     args = make_parser((__doc__ or "").splitlines()[0], seconds=40.0).parse_args()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
 
 

@@ -240,7 +240,7 @@ def plot(rows: list[Row]) -> Any:
 def main() -> None:
     """Measure, write CSV, PNG and Markdown, check the goals."""
     args = make_parser().parse_args()
-    rows = run(args, common.set_up(args))
+    rows = common.rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, summary(rows), goals(), plot(rows), args)
 
 

@@ -38,7 +38,7 @@ from common import (
     make_images,
     make_parser,
     pruned,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -190,7 +190,7 @@ def main() -> None:
         "--rank-size", type=positive, default=224, help="side that a low-resolution ranker looks at"
     )
     args = parser.parse_args()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(args), plot(rows, args), args)
 
 

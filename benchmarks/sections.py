@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from tables import environment_line, markdown_table
+from tables import environment_line, markdown_table, runs_line
 
 Row = Mapping[str, str]
 Cell = Callable[[Row], str]
@@ -39,8 +39,9 @@ class Section(NamedTuple):
         """What was measured, table, picture and links, as Markdown."""
         path = f"benchmarks/results/{self.file}"
         links = f"All rows, with spread: [CSV]({path}.csv), [table and goals]({path}.md); measured "
+        how = [_where(rows[0]), self.how, runs_line(rows)]
         parts = [
-            f"{self.says} ({_where(rows[0])}; {self.how}).",
+            f"{self.says} ({'; '.join(filter(None, how))}).",
             pivot([row for row in rows if self.keep(row)], self),
             f"![{self.says.split('.')[0]}]({path}.png)",
             *[f"![{text}](benchmarks/results/{name}.png)" for name, text in self.pictures.items()],

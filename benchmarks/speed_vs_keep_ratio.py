@@ -44,8 +44,8 @@ from common import (
     make_images,
     make_parser,
     pruned,
+    rows_of,
     seconds_of,
-    set_up,
     spread,
     timing_columns,
 )
@@ -214,7 +214,7 @@ def main() -> None:
         batch_sizes=[1, 8, 32],
         keep_ratios=[1.0, 0.75, 0.5, 0.25, 0.1],
     ).parse_args()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import importlib
 import operator
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,6 +82,16 @@ def environment_line(row: Mapping[str, Any]) -> str:
     return f"{where}, {row['device']}, {row['dtype']}{short}; {versions}"
 
 
+def runs_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many runs the rows are of and what their ranges are then; empty for a single one."""
+    runs = sorted({int(row.get("runs", 1)) for row in rows})
+    if runs[-1] == 1:
+        return ""
+    number = f"{runs[-1]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
+    ranges = "from the lowest first quartile of a run to the highest third one"
+    return f"medians of {number} runs, processes of their own; ranges {ranges}"
+
+
 def conclude(
     name: str,
     title: str,
@@ -104,11 +115,14 @@ def conclude(
     line = environment_line(rows[0])
     checks = [] if args.depth else [check for goal in goals for check in goal.check(rows)]
     verdict = markdown_table(checks) if checks else "No goal applies to these settings."
-    text = f"# {title}\n\n{line}\n\n{markdown_table(table)}\n\n## Goals\n\n{verdict}\n"
+    runs = runs_line(rows)
+    below = f"{line}\n\n{runs[0].upper()}{runs[1:]}." if runs else line
+    text = f"# {title}\n\n{below}\n\n{markdown_table(table)}\n\n## Goals\n\n{verdict}\n"
     write_csv(rows, args.output / f"{name}.csv")
     (args.output / f"{name}.md").write_text(text, encoding="utf-8")
     inches = picture.get_size_inches()[0]
     picture.suptitle(textwrap.fill(f"{title} ({line})", int(12 * inches)), fontsize=8)
     picture.tight_layout()
     picture.savefig(args.output / f"{name}.png", dpi=150)
+    importlib.import_module("matplotlib.pyplot").close(picture)
     print(f"\nGoals\n{verdict}")

@@ -33,7 +33,7 @@ from common import (
     make_images,
     make_parser,
     pruned,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -151,7 +151,7 @@ def main() -> None:
         keep_ratios=[0.5, 0.25],
         seconds=120.0,
     ).parse_args()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
 
 

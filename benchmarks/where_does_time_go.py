@@ -45,7 +45,7 @@ from common import (
     make_parser,
     operators,
     pruned,
-    set_up,
+    rows_of,
     spread,
     timing_columns,
 )
@@ -205,7 +205,7 @@ def main() -> None:
     """Measure, write CSV, PNG and Markdown, check the goals."""
     parser = make_parser((__doc__ or "").splitlines()[0], models=[VIT_TI, VIT_S, VIT_B])
     args = parser.parse_args()
-    rows = run(args, set_up(args))
+    rows = rows_of(NAME, run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
 
 

@@ -62,6 +62,16 @@ def test_more_rounds_must_agree_more_often() -> None:
     by_chance = load("agreement").by_chance
     found = [by_chance(rounds) for rounds in (3, 5, 9, 41)]
     assert found == pytest.approx([0.663, 0.793, 0.943, 1.0], abs=0.01)  # by another simulation
+    wider = by_chance(5, (3, 1))  # more runs have a wider range
+    assert wider == pytest.approx(by_chance(5, (1, 3)), abs=0.01)
+    assert wider > found[1] + 0.1
+
+
+def test_rounds_of_pooled_runs_count_each_for_itself() -> None:
+    chance_of, by_chance = load("agreement").chance_of, load("agreement").by_chance
+    old = {"rounds": "5"}  # a single run, of before there was a column for it
+    assert chance_of(old, {"rounds": "7", "runs": "1"}) == by_chance(5)
+    assert chance_of({"rounds": "15", "runs": "3"}, old) == by_chance(5, (3, 1))
 
 
 def test_what_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

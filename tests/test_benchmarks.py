@@ -234,7 +234,11 @@ def test_memory_falls_with_the_tokens() -> None:
     assert (low, rows[1]["peak_mib"], high) == (10, 20, 30)
     buffers = {"small": lambda: torch.ones(2**20), "large": lambda: torch.ones(2**24)}
     peaks = module.peaks(buffers, Namespace(repeats=3, device="cpu"))
-    assert min(peaks["large"]) > 2**25 > max(peaks["small"])  # 64 MiB and 4 MiB
+    for name, size in (
+        ("small", 4 * 2**20),
+        ("large", 64 * 2**20),
+    ):  # what a heap keeps is not in it
+        assert all(abs(peak - size) < 2**20 for peak in peaks[name])
 
 
 def test_memory_says_where_it_cannot_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
