@@ -90,10 +90,8 @@ def compiled_ahead(model: Any, images: Tensor, args: argparse.Namespace) -> Call
     inductor: Any = importlib.import_module("torch._inductor")
     on_cpu = torch.device(args.device).type == "cpu"
     configs = {"freezing": on_cpu, "max_autotune": not on_cpu}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        torch.no_grad(),
-    ):  # without gradients, or no freezing
+    # it freezes nothing where gradients are on
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         program = torch.export.export(model, (images,))
         package = inductor.aoti_compile_and_package(
             program, package_path=f"{folder}/model.pt2", inductor_configs=configs

@@ -1,7 +1,7 @@
-"""Write a pruned model for deployment, as ONNX, ``torch.export`` or TorchScript, and prove it.
+"""Write a pruned model for deployment, as ONNX, ``torch.export``, AOTInductor or TorchScript.
 
-A file holds one K: its keep ratio is fixed. ONNX and pt2 files take the batch size they were
-written for, or any with ``dynamic_batch``; TorchScript files take any.
+A file holds one K: its keep ratio is fixed. It takes the batch size it was written for, or any with
+``dynamic_batch``; TorchScript files take any. No file is written that does not do what it should.
 """
 
 import os
@@ -28,7 +28,7 @@ class Exported:
 
     Args:
         path: where it is.
-        format: "onnx", "pt2" or "torchscript".
+        format: "onnx", "pt2", "aoti" or "torchscript".
         metadata: what is written in it, see ``describe``.
         parity: the figures of the check; None where it was not asked for.
     """
@@ -59,8 +59,9 @@ def export_model(
 
     Args:
         model: in eval mode; exported on its device.
-        path: ends in .onnx, .pt2, or .pt or .ts for TorchScript.
-        format: "onnx", "pt2" (``torch.export``) or "torchscript" (``torch.jit.script``).
+        path: ends in .onnx, in .pt2 for pt2 and aoti, or in .pt or .ts for TorchScript.
+        format: "onnx", "pt2" (``torch.export``), "aoti" (the same compiled by AOTInductor, for this
+            kind of machine; needs a C++ compiler) or "torchscript" (``torch.jit.script``).
         batch_size: B of the file; of a dynamic one only the size of the example.
         dynamic_batch: take any batch size. TorchScript files do so always.
         opset: version of the ONNX operators; None is torch's choice.
@@ -148,7 +149,7 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
 
     Args:
         model: the model that is exported.
-        format: "onnx", "pt2" or "torchscript".
+        format: "onnx", "pt2", "aoti" or "torchscript".
         batch_size: None for any.
 
     Returns:

@@ -1,5 +1,6 @@
 """The formats of deployment: one file each, written and loaded back."""
 
+import contextlib
 import importlib
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from ltrp_timm.model import LTRPModel
 from ltrp_timm.visualize import data_config
 
 # format -> endings of its files, the first is the usual one
-FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "torchscript": (".pt", ".ts")}
+FORMATS = {
+    "onnx": (".onnx",),
+    "pt2": (".pt2",),
+    "aoti": (".pt2",),
+    "torchscript": (".pt", ".ts"),
+}
 OLDEST_OPSET = 18  # of torch's exporter
 METADATA_KEY = "ltrp_timm"  # of ONNX's metadata_props
 METADATA_FILE = "ltrp_timm.json"  # in the archives of torch
@@ -67,38 +73,61 @@ def write_file(
             torch.jit.save(_script(model), str(path), _extra_files={METADATA_FILE: text})
             return
         shapes = {"x": {0: torch.export.Dim("batch", min=1)}} if dynamic else None
-        if format == "pt2":
-            try:
-                program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-            except Exception as error:  # of the tracer; no common type
-                raise _refusal("torch.export", model, error) from error
-            with open(path, "wb") as file:  # of a name that does not end in .pt2 it would complain
-                torch.export.save(program, file, extra_files={METADATA_FILE: text})
+        if format == "onnx":
+            _write_onnx(model, images, path, opset, shapes, text)
             return
-        _write_onnx(model, images, path, opset, shapes, text)
+        try:
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+        except Exception as error:  # of the tracer; no common type
+            raise _refusal("torch.export", model, error) from error
+        with open(path, "w+b") as file:  # of a name that does not end in .pt2 torch would complain
+            if format == "aoti":
+                _compile(model, program, file, text)
+            else:
+                torch.export.save(program, file, extra_files={METADATA_FILE: text})
+
+
+def _compile(model: LTRPModel, program: torch.export.ExportedProgram, file: Any, text: str) -> None:
+    on_cpu = next(model.backbone.parameters()).device.type == "cpu"
+    options: dict[str, Any] = {"aot_inductor.metadata": {METADATA_KEY: text}}
+    # on a CPU weights are packed for its kernels; the file leaves the number of threads open
+    options |= {"freezing": True, "cpp.dynamic_threads": True} if on_cpu else {}
+    try:
+        with _without_log("torch.utils.cpp_extension"):  # of a GPU that is not asked for
+            inductor = importlib.import_module("torch._inductor")
+            inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
+    except Exception as error:  # of the compilers, torch's and C++; no common type
+        raise _refusal("AOTInductor", model, error) from error
+
+
+@contextlib.contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _write_onnx(
     model: LTRPModel, images: Tensor, path: Path, opset: int | None, shapes: Any, text: str
 ) -> None:
-    log = logging.getLogger("onnxscript")
-    level = log.level
     try:
-        log.setLevel(logging.CRITICAL)  # a conversion that failed is told below, as an error
-        program = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=shapes,
-            opset_version=opset,
-            verbose=False,
-        )
+        with _without_log("onnxscript"):  # a conversion that failed is told below, as an error
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=shapes,
+                opset_version=opset,
+                verbose=False,
+            )
     except Exception as error:  # of the exporter and of the converter between opsets
         raise _refusal("torch.onnx.export", model, error.__cause__ or error) from error
-    finally:
-        log.setLevel(level)
     if program is None:
         raise ValueError("torch.onnx.export gave no program.")
     got = program.model.opset_imports.get("")
@@ -130,14 +159,16 @@ def load_exported(
 
     Args:
         path: the file.
-        format: "onnx" (onnxruntime on the CPU), "pt2" or "torchscript".
-        device: where a TorchScript file runs; a pt2 file runs where it was made.
+        format: "onnx" (onnxruntime on the CPU), "pt2", "aoti" or "torchscript".
+        device: where a TorchScript file runs; pt2 and aoti files run where they were made.
 
     Returns:
         images (B, C, H, W) -> logits, and the metadata.
     """
     if format == "onnx":
         return _load_onnx(path)
+    if format == "aoti":
+        return _load_compiled(path)
     found: dict[str, Any] = {METADATA_FILE: ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,6 +178,22 @@ def load_exported(
         else:
             module = torch.jit.load(os.fspath(path), map_location=device, _extra_files=found)
     return module, json.loads(found[METADATA_FILE])
+
+
+def _load_compiled(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    with open(path, "rb") as file:
+        module = importlib.import_module("torch._inductor").aoti_load_package(file)
+    metadata = json.loads(module.loader.get_metadata()[METADATA_KEY])
+    batch, size = metadata["batch_size"], metadata["input_size"]
+
+    def run(images: Tensor) -> Tensor:
+        shape = [len(images) if batch is None else batch, *size]
+        if list(images.shape) != shape:  # compiled code would read what is not there
+            raise ValueError(f"the file takes images of shape {shape}, got {list(images.shape)}.")
+        logits: Tensor = module(images)
+        return logits
+
+    return run, metadata
 
 
 def _load_onnx(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 import copy
 import importlib.util
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from benchmark_setup import Done, run_once
 from torch import Tensor, nn
 
+from ltrp_timm.formats import FORMATS
 from ltrp_timm.teacher import MAETeacher
 
 SMALL = {"embed_dim": 64, "num_heads": 2}
@@ -74,6 +76,19 @@ if hasattr(timm.layers.pos_embed_sincos, "RotaryEmbeddingMRope"):  # an older ti
     changes = {"rope_type": "mrope", "rope_mrope_section": (4, 6, 6), "pos_embed": "none"}
     FAMILIES["naflex_dinov3"] = ("vit_small_patch16_dinov3", {"use_naflex": True, **SMALL}, 96)
     FAMILIES["naflex_mrope"] = ("naflexvit_base_patch16_gap", {**changes, **SMALL}, 96)
+
+
+# every format of deployment; AOTInductor compiles for ten seconds, with a C++ compiler
+no_compiler = not any(shutil.which(name) for name in ("g++", "clang++"))
+every_format = pytest.mark.parametrize(
+    "format",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(no_compiler, reason="needs g++"))
+        if name == "aoti"
+        else name
+        for name in FORMATS
+    ],
+)
 
 
 # TorchScript knows its builtins by their ids, also those that are gone (an ONNX export frees four):

@@ -97,11 +97,12 @@ def test_exported_rows(run_benchmark: Callable[..., Done]) -> None:
 
 @pytest.mark.slow
 def test_compiled_rows(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("compile_and_export", *TINY, "--forms", "eager", "compiled")
-    assert len(done.rows) == 4
+    forms = ("eager", "compiled", "aotinductor")
+    done = run_benchmark("compile_and_export", *TINY, "--forms", *forms)
+    assert len(done.rows) == 6
     for row in done.rows:
         assert float(row["max_error"]) <= 1e-4
-        assert (float(row["prepare_seconds"]) > 0.5) is (row["form"] == "compiled")
+        assert (float(row["prepare_seconds"]) > 0.5) is (row["form"] != "eager")
 
 
 def test_a_wrong_output_is_not_timed() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import every_format
 from torch import Tensor, nn
 
 import ltrp_timm
@@ -23,7 +24,6 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 SIZE = (3, 96, 96)
-formats = pytest.mark.parametrize("format", list(FORMATS))
 BackboneOf = Callable[..., tuple[Any, Tensor]]
 
 
@@ -47,6 +47,9 @@ def run_alone(path: Path, format: str, images: Tensor) -> tuple[Tensor, dict[str
         (out,) = session.run(["logits"], {"images": images.numpy()})
         text = session.get_modelmeta().custom_metadata_map["ltrp_timm"]
         return torch.from_numpy(out), json.loads(text)
+    if format == "aoti":
+        package = torch._inductor.aoti_load_package(str(path))
+        return package(images), json.loads(package.loader.get_metadata()["ltrp_timm"])
     extra: dict[str, Any] = {"ltrp_timm.json": ""}
     if format == "pt2":
         return torch.export.load(path, extra_files=extra).module()(images), json.loads(
@@ -56,7 +59,7 @@ def run_alone(path: Path, format: str, images: Tensor) -> tuple[Tensor, dict[str
     return out, json.loads(extra["ltrp_timm.json"])
 
 
-@formats
+@every_format
 @torch.no_grad()
 def test_a_file_gives_the_pruned_outputs_and_says_what_it_is(
     pruned_of: Callable[..., Any], tmp_path: Path, format: str
@@ -96,7 +99,7 @@ def test_a_file_gives_the_pruned_outputs_and_says_what_it_is(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # one file, nothing beside it
 
 
-@formats
+@every_format
 @torch.no_grad()
 def test_a_dynamic_batch_is_any_and_a_fixed_one_is_that(
     pruned_of: Callable[..., Any], tmp_path: Path, format: str
@@ -111,12 +114,13 @@ def test_a_dynamic_batch_is_any_and_a_fixed_one_is_that(
         assert (out - model(batch)).abs().max() <= 1e-4
     if format != "torchscript":
         export_model(model, path, format, batch_size=2, overwrite=True)
+        run, _ = load_exported(path, format)
         with pytest.raises(Exception, match=r"(?i)got invalid dimensions|shape.*2|guard"):
-            run_alone(path, format, images)
+            run(images)
 
 
 @pytest.mark.slow
-@formats
+@every_format
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 @pytest.mark.parametrize("ranker", ["contrast", "conv"])
 @pytest.mark.parametrize("family", ["vit", "registers", "eva02", "dinov3", "beit", "cait"])
@@ -160,7 +164,7 @@ def test_all_patches_kept_is_the_full_model(pruned_of: Callable[..., Any], tmp_p
     assert parity.error <= 1e-5
 
 
-@formats
+@pytest.mark.parametrize("format", ["onnx", "pt2", "torchscript"])
 @pytest.mark.parametrize("fault", ["full", "other"])
 def test_a_wrong_file_is_not_left_behind(
     pruned_of: Callable[..., Any],
@@ -244,6 +248,19 @@ def test_near_ties_are_left_out_and_counted(backbone_of: BackboneOf) -> None:
         check_parity(model, model, SIZE, 1, False)
 
 
+def test_what_keeps_aotinductor_from_compiling_is_said(
+    pruned_of: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("No working C++ compiler\n  here")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    text = r"^AOTInductor cannot take VisionTransformer with .*: No working C\+\+ compiler here$"
+    with pytest.raises(ValueError, match=text):
+        export_model(pruned_of()[0], tmp_path / "a.pt2", "aoti")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_torchscript_cannot_hold_is_said(
     pruned_of: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -277,7 +294,8 @@ def test_what_cannot_be_exported_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"format": "tflite"}, ValueError, "format must be one of onnx, pt2, torchscript, got"),
+        ({"format": "tflite"}, ValueError, "format must be one of onnx, pt2, aoti, torchscript"),
+        ({"format": "aoti"}, ValueError, r"a aoti file must end in \.pt2, got .*a\.onnx"),
         ({"format": "pt2"}, ValueError, r"a pt2 file must end in \.pt2, got .*a\.onnx"),
         ({"batch_size": 0}, ValueError, "batch_size must be a whole number from 1, got 0"),
         ({"batch_size": -2}, ValueError, "got -2"),

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import every_format
 from safetensors.torch import save_file
 
 import ltrp_timm
@@ -50,7 +51,7 @@ def one_line(err: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
+@every_format
 def test_a_file_is_written_checked_and_timed(
     here: Path, capsys: pytest.CaptureFixture[str], format: str
 ) -> None:
