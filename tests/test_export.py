@@ -251,7 +251,10 @@ def test_near_ties_are_left_out_and_counted(backbone_of: BackboneOf) -> None:
 def test_what_keeps_aotinductor_from_compiling_is_said(
     pruned_of: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
+    asked: dict[str, Any] = {}
+
+    def fail(program: Any, *, inductor_configs: dict[str, Any], **others: Any) -> None:
+        asked.update(inductor_configs)
         raise RuntimeError("No working C++ compiler\n  here")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
@@ -259,6 +262,7 @@ def test_what_keeps_aotinductor_from_compiling_is_said(
     with pytest.raises(ValueError, match=text):
         export_model(pruned_of()[0], tmp_path / "a.pt2", "aoti")
     assert not list(tmp_path.iterdir())
+    assert asked["freezing"] is asked["cpp.dynamic_threads"] is True  # what makes it fast, anywhere
 
 
 def test_what_torchscript_cannot_hold_is_said(
