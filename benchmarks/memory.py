@@ -79,17 +79,17 @@ def peaks(calls: Calls, args: argparse.Namespace) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    with only_what_is_alive():
-        for name, call in list(calls.items()) * (args.repeats or 5):
-            peak = throughput.peak_memory(call, args.device)
-            if peak is None:
-                raise SystemExit("peak memory is not known here: it needs CUDA or Linux's /proc")
-            found[name].append(peak)
+    for name, call in list(calls.items()) * (args.repeats or 5):
+        peak = throughput.peak_memory(call, args.device)
+        if peak is None:
+            raise SystemExit("peak memory is not known here: it needs CUDA or Linux's /proc")
+        found[name].append(peak)
     return found
 
 
+@only_what_is_alive()
 def run(args: argparse.Namespace, where: Row) -> list[Row]:
-    """Measure every model, batch size and keep ratio."""
+    """Measure every model, batch size and keep ratio; from the first model on, no heap is made."""
     rows: list[Row] = []
     for full, images, case in cases(args):
         keep_ratio = case["keep_ratio"]
