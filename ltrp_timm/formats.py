@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -80,24 +81,26 @@ def write_file(
             program = torch.export.export(model, (images,), dynamic_shapes=shapes)
         except Exception as error:  # of the tracer; no common type
             raise _refusal("torch.export", model, error) from error
-        with open(path, "w+b") as file:  # of a name that does not end in .pt2 torch would complain
-            if format == "aoti":
-                _compile(model, program, file, text)
-            else:
-                torch.export.save(program, file, extra_files={METADATA_FILE: text})
+        if format == "aoti":
+            path.write_bytes(_compile(model, program, text))
+            return
+        with open(path, "wb") as file:  # of a name that does not end in .pt2 it would complain
+            torch.export.save(program, file, extra_files={METADATA_FILE: text})
 
 
-def _compile(model: LTRPModel, program: torch.export.ExportedProgram, file: Any, text: str) -> None:
+def _compile(model: LTRPModel, program: torch.export.ExportedProgram, text: str) -> bytes:
     on_cpu = next(model.backbone.parameters()).device.type == "cpu"
     options: dict[str, Any] = {"aot_inductor.metadata": {METADATA_KEY: text}}
     # on a CPU weights are packed for its kernels; the file leaves the number of threads open
     options |= {"freezing": True, "cpp.dynamic_threads": True} if on_cpu else {}
+    package = io.BytesIO()
     try:
         with _without_log("torch.utils.cpp_extension"):  # of a GPU that is not asked for
-            inductor = importlib.import_module("torch._inductor")
-            inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
+            compile_program = importlib.import_module("torch._inductor").aoti_compile_and_package
+            compile_program(program, package_path=package, inductor_configs=options)
     except Exception as error:  # of the compilers, torch's and C++; no common type
         raise _refusal("AOTInductor", model, error) from error
+    return package.getvalue()
 
 
 @contextlib.contextmanager
@@ -181,16 +184,22 @@ def load_exported(
 
 
 def _load_compiled(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    with open(path, "rb") as file:
-        module = importlib.import_module("torch._inductor").aoti_load_package(file)
-    metadata = json.loads(module.loader.get_metadata()[METADATA_KEY])
+    package = io.BytesIO(Path(path).read_bytes())
+    module = importlib.import_module("torch._inductor").aoti_load_package(package)
+    known = module.loader.get_metadata()
+    metadata = json.loads(known[METADATA_KEY])
     batch, size = metadata["batch_size"], metadata["input_size"]
 
     def run(images: Tensor) -> Tensor:
+        # compiled code takes what it is given for what it was compiled for
         shape = [len(images) if batch is None else batch, *size]
-        if list(images.shape) != shape:  # compiled code would read what is not there
-            raise ValueError(f"the file takes images of shape {shape}, got {list(images.shape)}.")
-        logits: Tensor = module(images)
+        if list(images.shape) != shape or images.dtype != torch.float32:
+            found = f"{images.dtype} of shape {list(images.shape)}"
+            raise ValueError(f"the file takes torch.float32 of shape {shape}, got {found}.")
+        device = known.get("AOTI_DEVICE_KEY", images.device.type)
+        if images.device.type != device:
+            raise ValueError(f"the file runs on {device}, got images on {images.device.type}.")
+        logits: Tensor = module(images.contiguous())
         return logits
 
     return run, metadata
