@@ -13,11 +13,11 @@ rounds of one process do not see that. The committed rows are therefore of sever
 
 python benchmarks/agreement.py FOLDER compares every CSV of the committed results with that of
 FOLDER, written by the same scripts with `--output FOLDER`:
-    overlap      rows whose ranges overlap, of all
+    overlap      figures whose ranges overlap, of all that both have
     by chance    the same if both runs were one
     difference   of the two medians: median over the rows, and the largest
-    left out     rows that the second run has not: it may be of fewer models and batch sizes
-Rows of the plain model against itself, which are 1 whatever happens, do not count.
+    left out     figures that the second run has not: it may be of fewer models or benchmarks
+Figures of the plain model against itself, which are 1 whatever happens, do not count.
 """
 
 import argparse
@@ -64,35 +64,40 @@ def by_chance(rounds: int, runs: tuple[int, int] = (1, 1)) -> float:
 
 
 def chance_of(row: dict[str, str], other: dict[str, str]) -> float:
-    """``by_chance`` for two rows; each run with as many rounds as the one with the fewest."""
+    """``by_chance`` for two rows; rounds a run are those of the row that has fewer on average."""
     one, two = ((int(r["rounds"]), int(r.get("runs", 1))) for r in (row, other))
     return by_chance(min(one[0] // one[1], two[0] // two[1]), (one[1], two[1]))
 
 
+def figures_of(row: dict[str, str]) -> dict[str, list[float]]:
+    """Low, median and high of each figure; the plain model's against itself are none."""
+    found = {
+        name: [float(row[name + end]) for end in ("_low", "", "_high")]
+        for name in FIGURES
+        if f"{name}_low" in row
+    }
+    return {name: figure for name, figure in found.items() if figure != [1.0] * 3}
+
+
 def pairs(first: Path, second: Path) -> Iterator[Row]:
-    """Every figure of two CSVs that both have.
+    """Every figure of a CSV beside that of another run; ``second`` is None where it has none.
 
     Raises:
         SystemExit: they were measured on different machines.
     """
-    others = {case_of(row): row for row in tables.read_csv(second)}
+    others = {case_of(row): row for row in tables.read_csv(second)} if second.exists() else {}
     for row in tables.read_csv(first):
         other = others.get(case_of(row))
-        if other is None:
-            continue
-        same_place(row, other, second)
-        for name in FIGURES:
-            if f"{name}_low" not in row:
+        if other is not None:
+            same_place(row, other, second)
+        for name, one in figures_of(row).items():
+            pair: Row = {"figure": name, "first": one, "second": None}
+            if other is None:
+                yield pair
                 continue
-            one, two = (
-                [float(r[name + end]) for end in ("_low", "", "_high")] for r in (row, other)
-            )
-            if one == two == [1.0] * 3:
-                continue
-            yield {
-                "figure": name,
+            two = figures_of(other).get(name, [1.0] * 3)
+            yield pair | {
                 "case": ", ".join(part for part in case_of(row)[:-3] if part),
-                "first": one,
                 "second": two,
                 "overlap": one[0] <= two[2] and two[0] <= one[2],
                 "by_chance": chance_of(row, other),
@@ -100,20 +105,15 @@ def pairs(first: Path, second: Path) -> Iterator[Row]:
             }
 
 
-def left_out(first: Path, second: Path) -> int:
-    """Rows of the first CSV that the second has not."""
-    there = {case_of(row) for row in tables.read_csv(second)}
-    return sum(case_of(row) not in there for row in tables.read_csv(first))
-
-
-def summed_up(file: str, figure: str, found: list[Row], missing: int) -> Row:
-    """The row of some figures; ``missing`` rows of the first run are not in the second."""
+def summed_up(file: str, figure: str, every: list[Row]) -> Row:
+    """The row of some figures, of which one or more are in both runs."""
+    found = [pair for pair in every if pair["second"]]
     overlap = sum(pair["overlap"] for pair in found)
     chance = statistics.mean(pair["by_chance"] for pair in found)
     worst = max(found, key=lambda pair: pair["difference"])
     return {
         **{"file": file, "figure": figure, "compared": len(found), "overlap": overlap},
-        "rows_left_out": missing,
+        "left_out": len(every) - len(found),
         "by_chance": round(chance, 4),
         "above_chance": round(overlap / len(found) - chance, 4),
         "median_difference": round(statistics.median(p["difference"] for p in found), 5),
@@ -123,29 +123,28 @@ def summed_up(file: str, figure: str, found: list[Row], missing: int) -> Row:
 
 
 def run(first: Path, second: Path) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Rows, and the figures of each file.
+    """Rows, and the figures of each file that both runs have.
 
     Raises:
         SystemExit: the folders have nothing in common.
     """
     rows: list[Row] = []
+    every: list[Row] = []
     found: dict[str, list[Row]] = {}
-    missing = 0
     for path in sorted(first.glob("*.csv")):
-        if path.stem == NAME or not (second / path.name).exists():
+        if path.stem == NAME:
             continue
-        new = list(pairs(path, second / path.name))
-        gone = left_out(path, second / path.name) if new else 0
-        missing += gone
-        for figure in dict.fromkeys(pair["figure"] for pair in new):
-            own = [pair for pair in new if pair["figure"] == figure]
-            rows.append(summed_up(path.stem, figure, own, gone))
-        if new:
-            found[path.stem] = new
+        own = list(pairs(path, second / path.name))
+        every += own
+        for figure in dict.fromkeys(pair["figure"] for pair in own if pair["second"]):
+            some = [pair for pair in own if pair["figure"] == figure]
+            rows.append(summed_up(path.stem, figure, some))
+        both = [pair for pair in own if pair["second"]]
+        if both:
+            found[path.stem] = both
     if not rows:
         raise SystemExit(f"{second} has no CSV with rows of one in {first}")
-    every = [pair for pairs_of in found.values() for pair in pairs_of]
-    return [*rows, summed_up("all", "all", every, missing)], found
+    return [*rows, summed_up("all", "all", every)], found
 
 
 def table(rows: list[Row]) -> list[Row]:
@@ -154,7 +153,7 @@ def table(rows: list[Row]) -> list[Row]:
         {
             **{"benchmark": row["file"], "figure": row["figure"].replace("_", " ")},
             "overlap": f"{row['overlap']} of {row['compared']}",
-            "rows left out": row["rows_left_out"],
+            "left out": row["left_out"],
             "by chance": f"{row['by_chance']:.0%}",
             "median difference": f"{row['median_difference']:.1%}",
             "largest": f"{row['largest_difference']:.1%}",

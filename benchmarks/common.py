@@ -27,6 +27,9 @@ Calls = dict[str, Callable[[], Any]]
 VIT_TI, VIT_S, VIT_B, VIT_L = (
     f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")
 )
+# option of a benchmark -> column of its rows
+CASES = {"models": "model", "batch_sizes": "batch", "keep_ratios": "keep_ratio"}
+CASES |= {"img_sizes": "img_size", "forms": "form", "removals": "removal"}
 # where the project's goals hold; a row must say all of it
 ON_ONE_CORE = {"device": "cpu", "dtype": "float32", "threads": "1"}
 
@@ -101,8 +104,20 @@ def set_up(args: argparse.Namespace) -> Row:
 def rows_of(
     name: str, run: Callable[[argparse.Namespace, Row], list[Row]], args: argparse.Namespace
 ) -> list[Row]:
-    """What ``run(args, where)`` measures, or with ``--pool`` what runs of before have measured."""
-    return pooling.pool(name, args.pool) if args.pool else run(args, set_up(args))
+    """What ``run(args, where)`` measures, or with ``--pool`` what runs of before have measured.
+
+    The options that say which cases there are become those of the runs.
+    """
+    if not args.pool:
+        return run(args, set_up(args))
+    rows = pooling.pool(name, args.pool)
+    for option, column in CASES.items():
+        if column in rows[0] and hasattr(args, option):
+            setattr(args, option, list(dict.fromkeys(row[column] for row in rows)))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    if "rankers" in args and not set(args.rankers) <= set(methods):
+        args.rankers = [method for method in methods if method in ltrp_timm.list_rankers()]
+    return rows
 
 
 def create_full(name: str, args: argparse.Namespace, **kwargs: Any) -> Any:

@@ -251,7 +251,7 @@ def main() -> None:
     args = parser.parse_args()
     if "eager" not in args.forms:
         parser.error("--forms must have eager: it is what the others are held against")
-    if "onnxruntime" in args.forms:
+    if "onnxruntime" in args.forms and not args.pool:
         if args.device != "cpu" or args.dtype != "float32":
             parser.error("onnxruntime is measured on a CPU in float32: leave it out of --forms")
         _import_onnxruntime()

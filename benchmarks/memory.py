@@ -11,19 +11,19 @@ patches (8 · 196 · 768 · 4 = 5 MB) and the ranker's maps do not shrink; both 
 and are freed.
 
 Measured: bytes at the highest point of one call above what was in use before it, after a call that
-warms buffers up: on CUDA the allocator's count, on a Linux CPU the resident set. Median and range
-of --repeats calls (5 where it is 0), in turns in one process. Weights, images and what libraries
-keep do not count. Weights are random.
-glibc is told to give each block of more than 64 KiB pages of its own, which go back when it is
-freed, so that the resident set is what is alive. Left alone it keeps freed blocks for later ones,
-in an order of its own: the first version of the CSV, measured like that, had up to twice as much
-(ViT-B batch 8: 98 to 118 MiB for the plain model, 54 to 73 at keep 0.5), other figures in each run.
+warms buffers up: on CUDA the allocator's count, on a Linux CPU the resident set. Median and
+quartiles of --repeats calls (5 where it is 0), in turns in one process. Weights, images and what
+libraries keep do not count. Weights are random.
+Before the first model glibc is told to give each block of more than 64 KiB pages of its own, which
+go back when it is freed, so that the resident set is what is alive. Left alone it keeps freed
+blocks for later ones, in an order of its own: the first version of the CSV, measured like that, had
+up to twice as much (ViT-B batch 8: 98 to 118 MiB for the plain model, 54 to 73 at keep 0.5), other
+figures in each run.
 """
 
 import argparse
 import contextlib
 import ctypes
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,13 +61,17 @@ def goals() -> list[Goal]:
 @contextlib.contextmanager
 def only_what_is_alive() -> Iterator[None]:
     """glibc gives blocks of more than 64 KiB pages of their own; other C libraries are as ever."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
     m_mmap_threshold = -3  # malloc.h
-    mallopt(m_mmap_threshold, 64 * 1024)
+    _mallopt(m_mmap_threshold, 64 * 1024)
     try:
         yield
     finally:
-        mallopt(m_mmap_threshold, 32 * 1024 * 1024)  # where it comes by itself, at most
+        _mallopt(m_mmap_threshold, 32 * 1024 * 1024)  # where it comes by itself, at most
+
+
+def _mallopt(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another libc, another system
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def peaks(calls: Calls, args: argparse.Namespace) -> dict[str, list[int]]:
@@ -106,13 +110,13 @@ def run(args: argparse.Namespace, where: Row) -> list[Row]:
 
 def to_rows(found: dict[str, list[int]], case: Row, where: Row) -> list[Row]:
     """One row for each method; ratios are to the full model."""
-    full = statistics.median(found["full"])
+    full = throughput.quartiles(found["full"])[1]
     rows = []
     for method, sizes in found.items():
-        peak = statistics.median(sizes)
+        low, peak, high = throughput.quartiles(sizes)
         row = {**case, "method": method, "rounds": len(sizes)}
-        row |= {"peak_mib": round(peak / 2**20, 3), "peak_mib_low": round(min(sizes) / 2**20, 3)}
-        row |= {"peak_mib_high": round(max(sizes) / 2**20, 3)}
+        figures = {"peak_mib": peak, "peak_mib_low": low, "peak_mib_high": high}
+        row |= {name: round(size / 2**20, 3) for name, size in figures.items()}
         row["peak_ratio"] = round(peak / full, 4) if full else float("nan")
         rows.append({**row, **where})
     return rows
@@ -126,7 +130,7 @@ def table(rows: list[Row]) -> list[Row]:
             "batch": row["batch"],
             "keep": f"{row['keep_ratio']:g}",
             "method": row["method"],
-            "peak MiB (range)": tables.figure(row, "peak_mib", ".1f"),
+            "peak MiB (quartiles)": tables.figure(row, "peak_mib", ".1f"),
             "÷ full": f"{row['peak_ratio']:.2f}",
         }
         for row in rows

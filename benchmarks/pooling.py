@@ -17,7 +17,6 @@ Row = dict[str, Any]
 # what a row is about, where it has the column
 CASE = ("model", "batch", "keep_ratio", "img_size", "step", "ranker", "matched", "form", "part")
 CASE += ("method", "removal", "removed", "device", "dtype", "depth")
-PLACE = ("machine", "cores", "threads")
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -33,15 +32,33 @@ def case_of(row: Row) -> tuple[str, ...]:
 
 
 def same_place(row: Row, other: Row, path: Path) -> None:
-    """Nothing, if two rows were measured on the same machine.
+    """Nothing, if two rows were measured on the same machine with the same versions.
 
     Raises:
         SystemExit: they were not; ``path`` is where the other one is from.
     """
-    different = [name for name in PLACE if row[name] != other[name]]
+    places = [name for name in throughput.environment() if name in row and name in other]
+    different = [name for name in places if row[name] != other[name]]
     if different:
         texts = [f"{name} ({row[name]}, {other[name]})" for name in different]
         raise SystemExit(f"{path} is not of the same machine: {', '.join(texts)}")
+
+
+def read(path: Path) -> dict[tuple[str, ...], Row]:
+    """The rows of a run by their cases, as the benchmark made them; its columns are those of all.
+
+    Raises:
+        SystemExit: there is no such file, or it is not that of a single run.
+    """
+    if not path.is_file():
+        raise SystemExit(f"there is no {path}: run the benchmark with --output first.")
+    rows = [typed(row) for row in tables.read_csv(path)]
+    cases = {case_of(row): row if "runs" in row else {**row, "runs": 1} for row in rows}
+    if not rows or any(None in (*row, *row.values()) for row in rows):
+        raise SystemExit(f"{path} is no whole CSV.")
+    if len(cases) < len(rows) or any(row["runs"] != 1 for row in cases.values()):
+        raise SystemExit(f"{path} is not of a single run.")
+    return cases
 
 
 def typed(row: dict[str, str]) -> Row:
@@ -54,7 +71,7 @@ def _number(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)
-        except ValueError:
+        except (ValueError, TypeError):
             continue
     return text
 
@@ -63,38 +80,43 @@ def pool(name: str, folders: Sequence[Path]) -> list[Row]:
     """The rows of NAME.csv in all folders, in the order in which they are first found.
 
     A figure is the median of the runs'; its spread goes from the lowest first quartile to the
-    highest third one; rounds and runs are summed up. A run may have fewer rows than others.
+    highest third one; rounds and runs are summed up. What must hold in every run is that of the
+    worst. A run may have fewer rows than others.
 
     Raises:
-        SystemExit: a folder without the file, runs of different machines, or rows that do not
-            speak of the same thing.
+        SystemExit: a folder without the file or given twice, runs of different machines, versions
+            or columns, or rows that do not speak of the same thing.
     """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise SystemExit("each folder is one run: one of them is given twice.")
+    paths = [folder / f"{name}.csv" for folder in folders]
+    runs = [read(path) for path in paths]
+    first = next(iter(runs[0].values()))
     found: dict[tuple[str, ...], list[Row]] = {}
-    for folder in folders:
-        path = folder / f"{name}.csv"
-        if not path.is_file():
-            raise SystemExit(f"{folder} has no {path.name}: run the benchmark with --output first.")
-        for text in tables.read_csv(path):
-            row = typed(text)
-            rows = found.setdefault(case_of(row), [])
-            if rows:
-                same_place(rows[0], row, path)
-            rows.append({**row, "runs": row.get("runs", 1)})
+    for path, run in zip(paths, runs):
+        for case, row in run.items():
+            same_place(first, row, path)
+            if set(row) != set(first):
+                columns = ", ".join(sorted(set(row) ^ set(first)))
+                raise SystemExit(f"{path} has other columns than {paths[0]}: {columns}.")
+            found.setdefault(case, []).append(row)
     return [
-        {column: _pooled(column, [row[column] for row in rows]) for column in rows[0]}
-        for rows in found.values()
+        {column: _pooled(column, [row[column] for row in rows], case) for column in first}
+        for case, rows in found.items()
     ]
 
 
-def _pooled(column: str, values: list[Any]) -> Any:
+WORST = {"low": min, "high": max, "error": max, "syncs": max, "bits": min, "even": min}
+
+
+def _pooled(column: str, values: list[Any], case: tuple[str, ...]) -> Any:
     if column in ("rounds", "runs"):
         return sum(values)
     if len(set(values)) == 1:
         return values[0]
-    if not all(isinstance(value, (int, float)) for value in values):
-        raise SystemExit(f"the runs cannot be pooled: {column} is {', '.join(map(str, values))}.")
-    if column.endswith("_low"):
-        return min(values)
-    if column.endswith(("_high", "_error")):
-        return max(values)
-    return round(statistics.median(values), 7)
+    if not all(isinstance(value, (int, float)) and value == value for value in values):
+        where = ", ".join(part for part in case if part)
+        told = ", ".join(map(str, values))
+        raise SystemExit(f"the runs cannot be pooled: {column} of {where} is {told}.")
+    worst = WORST.get(column.rpartition("_")[2])
+    return worst(values) if worst else round(statistics.median(values), 7)

@@ -88,8 +88,8 @@ def runs_line(rows: Sequence[Mapping[str, Any]]) -> str:
     if runs[-1] == 1:
         return ""
     number = f"{runs[-1]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
-    ranges = "from the lowest first quartile of a run to the highest third one"
-    return f"medians of {number} runs, processes of their own; ranges {ranges}"
+    ranges = "ranges from the lowest first quartile of a run to the highest third one"
+    return f"medians of {number} runs, each of rounds in turns in a process of its own; {ranges}"
 
 
 def conclude(
@@ -113,7 +113,8 @@ def conclude(
         args: the benchmark's.
     """
     line = environment_line(rows[0])
-    checks = [] if args.depth else [check for goal in goals for check in goal.check(rows)]
+    whole = all(str(row["depth"]) == "all" for row in rows)
+    checks = [check for goal in goals for check in goal.check(rows)] if whole else []
     verdict = markdown_table(checks) if checks else "No goal applies to these settings."
     runs = runs_line(rows)
     below = f"{line}\n\n{runs[0].upper()}{runs[1:]}." if runs else line

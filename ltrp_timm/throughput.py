@@ -45,17 +45,17 @@ class Timing:
     @property
     def median(self) -> float:
         """Median over the rounds, in seconds."""
-        return _quartiles(self.seconds)[1]
+        return quartiles(self.seconds)[1]
 
     @property
     def low(self) -> float:
         """Lower quartile over the rounds, in seconds."""
-        return _quartiles(self.seconds)[0]
+        return quartiles(self.seconds)[0]
 
     @property
     def high(self) -> float:
         """Upper quartile over the rounds, in seconds."""
-        return _quartiles(self.seconds)[2]
+        return quartiles(self.seconds)[2]
 
     def items_per_second(self, n: int) -> float:
         """Throughput at the median, for a callable that works on ``n`` items (images) per call."""
@@ -92,12 +92,16 @@ def ratio(slow: Timing, fast: Timing) -> Ratio:
             "ratio needs two timings of one comparison, pair by pair: "
             f"{slow.name!r} has {len(slow.seconds)} rounds, {fast.name!r} has {len(fast.seconds)}."
         )
-    low, median, high = _quartiles([a / b for a, b in zip(slow.seconds, fast.seconds)])
+    low, median, high = quartiles([a / b for a, b in zip(slow.seconds, fast.seconds)])
     return Ratio(median=median, low=low, high=high)
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile, linear in between; one value stands for all three."""
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile, linear in between; one value stands for all three.
+
+    >>> quartiles([1.0, 3.0, 2.0])
+    (1.5, 2.0, 2.5)
+    """
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -40,7 +40,7 @@ def test_ranges_that_touch_overlap_and_others_do_not(tmp_path: Path) -> None:
     assert [row["file"] for row in done.rows] == ["peers", "all"]
     for row in done.rows:
         assert (row["compared"], row["overlap"]) == ("2", "1")  # ours is 1 by its definition
-        assert row["rows_left_out"] == "1"
+        assert row["left_out"] == "1"
         assert float(row["median_difference"]) == pytest.approx(0.225)
         assert float(row["largest_difference"]) == pytest.approx(0.25)
         assert row["largest_at"] == "vit, 1, far"

@@ -232,7 +232,7 @@ def test_memory_falls_with_the_tokens() -> None:
     rows = module.to_rows(found, {"model": "m"}, {})
     assert [row["peak_ratio"] for row in rows] == [1.0, 0.5]
     low, high = rows[1]["peak_mib_low"], rows[1]["peak_mib_high"]
-    assert (low, rows[1]["peak_mib"], high) == (10, 20, 30)
+    assert (low, rows[1]["peak_mib"], high) == (15, 20, 25)
 
 
 def test_memory_is_what_is_alive() -> None:

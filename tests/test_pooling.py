@@ -9,7 +9,7 @@ import tables
 from benchmark_setup import SCRIPTS, run_once
 
 PLACE = {"device": "cpu", "dtype": "float32", "depth": "all", "machine": "m", "cores": 1}
-PLACE |= {"threads": 1}
+PLACE |= {"threads": 1, "torch": 2}
 
 
 def write(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -41,11 +41,11 @@ def test_medians_of_runs_and_the_widest_range(tmp_path: Path) -> None:
     assert (found["threads"], found["depth"], found["setting"]) == ("1", "all", "K=98")
 
 
-def test_a_run_of_runs_counts_them(tmp_path: Path) -> None:
-    one = write(tmp_path / "1", row(1.0, 1.0, 1.0, rounds=10, runs=2))
-    other = write(tmp_path / "2", row(2.0, 2.0, 2.0))
+def test_what_must_hold_in_every_run_is_that_of_the_worst(tmp_path: Path) -> None:
+    one = write(tmp_path / "1", row(1.0, 1.0, 1.0, same_bits=1, host_syncs=0, break_even=0.9))
+    other = write(tmp_path / "2", row(1.0, 1.0, 1.0, same_bits=0, host_syncs=3, break_even=0.0))
     (found,) = pooling.pool("peers", [one, other])
-    assert (found["rounds"], found["runs"], found["gain"]) == (15, 3, 1.5)
+    assert (found["same_bits"], found["host_syncs"], found["break_even"]) == (0, 3, 0.0)
 
 
 def test_rows_of_some_runs_only_stay_in_order(tmp_path: Path) -> None:
@@ -59,28 +59,65 @@ def test_rows_of_some_runs_only_stay_in_order(tmp_path: Path) -> None:
     ]
 
 
-def test_what_cannot_be_pooled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "place", "text"),
+    [
+        (
+            [row(1.0, 1.0, 1.0, setting="r=16")],
+            {},
+            "setting of vit, 1, 0.5, .* is K=98, r=16",
+        ),
+        ([row(float("nan"), 1.0, 1.0)], {}, "pooled: seconds_median of vit, .* is 0.125, nan"),
+        ([row(1.0, 1.0, 1.0, batch=8)], {"machine": "n"}, r"not of the same machine: .*\(m, n\)"),
+        ([row(1.0, 1.0, 1.0, batch=8)], {"torch": "9"}, r"not of the same machine: torch \(2, 9\)"),
+        (
+            [row(1.0, 1.0, 1.0, more=1)],
+            {},
+            "2.peers.csv has other columns than .*peers.csv: more",
+        ),
+        ([row(1.0, 1.0, 1.0)] * 2, {}, "2.peers.csv is not of a single run"),
+        ([row(1.0, 1.0, 1.0, runs=2)], {}, "2.peers.csv is not of a single run"),
+    ],
+)
+def test_what_cannot_be_pooled(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[dict[str, Any]],
+    place: dict[str, str],
+    text: str,
+) -> None:
     one = write(tmp_path / "1", row(1.0, 1.0, 1.0))
-    with pytest.raises(SystemExit, match=r"none has no peers.csv: run the benchmark with --output"):
-        pooling.pool("peers", [one, tmp_path / "none"])
-    other = write(tmp_path / "2", row(1.0, 1.0, 1.0, setting="r=16"))
-    with pytest.raises(SystemExit, match=r"cannot be pooled: setting is K=98, r=16"):
+    for name, value in place.items():
+        monkeypatch.setitem(PLACE, name, value)
+    other = write(tmp_path / "2", *rows)
+    with pytest.raises(SystemExit, match=text):
         pooling.pool("peers", [one, other])
-    monkeypatch.setitem(PLACE, "machine", "n")
-    elsewhere = write(tmp_path / "3", row(1.0, 1.0, 1.0))
-    with pytest.raises(SystemExit, match=r"3.peers.csv is not of the same machine: machine"):
-        pooling.pool("peers", [one, elsewhere])
 
 
-@pytest.mark.parametrize("name", ["speed_vs_keep_ratio", "index_cache", "memory"])
+def test_files_that_are_none(tmp_path: Path) -> None:
+    one = write(tmp_path / "1", row(1.0, 1.0, 1.0))
+    with pytest.raises(SystemExit, match=r"no .*peers.csv: run the benchmark with --output first"):
+        pooling.pool("peers", [one, tmp_path / "none"])
+    with pytest.raises(SystemExit, match="one of them is given twice"):
+        pooling.pool("peers", [one, tmp_path / "none" / ".." / "1"])
+    text = (one / "peers.csv").read_text()
+    for content in (text.splitlines()[0], text.rstrip().rpartition(",")[0], ""):
+        (tmp_path / "2").mkdir(exist_ok=True)
+        (tmp_path / "2" / "peers.csv").write_text(content)
+        with pytest.raises(SystemExit, match=r"2.peers.csv is no whole CSV"):
+            pooling.pool("peers", [one, tmp_path / "2"])
+
+
+@pytest.mark.parametrize("name", ["speed_vs_keep_ratio", "compile_and_export", "memory"])
 def test_a_benchmark_pools_what_it_wrote(name: str, tmp_path: Path) -> None:
     options = SCRIPTS[name]
     first = run_once(name, tmp_path / "1", *options)
     second = run_once(name, tmp_path / "2", *options)
     folders = [str(tmp_path / run) for run in "12"]
-    both = run_once(name, tmp_path / "pooled", *options, "--pool", *folders)
+    both = run_once(name, tmp_path / "pooled", "--pool", *folders)  # and draws what they are of
     assert both.files == first.files
     assert "Medians of 2 runs" in both.text
+    assert "No goal applies to these settings." in both.text  # the models are cut
     assert len(both.rows) == len(first.rows) == len(second.rows)
     for one, two, pooled in zip(first.rows, second.rows, both.rows):
         assert list(pooled) == list(one)
