@@ -2,9 +2,11 @@
 
 import argparse
 import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +127,20 @@ def test_gaps_and_differences_by_hand() -> None:
     swapped = judged.measured(measures.Kept(recall, None), [5, 6, 7, 8, 9])
     assert swapped["recall_gap"] == -0.5
     assert swapped["map_seen"] == ""
+
+
+def test_the_auc_is_of_scenes_that_have_one_resampled_alike() -> None:
+    judge = SimpleNamespace(resamples=torch.tensor([[0, 1, 2], [0, 0, 2], [1, 1, 1]]))
+    full = judged.over_resamples(torch.tensor([0.9, 0.7, math.nan]), judge)
+    torch.testing.assert_close(full, torch.tensor([0.8, 0.9, 0.7]))
+    aucs = {"full mean": full, "decoder mean": full - torch.tensor([0.1, 0.1, 0.1])}
+    row = judged.of_teacher("full mean", aucs)
+    assert row["teacher_auc"] == pytest.approx(0.8)
+    assert 0.7 <= row["teacher_auc_low"] < 0.71 < 0.89 < row["teacher_auc_high"] <= 0.9
+    above = [row[f"auc_above_decoder{end}"] for end in ("", "_low", "_high")]
+    assert above == pytest.approx([0.1] * 3)  # of the same scenes, so it does not vary
+    assert judged.of_teacher("decoder mean", aucs)["auc_above_decoder"] == ""
+    assert set(judged.of_teacher("contrast", aucs).values()) == {""}
 
 
 def test_differences_are_of_the_same_resampled_scenes() -> None:

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import Row
+from torch import Tensor
 
 from fairness.compared import CAM, OF_CNN, label_free, with_labels
 from fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
@@ -42,7 +44,11 @@ def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row
     of_labels = {half: with_labels(trained, half) for half in trained.cnns}
     costs = milliseconds({**free, **next(iter(of_labels.values()))}, clutter)
     aucs = {
-        name: teacher_auc(trained.teacher, clutter, args.mask_ratio, *name.split()) for name in LTRP
+        name: over_resamples(
+            teacher_auc(trained.teacher, clutter, args.mask_ratio, *name.split()),
+            judges["clutter"],
+        )
+        for name in LTRP
     }
     rows: list[Row] = []
     ratios = (1.0, *KEEP_RATIOS)
@@ -59,13 +65,26 @@ def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row
                 others = {name: found[name, ratio] for name, r in found if r == ratio < 1}
                 row |= differences(what, others, HALVES[half])
                 measured_here = images == "clutter"  # the control has neither
-                row["teacher_auc"] = aucs.get(method, "") if measured_here else ""
-                row["auc_above_decoder"] = ""
-                if measured_here and method == LTRP[0]:
-                    row["auc_above_decoder"] = round(aucs[method] - aucs["decoder mean"], 5)
+                row |= of_teacher(method, aucs if measured_here else {})
                 row["own_map"] = own.get(method.partition(",")[0], "") if measured_here else ""
                 rows.append({**row, "rank_ms": costs.get(method, "")})
     return rows
+
+
+def over_resamples(values: Tensor, judge: Judging) -> Tensor:
+    """A value for each scene, or NaN -> means over all scenes and over resampled ones, (1 + R,)."""
+    return torch.stack([values[some].nanmean() for some in judge.resamples])
+
+
+def of_teacher(method: str, aucs: dict[str, Tensor]) -> Row:
+    """The AUC of the scores that a ranker learns, and how far the first lies above decoder's."""
+    names = ("teacher_auc", "auc_above_decoder")
+    row: Row = dict.fromkeys((name + end for name in names for end in ("", "_low", "_high")), "")
+    if method in aucs:
+        row |= interval(names[0], aucs[method])
+        if method == LTRP[0]:
+            row |= interval(names[1], aucs[method] - aucs["decoder mean"])
+    return row
 
 
 def judged(trained: Trained, seed: int, args: argparse.Namespace, folder: Path) -> list[Row]:

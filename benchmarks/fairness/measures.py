@@ -83,10 +83,11 @@ def scores_of(ranker: Any, scenes: Scenes) -> Tensor:
 
 def teacher_auc(
     teacher: Any, scenes: Scenes, mask_ratio: float, removal: str, aggregate: str
-) -> float:
+) -> Tensor:
     """Chance that a visible patch with ink scores above one without, under one mask a scene.
 
-    Scenes where all visible patches have ink, or none, do not count.
+    Returns:
+        (B,); NaN where all visible patches have ink, or none.
     """
     draw, found = torch.Generator().manual_seed(0), []
     for batch in scenes.batches(_BATCH):
@@ -98,5 +99,5 @@ def teacher_auc(
         share = batch.ink().sum(dim=1).gather(1, at) / PATCH**2
         inked = share >= INKED
         both = inked.any(dim=1) & ~inked.all(dim=1)
-        found.append(object_auc(scores[both], share[both]))
-    return float(torch.cat(found).mean())
+        found.append(torch.where(both, object_auc(scores, share), torch.nan))
+    return torch.cat(found)
