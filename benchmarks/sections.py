@@ -42,7 +42,7 @@ class Section(NamedTuple):
         parts = [
             f"{self.says} ({_where(rows[0])}; {runs_line(rows) or self.how}).",
             pivot([row for row in rows if self.keep(row)], self),
-            f"![{self.says.split('.')[0]}]({path}.png)",
+            f"![{self.says.split('. ')[0]}]({path}.png)",
             *[f"![{text}](benchmarks/results/{name}.png)" for name, text in self.pictures.items()],
             f"{links}by `python benchmarks/{self.file}.py`.",
         ]
@@ -137,8 +137,8 @@ SECTIONS = [
     Section(
         "compile",
         "compile_and_export",
-        "Times as fast as the plain eager model when compiled (on a CPU with frozen weights) or "
-        "run by ONNX Runtime",
+        "Times as fast as the plain eager model when compiled (on a CPU with frozen weights), by "
+        "torch.compile or ahead of time by AOTInductor, or run by ONNX Runtime",
         lambda row: {**_model(row), "keep": row["keep_ratio"], "form": row["form"]},
         _method("full"),
         lambda row: f"{float(row['speedup_over_eager']):.2f}×",
