@@ -14,13 +14,15 @@ rounds of one process do not see that. The committed rows are therefore of sever
 python benchmarks/agreement.py FOLDER compares every CSV of the committed results with that of
 FOLDER, written by the same scripts with `--output FOLDER`:
     overlap      figures whose ranges overlap, of all that both have
-    by chance    the same if both runs were one
+    by chance    the same if both runs were one, and how many standard errors the share lies from it
+                 (as if figures were independent; those of one round are not, so it varies more)
     difference   of the two medians: median over the rows, and the largest
     left out     figures that the second run has not: it may be of fewer models or benchmarks
 Figures of the plain model against itself, which are 1 whatever happens, do not count.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterator
 from functools import cache
@@ -43,7 +45,7 @@ def goals() -> list[tables.Goal]:
     """What a second run of the same code should give."""
     every = {"file": "all"}
     return [
-        tables.Goal("overlap − by chance", every, "above_chance", ">=", 0.0),
+        tables.Goal("(overlap − by chance) ÷ standard error", every, "errors", ">=", -2.0),
         tables.Goal("median difference", every, "median_difference", "<=", 0.02),
     ]
 
@@ -110,12 +112,13 @@ def summed_up(file: str, figure: str, every: list[Row]) -> Row:
     found = [pair for pair in every if pair["second"]]
     overlap = sum(pair["overlap"] for pair in found)
     chance = statistics.mean(pair["by_chance"] for pair in found)
+    deviation = math.sqrt(sum(pair["by_chance"] * (1 - pair["by_chance"]) for pair in found))
     worst = max(found, key=lambda pair: pair["difference"])
     return {
         **{"file": file, "figure": figure, "compared": len(found), "overlap": overlap},
         "left_out": len(every) - len(found),
         "by_chance": round(chance, 4),
-        "above_chance": round(overlap / len(found) - chance, 4),
+        "errors": round((overlap - chance * len(found)) / deviation, 3) if deviation else 0.0,
         "median_difference": round(statistics.median(p["difference"] for p in found), 5),
         "largest_difference": round(worst["difference"], 5),
         "largest_at": worst["case"],
@@ -154,7 +157,7 @@ def table(rows: list[Row]) -> list[Row]:
             **{"benchmark": row["file"], "figure": row["figure"].replace("_", " ")},
             "overlap": f"{row['overlap']} of {row['compared']}",
             "left out": row["left_out"],
-            "by chance": f"{row['by_chance']:.0%}",
+            "by chance": f"{row['by_chance']:.0%} ({row['errors']:+.1f} σ)",
             "median difference": f"{row['median_difference']:.1%}",
             "largest": f"{row['largest_difference']:.1%}",
             "at": row["largest_at"],

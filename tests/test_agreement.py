@@ -1,5 +1,6 @@
 """Two runs of a benchmark are compared as they should be."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,15 @@ def test_ranges_that_touch_overlap_and_others_do_not(tmp_path: Path) -> None:
         assert float(row["largest_difference"]) == pytest.approx(0.25)
         assert row["largest_at"] == "vit, 1, far"
         assert float(row["by_chance"]) == pytest.approx(0.793, abs=0.01)
-        assert float(row["above_chance"]) == pytest.approx(0.5 - 0.793, abs=0.01)
-    assert done.text.count("not met") == 2
+        errors = (1 - 2 * 0.793) / math.sqrt(2 * 0.793 * 0.207)
+        assert float(row["errors"]) == pytest.approx(errors, abs=0.05)
+    assert done.text.count("not met") == 1  # two figures prove nothing; their medians lie far apart
+    many = [ratio(f"far {number}", 1.0, 2.0, 2.1) for number in range(9)]
+    others = [ratio(f"far {number}", 2.2, 2.5, 3.0) for number in range(9)]
+    write(tmp_path / "many", *many)
+    write(tmp_path / "others", *others)
+    folders = ("--first", str(tmp_path / "many"), str(tmp_path / "others"))
+    assert run_once("agreement", tmp_path / "out9", *folders).text.count("not met") == 2
     again = run_once("agreement", tmp_path / "same", "--first", str(first), str(first))
     assert (again.rows[-1]["compared"], again.rows[-1]["overlap"]) == ("3", "3")
     assert again.text.count("| met |") == 2
