@@ -48,6 +48,7 @@ from ltrp_timm import throughput
 from ltrp_timm.payoff import ideal
 
 NAME = "memory"
+DIGITS = 1  # of MiB: blocks below 64 KiB still come from a heap, some of them at a time
 TITLE = "Peak memory of a forward beside the weights"
 
 
@@ -116,7 +117,7 @@ def to_rows(found: dict[str, list[int]], case: Row, where: Row) -> list[Row]:
         low, peak, high = throughput.quartiles(sizes)
         row = {**case, "method": method, "rounds": len(sizes)}
         figures = {"peak_mib": peak, "peak_mib_low": low, "peak_mib_high": high}
-        row |= {name: round(size / 2**20, 3) for name, size in figures.items()}
+        row |= {name: round(size / 2**20, DIGITS) for name, size in figures.items()}
         row["peak_ratio"] = round(peak / full, 4) if full else float("nan")
         rows.append({**row, **where})
     return rows
