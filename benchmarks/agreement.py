@@ -8,8 +8,8 @@ nothing changes between two runs, these ranges miss each other in a fifth of all
 rounds, in a third with 3, and next to never with 20; so the share of rows whose ranges overlap is
 held against that chance, row by row as they have rounds (normal rounds, 20 000 draws). Where a run
 is disturbed, or a figure hangs on where in memory something comes to lie, the share falls below it:
-rounds of one process do not see that. The committed rows are therefore of several runs, pooled
-(`--pool`), and the range of a row goes from the lowest first to the highest third quartile.
+rounds of one process do not see that. Most committed rows are therefore of several runs, pooled
+(`--pool`), and the range of such a row goes from the lowest first to the highest third quartile.
 
 python benchmarks/agreement.py FOLDER compares every CSV of the committed results with that of
 FOLDER, written by the same scripts with `--output FOLDER`:

@@ -1,8 +1,7 @@
 """How much memory does a pruned forward need beside the weights?
 
 Claim. The peak of a pruned forward at batch 8 falls nearly with the tokens: at keep ratio 0.5 a
-ViT-B needs at most 0.7 of what the plain model needs beside weights and images. How far that holds
-stands in the README, under *Where it falls short*.
+ViT-B needs at most 0.7 of what the plain model needs beside weights and images.
 
 Arithmetic. At its peak a block holds its input, the normalised input and the MLP's hidden layer
 twice (before and after the activation): about 10 values of D a token, so 8 · 197 · 10 · 768 · 4
