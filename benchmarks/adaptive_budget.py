@@ -47,8 +47,8 @@ from scenes import make_scenes
 from tables import Goal
 from torch import Tensor
 
-from ltrp_timm import throughput
-from ltrp_timm.arguments import positive
+from ltrp_timm.commands._flags import positive
+from ltrp_timm.measure import throughput
 
 NAME = "adaptive_budget"
 TITLE = "Adaptive budgets against fixed ones of equal mean"

@@ -41,8 +41,8 @@ from common import (
 )
 from tables import Goal
 
-from ltrp_timm import throughput
-from ltrp_timm.payoff import break_even
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import break_even
 
 NAME = "break_even"
 TITLE = "Up to which keep ratio a ranker pays for itself"

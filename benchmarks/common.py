@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltrp_timm
-from ltrp_timm import throughput
-from ltrp_timm.arguments import keep_ratio, not_negative, positive
-from ltrp_timm.payoff import twin
+from ltrp_timm.commands._flags import keep_ratio, not_negative, positive
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import twin
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

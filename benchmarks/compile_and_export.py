@@ -55,7 +55,7 @@ from common import (
 from tables import Goal
 from torch import Tensor
 
-from ltrp_timm import throughput
+from ltrp_timm.measure import throughput
 
 NAME = "compile_and_export"
 TITLE = "Eager, compiled and exported: pruned ViTs against the full ones"

@@ -29,7 +29,7 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm.arguments import keep_ratio
+from ltrp_timm.commands._flags import keep_ratio
 from ltrp_timm.selection import (
     check_selection_args,
     gather_patches,

@@ -56,7 +56,7 @@ from fairness.stages import (
 )
 from tables import Goal
 
-from ltrp_timm.arguments import positive
+from ltrp_timm.commands._flags import positive
 
 NAME = "fairness"
 TITLE = "What is kept of classes that labels named, and of others"

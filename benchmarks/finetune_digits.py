@@ -42,7 +42,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch.utils.data import Dataset
 
 from ltrp_timm import create_ranker
-from ltrp_timm.arguments import not_negative, positive
+from ltrp_timm.commands._flags import not_negative, positive
 from ltrp_timm.train import finetune
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.pictures import show_images

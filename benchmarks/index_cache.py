@@ -50,13 +50,12 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 import ltrp_timm
-from ltrp_timm import throughput
-from ltrp_timm.cli import main as ltrp_timm_cli
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.train.cached import CachedTransform, open_cache, select_cached
-from ltrp_timm.train.images import Images, open_dataset
-from ltrp_timm.train.keys import seeded
-from ltrp_timm.visualize import data_config
+from ltrp_timm.commands import main as ltrp_timm_cli
+from ltrp_timm.data.images import Images, open_dataset
+from ltrp_timm.measure import throughput
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.runtime.keyed_rng import seeded
+from ltrp_timm.scoring.transform import CachedTransform, open_cache, select_cached
 
 NAME = "index_cache"
 TITLE = "A step with cached orders of a slow ranker"
@@ -134,7 +133,7 @@ def make_step(
 
 def transforms(model: LTRPModel) -> dict[str, Any]:
     """timm's transforms of both kinds of steps."""
-    config = data_config(model)
+    config = model.data_config()
     shared = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
     augment = "rand-m9-mstd0.5-inc1"
     return {

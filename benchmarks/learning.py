@@ -56,9 +56,9 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm.arguments import positive
-from ltrp_timm.checkpoints import WEIGHTS_NAME
+from ltrp_timm.commands._flags import positive
 from ltrp_timm.metrics import spearman
+from ltrp_timm.weights.files import WEIGHTS_NAME
 
 NAME = "learning"
 TITLE = "A ranker trained without labels, its teacher, and scores without weights"

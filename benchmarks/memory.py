@@ -43,8 +43,8 @@ from common import (
 from tables import Goal
 
 import ltrp_timm
-from ltrp_timm import throughput
-from ltrp_timm.payoff import ideal
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import ideal
 
 NAME = "memory"
 DIGITS = 1  # of MiB: blocks below 64 KiB still come from a heap, some of them at a time

@@ -57,8 +57,8 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm import throughput
-from ltrp_timm.payoff import twin
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import twin
 
 NAME = "peers"
 TITLE = "Pruned ViTs against merging and fusing, for equal work"

@@ -11,7 +11,7 @@ from typing import Any
 
 import tables
 
-from ltrp_timm import throughput
+from ltrp_timm.measure import throughput
 
 Row = dict[str, Any]
 # what a row is about, where it has the column

@@ -37,10 +37,10 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm import throughput
-from ltrp_timm.arguments import positive
-from ltrp_timm.pseudo_scores import REMOVALS
+from ltrp_timm.commands._flags import positive
+from ltrp_timm.measure import throughput
 from ltrp_timm.teacher import masked_indices, random_visible_indices
+from ltrp_timm.teacher.density import REMOVALS
 
 NAME = "pseudo_score_cost"
 TITLE = "Pseudo-scores: all removals in one batch against one after another"

@@ -45,9 +45,9 @@ from common import (
 from tables import Goal
 
 import ltrp_timm
-from ltrp_timm import throughput
-from ltrp_timm.arguments import positive
-from ltrp_timm.payoff import ideal
+from ltrp_timm.commands._flags import positive
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import ideal
 
 NAME = "resolution"
 TITLE = "Rank at low resolution, encode at high"

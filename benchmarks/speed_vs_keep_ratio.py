@@ -53,8 +53,8 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm import throughput
-from ltrp_timm.payoff import ideal
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import ideal
 
 NAME = "speed_vs_keep_ratio"
 TITLE = "Pruned ViTs against the full ones, ranker included"

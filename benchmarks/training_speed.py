@@ -40,8 +40,9 @@ from common import (
 from tables import Goal
 from torch import Tensor
 
-from ltrp_timm import num_keep, throughput
-from ltrp_timm.payoff import ideal
+from ltrp_timm import num_keep
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import ideal
 from ltrp_timm.train.engine import make_optimizer
 from ltrp_timm.train.settings import Settings
 

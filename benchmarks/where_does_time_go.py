@@ -53,7 +53,7 @@ from tables import Goal
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm import throughput
+from ltrp_timm.measure import throughput
 from ltrp_timm.selection import keep_tokens, patch_pixels
 
 NAME = "where_does_time_go"

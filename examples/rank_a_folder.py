@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 
 import ltrp_timm
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
 
 photos, out = Path("photos"), Path("ranking")
 photos.mkdir(exist_ok=True)

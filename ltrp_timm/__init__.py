@@ -6,10 +6,9 @@ The import registers the ``ltrp_*`` models with timm.
 import importlib
 from typing import Any
 
-from ltrp_timm import ltrp_vit as _ltrp_vit  # registers the models
-from ltrp_timm.front_end import drop_patches
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.pseudo_scores import semantic_density
+from ltrp_timm.models import ltrp_vit as _ltrp_vit  # registers the models
+from ltrp_timm.models.front_end import drop_patches
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import create_ranker, list_rankers
 from ltrp_timm.selection import (
     PatchSelector,
@@ -22,8 +21,9 @@ from ltrp_timm.selection import (
     select_stratified,
     select_top,
 )
-from ltrp_timm.sharing import push_to_hub, save_pretrained
+from ltrp_timm.share.save import push_to_hub, save_pretrained
 from ltrp_timm.teacher import MAETeacher, create_teacher
+from ltrp_timm.teacher.density import semantic_density
 
 __version__ = "0.1.0"
 
@@ -55,10 +55,12 @@ del _ltrp_vit
 
 def __getattr__(name: str) -> Any:
     """Import what deployment, training, pictures and measurements need when it is first used."""
-    if name in ("convert", "export", "throughput", "train", "visualize"):
+    if name in ("convert", "deploy", "losses", "measure", "metrics", "train", "visualize"):
         return importlib.import_module(f"ltrp_timm.{name}")
+    if name == "throughput":
+        return importlib.import_module("ltrp_timm.measure.throughput")
     if name == "export_model":
-        return importlib.import_module("ltrp_timm.export").export_model
+        return importlib.import_module("ltrp_timm.deploy.export").export_model
     if name == "convert_checkpoint":
         return importlib.import_module("ltrp_timm.convert").convert_checkpoint
     raise AttributeError(f"module 'ltrp_timm' has no attribute {name!r}")

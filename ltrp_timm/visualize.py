@@ -13,16 +13,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.photos import check_aspect, load_image
+from ltrp_timm.data.photos import check_aspect, load_image
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.models.timm_interface import pixels_per_token
 from ltrp_timm.selection import mean_rank, num_keep
-from ltrp_timm.slots import patch_embed_of
-from ltrp_timm.timm_interface import pixels_per_token
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)
 
 __all__ = [
-    "data_config",
     "keeping",
     "kept_patches",
     "load_image",
@@ -42,17 +40,6 @@ _GREY = np.array([0.299, 0.587, 0.114])
 _MIN_PANEL, _MAX_PANEL = 224, 264  # pixels; a row of five stays below 1400
 _GAP = 8
 _CAPTION = 24
-
-
-def data_config(model: LTRPModel) -> dict[str, Any]:
-    """timm's data configuration of a model, with the image size that it has now."""
-    from timm.data import resolve_model_data_config
-
-    config: dict[str, Any] = resolve_model_data_config(model)
-    size = getattr(patch_embed_of(model.backbone), "img_size", None)
-    if size is not None:  # the cfg keeps the published size after img_size=… and set_input_size
-        config["input_size"] = (config["input_size"][0], *size)
-    return config
 
 
 def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
@@ -75,7 +62,7 @@ def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
     if in_chans != 3:
         raise ValueError(f"pictures have 3 channels, the model takes {in_chans}.")
     check_aspect(image)
-    transform = create_transform(**data_config(model), is_training=False)
+    transform = create_transform(**model.data_config(), is_training=False)
     tensor: Tensor = transform(image.convert("RGB"))
     return tensor.unsqueeze(0)
 
@@ -92,7 +79,7 @@ def to_image(x: Tensor, model: LTRPModel) -> Image.Image:
     """
     if x.dim() not in (3, 4) or x.shape[-3] != 3 or (x.dim() == 4 and x.shape[0] != 1):
         raise ValueError(f"expected one image (1, 3, H, W), got {list(x.shape)}.")
-    config = data_config(model)
+    config = model.data_config()
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     pixels = x.detach().reshape(x.shape[-3:]).float().cpu() * std + mean
     pixels = (pixels * 255.0).round().clamp(0.0, 255.0)

@@ -20,15 +20,14 @@ import huggingface_hub
 
 import ltrp_timm
 from ltrp_timm import create_ranker, list_rankers, save_pretrained
-from ltrp_timm.cli import main as ltrp_timm_command
-from ltrp_timm.console import complain, say
-from ltrp_timm.hub import PREFIX, hub_errors, split_repository
-from ltrp_timm.photos import one_line
+from ltrp_timm._text import complain, one_line, say
+from ltrp_timm.commands import main as ltrp_timm_command
 from ltrp_timm.rankers import ranker_class
-from ltrp_timm.sharing import push_folder
+from ltrp_timm.runtime.world import join_world
+from ltrp_timm.share.save import push_folder
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.train.state import CHECKPOINT_NAME, digest, read_state
-from ltrp_timm.train.world import join_world
+from ltrp_timm.weights.hub import PREFIX, hub_errors, split_repository
 
 RANKERS = ("conv", "vit_small")
 WITHOUT_WEIGHTS = [name for name in list_rankers() if not ranker_class(name).learned]

@@ -5,8 +5,8 @@ import pytest
 import timm
 
 import ltrp_timm
-from ltrp_timm.cli import main
-from ltrp_timm.sharing import save_pretrained
+from ltrp_timm.commands import main
+from ltrp_timm.share.save import save_pretrained
 
 FAST = (
     "--img-size",
@@ -93,6 +93,6 @@ def test_bad_input(given: list[str], text: str, capsys: pytest.CaptureFixture[st
 
 
 def test_rankers_to_choose_from_exist() -> None:
-    from ltrp_timm.benchmark_command import RANKERS
+    from ltrp_timm.commands.benchmark import RANKERS
 
     assert set(RANKERS) <= set(ltrp_timm.list_rankers())

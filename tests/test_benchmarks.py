@@ -14,7 +14,7 @@ import timm
 import torch
 from benchmark_setup import BENCHMARKS, PNG_MAGIC, SCRIPTS, TINY, Done, load, verdicts
 
-from ltrp_timm import payoff, throughput
+from ltrp_timm.measure import payoff, throughput
 from ltrp_timm.selection import keep_tokens
 
 every = pytest.mark.parametrize("name", SCRIPTS)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 import ltrp_timm
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
 
 FAST = ("demo", "--model", "ltrp_vit_tiny", "--repeats", "1")
 REPOSITORY = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -266,7 +266,7 @@ def test_a_backbone_without_a_classifier_names_no_class(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_into_cache(here.parent / "hub")
-    monkeypatch.setattr("ltrp_timm.demo.infer_imagenet_subset", lambda model: None)
+    monkeypatch.setattr("ltrp_timm.commands.demo.infer_imagenet_subset", lambda model: None)
     assert main([*FAST, "--keep-ratio", "0.5", "--image", "a.jpg"]) == 0
     assert "top-1: this backbone has no ImageNet classifier" in capsys.readouterr().out
 
@@ -280,7 +280,7 @@ def test_damaged_weights_are_one_line(here: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_installed_command_survives_a_closed_pipe(here: Path) -> None:
-    code = "import sys; from ltrp_timm.cli import main; sys.exit(main())"
+    code = "import sys; from ltrp_timm.commands import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *FAST, "--keep-ratio", "0.5", "--image", "a.jpg"]
     env = {**os.environ, "HF_HUB_CACHE": str(here.parent / "hub")}
     with subprocess.Popen(

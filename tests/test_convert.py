@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ltrp_timm
 from ltrp_timm import convert, convert_checkpoint, create_ranker, create_teacher
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
 from ltrp_timm.convert.plain_vit import read_sizes, usual_heads
 from ltrp_timm.rankers.vit import VitRanker
 

@@ -19,14 +19,13 @@ from torch import Tensor
 from train_setup import make_photos
 
 from ltrp_timm import drop_patches, save_pretrained
-from ltrp_timm.cli import _make_parser, main
-from ltrp_timm.evaluate import measure
-from ltrp_timm.evaluate.measure import MIN_ROUNDS, measure_all
-from ltrp_timm.evaluate.report import check_folder
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.train.data import Batch
-from ltrp_timm.train.world import World
-from ltrp_timm.visualize import data_config
+from ltrp_timm.commands import _make_parser, main
+from ltrp_timm.commands._evaluate_report import check_folder
+from ltrp_timm.data.keyed import Batch
+from ltrp_timm.measure import evaluate as measure
+from ltrp_timm.measure.evaluate import MIN_ROUNDS, measure_all
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -74,7 +73,7 @@ def load() -> LTRPModel:
 
 def by_hand(model: Any, ratios: list[float]) -> dict[float, tuple[float, float]]:
     """Top-1 and top-5 in percent as timm's own function has them, over one batch of all."""
-    transform = create_transform(**data_config(model), is_training=False)
+    transform = create_transform(**model.data_config(), is_training=False)
     pairs = [
         (transform(Image.open(path).convert("RGB")), label)
         for label, name in enumerate(COUNTS)
@@ -268,7 +267,7 @@ def test_two_processes_count_every_image_once(here: Path) -> None:
     command = ["evaluate", "local-dir:model", "--data", "set", "--batch-size", "3"]
     more = ["--device", "cpu", "-o", "two", "--per-image", "--workers", "0"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "ltrp_timm.cli", *command, *more],
+        [sys.executable, *launcher, "-m", "ltrp_timm", *command, *more],
         capture_output=True,
         text=True,
         check=False,

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score
 from tagged_setup import COLOURS, NAMES, make_tagged
 
 from ltrp_timm import save_pretrained
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
 
 
 @pytest.fixture(scope="module")

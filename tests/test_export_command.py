@@ -15,9 +15,9 @@ from conftest import every_format
 from safetensors.torch import save_file
 
 import ltrp_timm
-from ltrp_timm.cli import main
-from ltrp_timm.formats import FORMATS, load_exported
-from ltrp_timm.named_model import build_model
+from ltrp_timm.commands import main
+from ltrp_timm.deploy.formats import FORMATS, load_exported
+from ltrp_timm.models.open_model import build_model
 
 SMALL = ("--img-size", "64", "--keep-ratio", "0.4")
 FAST = ("export", "ltrp_vit_tiny", *SMALL)
@@ -191,13 +191,13 @@ def test_a_checkpoint_and_a_ranker_do_not_fight(capsys: pytest.CaptureFixture[st
 def test_a_failed_check_leaves_no_file(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ltrp_timm.export.write_file
+    real = ltrp_timm.deploy.export.write_file
 
     def full(model: Any, *args: Any) -> None:
         with ltrp_timm.visualize.keeping(model, 1.0):
             real(model, *args)
 
-    monkeypatch.setattr("ltrp_timm.export.write_file", full)
+    monkeypatch.setattr("ltrp_timm.deploy.export.write_file", full)
     assert main([*FAST, "--format", "pt2"]) == 2
     out, err = capsys.readouterr()
     assert re.search(r"nothing was written: .* pruned outputs \d\.\de", one_line(err))

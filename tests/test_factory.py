@@ -17,7 +17,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from ltrp_timm import create_ranker, drop_patches
-from ltrp_timm.model import LTRPModel
+from ltrp_timm.models.ltrp import LTRPModel
 
 TINY = {"img_size": 64, "depth": 2, "num_classes": 10}
 NAMES = {

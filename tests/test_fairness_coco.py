@@ -18,7 +18,7 @@ from PIL import Image
 from test_evaluate_multi_label import saved_model
 from timm.data import ImageNetInfo
 
-from ltrp_timm.cli import main as command
+from ltrp_timm.commands import main as command
 
 SIDE = 64  # 4 x 4 patches of 16; `centre` keeps the four in the middle, 16 to 48
 NAMES = {18: "dog", 17: "cat", 25: "giraffe", 34: "frisbee"}  # the first two are seen

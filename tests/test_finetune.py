@@ -18,13 +18,12 @@ from train_setup import distance, same_bits, weights
 
 import ltrp_timm
 from ltrp_timm import LTRPModel
+from ltrp_timm.data.labels import open_labelled
+from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.train import finetune
-from ltrp_timm.train.keys import seeded
-from ltrp_timm.train.labels import open_labelled
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.network import HEAD_STD
 from ltrp_timm.train.recipe import split_options
-from ltrp_timm.visualize import data_config
 
 pytestmark = records_arguments
 
@@ -40,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def accuracy(model: Any, folder: Path) -> float:
     """Share of the images of a folder whose class a model names, by timm's own transform."""
-    transform = timm.data.create_transform(**data_config(model), is_training=False)
+    transform = timm.data.create_transform(**model.data_config(), is_training=False)
     images = open_labelled(folder)
     items = [images.read_item(index) for index in range(len(images))]
     with torch.no_grad():
@@ -281,7 +280,7 @@ def test_a_split_holds_out_of_each_class(tmp_path: Path) -> None:
         (folder / "red" / f"{number:02d}.png").unlink()
     summary = tune(folder, tmp_path / "run", epochs=1, holdout=0.1, batch_size=5)
     assert summary.steps == 2  # 6 - 1, 6 - 1 and the only red one are left to train on
-    from ltrp_timm.train.classes import ClassData
+    from ltrp_timm.data.classes import ClassData
     from ltrp_timm.train.settings import Settings
 
     data = ClassData(folder, Settings())

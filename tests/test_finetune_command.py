@@ -9,8 +9,8 @@ import pytest
 from conftest import records_arguments
 from finetune_setup import load, make_classes
 
-from ltrp_timm import train_command
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
+from ltrp_timm.commands import train as train_command
 from ltrp_timm.train import Augmentation, Recipe, Settings
 
 pytestmark = records_arguments

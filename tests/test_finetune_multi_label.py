@@ -13,10 +13,10 @@ from conftest import records_arguments
 from tagged_setup import make_tagged
 from train_setup import QUIET, distance, weights
 
-from ltrp_timm.cli import main
-from ltrp_timm.ml_decoder import MLDecoder
+from ltrp_timm.commands import main
+from ltrp_timm.data.images import split_indices
+from ltrp_timm.layers.ml_decoder import MLDecoder
 from ltrp_timm.train import Summary, finetune
-from ltrp_timm.train.images import split_indices
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.network import fit_head, put_head
 from ltrp_timm.train.recipe import split_options
@@ -195,7 +195,7 @@ def test_two_processes_are_one_with_twice_the_batch(tagged: Path, tmp_path: Path
     logs = []
     for processes, batch_size in ((2, 5), (1, 10)):  # the last of 24 held-out images alone
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ltrp_timm.cli"]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ltrp_timm"]
         output = tmp_path / str(processes)
         done = subprocess.run(
             [*command, *flags, "--output", str(output), "--batch-size", str(batch_size)],

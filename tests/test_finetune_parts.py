@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from train_setup import distance, weights
 
 from ltrp_timm import LTRPModel, create_ranker, drop_patches
+from ltrp_timm.data.keyed import Batch
 from ltrp_timm.train.augment import Augmentation, Mixer
 from ltrp_timm.train.budget import KeepPlan
 from ltrp_timm.train.classify import ClassifyTask
-from ltrp_timm.train.data import Batch
 from ltrp_timm.train.distill import Distillation
 from ltrp_timm.train.engine import make_optimizer
 from ltrp_timm.train.settings import Settings

@@ -72,7 +72,7 @@ def client(hub: Hub, home: Path, source: str, *args: Any, **more: str) -> list[s
 
 def command(hub: Hub, home: Path, *args: Any, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ltrp_timm.cli", *map(str, args)],
+        [sys.executable, "-m", "ltrp_timm", *map(str, args)],
         env=environment(hub, home, **more),
         capture_output=True,
         text=True,

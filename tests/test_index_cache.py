@@ -20,20 +20,19 @@ from torchvision import transforms
 from train_setup import distance, make_photos, weights
 
 from ltrp_timm import drop_patches
-from ltrp_timm.cli import main
-from ltrp_timm.index_cache import FollowedTransform, IndexCache, ranks_of, trace
+from ltrp_timm.commands import main
+from ltrp_timm.data.images import Images, open_dataset
+from ltrp_timm.data.keyed import HELD_OUT, Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.metrics import spearman
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.rank import cache as cache_command
-from ltrp_timm.rank import command, parts
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers.base import Ranker
-from ltrp_timm.train.cached import CachedTransform, open_cache, select_cached
-from ltrp_timm.train.data import HELD_OUT, Batch, HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.runtime.keyed_rng import seeded
+from ltrp_timm.runtime.world import World
+from ltrp_timm.scoring import FollowedTransform, IndexCache, parts, ranks_of, trace
+from ltrp_timm.scoring import cache as cache_command
+from ltrp_timm.scoring import run as command
+from ltrp_timm.scoring.transform import CachedTransform, open_cache, select_cached
 from ltrp_timm.train.finetune import finetune
-from ltrp_timm.train.images import Images, open_dataset
-from ltrp_timm.train.keys import seeded
-from ltrp_timm.train.world import World
-from ltrp_timm.visualize import data_config
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ("--model", NAME, "--img-size", "64", "--workers", "0")
@@ -64,7 +63,7 @@ def make_model(**options: Any) -> Any:
 
 
 def eval_transform(model: Any) -> Any:
-    return create_transform(**data_config(model), is_training=False)
+    return create_transform(**model.data_config(), is_training=False)
 
 
 def whole_batch(transform: Any, images: Images) -> Batch:
@@ -202,10 +201,10 @@ class Brightness(Ranker, nn.Module):
 
 def write_by_hand(folder: Path, ranker: Any, images: Images, model: Any) -> None:
     """A cache of whole pictures by any ranker."""
-    from ltrp_timm.index_cache import finish_cache, ranker_hash
-    from ltrp_timm.train.ids import image_ids
+    from ltrp_timm.scoring import finish_cache, ranker_hash
+    from ltrp_timm.scoring.ids import image_ids
 
-    config = {**data_config(model), "crop_mode": "squash", "crop_pct": 1.0}
+    config = {**model.data_config(), "crop_mode": "squash", "crop_pct": 1.0}
     transform = create_transform(**config, is_training=False)
     pictures = torch.stack([transform(images.read(i)) for i in range(len(images))])
     ranks = ranks_of(ranker(pictures).flatten(1)).numpy().astype(np.uint8)
@@ -264,7 +263,7 @@ def test_a_whole_picture_is_exact_and_out_of_the_picture_comes_last(here: Path) 
     assert rank("orders", "--crop-mode", "squash") == 2
     model = make_model(ranker="contrast")
     cache, images = open_cache("orders", model), Images(open_dataset("set"))
-    config = {**data_config(model), "crop_mode": "squash", "crop_pct": 1.0}
+    config = {**model.data_config(), "crop_mode": "squash", "crop_pct": 1.0}
     assert CachedTransform(cache, images, create_transform(**config)).exact
     border = create_transform(**{**config, "crop_mode": "border"})
     transform = CachedTransform(cache, images, border)  # 48x40 pixels: bars above and below
@@ -395,7 +394,7 @@ def test_an_interrupted_cache_goes_on(
 def test_two_processes_write_what_one_writes(here: Path) -> None:
     rank("one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node=2", "-m", "ltrp_timm.cli", "rank", "set", "--cache", "two",
+               "--nproc-per-node=2", "-m", "ltrp_timm", "rank", "set", "--cache", "two",
                *SMALL, "--batch-size", "3"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert "ranked 9 images, 1 failed: two" in done.stdout, done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ltrp_timm
 from ltrp_timm import drop_patches, save_pretrained
-from ltrp_timm.ml_decoder import MLDecoder, make_head
+from ltrp_timm.layers.ml_decoder import MLDecoder, make_head
 
 SHARED = Path(__file__).parents[2] / "shared" / "parity"  # reference vectors, where they lie beside
 VECTORS = SHARED / "f_ml_decoder.safetensors"

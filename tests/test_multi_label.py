@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from train_setup import make_photos
 
-from ltrp_timm.train.data import HeldOutSampler, KeyedImages, make_loader
-from ltrp_timm.train.multi_label import multi_label_loss, open_multi_label
-from ltrp_timm.train.precision import PrecisionCounter, seen_classes
-from ltrp_timm.train.sources import Batch, crop_transforms
-from ltrp_timm.train.world import World
+from ltrp_timm.data.keyed import HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.data.multi_label import multi_label_loss, open_multi_label
+from ltrp_timm.data.sources import Batch, crop_transforms
+from ltrp_timm.measure.mean_precision import PrecisionCounter, seen_classes
+from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")
 _, EVAL = crop_transforms((32, 32), (0.5,) * 3, (0.5,) * 3)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ltrp_timm import create_ranker, drop_patches
-from ltrp_timm.rankers.vit import VitRanker, sincos_pos_embed
+from ltrp_timm.layers.pos_embed import sincos_pos_embed
+from ltrp_timm.rankers.vit import VitRanker
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "parity"  # the larger cases, where they lie beside

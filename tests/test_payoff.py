@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ltrp_timm import create_ranker, drop_patches
-from ltrp_timm.payoff import (
+from ltrp_timm.measure.payoff import (
     FULL,
     GIVEN,
     IDEAL,
@@ -18,7 +18,7 @@ from ltrp_timm.payoff import (
     recommend,
     twin,
 )
-from ltrp_timm.throughput import Ratio, Timing
+from ltrp_timm.measure.throughput import Ratio, Timing
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

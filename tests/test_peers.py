@@ -21,7 +21,7 @@ from peers.merge import ATTENTION, MergingBlocks, match_flops
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltrp_timm.payoff import ideal, twin
+from ltrp_timm.measure.payoff import ideal, twin
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import small_teacher
 
-from ltrp_timm import semantic_density, throughput
-from ltrp_timm.pseudo_scores import REMOVALS
+from ltrp_timm import semantic_density
+from ltrp_timm.measure import throughput
 from ltrp_timm.teacher import random_visible_indices
+from ltrp_timm.teacher.density import REMOVALS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

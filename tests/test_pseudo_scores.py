@@ -13,12 +13,13 @@ from conftest import small_teacher
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ltrp_timm import create_ranker, pseudo_scores, semantic_density
-from ltrp_timm.change import METRICS, psnr_change, ssim_change
+from ltrp_timm import create_ranker, semantic_density
 from ltrp_timm.losses import list_mle
 from ltrp_timm.metrics import spearman
-from ltrp_timm.pseudo_scores import REMOVALS
 from ltrp_timm.teacher import MAETeacher, masked_indices, random_visible_indices
+from ltrp_timm.teacher import density as pseudo_scores
+from ltrp_timm.teacher.density import REMOVALS
+from ltrp_timm.teacher.distances import METRICS, psnr_change, ssim_change
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"  # the larger vectors, where they lie there
 with_parity = pytest.mark.skipif(

@@ -20,8 +20,9 @@ from PIL import Image
 
 import ltrp_timm
 from ltrp_timm import create_ranker, drop_patches, num_keep, select_top
-from ltrp_timm.cli import main
-from ltrp_timm.rank import command, job, parts
+from ltrp_timm.commands import main
+from ltrp_timm.scoring import job, parts
+from ltrp_timm.scoring import run as command
 
 SMALL = ("--img-size", "64", "--workers", "0")
 ROOT = Path(ltrp_timm.__file__).parents[1]
@@ -393,7 +394,7 @@ def test_results_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def command_line(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ltrp_timm.cli", "rank", *arguments]
+    return [sys.executable, "-m", "ltrp_timm", "rank", *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -417,7 +418,7 @@ def test_two_processes_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run += ["--master-addr", "127.0.0.1", "--master-port", port, "-m", "ltrp_timm.cli", "rank"]
+    run += ["--master-addr", "127.0.0.1", "--master-port", port, "-m", "ltrp_timm", "rank"]
     run += ["many", "-o", "two", *SMALL, "--no-overlays"]
     done = subprocess.run(run, env=environment(), capture_output=True, text=True, check=False)
     assert "ranked 150 images, 1 failed: two/scores.npz" in done.stdout, done.stderr

@@ -7,12 +7,13 @@ import pytest
 import timm
 import torch
 from common import host_syncs, operators
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ltrp_timm import create_ranker, drop_patches, list_rankers
-from ltrp_timm.rankers import ContrastRanker, InputBridge, RandomRanker, StatisticRanker
-from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD
-from ltrp_timm.rankers.bridge import resize_score_map
+from ltrp_timm.layers import InputBridge
+from ltrp_timm.layers.bridge import resize_score_map
+from ltrp_timm.rankers import ContrastRanker, RandomRanker, StatisticRanker
 from ltrp_timm.rankers.contrast import border_contrast, centre_distance, patch_statistics
 from ltrp_timm.selection import mean_rank
 
@@ -316,7 +317,10 @@ def test_a_ranker_may_look_at_a_size_of_its_own(
         images * std + mean, (32, 64), mode="bilinear", antialias=True
     )
     if name == "conv":
-        mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (
+            torch.tensor(part).view(1, 3, 1, 1)
+            for part in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
         pixels = (pixels - mean) / std
     assert torch.allclose(seen[0], pixels, atol=1e-5)
     expected = resize_score_map(model.ranker(seen[0]), 6, 6)

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from test_hub import environment, files_of
 from train_setup import make_photos, same_bits, tiny_teacher, weights
 
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.train.logs import read_log
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
-from ltrp_timm.model import LTRPModel
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import Ranker
 from ltrp_timm.slots import ADAPTERS, REFUSED, SlotAdapter, TokenSlot, find_adapter
 from ltrp_timm.slots.refused import REFUSED_MODELS

@@ -8,8 +8,16 @@ import sys
 import pytest
 import torch
 
-from ltrp_timm import throughput
-from ltrp_timm.throughput import Ratio, Timing, compare, environment, measure, peak_memory, ratio
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.throughput import (
+    Ratio,
+    Timing,
+    compare,
+    environment,
+    measure,
+    peak_memory,
+    ratio,
+)
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

@@ -26,10 +26,10 @@ from torch import nn
 from train_setup import make_photos
 
 import ltrp_timm
-from ltrp_timm.train.data import Batch, HeldOutSampler, KeyedImages, make_loader
-from ltrp_timm.train.labels import open_labelled
-from ltrp_timm.train.validation import measure_accuracy
-from ltrp_timm.train.world import World
+from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.data.labels import open_labelled
+from ltrp_timm.measure.accuracy import measure_accuracy
+from ltrp_timm.runtime.world import World
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 NAME = "ltrp_vit_tiny"

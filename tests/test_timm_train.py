@@ -159,7 +159,7 @@ def test_ours_goes_on_from_what_the_script_saved(tmp_path: Path) -> None:
     model = make_model(args)
     optimizer = create_optimizer_v2(model, "sgd", lr=0.1)
     CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path)).save_checkpoint(0, 1.0)
-    from ltrp_timm.checkpoints import read_weights
+    from ltrp_timm.weights.files import read_weights
 
     weights, _ = read_weights(tmp_path / "last.pth.tar")
     assert weights.keys() == model.state_dict().keys()

@@ -14,8 +14,8 @@ import torch
 from train_setup import make_photos, run, tiny_teacher
 
 import ltrp_timm
-from ltrp_timm import train_command
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
+from ltrp_timm.commands import train as train_command
 from ltrp_timm.metrics import spearman
 from ltrp_timm.train import Settings
 from ltrp_timm.train.logs import read_log
@@ -168,7 +168,7 @@ def test_a_folder_in_the_way(here: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_from_outside(here: Path, number: signal.Signals) -> None:
     """To the whole group, as Ctrl-C does it: the loader's workers must not die of it."""
-    command = ["-m", "ltrp_timm.cli", "train-ranker", "--data", "photos", "--output", "run", *TINY]
+    command = ["-m", "ltrp_timm", "train-ranker", "--data", "photos", "--output", "run", *TINY]
     command += ["--teacher", "teacher", "--epochs", "5000", "--batch-size", "4"]
     command += ["--num-workers", "1", "--no-tensorboard", "--holdout", "0"]
     process = subprocess.Popen(

@@ -14,11 +14,11 @@ from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader, Dataset
 from train_setup import QUIET, make_photos, run, same_bits, weights
 
-from ltrp_timm.train.data import HELD_OUT, HeldOutSampler, KeyedImages, KeyedSampler, make_loader
-from ltrp_timm.train.images import Images, open_dataset, split_indices
-from ltrp_timm.train.keys import generators, sample_seed, seeded
-from ltrp_timm.train.sources import crop_transforms
-from ltrp_timm.train.world import World
+from ltrp_timm.data.images import Images, open_dataset, split_indices
+from ltrp_timm.data.keyed import HELD_OUT, HeldOutSampler, KeyedImages, KeyedSampler, make_loader
+from ltrp_timm.data.sources import crop_transforms
+from ltrp_timm.runtime.keyed_rng import generators, sample_seed, seeded
+from ltrp_timm.runtime.world import World
 
 # on a machine of one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

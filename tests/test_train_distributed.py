@@ -38,7 +38,7 @@ def launch(
 ) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else [])]
-    command += ["-m", "ltrp_timm.cli"] if script is None else [str(script)]
+    command += ["-m", "ltrp_timm"] if script is None else [str(script)]
     done = subprocess.run(
         [*command, *arguments, "--output", str(folder), *flags],
         capture_output=True,
@@ -91,7 +91,7 @@ def test_accumulating_in_two_processes(folder: Path) -> None:
 LATE = """
 import os, time
 from pathlib import Path
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
 from ltrp_timm.train.loop import Trainer
 
 begin = Trainer.start

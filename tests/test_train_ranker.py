@@ -48,9 +48,9 @@ def test_the_held_out_metric_is_that_of_the_saved_ranker(photos: Path, tmp_path:
     summary = run(photos, tmp_path / "run", val_data=held, batch_size=2, compare=names)
     run(photos, tmp_path / "plain", val_data=held, batch_size=2)
     assert same_bits(*(weights(tmp_path / name) for name in ("run", "plain")))
-    from ltrp_timm.train.data import HELD_OUT, Batch, KeyedImages
-    from ltrp_timm.train.images import Images, open_dataset
-    from ltrp_timm.train.sources import crop_transforms
+    from ltrp_timm.data.images import Images, open_dataset
+    from ltrp_timm.data.keyed import HELD_OUT, Batch, KeyedImages
+    from ltrp_timm.data.sources import crop_transforms
     from ltrp_timm.train.targets import Targets
 
     targets = Targets(tiny_teacher(), None, 0.5, None, None, None, 0.5, {}, torch.device("cpu"))

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ltrp_timm import convert_checkpoint, create_ranker, create_teacher, save_pretrained
-from ltrp_timm.checkpoints import read_weights
-from ltrp_timm.configs import MAX_BYTES
 from ltrp_timm.rankers.vit import VitRanker
+from ltrp_timm.weights.files import read_weights
+from ltrp_timm.weights.untrusted import MAX_BYTES
 
 RANKER = {"width": 8, "depth": 1}
 MODEL = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 2, "num_classes": 3}

@@ -13,11 +13,11 @@ from timm.utils import accuracy
 from torch.utils.data import TensorDataset
 from train_setup import make_photos
 
-from ltrp_timm.train.data import HeldOutSampler, KeyedImages, KeyedStream, make_loader
-from ltrp_timm.train.labels import LabelledImages, match_classes, open_labelled
-from ltrp_timm.train.sources import Batch, crop_transforms
-from ltrp_timm.train.validation import AccuracyCounter, class_ranks, measure_accuracy
-from ltrp_timm.train.world import World
+from ltrp_timm.data.keyed import HeldOutSampler, KeyedImages, KeyedStream, make_loader
+from ltrp_timm.data.labels import LabelledImages, match_classes, open_labelled
+from ltrp_timm.data.sources import Batch, crop_transforms
+from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_accuracy
+from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")
 _, EVAL = crop_transforms((32, 32), (0.5,) * 3, (0.5,) * 3)

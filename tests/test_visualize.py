@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ltrp_timm import LTRPModel, drop_patches, num_keep
-from ltrp_timm.photos import printable
+from ltrp_timm._text import printable
 from ltrp_timm.visualize import (
     keeping,
     kept_patches,

@@ -21,8 +21,8 @@ from tables import read_csv
 
 import ltrp_timm
 from ltrp_timm import create_ranker, drop_patches, save_pretrained
-from ltrp_timm.checkpoints import read_weights
-from ltrp_timm.cli import main
+from ltrp_timm.commands import main
+from ltrp_timm.weights.files import read_weights
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(ltrp_timm.__file__).parent / "weights"  # of the package that is installed

@@ -56,18 +56,18 @@ from tqdm import tqdm
 from fairness.coco_objects import Annotated, ObjectDataset, collate, find_objects
 from fairness.coco_rankers import Entry, kept_shares, open_rankers
 from fairness.coco_report import FILES, Measured, report, table_rows
-from ltrp_timm.arguments import keep_ratio, not_negative, positive, threads
-from ltrp_timm.console import CommandError, library_errors, output_errors
-from ltrp_timm.photos import printable
-from ltrp_timm.rank.cache import CROP_MODES
-from ltrp_timm.rank.command import find_device
-from ltrp_timm.rank.processes import ignore_signals
-from ltrp_timm.rank.scorer import Scorer
+from ltrp_timm._text import printable
+from ltrp_timm.commands._console import CommandError, library_errors, output_errors
+from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
+from ltrp_timm.data.label_files import read_coco
+from ltrp_timm.data.labels import some
+from ltrp_timm.measure.mean_precision import seen_classes
+from ltrp_timm.measure.throughput import NUM_WORKERS, environment
+from ltrp_timm.runtime.processes import ignore_signals
+from ltrp_timm.scoring.cache import CROP_MODES
+from ltrp_timm.scoring.run import find_device
+from ltrp_timm.scoring.scorer import Scorer
 from ltrp_timm.selection import num_keep
-from ltrp_timm.throughput import NUM_WORKERS, environment
-from ltrp_timm.train.label_files import read_coco
-from ltrp_timm.train.labels import some
-from ltrp_timm.train.precision import seen_classes
 
 DEFAULT_SEEN = Path(__file__).with_name("coco_imagenet.csv")
 

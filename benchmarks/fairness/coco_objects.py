@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ltrp_timm.photos import check_aspect, is_turned, load_image, one_line, printable
-from ltrp_timm.train.label_files import CocoLists
+from ltrp_timm._text import one_line, printable
+from ltrp_timm.data.label_files import CocoLists
+from ltrp_timm.data.photos import check_aspect, is_turned, load_image
 
 Mask = NDArray[np.uint8]
 Transform = Callable[[Image.Image], Tensor]

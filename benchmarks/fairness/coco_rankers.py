@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fairness.coco_objects import Batch
-from ltrp_timm.console import CommandError, library_errors
-from ltrp_timm.rank.command import make_scorer
-from ltrp_timm.rank.job import RankOptions
-from ltrp_timm.rank.scorer import Scorer, rank_batch
+from ltrp_timm.commands._console import CommandError, library_errors
+from ltrp_timm.data.labels import some
 from ltrp_timm.rankers import ranker_class
+from ltrp_timm.scoring.job import RankOptions
+from ltrp_timm.scoring.run import make_scorer
+from ltrp_timm.scoring.scorer import Scorer, rank_batch
 from ltrp_timm.selection import num_keep, select_top
-from ltrp_timm.train.labels import some
 
 RANDOM = "random"
 

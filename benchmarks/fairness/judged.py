@@ -16,9 +16,9 @@ from fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
 from fairness.networks import logits_of
 from fairness.scenes import CLASSES, TEST, Scenes, make_scenes
 from fairness.stages import HALVES, LTRP, Trained
-from ltrp_timm import throughput
-from ltrp_timm.checkpoints import write_text
+from ltrp_timm.measure import throughput
 from ltrp_timm.metrics import average_precision
+from ltrp_timm.weights.files import write_text
 
 TEST_SEED = 10_000  # scenes of trials had smaller ones
 KEEP_RATIOS = (0.5, 0.25, 0.125)

@@ -14,8 +14,6 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from torch import nn
 
-from ltrp_timm.cards import check_card
-from ltrp_timm.checkpoints import PathLike
 from ltrp_timm.convert.found import (
     HF,
     MAE,
@@ -27,8 +25,10 @@ from ltrp_timm.convert.found import (
     open_checkpoint,
 )
 from ltrp_timm.convert.parts import Lines, make_model, make_ranker, make_teacher
-from ltrp_timm.sharing import save_pretrained
+from ltrp_timm.share.cards import check_card
+from ltrp_timm.share.save import save_pretrained
 from ltrp_timm.teacher import MAETeacher
+from ltrp_timm.weights.files import PathLike
 
 __all__ = ["KINDS", "Conversion", "convert_checkpoint"]
 

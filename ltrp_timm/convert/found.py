@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from torch import Tensor
 
-from ltrp_timm.checkpoints import PREPROCESSOR_NAME, PathLike, locate, read_checkpoint
+from ltrp_timm.weights.files import PREPROCESSOR_NAME, PathLike, locate, read_checkpoint
 
 STAGE_1 = "LTRP stage 1"
 STAGE_2 = "fine-tuned ViT"

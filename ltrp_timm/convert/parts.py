@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ltrp_timm.convert.found import RANKER, TEACHER, Checkpoint
 from ltrp_timm.convert.plain_vit import build_ranker, build_vit, read_sizes, usual_heads
-from ltrp_timm.front_end import drop_patches
-from ltrp_timm.model import LTRPModel
+from ltrp_timm.models.front_end import drop_patches
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.teacher import MAETeacher, teacher_of
 from ltrp_timm.train.targets import open_ranker
 

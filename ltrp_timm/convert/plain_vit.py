@@ -5,13 +5,14 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from ltrp_timm.checkpoints import build_and_load, check_keys
+from ltrp_timm.layers.bridge import fit_channels
+from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers import create_ranker
-from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, to_pair
-from ltrp_timm.rankers.bridge import fit_channels
 from ltrp_timm.teacher.layouts import count_blocks, mlp_ratio_of
+from ltrp_timm.weights.files import build_and_load, check_keys
 
 _RANKERS = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
@@ -126,8 +127,8 @@ def build_vit(weights: Mapping[str, Tensor], sizes: Mapping[str, Any], source: s
         "input_size": (sizes["in_chans"], *sizes["img_size"]),
         "fixed_input_size": True,
         "num_classes": args["num_classes"],
-        "mean": fit_channels(IMAGENET_MEAN, sizes["in_chans"]),
-        "std": fit_channels(IMAGENET_STD, sizes["in_chans"]),
+        "mean": fit_channels(IMAGENET_DEFAULT_MEAN, sizes["in_chans"]),
+        "std": fit_channels(IMAGENET_DEFAULT_STD, sizes["in_chans"]),
         "interpolation": "bicubic",
         "crop_pct": 0.875 if max(sizes["img_size"]) <= 224 else 1.0,
         "first_conv": "patch_embed.proj",

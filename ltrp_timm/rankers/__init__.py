@@ -7,12 +7,9 @@ from typing import Any, Callable, Dict, List, Optional, Set, Union
 
 from torch import nn
 
-from ltrp_timm.checkpoints import PathLike, build_and_load, read_weights
-from ltrp_timm.configs import NEVER_SAVED, check_saved_args
-from ltrp_timm.hub import hub_errors
+from ltrp_timm.layers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import Ranker, adapt_channels
-from ltrp_timm.rankers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
 from ltrp_timm.rankers.clusters import DpcKnnRanker
 from ltrp_timm.rankers.contrast import ContrastRanker
@@ -20,6 +17,9 @@ from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.random import RandomRanker
 from ltrp_timm.rankers.statistic import STATISTICS, StatisticRanker
 from ltrp_timm.rankers.vit import VitRanker
+from ltrp_timm.weights.files import PathLike, build_and_load, read_weights
+from ltrp_timm.weights.hub import hub_errors
+from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args
 
 __all__ = [
     "AttentionRanker",

@@ -8,7 +8,7 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import to_pair
+from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers.class_token import ClassTokenAttention, check_class_token
 from ltrp_timm.rankers.on_model import ModelRanker, check_backbone, is_integer
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import to_pair
+from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers.on_model import ModelRanker, check_backbone, is_integer
 
 

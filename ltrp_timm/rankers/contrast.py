@@ -6,7 +6,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_img_size, to_pair
+from ltrp_timm.layers.sizes import grid_of, to_img_size, to_pair
+from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.selection import mean_rank
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}

@@ -2,11 +2,13 @@
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import GroupNorm1, trunc_normal_
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_img_size, to_pair
+from ltrp_timm.layers.sizes import to_img_size, to_pair
+from ltrp_timm.rankers.base import Ranker
 
 
 class ConvRanker(Ranker, nn.Module):
@@ -44,8 +46,8 @@ class ConvRanker(Ranker, nn.Module):
         depth: int = 4,
         kernel_size: int = 5,
         in_chans: int = 3,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
         img_size: Union[int, Sequence[int], None] = None,
         device: Any = None,
         dtype: Any = None,

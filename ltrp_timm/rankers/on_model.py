@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple
 import timm
 from torch import nn
 
-from ltrp_timm.checkpoints import PathLike
 from ltrp_timm.rankers.base import Ranker
+from ltrp_timm.weights.files import PathLike
 
 
 class ModelRanker(Ranker):

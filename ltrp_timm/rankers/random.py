@@ -5,7 +5,8 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_pair
+from ltrp_timm.layers.sizes import grid_of, to_pair
+from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.selection import seeded_scores
 
 

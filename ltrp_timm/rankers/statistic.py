@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.base import PatchSizeRanker, grid_of, to_img_size, to_pair
+from ltrp_timm.layers.sizes import grid_of, to_img_size, to_pair
+from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.rankers.contrast import border_contrast, centre_distance, patch_statistics
 
 STATISTICS = ("pixel_std", "gradient", "colour", "centre")

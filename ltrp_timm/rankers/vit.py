@@ -4,43 +4,15 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, Ranker, to_pair
+from ltrp_timm.layers.pos_embed import sincos_pos_embed
+from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.slots import TokenSlot, run_with_slots
-
-
-def sincos_pos_embed(
-    embed_dim: int, grid_size: Tuple[int, int], num_prefix_tokens: int = 1
-) -> Tensor:
-    """The fixed sine-cosine position table of MAE.
-
-    Args:
-        embed_dim: D, a multiple of 4.
-        grid_size: (h, w) in patches.
-        num_prefix_tokens: rows of zeros in front.
-
-    Returns:
-        (1, P + N, D) float32; the first half of D codes the column, the second the row.
-
-    Raises:
-        ValueError: D is no multiple of 4.
-    """
-    if embed_dim % 4:
-        raise ValueError(
-            f"embed_dim must be a multiple of 4 for a sine-cosine table, got {embed_dim}."
-        )
-    omega = 1.0 / 10000.0 ** (torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
-    rows = torch.arange(grid_size[0], dtype=torch.float64)
-    cols = torch.arange(grid_size[1], dtype=torch.float64)
-    angles = [
-        place.flatten().unsqueeze(1) * omega
-        for place in reversed(torch.meshgrid(rows, cols, indexing="ij"))  # column first
-    ]
-    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([table.new_zeros(num_prefix_tokens, embed_dim), table]).float().unsqueeze(0)
 
 
 class VitRanker(Ranker, VisionTransformer):
@@ -75,8 +47,8 @@ class VitRanker(Ranker, VisionTransformer):
         depth: int = 12,
         num_heads: int = 6,
         in_chans: int = 3,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
         device: Any = None,
         dtype: Any = None,
     ) -> None:

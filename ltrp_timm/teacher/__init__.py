@@ -8,14 +8,6 @@ from typing import Any, Dict, Mapping, Optional
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from ltrp_timm.checkpoints import (
-    PREPROCESSOR_NAME,
-    PathLike,
-    build_and_load,
-    locate,
-    read_weights,
-)
-from ltrp_timm.configs import check_saved_args, read_json
 from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names
 from ltrp_timm.teacher.mae import MAETeacher
 from ltrp_timm.teacher.masking import (
@@ -25,6 +17,14 @@ from ltrp_timm.teacher.masking import (
     num_visible,
     random_visible_indices,
 )
+from ltrp_timm.weights.files import (
+    PREPROCESSOR_NAME,
+    PathLike,
+    build_and_load,
+    locate,
+    read_weights,
+)
+from ltrp_timm.weights.untrusted import check_saved_args, read_json
 
 __all__ = [
     "Generators",

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 import torch
 from torch import Tensor
 
-from ltrp_timm.configs import MAX_DEPTH, check_saved_args
+from ltrp_timm.weights.untrusted import MAX_DEPTH, check_saved_args
 
 # Hugging Face -> plain names; what transformers writes today has `decoder.decoder_encoder.layer`
 _RENAMES: Tuple[Tuple[str, str], ...] = (

@@ -10,14 +10,14 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from einops import rearrange
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ltrp_timm.checkpoints import PathLike, save_weights
-from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, to_pair
-from ltrp_timm.rankers.bridge import fit_channels
-from ltrp_timm.rankers.vit import sincos_pos_embed
+from ltrp_timm.layers.bridge import fit_channels
+from ltrp_timm.layers.pos_embed import sincos_pos_embed
+from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.selection import (
     check_keep_indices,
     gather_patches,
@@ -25,6 +25,7 @@ from ltrp_timm.selection import (
     validate_keep_indices,
 )
 from ltrp_timm.teacher.masking import Generators, masked_indices, random_visible_indices
+from ltrp_timm.weights.files import PathLike, save_weights
 
 
 class MAETeacher(nn.Module):
@@ -82,8 +83,8 @@ class MAETeacher(nn.Module):
         in_chans: int = 3,
         norm_eps: float = 1e-6,
         norm_pix_loss: bool = False,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
         frozen: bool = True,
         device: Any = None,
         dtype: Any = None,

@@ -2,11 +2,11 @@
 
 from ltrp_timm.train.augment import Augmentation
 from ltrp_timm.train.finetune import finetune
+from ltrp_timm.train.mae import train_teacher
 from ltrp_timm.train.ranker import train_ranker
 from ltrp_timm.train.recipe import Recipe
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.train.task import NonFiniteLossError, Summary
-from ltrp_timm.train.teacher import train_teacher
 
 __all__ = [
     "Augmentation",

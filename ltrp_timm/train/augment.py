@@ -9,8 +9,8 @@ from timm.data import Mixup, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ltrp_timm.train.data import Batch, Transform
-from ltrp_timm.train.keys import seeded
+from ltrp_timm.data.keyed import Batch, Transform
+from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.train.settings import check_range
 
 ERASE_MODES = ("const", "rand", "pixel")

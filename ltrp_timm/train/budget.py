@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ltrp_timm.runtime.keyed_rng import sample_seed
 from ltrp_timm.selection import check_keep_ratio
-from ltrp_timm.train.keys import sample_seed
 
 SCHEDULES = ("linear", "cosine")
 

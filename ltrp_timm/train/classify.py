@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ltrp_timm.checkpoints import save_weights
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.sharing import model_config, save_pretrained
+from ltrp_timm.data.keyed import Batch
+from ltrp_timm.measure.accuracy import class_ranks
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.scoring.transform import select_cached
+from ltrp_timm.share.save import model_config, save_pretrained
 from ltrp_timm.train.augment import Augmentation, Mixer
 from ltrp_timm.train.budget import KeepPlan
-from ltrp_timm.train.cached import select_cached
-from ltrp_timm.train.data import Batch
 from ltrp_timm.train.distill import Distillation
-from ltrp_timm.train.keys import sample_seed
 from ltrp_timm.train.pictures import show_images
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.student import Student
-from ltrp_timm.train.validation import class_ranks
 from ltrp_timm.visualize import kept_patches, row, stack_rows
+from ltrp_timm.weights.files import save_weights
 
 
 class ClassifyTask:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ltrp_timm.checkpoints import write_atomically
 from ltrp_timm.train.logs import Row
+from ltrp_timm.weights.files import write_atomically
 
 CURVES_NAME = "curves.png"
 

@@ -11,10 +11,10 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ltrp_timm.train.data import Batch
-from ltrp_timm.train.keys import sample_seed
+from ltrp_timm.data.keyed import Batch
+from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.world import World
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -9,19 +9,21 @@ import timm
 import torch
 from torch import nn
 
-from ltrp_timm.console import say
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.named_model import is_source, with_front_end
-from ltrp_timm.sharing import check_ranker
-from ltrp_timm.timm_interface import GENERIC
+from ltrp_timm._text import say
+from ltrp_timm.data.classes import ClassData
+from ltrp_timm.data.multi_label import MULTI_LABEL_LOSSES
+from ltrp_timm.data.sources import Sources
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.models.open_model import is_source, with_front_end
+from ltrp_timm.models.timm_interface import GENERIC
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import join_world
+from ltrp_timm.scoring.transform import cached_transform
+from ltrp_timm.share.save import check_ranker
 from ltrp_timm.train.budget import KeepPlan
-from ltrp_timm.train.cached import cached_transform
-from ltrp_timm.train.classes import ClassData
 from ltrp_timm.train.classify import ClassifyTask
 from ltrp_timm.train.distill import Distillation
-from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit
-from ltrp_timm.train.multi_label import MULTI_LABEL_LOSSES
 from ltrp_timm.train.network import (
     RANDOM,
     build_network,
@@ -32,10 +34,8 @@ from ltrp_timm.train.network import (
 )
 from ltrp_timm.train.recipe import MULTI_LABEL_KEEP_RATIO, Recipe, split_options
 from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.sources import Sources
 from ltrp_timm.train.tagging import MultiLabelData, MultiLabelTask
 from ltrp_timm.train.task import Summary
-from ltrp_timm.train.world import join_world
 
 
 def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ltrp_timm.checkpoints import write_text
-from ltrp_timm.console import say
+from ltrp_timm._text import say
+from ltrp_timm.weights.files import write_text
 
 LOG_NAME = "log.csv"
 Row = dict[str, Any]

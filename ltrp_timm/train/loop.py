@@ -16,19 +16,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ltrp_timm.checkpoints import CONFIG_NAME, WEIGHTS_NAME, write_atomically
-from ltrp_timm.console import complain, say
-from ltrp_timm.photos import one_line
+from ltrp_timm._text import complain, one_line, say
+from ltrp_timm.data.keyed import Batch
+from ltrp_timm.data.sources import Sources
+from ltrp_timm.runtime.stopping import StopRequests, stop_requests
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.curves import CURVES_NAME, plot_curves, require_matplotlib
-from ltrp_timm.train.data import Batch
 from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.logs import LOG_NAME, Log, find_writer
 from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.signals import StopRequests, stop_requests
-from ltrp_timm.train.sources import Sources
 from ltrp_timm.train.state import CHECKPOINT_NAME, check_same, locked, read_state, save_state
 from ltrp_timm.train.task import NonFiniteLossError, Progress, Summary, Task
-from ltrp_timm.train.world import World
+from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, write_atomically
 
 BEST = "best"
 PICTURES_NAME = "pictures.png"

@@ -11,14 +11,13 @@ from timm.layers import trunc_normal_
 from timm.models import load_checkpoint
 from torch import nn
 
-from ltrp_timm.checkpoints import check_keys, read_weights
-from ltrp_timm.factory import checkpoint_filter_fn
-from ltrp_timm.ml_decoder import MLDecoder, make_head
-from ltrp_timm.model import LTRPModel
-from ltrp_timm.named_model import is_source, with_front_end
-from ltrp_timm.photos import printable
-from ltrp_timm.timm_interface import GENERIC
-from ltrp_timm.visualize import data_config
+from ltrp_timm._text import printable
+from ltrp_timm.layers.ml_decoder import MLDecoder, make_head
+from ltrp_timm.models.factory import checkpoint_filter_fn
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.models.open_model import is_source, with_front_end
+from ltrp_timm.models.timm_interface import GENERIC
+from ltrp_timm.weights.files import check_keys, read_weights
 
 HEAD_STD = 2e-5  # of a new head, as published
 RANDOM = "random: this trains from the start (pretrained or checkpoint begins with weights)"
@@ -164,7 +163,7 @@ def image_config(model: Any, img_size: int | None = None) -> dict[str, Any]:
         ValueError: it wants other images than RGB.
     """
     if isinstance(model, LTRPModel):
-        config = data_config(model)
+        config = model.data_config()
     else:
         config = resolve_model_data_config(model)
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)

@@ -14,20 +14,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ltrp_timm import losses
+from ltrp_timm.data.images import check_data
+from ltrp_timm.data.keyed import Batch
+from ltrp_timm.data.sources import cropped_sources
+from ltrp_timm.layers import resize_score_map
 from ltrp_timm.metrics import ndcg, spearman
-from ltrp_timm.rankers import create_ranker, ranker_class, resize_score_map
+from ltrp_timm.rankers import create_ranker, ranker_class
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import join_world
 from ltrp_timm.selection import num_keep, select_top
-from ltrp_timm.train.data import Batch
-from ltrp_timm.train.images import check_data
-from ltrp_timm.train.keys import sample_seed, seeded
 from ltrp_timm.train.loop import fit, rehearse
 from ltrp_timm.train.pictures import show_images
 from ltrp_timm.train.settings import SCALE, check_range, make_settings
-from ltrp_timm.train.sources import cropped_sources
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.targets import Targets, accepted, open_ranker, saved_name
 from ltrp_timm.train.task import Summary
-from ltrp_timm.train.world import join_world
 from ltrp_timm.visualize import kept_patches, row, score_map, stack_rows
 
 LOSSES = ("list_mle", "list_net", "rank_net", "focused_rank", "pointwise_mse", "lambda_rank")

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ltrp_timm.ml_decoder import HEADS
+from ltrp_timm.data.multi_label import MULTI_LABEL_LOSSES
+from ltrp_timm.layers.ml_decoder import HEADS
 from ltrp_timm.train.augment import Augmentation
 from ltrp_timm.train.budget import check_keep_ratios
-from ltrp_timm.train.multi_label import MULTI_LABEL_LOSSES
 from ltrp_timm.train.settings import Settings, make_settings
 from ltrp_timm.train.student import GATES
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ltrp_timm.throughput import NUM_WORKERS
+from ltrp_timm.measure.throughput import NUM_WORKERS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 RESUMES = ("never", "auto")

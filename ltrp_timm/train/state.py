@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ltrp_timm.checkpoints import write_atomically
-from ltrp_timm.photos import one_line
+from ltrp_timm._text import one_line
+from ltrp_timm.weights.files import write_atomically
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 LOCK_NAME = ".lock"

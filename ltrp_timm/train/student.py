@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.model import LTRPModel
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection import choose_keep_indices, num_keep
 
 GATES = ("straight-through",)

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltrp_timm.console import say
-from ltrp_timm.train.classes import ClassData
+from ltrp_timm._text import say
+from ltrp_timm.data.classes import ClassData
+from ltrp_timm.data.keyed import Batch
+from ltrp_timm.data.labels import some
+from ltrp_timm.data.multi_label import MultiLabelImages, multi_label_loss, open_multi_label
+from ltrp_timm.measure.mean_precision import PrecisionCounter, seen_classes
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.classify import ClassifyTask
-from ltrp_timm.train.data import Batch
-from ltrp_timm.train.labels import some
-from ltrp_timm.train.multi_label import MultiLabelImages, multi_label_loss, open_multi_label
-from ltrp_timm.train.precision import PrecisionCounter, seen_classes
 from ltrp_timm.train.recipe import Recipe
 from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.world import World
 
 _SHOWN = 3  # classes in a title
 

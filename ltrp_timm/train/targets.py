@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ltrp_timm.checkpoints import read_weights
-from ltrp_timm.pseudo_scores import semantic_density
-from ltrp_timm.rankers import (
-    InputBridge,
-    create_ranker,
-    list_rankers,
-    ranker_class,
-    resize_score_map,
-)
-from ltrp_timm.rankers.base import IMAGENET_MEAN, IMAGENET_STD, to_pair
+from ltrp_timm.data.keyed import Batch
+from ltrp_timm.layers import InputBridge, resize_score_map
+from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.rankers import create_ranker, list_rankers, ranker_class
 from ltrp_timm.selection import select_top
 from ltrp_timm.teacher import (
     MAETeacher,
@@ -26,8 +21,9 @@ from ltrp_timm.teacher import (
     num_visible,
     random_visible_indices,
 )
-from ltrp_timm.train.data import Batch
+from ltrp_timm.teacher.density import semantic_density
 from ltrp_timm.train.state import digest
+from ltrp_timm.weights.files import read_weights
 
 LIST_SIZE = 20
 
@@ -82,7 +78,7 @@ class Targets:
             raise ValueError(f"distill_weight must be in (0, 1), got {distill_weight}.")
         self.teacher = None if teacher is None else _open_teacher(teacher, img_size).to(device)
         self.mask_ratio, self.scoring, self.device = mask_ratio, dict(scoring), device
-        self.mean, self.std = tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)
+        self.mean, self.std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
         if self.teacher is not None:
             self.mean, self.std = tuple(self.teacher.mean), tuple(self.teacher.std)
             self.img_size, self.patch_size = self.teacher.img_size, self.teacher.patch_size

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
-from ltrp_timm.train.data import Batch
+from ltrp_timm.data.keyed import Batch
 
 
 class Task(Protocol):

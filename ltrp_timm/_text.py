@@ -1,0 +1,31 @@
+"""Text for people: one line, printable, on the terminal."""
+
+import os
+import sys
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    r"""A file's name on one line: control and undecodable characters as escapes.
+
+    >>> printable("two" + chr(10) + "lines.png")
+    'two\\nlines.png'
+    """
+    text = str(path)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line; its type when it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def say(text: str) -> None:
+    """Print, also where the terminal's encoding lacks a character of a file's name."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def complain(text: str) -> int:
+    """Say what is wrong on stderr; returns exit code 2."""
+    print(f"ltrp-timm: {text}", file=sys.stderr, flush=True)
+    return 2

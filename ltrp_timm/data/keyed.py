@@ -1,0 +1,251 @@
+"""Samples of images, each with random numbers of its own, and batches of them.
+
+A sample is asked for by (epoch, index): what comes is a function of that and the seed, whichever
+process or worker is asked, see ``keys``.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
+
+from ltrp_timm.data.images import Images
+from ltrp_timm.runtime.keyed_rng import HELD_OUT, generators, sample_seed, seeded
+from ltrp_timm.runtime.world import World
+
+Sample = dict[str, Any]
+Transform = Callable[[Image.Image], Tensor]
+
+
+class KeyedImages(Dataset[Sample]):
+    """Samples by (epoch, place), the place being one of ``indices``.
+
+    In place of an image that cannot be read, training gets the next one that can; a held-out sample
+    is marked as not real, and counts nowhere.
+
+    Args:
+        images: to read from.
+        indices: of the images that belong to this set.
+        transform: picture -> (3, H, W).
+        seed: of what the transform draws.
+        shape: (3, H, W).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        indices: Sequence[int],
+        transform: Transform,
+        seed: int,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.images, self.indices, self.transform = images, list(indices), transform
+        self.seed, self.shape = seed, shape
+        # a transform that brings the scores of patches, see ltrp_timm.scoring.transform
+        self.scores: Any = getattr(transform, "with_scores", None) and transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, place = key
+        found, problems = self._read(place, 1 if epoch == HELD_OUT else len(self))
+        index, blank = self.indices[place], self.images.blank
+        if found is None:
+            sample = _sample(torch.zeros(self.shape), index, problems, real=False)
+            if self.scores is not None:
+                sample["scores"] = self.scores.blank
+            return sample if blank is None else {**sample, "target": blank}
+        source, picture, target = found
+        with seeded(sample_seed(self.seed, epoch, index, "transform")):
+            sample = self._transformed(picture, source, index, problems)
+        return sample if blank is None else {**sample, "target": target}
+
+    def _transformed(
+        self, picture: Image.Image, source: int, index: int, problems: list[str]
+    ) -> Sample:
+        """A sample of image ``source``, which may stand in for image ``index``."""
+        if self.scores is None:
+            return _sample(self.transform(picture), index, problems)
+        image, scores = self.scores.with_scores(picture, source)
+        return {**_sample(image, index, problems), "scores": scores}
+
+    def _read(
+        self, place: int, attempts: int
+    ) -> tuple[tuple[int, Image.Image, Any] | None, list[str]]:
+        """(index, picture, target) of the first that can be read."""
+        problems: list[str] = []
+        for attempt in range(attempts):
+            try:
+                index = self.indices[(place + attempt) % len(self)]
+                picture, target = self.images.read_item(index)
+                if self.scores is not None:
+                    self.scores.check(index, self.images.name(index))
+                return (index, picture, target), problems
+            except ValueError as error:
+                problems.append(str(error))
+        return None, problems
+
+    def check_readable(self) -> None:
+        """Look for one image that can be read.
+
+        Raises:
+            ValueError: there is none; with what is wrong with the first.
+        """
+        if not len(self):
+            raise ValueError("there are no images.")
+        found, problems = self._read(0, len(self))
+        if found is None:
+            raise ValueError(f"none of {len(self)} images can be read; {problems[0]}")
+
+
+def _sample(image: Tensor, index: int, problems: Sequence[str] = (), real: bool = True) -> Sample:
+    return {"image": image, "index": index, "real": real, "problems": "\n".join(problems)}
+
+
+class KeyedStream(IterableDataset[Sample]):
+    """A timm stream; an image's index is its number in the stream of its worker and process.
+
+    Args:
+        dataset: gives (picture, target).
+        transform: picture -> (3, H, W).
+        seed: of what the transform draws.
+        world: who shares it.
+        labelled: samples carry the target.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Transform,
+        seed: int,
+        world: World,
+        labelled: bool = False,
+    ) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.labelled = labelled
+        self.rank, self.size, self.epoch = world.rank, world.size, 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for count, (picture, target) in enumerate(self.dataset):
+            index = (count * workers + number) * self.size + self.rank
+            with seeded(sample_seed(self.seed, self.epoch, index, "transform")):
+                sample = _sample(self.transform(picture.convert("RGB")), index)
+            yield {**sample, "target": target} if self.labelled else sample
+
+
+class KeyedSampler(Sampler[tuple[int, int]]):
+    """(epoch, place) of the samples of one process, from any point of an epoch on.
+
+    The order is that of torch's DistributedSampler; what does not fill a last batch is left out, so
+    that no sample counts twice.
+    """
+
+    def __init__(self, count: int, per_epoch: int, world: World, seed: int) -> None:
+        self.order: DistributedSampler[int] = DistributedSampler(
+            range(count),  # type: ignore[arg-type]
+            num_replicas=world.size,
+            rank=world.rank,
+            seed=seed,
+            drop_last=True,
+        )
+        self.per_epoch, self.epoch, self.start = per_epoch, 0, 0
+
+    def set_position(self, epoch: int, start: int) -> None:
+        """Begin at sample ``start`` of this process in that epoch."""
+        self.epoch, self.start = epoch, start
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        places = islice(self.order, self.start, self.per_epoch)
+        return ((self.epoch, place) for place in places)
+
+    def __len__(self) -> int:
+        return self.per_epoch - self.start
+
+
+class HeldOutSampler(Sampler[tuple[int, int]]):
+    """Each held-out sample in one process: without padding there is none to leave out again."""
+
+    def __init__(self, count: int, world: World) -> None:
+        self.places = range(world.rank, count, world.size)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((HELD_OUT, place) for place in self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def make_loader(
+    dataset: Dataset[Sample],
+    sampler: Sampler[tuple[int, int]] | None,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    persistent: bool,
+) -> DataLoader[Sample]:
+    """torch's loader, with a generator of its own: the global one stays as it is."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0 and persistent and sampler is not None,
+        worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal; the main one finishes its step, and needs us."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Batch:
+    """Images of a batch, on the device, and what was drawn for each of them.
+
+    Attributes:
+        images: (B, 3, H, W), normalised.
+        real: (B,) bool; False where an image could not be read.
+        targets: (B,) class numbers, or what else the images carry; None without labels.
+        scores: (B, N) of patches, from an index cache; None without one.
+        problems: one line for each image that could not be read.
+        epoch: that it belongs to.
+        update: its update's number within the epoch.
+    """
+
+    def __init__(
+        self, sample: Sample, seed: int, epoch: int, device: torch.device, update: int = 0
+    ) -> None:
+        self.images: Tensor = sample["image"].to(device, non_blocking=True)
+        self.real: Tensor = sample["real"].to(device)
+        target = sample.get("target")
+        self.targets: Tensor | None = None if target is None else target.to(device)
+        scores = sample.get("scores")
+        self.scores: Tensor | None = None if scores is None else scores.to(device)
+        self.indices: list[int] = sample["index"].tolist()
+        self.problems = [line for text in sample["problems"] for line in text.splitlines()]
+        self._seed, self.epoch, self.update = seed, epoch, update
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A generator for each image, of its own random numbers for that purpose."""
+        return generators(self._seed, self.epoch, self.indices, purpose)
+
+    def seed(self, purpose: str) -> int:
+        """A seed for what is drawn once for these images; that of the first one."""
+        return sample_seed(self._seed, self.epoch, self.indices[0], purpose)

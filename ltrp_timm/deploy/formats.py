@@ -1,0 +1,222 @@
+"""The formats of deployment: one file each, written and loaded back."""
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.weights.files import PathLike
+
+# format -> endings of its files, the first is the usual one
+FORMATS = {
+    "onnx": (".onnx",),
+    "pt2": (".pt2",),
+    "aoti": (".pt2",),
+    "torchscript": (".pt", ".ts"),
+}
+OLDEST_OPSET = 18  # of torch's exporter
+METADATA_KEY = "ltrp_timm"  # of ONNX's metadata_props
+METADATA_FILE = "ltrp_timm.json"  # in the archives of torch
+
+
+def require(format: str) -> None:
+    """Check that what a format needs is installed.
+
+    Raises:
+        ImportError: the command to type.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"ONNX files need {name}: pip install 'ltrp-timm[export]'") from error
+
+
+def input_size(model: LTRPModel) -> tuple[int, int, int]:
+    """(C, H, W) of the model's images."""
+    h, w = model.data_config()["input_size"][-2:]
+    channels: Any = model.in_chans
+    return int(channels), int(h), int(w)
+
+
+def write_file(
+    model: LTRPModel,
+    path: Path,
+    format: str,
+    batch_size: int,
+    dynamic: bool,
+    opset: int | None,
+    metadata: dict[str, Any],
+) -> None:
+    """Write a model, unchecked; see ``export_model``."""
+    parameter = next(model.backbone.parameters())
+    # torch.export takes an example of one image for a fixed batch size of 1
+    batch = max(2, batch_size) if dynamic else batch_size
+    images = torch.zeros(batch, *input_size(model), device=parameter.device, dtype=parameter.dtype)
+    text = json.dumps(metadata)
+    with torch.no_grad(), warnings.catch_warnings():
+        # what the exporters say of themselves is no news to the user who asked for them
+        warnings.simplefilter("ignore")
+        if format == "torchscript":
+            torch.jit.save(_script(model), str(path), _extra_files={METADATA_FILE: text})
+            return
+        shapes = {"x": {0: torch.export.Dim("batch", min=1)}} if dynamic else None
+        if format == "onnx":
+            _write_onnx(model, images, path, opset, shapes, text)
+            return
+        try:
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+        except Exception as error:  # of the tracer; no common type
+            raise _refusal("torch.export", model, error) from error
+        if format == "aoti":
+            path.write_bytes(_compile(model, program, text))
+            return
+        with open(path, "wb") as file:  # of a name that does not end in .pt2 it would complain
+            torch.export.save(program, file, extra_files={METADATA_FILE: text})
+
+
+def _compile(model: LTRPModel, program: torch.export.ExportedProgram, text: str) -> bytes:
+    on_cpu = next(model.backbone.parameters()).device.type == "cpu"
+    options: dict[str, Any] = {"aot_inductor.metadata": {METADATA_KEY: text}}
+    # on a CPU weights are packed for its kernels; the file leaves the number of threads open
+    options |= {"freezing": True, "cpp.dynamic_threads": True} if on_cpu else {}
+    package = io.BytesIO()
+    try:
+        with _without_log("torch.utils.cpp_extension"):  # of a GPU that is not asked for
+            compile_program = importlib.import_module("torch._inductor").aoti_compile_and_package
+            compile_program(program, package_path=package, inductor_configs=options)
+    except Exception as error:  # of the compilers, torch's and C++; no common type
+        raise _refusal("AOTInductor", model, error) from error
+    return package.getvalue()
+
+
+@contextlib.contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _write_onnx(
+    model: LTRPModel, images: Tensor, path: Path, opset: int | None, shapes: Any, text: str
+) -> None:
+    try:
+        with _without_log("onnxscript"):  # a conversion that failed is told below, as an error
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=shapes,
+                opset_version=opset,
+                verbose=False,
+            )
+    except Exception as error:  # of the exporter and of the converter between opsets
+        raise _refusal("torch.onnx.export", model, error.__cause__ or error) from error
+    if program is None:
+        raise ValueError("torch.onnx.export gave no program.")
+    got = program.model.opset_imports.get("")
+    if opset is not None and got != opset:  # torch has a log line for that and goes on
+        raise ValueError(f"this model cannot be written for ONNX opset {opset}: try {got}.")
+    program.model.metadata_props[METADATA_KEY] = text
+    program.save(str(path), external_data=False)
+
+
+def _script(model: LTRPModel) -> Any:
+    try:
+        return torch.jit.script(model)
+    except Exception as error:  # the compiler's errors have no common type
+        raise _refusal("torch.jit.script", model, error, "use format='onnx' or 'pt2'") from error
+
+
+def _refusal(tool: str, model: LTRPModel, error: BaseException, advice: str = "") -> ValueError:
+    """An exporter's error of many lines as one: what it says first, without colours and places."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip() or type(error).__name__)
+    reason = textwrap.shorten(re.split(r":?\s*\n?\s*File \"", text)[0], 300, placeholder=" …")
+    parts = f"{type(model.backbone).__name__} with {type(model.ranker).__name__}"
+    return ValueError(f"{tool} cannot take {parts}: {reason}{advice and f' ({advice})'}")
+
+
+def load_exported(
+    path: PathLike, format: str, device: str | torch.device = "cpu"
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """Load a file of ``export_model`` in its own runtime.
+
+    Args:
+        path: the file.
+        format: "onnx" (onnxruntime on the CPU), "pt2", "aoti" or "torchscript".
+        device: where a TorchScript file runs; pt2 and aoti files run where they were made.
+
+    Returns:
+        images (B, C, H, W) -> logits, and the metadata.
+    """
+    if format == "onnx":
+        return _load_onnx(path)
+    if format == "aoti":
+        return _load_compiled(path)
+    found: dict[str, Any] = {METADATA_FILE: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if format == "pt2":
+            with open(path, "rb") as file:
+                module: Any = torch.export.load(file, extra_files=found).module()
+        else:
+            module = torch.jit.load(os.fspath(path), map_location=device, _extra_files=found)
+    return module, json.loads(found[METADATA_FILE])
+
+
+def _load_compiled(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    package = io.BytesIO(Path(path).read_bytes())
+    module = importlib.import_module("torch._inductor").aoti_load_package(package)
+    known = module.loader.get_metadata()
+    metadata = json.loads(known[METADATA_KEY])
+    batch, size = metadata["batch_size"], metadata["input_size"]
+
+    def run(images: Tensor) -> Tensor:
+        # compiled code takes what it is given for what it was compiled for
+        shape = [len(images) if batch is None else batch, *size]
+        if list(images.shape) != shape or images.dtype != torch.float32:
+            found = f"{images.dtype} of shape {list(images.shape)}"
+            raise ValueError(f"the file takes torch.float32 of shape {shape}, got {found}.")
+        device = known.get("AOTI_DEVICE_KEY", images.device.type)
+        if images.device.type != device:
+            raise ValueError(f"the file runs on {device}, got images on {images.device.type}.")
+        logits: Tensor = module(images.contiguous())
+        return logits
+
+    return run, metadata
+
+
+def _load_onnx(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would go on spinning between calls, at the cost of what runs next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        os.fspath(path), options, providers=["CPUExecutionProvider"]
+    )
+
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run(["logits"], {"images": images.cpu().numpy()})
+        return torch.from_numpy(logits).to(images.device)
+
+    return run, json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])

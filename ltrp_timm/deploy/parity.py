@@ -1,0 +1,158 @@
+"""Does another form of a pruned model give its outputs, and not those of the full model?"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltrp_timm.models.ltrp import LTRPModel
+
+_NOISE = 5e-6  # of a pixel: more than the rounding of any float32 runtime
+_MARGIN = 10.0  # times nearer to the pruned outputs than to the full model's
+_IMAGES = 4  # at least
+_DRAWS = 8  # times as many images are drawn before giving up
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the outputs of a file are from those of a model.
+
+    Args:
+        error: largest absolute difference from the eager pruned outputs.
+        from_full: the same from the full model, in the batch where it is least; None where all
+            patches are kept.
+        scale: largest absolute output.
+        batch_sizes: of the batches that were run.
+        left_out: images drawn and not used: their last kept patch is a near tie.
+    """
+
+    error: float
+    from_full: float | None
+    scale: float
+    batch_sizes: tuple[int, ...]
+    left_out: int
+
+    @property
+    def num_images(self) -> int:
+        """How many images were run."""
+        return sum(self.batch_sizes)
+
+    def raise_if_wrong(self, tolerance: float) -> None:
+        """Accept errors up to ``tolerance``, far below the distance from the full model.
+
+        Raises:
+            RuntimeError: the figures, and what they mean.
+        """
+        figures = f"largest difference from the eager pruned outputs {self.error:.1e}"
+        if not self.error <= tolerance:  # a NaN is no parity
+            raise RuntimeError(
+                f"the file does not give the model's outputs: {figures}, allowed {tolerance:.1e} "
+                f"(outputs up to {self.scale:.1e}, batches of {_listed(self.batch_sizes)})."
+            )
+        if self.from_full is None:
+            return
+        if not self.from_full > _MARGIN * self.error:
+            raise RuntimeError(
+                f"the file cannot be told from the full model: {figures}, from the full model's "
+                f"{self.from_full:.1e}. Weights may be missing (LayerScale near 0 hides patches)."
+            )
+
+
+def _listed(batch_sizes: tuple[int, ...]) -> str:
+    return ", ".join(str(size) for size in batch_sizes)
+
+
+@torch.no_grad()
+def check_parity(
+    model: LTRPModel,
+    run: Callable[[Tensor], Tensor],
+    input_size: tuple[int, int, int],
+    batch_size: int,
+    dynamic: bool,
+) -> Parity:
+    """Run a loaded file and its model on the same images.
+
+    Where two scores at the cut differ by no more than rounding, a runtime may keep the other patch
+    and be right: such images are left out, and counted.
+
+    Args:
+        model: the eager model.
+        run: images (B, C, H, W) -> outputs, the file in its runtime.
+        input_size: (C, H, W).
+        batch_size: B of the file.
+        dynamic: also run batches of 1 and of other sizes.
+
+    Raises:
+        RuntimeError: hardly an image has a clear order.
+    """
+    sizes = [1, 2, batch_size + 2] if dynamic else [batch_size] * max(2, -(-_IMAGES // batch_size))
+    parameter = next(model.backbone.parameters())
+    images, left_out = _clear_images(model, input_size, sum(sizes), parameter)
+    error, scale, from_full = 0.0, 0.0, []
+    for batch in images.split(sizes):
+        wanted, full = model(batch), model.backbone(batch)
+        out = run(batch)
+        if out.shape != wanted.shape:
+            raise RuntimeError(
+                f"the file gives outputs {list(out.shape)}, the model {list(wanted.shape)}."
+            )
+        worst = (out - wanted).abs().max().item()
+        error = worst if worst != worst else max(error, worst)
+        scale = max(scale, wanted.abs().max().item())
+        from_full.append((out - full).abs().max().item())
+        if error != error:
+            break
+    all_kept = _keeps_all(model, images[:1])
+    return Parity(error, None if all_kept else min(from_full), scale, tuple(sizes), left_out)
+
+
+def _keeps_all(model: LTRPModel, images: Tensor) -> bool:
+    h, w = model.grid_size(images)
+    return model.keep_indices(images).shape[1] == h * w
+
+
+def _clear_images(
+    model: LTRPModel, input_size: tuple[int, int, int], count: int, like: Tensor
+) -> tuple[Tensor, int]:
+    """``count`` images (count, C, H, W) whose kept patches survive rounding; how many did not."""
+    kept: list[Tensor] = []
+    left_out = 0
+    generator = torch.Generator().manual_seed(0)
+    for image in _draw(input_size, count * _DRAWS, generator):
+        image = image.to(like.device, like.dtype)
+        if _has_near_tie(model, image, generator):
+            left_out += 1
+        else:
+            kept.append(image)
+        if len(kept) == count:
+            return torch.cat(kept), left_out
+    raise RuntimeError(
+        f"only {len(kept)} of {count * _DRAWS} images have a clear order of patches: the ranker's "
+        "scores are too close to each other to compare runtimes."
+    )
+
+
+def _draw(
+    input_size: tuple[int, int, int], count: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Images (1, C, H, W), normalised: noise, and soft shapes with texture here and there."""
+    channels, h, w = input_size
+    for number in range(count):
+        noise = torch.randn(1, channels, h, w, generator=generator)
+        if number % 2 == 0:
+            yield noise
+            continue
+        shapes = torch.randn(1, channels, 7, 7, generator=generator)
+        texture = torch.rand(1, 1, 5, 5, generator=generator)
+        shapes = F.interpolate(shapes, size=(h, w), mode="bicubic")
+        yield shapes + 0.2 * F.interpolate(texture, size=(h, w)) * noise
+
+
+def _has_near_tie(model: LTRPModel, image: Tensor, generator: torch.Generator) -> bool:
+    """Whether rounding could change which patches of an image (1, C, H, W) are kept."""
+    keep = model.keep_indices(image)
+    noise = torch.randn(image.shape, generator=generator).to(image.device, image.dtype)
+    changed = [image * (1 + _NOISE), image * (1 - _NOISE), image + _NOISE * noise]
+    return any(not torch.equal(model.keep_indices(other), keep) for other in changed)

@@ -1,1 +1,0 @@
-"""``ltrp-timm evaluate``: accuracy on a labelled set beside throughput, at several keep ratios."""

@@ -1,0 +1,140 @@
+"""From a backbone's images to a ranker's, and from a ranker's score map to the backbone's grid."""
+
+from typing import Any, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltrp_timm.layers.sizes import to_pair
+
+
+def resize_images(
+    images: Tensor, scale: Tensor, shift: Tensor, size: Optional[List[int]]
+) -> Tensor:
+    """images (B, C, H, W), resized to (H', W') where ``size`` differs, * scale + shift."""
+    if size is not None and (images.shape[-2] != size[0] or images.shape[-1] != size[1]):
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+    return torch.addcmul(shift, images, scale)  # one pass, one temporary
+
+
+def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:
+    """Score map (B, h', w') -> scores (B, h * w) float32, resized when the grids differ.
+
+    Raises:
+        ValueError: it is no map of real numbers (B, h, w).
+    """
+    if not torch.jit.is_scripting():
+        if not isinstance(scores, Tensor) or scores.is_complex():
+            kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"a ranker must return a score map (B, h, w) of numbers, got {kind}.")
+    if scores.dim() != 3 or scores.shape[1] == 0 or scores.shape[2] == 0:
+        shape: List[int] = list(scores.shape)
+        raise ValueError(f"a ranker must return a score map (B, h, w), got shape {shape}.")
+    scores = scores.float()
+    if scores.shape[1] != h or scores.shape[2] != w:
+        scores = F.interpolate(
+            scores.unsqueeze(1), size=[h, w], mode="bilinear", antialias=True
+        ).squeeze(1)
+    return scores.flatten(1)
+
+
+torch.fx.wrap("resize_images")
+
+
+class InputBridge(nn.Module):
+    """Images normalised for a backbone -> the same images normalised, and sized, for a ranker.
+
+    Args:
+        source: (mean, std) of the images that arrive, in units of pixels in [0, 1].
+        target: (mean, std) that the ranker wants.
+        img_size: (H, W) that the ranker wants; None leaves the size.
+        in_chans: C; RGB values for another number of channels are averaged to one, as timm does.
+
+    Raises:
+        ValueError: a mean or std of any other length.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        source: Tuple[Sequence[float], Sequence[float]],
+        target: Tuple[Sequence[float], Sequence[float]],
+        img_size: Optional[Tuple[int, int]] = None,
+        in_chans: int = 3,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.size: Optional[List[int]] = None if img_size is None else list(img_size)
+        (mean, std), (new_mean, new_std) = (
+            [fit_channels(values, in_chans) for values in stats] for stats in (source, target)
+        )
+        # x * std + mean are pixels; (pixels - new_mean) / new_std is what the ranker wants
+        self._scale = [s / n for s, n in zip(std, new_std)]
+        self._shift = [(m - c) / n for m, c, n in zip(mean, new_mean, new_std)]
+        empty = torch.empty(1, in_chans, 1, 1, device=device, dtype=dtype)
+        self.register_buffer("scale", empty, persistent=False)
+        self.register_buffer("shift", empty.clone(), persistent=False)
+        self.init_non_persistent_buffers()
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self, device: Any = None) -> None:
+        """Fill the buffers anew, as timm asks of a model that leaves the meta device.
+
+        Args:
+            device: where buffers that are still on the meta device go; None leaves them.
+        """
+        for name, values in (("scale", self._scale), ("shift", self._shift)):
+            buffer = getattr(self, name)
+            if buffer.is_meta and device is not None:
+                buffer = torch.empty_like(buffer, device=device)
+                setattr(self, name, buffer)
+            if not buffer.is_meta:
+                buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H', W')."""
+        return resize_images(images, self.scale, self.shift, self.size)
+
+
+def fit_channels(values: Sequence[float], in_chans: int) -> List[float]:
+    """A mean or std for another number of channels: RGB values are averaged to one, as timm does.
+
+    Raises:
+        ValueError: neither 1, nor 3, nor ``in_chans`` values.
+    """
+    if len(values) == in_chans:
+        return list(values)
+    if len(values) not in (1, 3):
+        raise ValueError(f"mean and std need 1, 3 or {in_chans} values, got {len(values)}.")
+    return [sum(values) / len(values)] * in_chans
+
+
+def make_bridge(ranker: Any, backbone: Any) -> nn.Module:
+    """The module between a backbone's images and a ranker: an Identity where they agree.
+
+    A ranker without ``mean`` and ``std`` takes images as they come; so does any ranker when the
+    backbone has no ``pretrained_cfg`` that tells its own.
+    """
+    cfg = getattr(backbone, "pretrained_cfg", None) or {}
+    source: List[Any] = [cfg.get("mean"), cfg.get("std")]
+    target: List[Any] = [getattr(ranker, "mean", None), getattr(ranker, "std", None)]
+    if None in source:
+        source = target = [(0.0,), (1.0,)]
+    target = [s if t is None else t for s, t in zip(source, target)]
+    size = getattr(ranker, "img_size", None)
+    same = all(tuple(a) == tuple(b) for a, b in zip(source, target))
+    if same and size is None:
+        return nn.Identity()
+    parameter = next(backbone.parameters())
+    return InputBridge(
+        (source[0], source[1]),
+        (target[0], target[1]),
+        None if size is None else to_pair(size),
+        getattr(backbone, "in_chans", 3),
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )

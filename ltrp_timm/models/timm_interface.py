@@ -1,0 +1,268 @@
+"""What timm's tools ask of a model, answered for a backbone that lies inside another module."""
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Set, Tuple, Union
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head, put_head
+from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.rankers import list_rankers, ranker_class
+from ltrp_timm.slots import patch_embed_of
+
+GENERIC = "ltrp"  # the registered name of a model around any backbone
+
+# mirrored from the backbone whenever it may have changed
+_MIRRORED = (
+    "num_classes",
+    "num_features",
+    "head_hidden_size",
+    "embed_dim",
+    "in_chans",
+    "num_prefix_tokens",
+)
+
+# what a model knows of itself, or what is not kept, however it was asked for
+_NOT_RECORDED = (
+    *("backbone", "ranker", "ranker_args", "ranker_weights", "validate"),
+    *("head", "head_args"),
+)
+
+
+class TimmInterface:
+    """A mixin for a module with ``ranker`` and ``backbone``: timm's model interface."""
+
+    _fixed_backbone: bool = False  # whether the registered name says which backbone it is
+
+    if TYPE_CHECKING:  # torch.jit.script would take these for attributes of its own types
+        ranker: Any
+        backbone: Any
+        bridge: Any
+        in_chans: int
+        num_classes: int
+        global_pool: str
+        num_prefix_tokens: int
+        selection_args: Dict[str, float]
+        _keep_ratio: float
+        _selection: str
+        _fill: str
+        _build_args: Dict[str, Any]
+
+    def _copy_from_backbone(self) -> None:
+        for name in _MIRRORED:
+            if hasattr(self.backbone, name):
+                setattr(self, name, getattr(self.backbone, name))
+            elif name == "num_prefix_tokens":
+                self.num_prefix_tokens = 1  # an older timm's CaiT does not tell of its class token
+        self.global_pool = getattr(self.backbone, "global_pool", "")
+        self._patch_pixels: Tuple[int, int] = pixels_per_token(self.backbone)
+        self._pads = bool(patch_embed_of(self.backbone).dynamic_img_pad)
+        infos = getattr(self.backbone, "feature_info", [])
+        self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
+        traits = getattr(self.backbone, "_traits", None)
+        if traits is not None:
+            self._traits = dict(traits, first_conv=_prefixed(traits.get("first_conv")))
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """Arguments of ``timm.create_model`` that rebuild this model as it is now; timm saves them.
+
+        What has no name (a module of somebody else's) stands there itself: timm refuses to save it.
+        """
+        cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
+        args = {**self._build_args, **getattr(self.backbone, "_model_args", {})}
+        now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
+        args.update({name: value for name, value in now.items() if name in args})
+        if not self._fixed_backbone:
+            args["backbone"] = cfg.get("architecture") or self.backbone
+        name = getattr(self.ranker, "name", None)
+        known = name in list_rankers() and isinstance(self.ranker, ranker_class(str(name)))
+        args["ranker"] = name if known else self.ranker
+        if known:
+            args["ranker_args"] = self.ranker.config()
+        classifier = self.backbone.get_classifier()
+        if isinstance(classifier, MLDecoder):
+            args.update(head=HEADS[0], head_args=classifier.config())
+        settings = {
+            "keep_ratio": self._keep_ratio,
+            "selection": self._selection,
+            "selection_args": self.selection_args,
+            "fill": self._fill,
+        }
+        return {**args, **settings}
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        """Take the arguments that the factory was called with; those of the front-end are known."""
+        self._build_args = {name: args[name] for name in args if name not in _NOT_RECORDED}
+
+    @torch.jit.ignore
+    def data_config(self) -> Dict[str, Any]:
+        """timm's data configuration (input_size, mean, std, …) at the present image size."""
+        config: Dict[str, Any] = resolve_model_data_config(self)
+        size = getattr(patch_embed_of(self.backbone), "img_size", None)
+        if size is not None:  # the cfg keeps the published size after img_size=… and set_input_size
+            config["input_size"] = (config["input_size"][0], *size)
+        return config
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The backbone's classifier (a pair for distilled models)."""
+        classifier: nn.Module = self.backbone.get_classifier()
+        return classifier
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Give the backbone a new classifier; None keeps the pooling, and an ML-Decoder one.
+
+        Without classes a model that had an ML-Decoder gives its tokens, unpooled.
+        """
+        head = self.backbone.get_classifier()
+        if isinstance(head, MLDecoder) and not global_pool and num_classes > 0:
+            self.backbone.num_classes = num_classes
+            put_head(self.backbone, make_head(HEADS[0], self.backbone, head.config()))
+        elif global_pool is None:
+            self.backbone.reset_classifier(num_classes)
+        else:
+            self.backbone.reset_classifier(num_classes, global_pool)
+        self._copy_from_backbone()
+
+    @torch.jit.ignore
+    def set_classifier(self, head: MLDecoder) -> None:
+        """Put a head that ``make_head`` made in place of the backbone's classifier."""
+        put_head(self.backbone, head)
+        self._copy_from_backbone()
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+    ) -> None:
+        """Change the backbone's image or patch size; the ranker follows, or is bridged."""
+        sizes = {
+            "img_size": None if img_size is None else to_pair(img_size),
+            "patch_size": None if patch_size is None else to_pair(patch_size),
+        }
+        self.backbone.set_input_size(**sizes)
+        follow = getattr(self.ranker, "set_input_size", None)
+        if callable(follow):
+            follow(**sizes)
+        self._copy_from_backbone()
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Drop the backbone's layers behind the last of ``indices``; returns the indices taken."""
+        taken: List[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        self._copy_from_backbone()
+        return taken
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """timm's layer groups of the backbone, the ranker in a group of its own in front."""
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        if callable(matcher):
+            return lambda name: _group_behind(matcher, name)
+        groups: Dict[str, Any] = {"ranker": r"^ranker\."}
+        for name, spec in matcher.items():
+            if isinstance(spec, str):
+                groups[name] = _prefix_pattern(spec)
+            elif spec is not None:
+                groups[name] = [(_prefix_pattern(pattern), *rest) for pattern, *rest in spec]
+        return groups
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters that take no weight decay."""
+        names: Set[str] = set()
+        for part in ("ranker", "backbone"):
+            listed = getattr(getattr(self, part), "no_weight_decay", None)
+            names |= {f"{part}.{name}" for name in listed()} if callable(listed) else set()
+        return names
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """Load an original JAX ``.npz`` file into the backbone."""
+        self.backbone.load_pretrained(checkpoint_path, prefix)
+
+    @torch.jit.ignore
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights of such a model, or of its plain backbone; the ranker then keeps its own.
+
+        Args:
+            state_dict: names ``backbone.*`` and ``ranker.*``, or those of the plain ViT.
+            strict: as in ``nn.Module``.
+            assign: as in ``nn.Module``.
+
+        Raises:
+            RuntimeError: names or shapes do not fit (``strict``).
+        """
+        own = {f"ranker.{name}": tensor for name, tensor in self.ranker.state_dict().items()}
+        if is_plain(state_dict):
+            given = {f"backbone.{name}": tensor for name, tensor in state_dict.items()}
+            state_dict = {**own, **given}
+        load: Any = super().load_state_dict  # type: ignore[misc]  # nn.Module's, behind this mixin
+        result = load(state_dict, strict=strict, assign=assign)
+        refill = getattr(self.bridge, "init_non_persistent_buffers", None)
+        if refill is not None:  # they are in no checkpoint, and empty after to_empty()
+            refill(next(self.backbone.parameters()).device)
+        if hasattr(self.ranker, "trained"):
+            new = (name for name in own if name in state_dict)
+            changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)
+            self.ranker.trained = self.ranker.trained or changed
+            if changed:
+                self.ranker.origin = ""
+        return result
+
+
+def pixels_per_token(backbone: Any) -> Tuple[int, int]:
+    """(height, width) of a patch, also where a convolutional stem stands in front (hybrids)."""
+    rows, cols = patch_embed_of(backbone).feat_ratio(as_scalar=False)
+    return int(rows), int(cols)
+
+
+def is_plain(state_dict: Mapping[str, Any]) -> bool:
+    """Whether weights are those of a backbone alone, not of an LTRPModel."""
+    return not any(name.startswith("backbone.") for name in state_dict)
+
+
+def wrap_pretrained_cfg(cfg: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+    """A backbone's ``pretrained_cfg`` as that of the generic model around it, names prefixed."""
+    kept = {name: value for name, value in (cfg or {}).items() if name != "state_dict"}
+    wrapped = copy.deepcopy(kept)
+    wrapped["architecture"] = GENERIC
+    for name in ("first_conv", "classifier"):
+        wrapped[name] = _prefixed(wrapped.get(name))
+    return wrapped
+
+
+def _prefixed(names: Any) -> Any:
+    if names is None or isinstance(names, str):
+        return None if names is None else f"backbone.{names}"
+    return tuple(f"backbone.{name}" for name in names)
+
+
+def _group_behind(matcher: Any, name: str) -> float:
+    """The backbone's own ordinal for its parameters, the ranker in front of all."""
+    if name.startswith("ranker."):
+        return -1.0
+    group: float = matcher(name.removeprefix("backbone."))
+    return group
+
+
+def _prefix_pattern(pattern: str) -> str:
+    """Anchors inside a pattern go, its groups keep their numbers."""
+    free = re.sub(r"(?<!\[)\^", "", pattern)
+    return rf"^backbone\.(?:{free})"

@@ -1,1 +1,0 @@
-"""``ltrp-timm rank``: scores and kept patches of whole folders of images, in parts, resumable."""

@@ -1,0 +1,265 @@
+"""What a patch is worth: how much a teacher's picture of the rest changes without it.
+
+Axes: B images, N patches, V visible, M = N - V masked, R removed one at a time, C pixel values of a
+patch, n variants of a chunk. A variant is an image without one of its visible patches; all B * R of
+them are one batch, cut into chunks that fit into memory.
+"""
+
+import math
+from typing import Callable, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from ltrp_timm.selection import gather_patches, select_top
+from ltrp_timm.teacher import (
+    Generators,
+    MAETeacher,
+    draw_uniform,
+    masked_indices,
+    random_visible_indices,
+)
+from ltrp_timm.teacher.distances import METRICS, PIXEL_CHANGES, PREDICTION_CHANGES, lpips_change
+
+REMOVALS = ("full", "decoder", "encoder")
+AGGREGATES = ("mean", "max")
+ImageChange = Callable[[Tensor, Tensor], Tensor]
+
+# what the activations of a chunk may take: on a CPU they should stay in the caches
+_CPU_BYTES = 32 * 2**20
+_DEVICE_SHARE = 0.5
+
+
+@torch.no_grad()
+def semantic_density(
+    teacher: MAETeacher,
+    images: Tensor,
+    visible_indices: Optional[Tensor] = None,
+    mask_ratio: float = 0.9,
+    removal: str = "full",
+    metric: Union[str, ImageChange] = "l1",
+    aggregate: str = "mean",
+    num_removed: Optional[int] = None,
+    chunk: Optional[int] = None,
+    generator: Optional[Generators] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Score visible patches by what the teacher's reconstruction of the masked ones loses.
+
+    The teacher paints the M masked patches from the V visible ones, and once more without each of
+    these. The score of a patch is the change of the painting: the paper's pseudo-label.
+
+    Args:
+        teacher: an MAE, see ``create_teacher``.
+        images: (B, channels, H, W) of the teacher's size, normalised by its mean and std.
+        visible_indices: (B, V) int64, without duplicates, 2 <= V < N; drawn when None.
+        mask_ratio: share of patches to mask when they are drawn: V = int(N (1 - mask_ratio)). It
+            must leave enough to see; at 64 patches 0.5 to 0.75 works and 0.9 does not.
+        removal: "full": the patch is absent from the encoder, and a mask token stands at its place
+            in the decoder. "decoder" (of the published code): the encoder sees all V, the token is
+            deleted from the decoder's sequence; its neighbours' latents still hold it. "encoder"
+            (likewise): the token is isolated in every block of the encoder, the decoder gets it.
+        metric: "l1" or "mse" of the predicted values; "ssim" or "psnr" of the pixels, a patch as
+            window; "lpips" of whole pictures; or a function of two batches of pictures
+            (n, channels, H, W), pixels about in [0, 1], that returns their distances (n,).
+        aggregate: over the masked patches. "mean" is the paper's; "max", the strongest local
+            change, rewards local information instead of a faint shift of the whole picture.
+        num_removed: R, score only so many of the visible patches, drawn per image before anything
+            is reconstructed: the cost is (R + 1) / (V + 1). None for all.
+        chunk: variants that are computed at a time; None fits it to the memory, for encoder and
+            decoder each. The result does not depend on it.
+        generator: draws what is to be drawn: one, or one an image; None for torch's global state.
+
+    Returns:
+        Scores (B, R) float32, larger = more change = keep first, and the patches that they belong
+        to, (B, R) int64, in the order of ``visible_indices``.
+
+    Raises:
+        ValueError: an argument is out of its range, or does not fit the teacher.
+        ImportError: metric="lpips" without torchmetrics.
+
+    Source: LTRP (CVPR 2024, arXiv 2404.00680), semantic density.
+
+    >>> small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
+    >>> teacher = MAETeacher(64, 16, **small, decoder_depth=1, decoder_num_heads=2)
+    >>> scores, indices = semantic_density(teacher, torch.rand(2, 3, 64, 64), mask_ratio=0.5)
+    >>> scores.shape, indices.shape
+    (torch.Size([2, 8]), torch.Size([2, 8]))
+    """
+    _check_choices(removal, metric, aggregate, chunk)
+    teacher.check_images(images)
+    if visible_indices is None:
+        batch, n = images.shape[0], teacher.num_patches
+        visible_indices = random_visible_indices(batch, n, mask_ratio, generator, images.device)
+    teacher.check_visible(visible_indices, images.shape[0])
+    visible_indices = visible_indices.to(images.device)
+    if not 2 <= visible_indices.shape[1] < teacher.num_patches:
+        raise ValueError(
+            f"{visible_indices.shape[1]} of {teacher.num_patches} patches are visible: at least 2 "
+            "are needed, and one that is masked; choose another mask_ratio."
+        )
+    columns = _columns_to_remove(visible_indices, num_removed, generator)
+    variants = _Variants(teacher, images, visible_indices, removal)
+    change = _Change(variants, images, metric, aggregate)
+    rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
+    encoded, decoded = _chunks(teacher, visible_indices.shape[1], rows, chunk)
+    scores = []
+    for row, column in zip(rows.split(encoded), columns.flatten().split(encoded)):
+        shown = variants.show(row, column)
+        scores += [
+            change(variants.paint(tokens, image), image)
+            for tokens, image in zip(shown.split(decoded), row.split(decoded))
+        ]
+    return torch.cat(scores).reshape(columns.shape), visible_indices.gather(1, columns)
+
+
+def _check_choices(
+    removal: str, metric: Union[str, ImageChange], aggregate: str, chunk: Optional[int]
+) -> None:
+    if removal not in REMOVALS:
+        raise ValueError(f"removal must be one of {', '.join(REMOVALS)}, got {removal!r}.")
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}.")
+    if not callable(metric) and metric not in METRICS:
+        names = ", ".join(METRICS)
+        raise ValueError(f"metric must be one of {names}, or a function, got {metric!r}.")
+    if (callable(metric) or metric == "lpips") and aggregate != "mean":
+        raise ValueError(
+            "a metric of whole pictures has one value, not one per patch: leave "
+            f"aggregate='mean', got {aggregate!r}."
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+
+
+def _columns_to_remove(
+    visible_indices: Tensor, num_removed: Optional[int], generator: Optional[Generators]
+) -> Tensor:
+    """Which of the V columns to remove, (B, R), ascending."""
+    batch, visible = visible_indices.shape
+    if num_removed is None:
+        return torch.arange(visible, device=visible_indices.device).expand(batch, -1)
+    if not 1 <= num_removed <= visible:
+        raise ValueError(f"num_removed must be in 1 … V = {visible}, got {num_removed}.")
+    return select_top(draw_uniform(batch, visible, generator, visible_indices.device), num_removed)
+
+
+def _chunks(
+    teacher: MAETeacher, visible: int, rows: Tensor, chunk: Optional[int]
+) -> Tuple[int, int]:
+    """Variants at a time for the encoder and for the decoder, by what their layers take.
+
+    The encoder's variants are short: many of them are needed to be worth reading its weights, and
+    many fit. The decoder's are as long as an image.
+    """
+    if chunk is not None:
+        return chunk, chunk
+    width, decoder_width = teacher.cls_token.shape[-1], teacher.mask_token.shape[-1]
+    values = teacher.decoder_pred.out_features
+    encoder = (visible + 1) * width * (8 + 2 * teacher.mlp_ratio)
+    decoder = decoder_width * (8 + 2 * teacher.decoder_mlp_ratio) + 4 * values
+    decoder = (teacher.num_patches + 1) * decoder
+    budget: float = _CPU_BYTES
+    if rows.device.type == "cuda":
+        free = torch.cuda.mem_get_info(rows.device)[0]
+        cached = torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
+        budget = _DEVICE_SHARE * (free + cached)
+    encoded = _even(len(rows), int(budget / (4 * encoder)))
+    return encoded, _even(encoded, int(budget / (4 * decoder)))
+
+
+def _even(total: int, size: int) -> int:
+    """The size of as few chunks as ``size`` allows, all about equal."""
+    return math.ceil(total / math.ceil(total / max(1, size)))
+
+
+class _Variants:
+    """Paints the masked patches: all visible ones given, or one of them removed."""
+
+    def __init__(
+        self, teacher: MAETeacher, images: Tensor, visible_indices: Tensor, removal: str
+    ) -> None:
+        self.teacher, self.removal, self.visible = teacher, removal, visible_indices
+        self.masked = masked_indices(visible_indices, teacher.num_patches)
+        self.tokens = teacher.embed(images, visible_indices)
+        self.mask_tokens = teacher.mask_tokens(self.masked)
+        self.placed = teacher.place(teacher.encode_tokens(self.tokens), visible_indices)
+        every = torch.arange(len(images), device=images.device)
+        self.anchor = self.paint(self.placed, every)
+        self.isolated = _isolate(teacher, self.tokens) if removal == "encoder" else None
+
+    def show(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """What the decoder knows of image rows (n,) without their visible patch of columns (n,).
+
+        Tokens (n, L, D'): the class token and those of the V places.
+        """
+        kept = torch.arange(self.visible.shape[1] - 1, device=columns.device)
+        kept = kept + (kept >= columns.unsqueeze(1))  # (n, V - 1): all columns but one
+        if self.removal == "decoder":
+            with_class = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], dim=1)
+            return gather_patches(self.placed[rows], with_class)
+        visible, removed = self.visible[rows], columns.unsqueeze(1)
+        places, gone = visible.gather(1, kept), visible.gather(1, removed)
+        latents = self.teacher.encode_tokens(gather_patches(self.tokens[rows], kept))
+        if self.isolated is None:
+            known = self.teacher.place(latents, places)
+            return torch.cat([known, self.teacher.mask_tokens(gone).to(known.dtype)], dim=1)
+        lonely = gather_patches(self.isolated[rows], removed)
+        latents, places = torch.cat([latents, lonely], dim=1), torch.cat([places, gone], dim=1)
+        return self.teacher.place(latents, places)
+
+    def paint(self, shown: Tensor, rows: Tensor) -> Tensor:
+        """Tokens (n, L, D') of image rows (n,) -> their masked patches (n, M, C) float32."""
+        tokens = torch.cat([shown, self.mask_tokens[rows].to(shown.dtype)], dim=1)
+        return self.teacher.predict(tokens, self.masked.shape[1]).float()
+
+
+def _isolate(teacher: MAETeacher, tokens: Tensor) -> Tensor:
+    """Tokens (B, V, D) that neither attend nor are attended to -> their latents (B, V, D).
+
+    What attention gives such a token is the bias of its projection. No token sees another, so that
+    all of them are computed at once.
+    """
+    for block in teacher.blocks:
+        tokens = tokens + block.attn.proj.bias
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return teacher.norm(tokens)
+
+
+class _Change:
+    """Compares what was painted with the anchor: (n, M, C) of image rows (n,) -> scores (n,)."""
+
+    def __init__(
+        self,
+        variants: _Variants,
+        images: Tensor,
+        metric: Union[str, ImageChange],
+        aggregate: str,
+    ) -> None:
+        self.teacher, self.aggregate = variants.teacher, aggregate
+        self.anchor, self.masked = variants.anchor, variants.masked
+        self.patches = self.teacher.patchify(images).float()
+        self.of_patches = PREDICTION_CHANGES.get(metric) if isinstance(metric, str) else None
+        self.of_pixels = PIXEL_CHANGES.get(metric) if isinstance(metric, str) else None
+        self.of_images: ImageChange = lpips_change if isinstance(metric, str) else metric
+
+    def __call__(self, painted: Tensor, rows: Tensor) -> Tensor:
+        anchor, channels = self.anchor[rows], self.teacher.in_chans
+        if self.of_patches is not None:
+            return self._over_patches(self.of_patches(painted, anchor, channels))
+        true, masked = self.patches[rows], self.masked[rows]
+        hidden = gather_patches(true, masked)
+        pixels = [self.teacher.to_pixels(values, hidden) for values in (painted, anchor)]
+        if self.of_pixels is not None:
+            return self._over_patches(self.of_pixels(pixels[0], pixels[1], channels))
+        seen, places = self.teacher.denormalise(true), masked.unsqueeze(2).expand_as(hidden)
+        pictures = [self.teacher.unpatchify(seen.scatter(1, places, part)) for part in pixels]
+        values = self.of_images(pictures[0], pictures[1]).float()
+        if values.shape != rows.shape:
+            raise ValueError(
+                f"metric must return one distance a picture, {list(rows.shape)}, "
+                f"got {list(values.shape)}."
+            )
+        return values
+
+    def _over_patches(self, values: Tensor) -> Tensor:
+        return values.mean(dim=1) if self.aggregate == "mean" else values.amax(dim=1)

@@ -1,0 +1,1 @@
+"""Weights and configurations: files, what strangers wrote, the Hub."""

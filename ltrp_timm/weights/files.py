@@ -1,0 +1,341 @@
+"""Weights and their configuration: safetensors and JSON, atomic, loaded strictly.
+
+What is written here is safetensors. What is read may also be a pickle of weights, by a reader that
+runs no code, or a repository of the Hugging Face Hub.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ltrp_timm.weights import hub
+from ltrp_timm.weights.untrusted import first_line, parse_json, read_json, shapes_of
+
+CONFIG_NAME = "config.json"
+PREPROCESSOR_NAME = "preprocessor_config.json"
+WEIGHTS_NAME = "model.safetensors"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+_METADATA_KEY = "ltrp_timm_config"
+_DIGEST_KEY = "ltrp_timm_sha256"
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+def save_weights(
+    directory: PathLike,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    overwrite: bool = False,
+) -> Path:
+    """Write ``config.json`` and ``model.safetensors`` into a folder, each in one atomic step.
+
+    The configuration also stands in the header of the safetensors file, so that the file alone can
+    be loaded.
+
+    Args:
+        directory: made when missing.
+        config: what JSON can hold.
+        state_dict: tensors by name.
+        overwrite: replace files of an earlier save.
+
+    Returns:
+        The path of the weights file.
+
+    Raises:
+        FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
+    """
+    folder = Path(directory)
+    present = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds {' and '.join(present)}; pass overwrite=True to replace."
+        )
+    text = json.dumps(dict(config), indent=2) + "\n"
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
+    }
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(dict(config))}
+    metadata[_DIGEST_KEY] = _digest(tensors, metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        folder / WEIGHTS_NAME,
+        lambda path: safetensors.torch.save_file(tensors, path, metadata=metadata),
+    )
+    write_text(folder / CONFIG_NAME, text)
+    return folder / WEIGHTS_NAME
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` fill a temporary neighbour, then rename it: ``path`` is whole or untouched."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically."""
+    write_atomically(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def locate(
+    source: PathLike,
+    bare: bool = False,
+    optional: Sequence[str] = (),
+    cache_dir: Optional[PathLike] = None,
+    token: Optional[str] = None,
+) -> Path:
+    """A local file or folder as it is; a repository as the folder that its files come to.
+
+    Args:
+        source: a path, or ``hf-hub:owner/name[@revision]``.
+        bare: a repository may also be named without ``hf-hub:``, if no such path exists.
+        optional: further files that the repository may have.
+        cache_dir: as in huggingface_hub.
+        token: as in huggingface_hub.
+
+    Raises:
+        FileNotFoundError: nothing is there, and the Hub has or gives nothing by that name.
+        PermissionError: the Hub wants another token.
+        ConnectionError: the Hub does not answer as it should.
+        ValueError: what follows ``hf-hub:`` names no repository.
+    """
+    text, path = os.fspath(source), Path(source)
+    named = text.startswith(hub.PREFIX)
+    if not named and (
+        path.exists() or not bare or path.suffix in WEIGHT_SUFFIXES or text[0] in "./"
+    ):
+        if not path.exists():
+            raise FileNotFoundError(f"{source} does not exist.")
+        return path
+    found = hub.split_repository(text.removeprefix(hub.PREFIX))
+    if found is None:
+        if not named:
+            raise FileNotFoundError(f"{source} does not exist.")
+        raise ValueError(f"a repository is hf-hub:owner/name[@revision], got {text!r}.")
+    wanted = [(CONFIG_NAME,), (WEIGHTS_NAME, PICKLE_NAME)]
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    try:
+        return hub.download(found[0], wanted, optional, found[1], cache, token)
+    except OSError as error:
+        if named:
+            raise
+        raise type(error)(f"{source} is no local path, and as a repository: {error}") from error
+
+
+def read_weights(
+    source: PathLike, cache_dir: Optional[PathLike] = None, token: Optional[str] = None
+) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]]]:
+    """Read a folder or repository with weights and their configuration, or one file of weights.
+
+    Args:
+        source: folder, or ``hf-hub:owner/name[@revision]``, with ``config.json`` and
+            ``model.safetensors`` (or ``pytorch_model.bin``); a ``.safetensors`` file; or a
+            ``.pth``, ``.pt``, ``.bin`` or ``.tar`` file: a pickle of tensors, in which the weights
+            may lie under "model" or "state_dict".
+        cache_dir: as in huggingface_hub.
+        token: as in huggingface_hub.
+
+    Returns:
+        State dict, and the configuration (None when the file carries none).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
+        OSError: the Hub does not give it (see ``locate``).
+    """
+    return read_checkpoint(locate(source, cache_dir=cache_dir, token=token))[:2]
+
+
+def read_checkpoint(
+    path: Path,
+) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]], Dict[str, Any]]:
+    """Read local weights as ``read_weights`` does, and what else lies in a training's checkpoint.
+
+    Returns:
+        State dict, configuration (None when the file carries none), and the other entries of a
+        pickle ("args", "epoch", "optimizer", …).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
+    """
+    if path.is_dir():
+        weights, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
+        if not weights.is_file() and (path / PICKLE_NAME).is_file():
+            weights = path / PICKLE_NAME
+        missing = [file.name for file in (weights, config_file) if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
+        config = read_json(config_file)
+        state_dict, _, others = _read_file(weights)
+        return state_dict, config, others
+    state_dict, metadata, others = _read_file(path)
+    text = metadata.get(_METADATA_KEY)
+    return state_dict, None if text is None else parse_json(text, path), others
+
+
+def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str], Dict[str, Any]]:
+    if path.suffix == ".safetensors":
+        return (*_read_safetensors(path), {})
+    if path.suffix in PICKLE_SUFFIXES:
+        state_dict, others = _read_pickle(path)
+        return state_dict, {}, others
+    kinds = ", ".join(WEIGHT_SUFFIXES)
+    raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
+
+
+def _read_pickle(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+    """Weights out of a pickle, and what lies beside them.
+
+    The reader knows tensors and plain containers and runs no code.
+    """
+    try:
+        # training scripts leave their arguments beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the unpickler raise anything
+        raise ValueError(
+            f"{path} is no readable pickle of weights alone: {first_line(error)}"
+        ) from error
+    beside: Dict[str, Any] = {}
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            beside.update({str(name): value for name, value in content.items() if name != key})
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{path} holds more than tensors: {', '.join(others[:5])}.")
+    odd = [str(name) for name, tensor in content.items() if not _is_plain(tensor)]
+    if odd:
+        raise ValueError(f"{path} holds tensors that are no plain weights: {', '.join(odd[:5])}.")
+    return {str(name): tensor for name, tensor in content.items()}, beside
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has real numbers of its own: not sparse, quantised, complex or without data.
+
+    Nor a view that shows the same few numbers many times: it may claim any shape.
+    """
+    whole = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    if not whole or tensor.is_nested or tensor.is_complex():
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.nbytes
+
+
+def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a damaged header may also name types and sizes that torch refuses
+        raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
+    if _DIGEST_KEY in metadata and metadata[_DIGEST_KEY] != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its content is not what was saved.")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, shapes, types, bytes: the format itself notices no flipped bit."""
+    out = hashlib.sha256(metadata.get(_METADATA_KEY, "").encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        out.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        out.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return out.hexdigest()
+
+
+def check_keys(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    source: str,
+    optional: Iterable[str] = (),
+) -> None:
+    """Compare the tensors of a file with those of a model, by name and shape.
+
+    Args:
+        expected: the model's state dict.
+        found: the file's, under the model's names.
+        source: named in the error.
+        optional: names that may be missing or have another shape (a head for another number of
+            classes).
+
+    Raises:
+        RuntimeError: a table of what is missing, unexpected or of another shape.
+    """
+    free = set(optional)
+    lines: List[str] = []
+    lines += [f"missing     {name}" for name in expected if name not in found and name not in free]
+    lines += [f"unexpected  {name}" for name in found if name not in expected and name not in free]
+    lines += [
+        f"mismatched  {name}: {list(found[name].shape)}, the model has {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and name not in free and found[name].shape != tensor.shape
+    ]
+    if lines:
+        raise RuntimeError(f"{source} does not fit the model:\n  " + "\n  ".join(lines))
+
+
+def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load every tensor of ``module``, or raise RuntimeError with the table of differences."""
+    check_keys(module.state_dict(), state_dict, source)
+    module.load_state_dict(dict(state_dict))
+
+
+def build_and_load(
+    make: Callable[..., Any],
+    args: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    source: str,
+    fit: Callable[[Mapping[str, Tensor], Any], Mapping[str, Tensor]],
+) -> Any:
+    """Build a model of saved arguments, and load all its weights.
+
+    Its shapes are compared with those of the file before any memory is taken for it.
+
+    Args:
+        make: the model's constructor.
+        args: its arguments.
+        state_dict: the file's tensors.
+        source: named in the errors.
+        fit: (tensors, model) -> the tensors in the shapes of the model, as far as that can be.
+
+    Raises:
+        ValueError: the arguments describe no model.
+        TypeError: an argument is of another type, or unknown.
+        RuntimeError: a table of what is missing, unexpected or of another shape.
+    """
+    sizes = {name: value for name, value in args.items() if name != "device"}
+    outline = shapes_of(lambda: make(**sizes), source, _stored_bytes(state_dict))
+    check_keys(outline.state_dict(), fit(state_dict, outline), source)
+    module = make(**args)
+    module.load_state_dict(dict(fit(state_dict, module)))
+    return module
+
+
+def _stored_bytes(state_dict: Mapping[str, Tensor]) -> int:
+    """Bytes behind all tensors, each once: many may be views of the same."""
+    storages = (tensor.untyped_storage() for tensor in state_dict.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
