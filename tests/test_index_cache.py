@@ -141,6 +141,15 @@ def test_places_are_where_the_picture_says(name: str) -> None:
         assert hidden > 0
 
 
+def test_a_central_crop_starts_at_the_pixel_that_torchvision_takes() -> None:
+    follow = FollowedTransform(transforms.Compose([transforms.CenterCrop(4)]))
+    wide = Image.fromarray(np.arange(7, dtype=np.uint8)[None].repeat(7, 0))  # 7 - 4 is odd
+    cropped, steps = follow(wide)
+    first = int(np.asarray(cropped)[0, 0])
+    assert trace(steps, np.array([[0.5, 0.5]])).tolist() == [[first + 0.5, first + 0.5]]
+    assert first == 2
+
+
 def test_what_cannot_be_followed_is_named() -> None:
     for unknown in (
         create_transform(48, is_training=True, auto_augment="augmix-m5-w4-d2"),

@@ -85,6 +85,9 @@ def test_who_works_inside_the_projection_is_asked(backbone_of: Callable[..., Any
     assert (hooked - before).abs().max() > 1e-3
     handle.remove()
     assert torch.equal(model(images, keep_indices=keep), before)
+    handle = backbone.patch_embed.proj.register_forward_pre_hook(lambda _, args: args[0] * 2.0)
+    assert (model(images, keep_indices=keep) - before).abs().max() > 1e-3
+    handle.remove()
 
     class Doubled(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:

@@ -251,6 +251,24 @@ def test_bridge_leaves_the_meta_device() -> None:
     assert torch.allclose(bridge(torch.zeros(1, 3, 2, 2)), torch.full((1, 3, 2, 2), 0.5))
 
 
+def test_score_maps_shrink_with_antialias() -> None:
+    scores = torch.zeros(1, 8, 8)
+    scores[0, 0, 0] = 1.0  # without antialias bilinear sampling at a quarter of the size skips it
+    small = resize_score_map(scores, 2, 2)
+    wanted = nn.functional.interpolate(scores[None], (2, 2), mode="bilinear", antialias=True)
+    assert torch.equal(small, wanted[0].flatten(1))
+    assert small[0, 0] > 0.0
+
+
+def test_flat_patches_tie_whatever_the_rounding_noise() -> None:
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    flat = 0.5 + 1e-6 * noise
+    scores = create_ranker("contrast", parts=("std", "colour"))(flat)
+    assert len(scores.unique()) == 1
+    textured = create_ranker("contrast", parts=("std", "colour"))(0.5 + 0.1 * noise)
+    assert len(textured.unique()) > 1
+
+
 def test_score_map_is_resized_to_the_grid() -> None:
     scores = torch.arange(16.0).reshape(1, 4, 4)
     assert torch.equal(resize_score_map(scores, 4, 4), scores.flatten(1))
