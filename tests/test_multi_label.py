@@ -183,8 +183,8 @@ def test_seen_classes(tmp_path: Path) -> None:
 
 _TWO = """
 import sys, torch
-from ltrp_timm.train.precision import PrecisionCounter
-from ltrp_timm.train.world import join_world
+from ltrp_timm.measure.mean_precision import PrecisionCounter
+from ltrp_timm.runtime.world import join_world
 logits, targets = torch.load(sys.argv[1], weights_only=True)
 with join_world("cpu") as world:
     counter = PrecisionCounter(list("abcde"), seen=["a", "c"])

@@ -359,7 +359,7 @@ def test_strips_and_damaged_parts(
 ) -> None:
     Image.new("RGB", (1, 5000)).save("strip.png")
     assert main(["rank", "strip.png", "photos/0.png", "-o", "out", *SMALL]) == 2
-    assert "strip.png: a picture may be at most 50 times longer" in capsys.readouterr().err
+    assert "strip.png: 1x5000 pixels, over 50 times longer than wide" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
         with pytest.raises(StopError):

@@ -235,7 +235,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         load_image(tmp_path / "missing.png")
     with pytest.raises(ValueError, match="No such file"):
         load_image(tmp_path / "dangling.png")
-    with pytest.raises(ValueError, match="no regular file"):  # and it does not wait for a writer
+    with pytest.raises(ValueError, match="not a regular file"):  # and it does not wait for a writer
         load_image(tmp_path / "pipe")
     with pytest.raises(ValueError, match="null byte"):
         load_image("a\0.png")
@@ -276,7 +276,7 @@ def test_normalisation_is_that_of_the_model() -> None:
 
 
 def test_pictures_that_cannot_go_to_the_model(model: LTRPModel) -> None:
-    with pytest.raises(ValueError, match=r"50 times longer than wide, got 1x5000\."):
+    with pytest.raises(ValueError, match="1x5000 pixels, over 50 times longer than wide"):
         to_tensor(Image.new("RGB", (1, 5000)), model)
     grey = drop_patches(
         timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2, in_chans=1)

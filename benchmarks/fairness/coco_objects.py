@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ltrp_timm._text import one_line, printable
 from ltrp_timm.data.label_files import CocoLists
-from ltrp_timm.data.photos import check_aspect, is_turned, load_image
+from ltrp_timm.data.photos import check_aspect, load_image
 
 Mask = NDArray[np.uint8]
 Transform = Callable[[Image.Image], Tensor]
@@ -246,6 +246,12 @@ class ObjectDataset(Dataset[tuple[int, Tensor, Tensor, Tensor, str]]):
     def _none(self, index: int, reason: str) -> tuple[int, Tensor, Tensor, Tensor, str]:
         nothing = torch.zeros(0)
         return index, nothing, nothing, nothing, reason
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a file's EXIF orientation turns or flips the picture that it stores."""
+    with Image.open(path) as image:
+        return 1 < image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
 
 
 def collate(items: Sequence[tuple[int, Tensor, Tensor, Tensor, str]]) -> Batch:

@@ -1,48 +1,58 @@
-"""Pictures from all that timm reads, by index; labels see ``labels``."""
+"""Pictures by index from every kind of data set; ``labels`` adds the classes."""
 
+import copy
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_dataset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets.folder import default_loader
 
-from ltrp_timm._text import one_line
-from ltrp_timm.data.photos import MAX_ASPECT, decode_image
+from ltrp_timm._text import one_line, printable
+from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.runtime.keyed_rng import sample_seed
 
 NAMED = ("hfds", "hfids", "tfds", "torch", "wds")  # prefixes of timm's readers
+_SUFFIX = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|ppm|pgm|avif)", re.IGNORECASE)
 
 
 def open_dataset(
     data: Any,
+    *,
     root: str | None = None,
     split: str = "train",
     input_key: str | None = None,
+    target_key: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     training: bool = True,
-    target_key: str | None = None,
 ) -> Any:
-    """A dataset of timm's by its name, or one that is given.
+    """Open a data set by its name in timm; a data set that is given comes back as it is.
+
+    Images stay undecoded, or in their own mode, wherever the reader allows it, so that
+    ``load_image`` sees their orientation, bit depth and transparency (``tfds/`` decodes them).
 
     Args:
-        data: a folder (subfolders or none), a ``.tar``, ``hfds/…``, ``hfids/…``, ``tfds/…``,
-            ``torch/…``, ``wds/…``, or a torch dataset of pictures.
-        root: folder of a named dataset.
-        split: as timm's ``create_dataset`` takes it.
-        input_key: where a named dataset keeps its images.
-        num_samples: length of a stream that does not know it.
-        seed: of a stream's shuffling.
-        training: a stream is shuffled.
-        target_key: where a named dataset keeps its labels; None: they are not read.
+        data: a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
+            ``tfds/…``, ``torch/…``, ``wds/…``, or a torch data set of pictures.
+        root: folder of a named data set.
+        split: as in timm's ``create_dataset``.
+        input_key: field of a named data set that holds the images.
+        target_key: field of a named data set that holds the labels (default: labels are not read).
+        num_samples: length of a stream that does not know its length.
+        seed: seed of a stream's shuffling.
+        training: whether a stream is shuffled.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it holds no image, or timm cannot read it.
-        ImportError: the package behind a prefix is missing.
+        FileNotFoundError: ``data`` does not exist.
+        ValueError: The data set holds no image, or timm cannot read it.
+        ImportError: The package behind a prefix is not installed.
     """
     if not isinstance(data, (str, os.PathLike)):
         return data
@@ -60,25 +70,26 @@ def open_dataset(
             split=split,
             is_training=training,
             seed=seed,
+            input_img_mode="",  # no conversion: load_image converts
             **extra,
         )
     except ImportError as error:
         raise ImportError(
-            f"{text} needs a package that is missing ({one_line(error)}): "
+            f"{text} needs a package that is not installed ({one_line(error)}): "
             "pip install 'ltrp-timm[train]'"
         ) from error
     except Exception as error:  # timm and what it calls raise anything, AssertionError included
-        raise ValueError(f"{text} cannot be read as a dataset: {one_line(error)}") from error
+        raise ValueError(f"{text} cannot be read as a data set: {one_line(error)}") from error
 
 
 def check_data(data: Any) -> bool:
-    """Check that something is there before anything is downloaded for it.
+    """Check that a data set exists before anything is downloaded for it.
 
     Returns:
-        Whether it is a dataset by name, not a path.
+        Whether ``data`` is the name of a data set, not a path.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: ``data`` does not exist.
     """
     if not isinstance(data, (str, os.PathLike)) or Path(data).exists():
         return False
@@ -88,84 +99,188 @@ def check_data(data: Any) -> bool:
 
 
 class Images:
-    """Pictures of a dataset by index, upright RGB, or one line on what is wrong with one.
+    """Pictures of a data set by index, as ``load_image`` reads them.
 
     Args:
-        dataset: timm's, or any map-style torch dataset whose items are, or begin with, a picture.
-        min_side: smaller pictures, and strips, count as unreadable.
+        dataset: one of timm's, or any map-style torch data set whose items are, or begin with, a
+            picture.
+        min_side: pictures with a shorter side count as unreadable, as strips do.
 
     Attributes:
-        blank: what stands for the target of an image that cannot be read; None: there are none.
+        blank: target of an image that cannot be read; None if there are no targets.
     """
 
     blank: Any = None
 
     def __init__(self, dataset: Any, min_side: int = 1) -> None:
-        self.dataset, self.min_side = dataset, min_side
+        self.dataset, self.min_side = _undecoded(dataset), min_side
         self.reader = getattr(dataset, "reader", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def name(self, index: int) -> str:
-        """What to call an image when something is wrong with it."""
+        """Name of an image in messages."""
         known = getattr(self.dataset, "filename", None)
         name = known(index) if known is not None else None
         return f"image {index}" if name is None else str(name)  # a table's images may have none
 
     def read(self, index: int) -> Image.Image:
-        """The picture.
+        """Read a picture.
 
         Raises:
-            ValueError: one line with its name and the reason.
+            ValueError: The picture cannot be read; one line with its name and the reason.
         """
         return self.read_item(index)[0]
 
     def read_item(self, index: int) -> tuple[Image.Image, Any]:
-        """The picture, and its target as the dataset gives it (None where it gives none).
+        """Read a picture and its target (None if the data set has no targets).
 
         Raises:
-            ValueError: one line with its name and the reason.
+            ValueError: The picture cannot be read; one line with its name and the reason.
         """
         name = self.name(index)
-        picture, target = self._from_reader(index, name) if self.reader else self._item(index, name)
-        size, least = f"{picture.width}x{picture.height} pixels", min(picture.size)
-        if least < self.min_side:
-            raise ValueError(f"{name}: {size}, smaller than a patch of {self.min_side}.")
-        if max(picture.size) > MAX_ASPECT * least:
-            raise ValueError(f"{name}: {size}, over {MAX_ASPECT} times longer than wide.")
+        try:
+            source, target = self._item(index)
+        except Exception as error:  # of the data set and what lies under it
+            raise ValueError(f"{printable(name)}: {one_line(error)}") from error
+        try:
+            picture = load_image(source, name)
+        finally:
+            if hasattr(source, "read"):  # a file
+                source.close()
+            close_tars(self.reader)
+        try:
+            if min(picture.size) < self.min_side:
+                size = f"{picture.width}x{picture.height} pixels"
+                raise ValueError(f"{size}, smaller than a patch of {self.min_side}.")
+            check_aspect(picture)
+        except ValueError as error:
+            raise ValueError(f"{printable(name)}: {error}") from error
         return picture, target
 
-    def _from_reader(self, index: int, name: str) -> tuple[Image.Image, Any]:
-        try:
-            file, target = self.reader[index][:2]  # type: ignore[index]
-        except Exception as error:
-            raise ValueError(f"{name}: {one_line(error)}") from error
-        with file:
-            picture = decode_image(file, name)
-        close_tars(self.reader)
-        return picture, target
-
-    def _item(self, index: int, name: str) -> tuple[Image.Image, Any]:
-        try:
-            item = self.dataset[index]
-            picture, target = (*item, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
-            if not isinstance(picture, Image.Image):
-                raise TypeError(f"expected a PIL image, got {type(picture).__name__}.")
-            return picture.convert("RGB"), target
-        except Exception as error:
-            raise ValueError(f"{name}: {one_line(error)}") from error
+    def _item(self, index: int) -> tuple[Any, Any]:
+        """What ``load_image`` takes, and the target."""
+        samples = getattr(self.reader, "samples", None)
+        if samples is not None and isinstance(samples[index][0], str):  # files on the disk
+            return samples[index][0], samples[index][1]
+        item = self.dataset[index] if self.reader is None else self.reader[index]
+        return (*item, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
-        """Training and held-out indices, see ``split_indices``; one image alone is for training."""
+        """Training and held-out indices, see ``split_indices``; a single image is for training."""
         return split_indices(len(self), share if len(self) > 1 else 0.0)
 
     def fingerprint(self, indices: Sequence[int]) -> dict[str, Any]:
-        """What tells these images from others: their number, and names where those are at hand."""
+        """Identify these images: their number, and their names if they are files."""
         if not hasattr(self.reader, "samples"):
             return {"images": len(indices)}
         names = "\n".join(self.name(index) for index in indices)
         return {"images": len(indices), "names": sample_seed(0, 0, 0, names)}
+
+
+def _undecoded(dataset: Any) -> Any:
+    """Let a torchvision data set of files read them with ``load_image``; the given one stays."""
+    if isinstance(dataset, Subset):
+        inner = _undecoded(dataset.dataset)
+        return dataset if inner is dataset.dataset else Subset(inner, dataset.indices)
+    if getattr(dataset, "loader", None) is not default_loader:
+        return dataset
+    dataset = copy.copy(dataset)
+    dataset.loader = load_image
+    return dataset
+
+
+class ImageFiles:
+    """A data set of files, for ``Images``.
+
+    Args:
+        root: folder of the files.
+        names: their paths relative to it.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], names: Sequence[str]) -> None:
+        self.reader, self.names = self, names
+        self.samples = [(os.path.join(root, name), place) for place, name in enumerate(names)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def filename(self, index: int) -> str:
+        """Path of a file relative to the folder."""
+        return self.names[index]
+
+
+class PixelDataset(Dataset[tuple[int, Tensor, str]]):
+    """Transformed images by index: (index, pixels, "") or (index, zeros, why it is unreadable).
+
+    Args:
+        images: images to read.
+        transform: picture -> pixels (3, H, W) uint8, always of one size.
+        size: (H, W).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        transform: Callable[[Image.Image], Tensor],
+        size: tuple[int, int],
+    ) -> None:
+        self.images, self.transform, self.size = images, transform, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
+        try:
+            return index, self.transform(self.images.read(index)), ""
+        except ValueError as error:
+            return index, torch.zeros(3, *self.size, dtype=torch.uint8), one_line(error)
+
+
+def find_images(
+    inputs: Sequence[str], leave_out: Sequence[str | os.PathLike[str]] = ()
+) -> tuple[Path, list[str], list[str]]:
+    """Find images below folders, by their suffix, and files by their name, each once.
+
+    Hidden files and folders are skipped; links to folders are not followed.
+
+    Args:
+        inputs: files and folders.
+        leave_out: folders to skip: those of the results.
+
+    Returns:
+        The folder that holds them all, their paths relative to it in ascending order, and one line
+        for each input that does not exist.
+    """
+    skipped = {os.path.abspath(folder) for folder in leave_out}
+    found: set[str] = set()
+    roots: list[str] = []
+    missing: list[str] = []
+    for given in inputs:
+        path = os.path.abspath(given)
+        if os.path.isdir(path):
+            roots.append(path)
+            found.update(_walk(path, skipped))
+        elif os.path.lexists(path):
+            roots.append(os.path.dirname(path))
+            found.add(path)
+        else:
+            missing.append(f"{printable(given)}: No such file or directory.")
+    root = os.path.commonpath(roots) if roots else os.getcwd()
+    return Path(root), sorted(os.path.relpath(path, root) for path in found), missing
+
+
+def _walk(folder: str, skipped: set[str]) -> Iterator[str]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.join(place, name) not in skipped
+        ]
+        for name in files:
+            if _SUFFIX.fullmatch(os.path.splitext(name)[1]) and not name.startswith("."):
+                yield os.path.join(place, name)
 
 
 def close_tars(reader: Any) -> None:
@@ -181,7 +296,7 @@ def close_tars(reader: Any) -> None:
 
 
 def split_indices(count: int, holdout: float) -> tuple[list[int], list[int]]:
-    """0 … n - 1 as training and held-out indices, ascending; a function of (n, share) alone.
+    """Split 0 … n - 1 into training and held-out indices, ascending; depends on (n, share) only.
 
     >>> [len(part) for part in split_indices(10, 0.2)]
     [8, 2]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from torch.utils.data.distributed import DistributedSampler
 
 from ltrp_timm.data.images import Images
+from ltrp_timm.data.photos import load_image
 from ltrp_timm.runtime.keyed_rng import HELD_OUT, generators, sample_seed, seeded
 from ltrp_timm.runtime.world import World
 
@@ -138,7 +139,7 @@ class KeyedStream(IterableDataset[Sample]):
         for count, (picture, target) in enumerate(self.dataset):
             index = (count * workers + number) * self.size + self.rank
             with seeded(sample_seed(self.seed, self.epoch, index, "transform")):
-                sample = _sample(self.transform(picture.convert("RGB")), index)
+                sample = _sample(self.transform(load_image(picture, f"image {index}")), index)
             yield {**sample, "target": target} if self.labelled else sample
 
 

@@ -46,7 +46,12 @@ def open_labelled(
     >>> open_labelled("imagenet", split="validation")  # doctest: +SKIP
     """
     dataset = open_dataset(
-        data, root, split, input_key, training=False, target_key=target_key or "label"
+        data,
+        root=root,
+        split=split,
+        input_key=input_key,
+        target_key=target_key or "label",
+        training=False,
     )
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{data} is a stream: its images cannot be counted, and come unlabelled.")

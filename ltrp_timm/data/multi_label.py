@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset
-from timm.data.readers.reader import Reader
 from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor, nn
 
-from ltrp_timm.data.images import Images
+from ltrp_timm.data.images import ImageFiles, Images
 from ltrp_timm.data.label_files import LabelTable, read_labels
 from ltrp_timm.data.labels import listed_names, match_classes, some
 from ltrp_timm.runtime.keyed_rng import sample_seed
@@ -48,8 +46,7 @@ class MultiLabelImages(Images):
                 f"{len(absent)} of {len(table.names)} labelled images are not in {root}: "
                 f"{some(absent)}."
             )
-        reader = _Files(root, table.names)
-        super().__init__(ImageDataset(str(root), reader=reader), min_side)
+        super().__init__(ImageFiles(root, table.names), min_side)
         self.class_names, self.targets = table.classes, table.targets
         self.empty = [c for c, full in zip(table.classes, table.targets.any(dim=0)) if not full]
 
@@ -97,27 +94,6 @@ class MultiLabelImages(Images):
         pairs = self.targets[list(indices)].nonzero().tolist()
         text = f"{self.class_names}{pairs}"
         return {**super().fingerprint(indices), "labels": sample_seed(0, 0, 0, text)}
-
-
-class _Files(Reader):
-    """timm's reader of files that are known; their targets are elsewhere."""
-
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        super().__init__()
-        self.root, self.names = str(root), names
-        self.samples = [(str(root / name), index) for index, name in enumerate(names)]
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, number = self.samples[index]
-        return open(path, "rb"), number
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        if basename:
-            return Path(self.names[index]).name
-        return self.samples[index][0] if absolute else self.names[index]
 
 
 def open_multi_label(

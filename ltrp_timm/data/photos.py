@@ -1,94 +1,93 @@
-"""Reading photos of any kind: files in, upright RGB out."""
+"""Read pictures of any kind: a file, bytes, an open image or an array in, upright RGB out."""
 
 import contextlib
+import io
 import os
 import stat
 import warnings
-from typing import IO
+from typing import IO, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ltrp_timm._text import one_line, printable
 
-MAX_ASPECT = 50  # a longer strip of pixels would be resized to gigabytes before it is cropped
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+MAX_ASPECT = 50  # a longer strip would be resized to gigabytes of pixels before it is cropped
+Source: TypeAlias = (
+    str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | npt.NDArray[np.generic]
+)
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a photo of any kind as RGB.
+def load_image(source: Source, name: str | None = None) -> Image.Image:
+    """Read a picture as RGB.
 
-    The EXIF orientation is applied, transparency stands on white, an animation gives its first
-    frame. Grey values of more than 8 bits are scaled, not clipped: 16-bit by the range of their
-    type; 32-bit integers as 8-bit or 16-bit values and floats as values in [0, 1] or [0, 255]
-    where they fit that range, else from the lowest to the highest one.
+    The EXIF orientation is applied, transparency is put on white, and an animation gives its first
+    frame. Grey values of more than 8 bits are scaled, not clipped: 16-bit values by the range of
+    their type; 32-bit integers as 8-bit or 16-bit values and floats as values in [0, 1] or
+    [0, 255] if they fit that range, otherwise from the lowest value to the highest.
 
     Args:
-        path: a file.
+        source: a path, the bytes of a file, a file open for reading, a PIL image (not changed), or
+            an array (H, W) or (H, W, C) with 1, 3 or 4 channels.
+        name: what errors call the picture (default: its path).
 
     Returns:
         The picture, mode "RGB".
 
     Raises:
-        ValueError: one line with the file and the reason: missing, no regular file, empty, no
-            image, truncated, or so many pixels that PIL takes it for a decompression bomb.
+        ValueError: The picture cannot be read. One line gives its name and the reason: missing, not
+            a regular file, empty, not an image, truncated, or so large that PIL suspects a
+            decompression bomb.
     """
     try:
-        _check_file(path)
-        return _decode(path)
-    except Exception as error:  # what PIL's readers raise on damaged files has no common type
-        raise ValueError(f"{printable(path)}: {_reason(error)}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata is no reason to refuse a picture
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with _open(source) as image:
+                image.load()
+                return _to_rgb(image)
+    except Exception as error:  # PIL's readers raise exceptions of many types on damaged files
+        if name is None:
+            name = str(source) if isinstance(source, (str, os.PathLike)) else "the picture"
+        raise ValueError(f"{printable(name)}: {_reason(error)}") from error
 
 
 def check_aspect(image: Image.Image) -> None:
     """Check that a picture can be resized by its shorter side.
 
     Raises:
-        ValueError: it is a strip more than 50 times longer than wide.
+        ValueError: The picture is more than 50 times longer than wide.
     """
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(
-            f"a picture may be at most {MAX_ASPECT} times longer than wide, got "
-            f"{image.width}x{image.height}."
+            f"{image.width}x{image.height} pixels, over {MAX_ASPECT} times longer than wide."
         )
 
 
-def decode_image(file: IO[bytes], name: str) -> Image.Image:
-    """Read a photo from an open file, as ``load_image`` does.
-
-    Raises:
-        ValueError: one line with ``name`` and the reason.
-    """
-    try:
-        return _decode(file)
-    except Exception as error:
-        raise ValueError(f"{printable(name)}: {_reason(error)}") from error
-
-
-def _decode(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged metadata is no reason to refuse a photo
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(source) as image:
-            image.load()
-            return _to_rgb(image)
+def _open(source: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        image = source.copy()
+        image.format = source.format
+        return image
+    if isinstance(source, np.ndarray):
+        values = source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source
+        return Image.fromarray(values.astype(np.float32) if values.dtype == np.float64 else values)
+    if isinstance(source, (str, os.PathLike)):
+        _check_file(source)
+    elif isinstance(source, bytes):
+        source = io.BytesIO(source)
+    elif not hasattr(source, "read"):
+        raise TypeError(f"expected a PIL image, an array or a file, got {type(source).__name__}.")
+    return Image.open(source)
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a directory, not an image.")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise ValueError("is no regular file.")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
+        raise ValueError("is not a regular file.")
     if status.st_size == 0:
         raise ValueError("is empty (0 bytes).")
 
@@ -98,41 +97,26 @@ def _reason(error: Exception) -> str:
         return "is not an image in a known format."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}."
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, TypeError)):
         return one_line(error)
     return f"cannot be read: {one_line(error)}"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode -> RGB, upright."""
-    turn = _ORIENTATIONS.get(_orientation(image))
+    """A loaded image of any mode -> RGB, upright; changes ``image``."""
+    with contextlib.suppress(Exception):  # PIL turns first, then may fail to rewrite damaged EXIF
+        ImageOps.exif_transpose(image, in_place=True)
+    image.info.pop("exif", None)  # a second call must not turn again
     if image.mode.startswith(("I", "F")):
         image = _to_8_bit(image)
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
-
-
-def is_turned(path: str | os.PathLike[str]) -> bool:
-    """Whether ``load_image`` turns or flips what the file stores, because its EXIF says so.
-
-    Raises:
-        OSError: the file cannot be opened as an image.
-    """
-    with Image.open(path) as image:
-        return _orientation(image) in _ORIENTATIONS
-
-
-def _orientation(image: Image.Image) -> int:
-    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    return 1
+    return image.convert("RGB")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, 32 bits or floats -> mode "L"; type, then range, tell what values mean."""
+    """Grey of 16 bits, 32 bits or floats -> mode "L"; type and range decide what values mean."""
     values = np.asarray(image).astype(np.float64)
     values[~np.isfinite(values)] = 0.0
     low, high = values.min(), values.max()

@@ -84,8 +84,15 @@ class Sources:
         self._loaders: dict[str, Any] = {}
 
     def _open(self, data: Any, settings: Settings, split: str, training: bool) -> Any:
-        root, key, count = settings.data_root, settings.input_key, settings.num_samples
-        return open_dataset(data, root, split, key, count, settings.seed, training)
+        return open_dataset(
+            data,
+            root=settings.data_root,
+            split=split,
+            input_key=settings.input_key,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+            training=training,
+        )
 
     def _images(self, dataset: Any) -> Images:
         return dataset if isinstance(dataset, Images) else Images(dataset, self._min_side)

@@ -3,21 +3,18 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ltrp_timm._text import one_line, printable
 from ltrp_timm.commands._console import CommandError
-from ltrp_timm.data.images import Images, open_dataset
-from ltrp_timm.data.photos import check_aspect
+from ltrp_timm.data.images import Images, PixelDataset, open_dataset
 from ltrp_timm.runtime.processes import first_alone
 from ltrp_timm.scoring import CACHE_NAME, RANKS_NAME, ImageIds, finish_cache, rank_type, ranks_of
 from ltrp_timm.scoring.ids import image_ids
@@ -42,35 +39,6 @@ def rank_cache(options: RankOptions) -> int:
             cache.
     """
     return run_job(options, _prepare, str(options.cache))
-
-
-class DatasetPixels(Dataset[tuple[int, Tensor, str]]):
-    """Images of a data set by index: (index, pixels (3, H, W) uint8, why it is none or "").
-
-    Args:
-        images: to read from.
-        transform: picture -> pixels (3, H, W) uint8, always of one size.
-        size: (H, W).
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        transform: Callable[[Image.Image], Tensor],
-        size: tuple[int, int],
-    ) -> None:
-        self.images, self.transform, self.size = images, transform, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
-        try:
-            picture = self.images.read(index)
-            check_aspect(picture)
-            return index, self.transform(picture), ""
-        except ValueError as error:
-            return index, torch.zeros(3, *self.size, dtype=torch.uint8), one_line(error)
 
 
 def _prepare(options: RankOptions, number: int) -> Job:
@@ -98,7 +66,7 @@ def _prepare(options: RankOptions, number: int) -> Job:
     size = settings["input_size"]
     return Job(
         str(cache),
-        DatasetPixels(images, scorer.transform(), (size[0], size[1])),
+        PixelDataset(images, scorer.transform(), (size[0], size[1])),
         scorer,
         settings,
         parts,
@@ -112,7 +80,11 @@ def _open(options: RankOptions) -> Images:
     (data,) = options.inputs
     try:
         dataset = open_dataset(
-            data, options.data_root, options.split, options.input_key, training=False
+            data,
+            root=options.data_root,
+            split=options.split,
+            input_key=options.input_key,
+            training=False,
         )
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"{data} is a stream: its images cannot be found again.")

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from ltrp_timm._text import printable
 from ltrp_timm.commands._console import CommandError
-from ltrp_timm.data.folders import OVERLAYS
 from ltrp_timm.weights.files import write_atomically, write_text
 
 PART_SIZE = 64  # images
+OVERLAYS = "overlays"  # the folder of the pictures, inside that of the results
 FORMATS = ("npz", "json")
 FINISHED = ("scores.npz", "scores.json")
 _Array = npt.NDArray[Any]

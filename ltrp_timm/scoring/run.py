@@ -4,6 +4,7 @@ Every part of the images is worked on by one process and written as a whole, so 
 depend on how many processes there are or how often they were interrupted.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from ltrp_timm._text import one_line
 from ltrp_timm.commands._console import CommandError
-from ltrp_timm.data.folders import OVERLAYS, PixelDataset, find_images, fingerprint
+from ltrp_timm.data.images import ImageFiles, Images, PixelDataset, find_images
 from ltrp_timm.rankers import ranker_class
 from ltrp_timm.runtime.processes import first_alone
 from ltrp_timm.scoring import ranker_hash
 from ltrp_timm.scoring.job import Job, RankOptions, Result, name_failures, run_job, say_done
-from ltrp_timm.scoring.parts import PART_SIZE, Parts
+from ltrp_timm.scoring.parts import OVERLAYS, PART_SIZE, Parts
 from ltrp_timm.scoring.scorer import Scorer, ranker_alone, ranker_of_model
 from ltrp_timm.visualize import kept_patches, row, score_map
 from ltrp_timm.weights.files import write_atomically
@@ -49,7 +50,7 @@ def rank(options: RankOptions) -> int:
 
 def _prepare(options: RankOptions, number: int) -> Job:
     device, output = find_device(options.device), str(options.output)
-    root, names, missing = find_images(options.inputs, output)
+    root, names, missing = find_images(options.inputs, (output, os.path.join(output, OVERLAYS)))
     if not names:
         raise CommandError(missing[0] if missing else "no images were found.")
     scorer = make_scorer(options, device)
@@ -64,9 +65,10 @@ def _prepare(options: RankOptions, number: int) -> Job:
     parts = Parts(Path(output), len(names))
     first_alone(lambda: parts.begin(settings, options.overwrite), number)
     size = settings["input_size"]
+    images = Images(ImageFiles("", [str(root / name) for name in names]))  # whole paths in messages
     return Job(
         output,
-        PixelDataset(root, names, scorer.transform(), (size[0], size[1])),
+        PixelDataset(images, scorer.transform(), (size[0], size[1])),
         scorer,
         settings,
         parts,
@@ -75,6 +77,19 @@ def _prepare(options: RankOptions, number: int) -> Job:
         partial(_finish, options, parts, names, missing, settings),
         partial(_draw, Path(output), names, scorer) if options.overlays else None,
     )
+
+
+def fingerprint(root: Path, names: Sequence[str]) -> str:
+    """A digest of the names, sizes and times of files: another one where an image changed."""
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            status = os.stat(root / name)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:  # reported when it is read
+            state = "unreadable"
+        digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def make_scorer(options: RankOptions, device: str) -> Scorer:

@@ -1,0 +1,273 @@
+"""The same pixels whichever way a picture comes: a folder, an archive, a stream, a data set."""
+
+import io
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from timm.data import IterableImageDataset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+from train_setup import make_photos
+
+from ltrp_timm.data.images import ImageFiles, Images, PixelDataset, find_images, open_dataset
+from ltrp_timm.data.keyed import KeyedStream
+from ltrp_timm.data.multi_label import open_multi_label
+from ltrp_timm.data.photos import load_image
+from ltrp_timm.runtime.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+SIZE = (48, 32)
+Pictures = dict[str, Tensor]
+
+
+def photo() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(SIZE)
+
+
+def save_pictures(folder: Path) -> None:
+    """One picture of each kind: what a plain ``convert("RGB")`` of it would spoil."""
+    folder.mkdir(parents=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo().save(folder / "turned.jpg", exif=turned)
+    photo().save(folder / "turned_too.png", exif=turned)
+    ramp = np.linspace(0, 65535, SIZE[0])[None] * np.ones((SIZE[1], 1))
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / "grey16.png")
+    for mode in ("RGBA", "LA"):
+        clear = photo().convert(mode)
+        clear.putalpha(Image.new("L", SIZE, 20))
+        clear.save(folder / f"{mode.lower()}.png")
+    photo().quantize(4).save(folder / "p.png", transparency=0)
+    frames = [Image.new("RGB", SIZE, "blue")]
+    photo().save(folder / "moving.png", save_all=True, append_images=frames)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures") / "set"
+    save_pictures(root / "a")
+    return root
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "a").iterdir())
+
+
+def of_images(images: Images, folder: Path) -> Pictures:
+    assert len(images) == len(names(folder))
+    pixels = [pil_to_tensor(images.read(index)) for index in range(len(images))]
+    return dict(zip(names(folder), pixels))
+
+
+def of_stream(stream: Any, folder: Path) -> Pictures:
+    samples = list(KeyedStream(stream, pil_to_tensor, 0, ALONE))
+    assert len(samples) == len(names(folder))
+    return dict(zip(names(folder), (sample["image"] for sample in samples)))
+
+
+def from_files(folder: Path, _: Path) -> Pictures:
+    root, found, _missing = find_images([str(folder)])
+    images = Images(ImageFiles(root, found))
+    whole = PixelDataset(images, lambda picture: pil_to_tensor(picture.resize(SIZE)), SIZE[::-1])
+    assert [whole[index][2] for index in range(len(whole))] == [""] * len(whole)
+    return of_images(images, folder)
+
+
+def from_labels(folder: Path, place: Path) -> Pictures:
+    rows = [f"{name},{'cat' if number % 2 else 'dog'}" for number, name in enumerate(names(folder))]
+    (place / "labels.csv").write_text("\n".join(["image,labels", *rows]))
+    return of_images(open_multi_label(folder / "a", place / "labels.csv"), folder)
+
+
+def from_tar(folder: Path, place: Path) -> Pictures:
+    with tarfile.open(place / "set.tar", "w") as tar:
+        for name in names(folder):
+            tar.add(folder / "a" / name, f"a/{name}")
+    return of_images(Images(open_dataset(place / "set.tar")), folder)
+
+
+def from_wds(folder: Path, place: Path) -> Pictures:
+    pytest.importorskip("webdataset")
+    with tarfile.open(place / "shard-0.tar", "w") as tar:
+        for number, name in enumerate(names(folder)):
+            content = (folder / "a" / name).read_bytes()
+            for suffix, data in ((Path(name).suffix, content), (".cls", b"0")):
+                entry = tarfile.TarInfo(f"{number:03d}{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    options = {"root": str(place), "split": "shard-0.tar", "training": False}
+    return of_stream(open_dataset("wds/any", num_samples=len(names(folder)), **options), folder)
+
+
+def as_table(folder: Path, place: Path) -> str:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"bytes": (folder / "a" / name).read_bytes(), "path": None} for name in names(folder)]
+    table = datasets.Dataset.from_dict({"image": rows, "label": [0] * len(rows)})
+    (place / "table").mkdir()
+    table.cast_column("image", datasets.Image()).to_parquet(place / "table" / "train.parquet")
+    return str(place / "table")
+
+
+def from_hfds(folder: Path, place: Path) -> Pictures:
+    data = open_dataset(f"hfds/{as_table(folder, place)}", root=str(place / "cache"))
+    return of_images(Images(data), folder)
+
+
+def from_hfids(folder: Path, place: Path) -> Pictures:
+    data, root = f"hfids/{as_table(folder, place)}", str(place / "cache")
+    stream = open_dataset(data, root=root, num_samples=len(names(folder)), training=False)
+    return of_stream(stream, folder)
+
+
+class Opened(Dataset[Any]):
+    """What many a data set does: opens the file and leaves the rest to its user."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted((folder / "a").iterdir())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.open(self.files[index]), 7
+
+
+class OpenedStream:
+    """A reader of timm's kind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pictures = Opened(folder)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.pictures[index] for index in range(len(self.pictures)))
+
+
+def from_image_folder(folder: Path, _: Path) -> Pictures:
+    given = ImageFolder(str(folder))
+    before = given.loader
+    pictures = of_images(Images(given), folder)
+    assert given.loader is before  # the user's own data set stays as it is
+    return pictures
+
+
+SOURCES: dict[str, Callable[[Path, Path], Pictures]] = {
+    "folder": lambda folder, _: of_images(Images(open_dataset(folder / "a")), folder),
+    "files": from_files,
+    "labels": from_labels,
+    "tar": from_tar,
+    "wds": from_wds,
+    "hfds": from_hfds,
+    "hfids": from_hfids,
+    "torch": lambda folder, _: of_images(
+        Images(open_dataset("torch/folder", root=str(folder))), folder
+    ),
+    "torchvision": from_image_folder,
+    "subset": lambda folder, _: of_images(
+        Images(Subset(ImageFolder(str(folder)), range(len(names(folder))))), folder
+    ),
+    "opened": lambda folder, _: of_images(Images(Opened(folder)), folder),
+    "stream": lambda folder, _: of_stream(
+        IterableImageDataset(str(folder), reader=OpenedStream(folder)), folder
+    ),
+}
+
+
+@pytest.mark.filterwarnings(  # webdataset leaves its shards open
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_same_pixels(source: str, folder: Path, tmp_path: Path) -> None:
+    pictures = SOURCES[source](folder, tmp_path)
+    for name, found in pictures.items():
+        expected = pil_to_tensor(load_image(folder / "a" / name))
+        assert torch.equal(found, expected), name
+
+
+def test_the_pixels_are_those_of_the_picture(folder: Path) -> None:
+    read = {name: np.asarray(load_image(folder / "a" / name)).astype(int) for name in names(folder)}
+    original = np.asarray(photo()).astype(int)
+    assert np.abs(np.rot90(original, -1) - read["turned.jpg"]).max() < 40  # JPEG is lossy
+    assert (np.rot90(original, -1) == read["turned_too.png"]).all()
+    assert (read["grey16.png"][0, :, 0] == np.linspace(0, 255, SIZE[0]).round()).mean() > 0.9
+    for name in ("rgba.png", "la.png"):  # nearly invisible: nearly white
+        assert read[name].min() >= 255 - 20
+    assert (read["p.png"] == 255).all(axis=-1).any()
+    assert (read["moving.png"] == original).all()
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "turned_too.png", "grey16.png", "rgba.png"])
+def test_a_path_bytes_a_file_and_an_image_are_the_same(folder: Path, name: str) -> None:
+    path = folder / "a" / name
+    expected = load_image(path).tobytes()
+    assert load_image(path.read_bytes()).tobytes() == expected
+    with path.open("rb") as file:
+        assert load_image(file).tobytes() == expected
+        assert not file.closed
+    with Image.open(path) as image:
+        assert load_image(image).tobytes() == expected
+        untouched = image.size, image.mode, image.getexif().get(0x0112)
+        assert load_image(image).tobytes() == expected  # the first call left it as it was
+        assert untouched == (image.size, image.mode, image.getexif().get(0x0112))
+    assert load_image(load_image(path)).tobytes() == expected
+
+
+def test_arrays() -> None:
+    original = np.asarray(photo())
+    assert (np.asarray(load_image(original)) == original).all()
+    clear = np.dstack([original, np.zeros(original.shape[:2], np.uint8)])
+    assert (np.asarray(load_image(clear)) == 255).all()
+    grey = original[..., 0]
+    for values in (grey, grey[..., None], grey.astype(np.uint16) * 257, grey / 255.0):
+        assert (np.asarray(load_image(values)) == grey[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (np.zeros((2, 3, 4, 5), np.uint8), "the picture: "),
+        (torch.zeros(3, 4, 4), "the picture: expected a PIL image, an array or a file, got Tensor"),
+        (b"", "the picture: is not an image in a known format."),
+    ],
+)
+def test_what_is_no_picture(source: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        load_image(source)
+    with pytest.raises(ValueError, match="image 0: "):
+        Images([(source, 1)]).read(0)
+
+
+def test_damaged_exif_still_turns_once(tmp_path: Path) -> None:
+    """PIL turns the picture, then fails to rewrite the block; nobody may turn it again."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "maker"
+    photo().save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    place = data.index(b"Exif\0\0") + 6 + 10  # the first entry: its tag comes first
+    assert data[place : place + 2] == b"\x01\x0f"
+    damaged = data[: place + 1] + b"\0" + data[place + 2 :]  # text becomes the image's width
+    with Image.open(io.BytesIO(damaged)) as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    once = load_image(damaged)
+    assert once.size == SIZE[::-1]
+    assert load_image(once).tobytes() == once.tobytes()
+
+
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "set", 1)
+    (folder / "empty.png").write_bytes(b"")
+    images = Images(open_dataset(folder))
+    with pytest.raises(ValueError, match=r"^empty\.png: is empty \(0 bytes\)\.$"):
+        images.read(1)
+    index, pixels, reason = PixelDataset(images, pil_to_tensor, (40, 48))[1]
+    assert (index, pixels.shape, reason) == (1, (3, 40, 48), "empty.png: is empty (0 bytes).")
