@@ -4,11 +4,14 @@ import doctest
 import importlib
 import pkgutil
 import re
-import subprocess
+import runpy
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import ltrp_timm
 
@@ -19,31 +22,33 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LONGER = {"segmentation_linear_probe.py": 100}  # it draws scenes and masks of its own
 
 
-def run_python(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder, command line and thread count of a newcomer; the random state stays ours."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["example.py"])
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+    torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example(path: Path, tmp_path: Path) -> None:
+def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < LONGER.get(path.name, 60)
-    done = run_python([str(path)], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_readme_block(index: int, tmp_path: Path) -> None:
+def test_readme_block(index: int) -> None:
     # the Hub is not there for tests: the same lines with random weights
     source = BLOCKS[index].replace("pretrained=True", "pretrained=False")
-    preamble = "import torch\nimages = torch.randn(2, 3, 224, 224)\n"
-    done = run_python(["-c", preamble + source], tmp_path)
-    assert done.returncode == 0, f"{source}\n{done.stderr}"
+    names = {"__name__": "__main__", "torch": torch, "images": torch.randn(2, 3, 224, 224)}
+    exec(compile(source, f"README block {index}", "exec"), names)  # noqa: S102
 
 
 def test_readme_has_blocks_and_the_two_commands() -> None:
@@ -67,11 +72,11 @@ def test_docstring_examples() -> None:
     results = [
         doctest.testmod(
             importlib.import_module(name),
-            extraglobs={"torch": importlib.import_module("torch")},
+            extraglobs={"torch": torch},
             optionflags=doctest.NORMALIZE_WHITESPACE,
         )
         for name in names
-        if not name.endswith("cli")
+        if not name.endswith("__main__")
     ]
     assert sum(result.attempted for result in results) >= 5
     assert sum(result.failed for result in results) == 0
