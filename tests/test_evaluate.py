@@ -332,7 +332,7 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--class-map", "nowhere"], "nowhere"),
         (["--class-map", "empty.txt"], "empty.txt names no classes"),
         (["--class-map", "short.txt"], "the model has 3 classes and names 1"),
-        (["--checkpoint", "nowhere"], "the checkpoint nowhere is no file"),
+        (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--num-classes", "0"], "--num-classes: must be a whole number from 1"),
         (["--device", "nope"], "device 'nope' cannot be used"),
         (["--batch-size", "0"], "--batch-size: must be a whole number from 1"),

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import ltrp_timm
 from ltrp_timm.commands import main
 from ltrp_timm.deploy.formats import FORMATS, load_exported
-from ltrp_timm.models.open_model import build_model
+from ltrp_timm.models.open_model import open_model
 
 SMALL = ("--img-size", "64", "--keep-ratio", "0.4")
 FAST = ("export", "ltrp_vit_tiny", *SMALL)
@@ -124,7 +124,7 @@ def test_a_saved_model_keeps_its_own_ranker_unless_one_is_named(here: Path, ours
     if ours:
         saved.ranker.trained = True  # it would warn otherwise
     timm.models.save_for_hf(saved, "saved", safe_serialization=True)
-    own, weights = build_model("local-dir:saved")
+    own, weights = open_model("local-dir:saved")
     assert weights == "those of local-dir:saved"
     assert own.ranker.name == ("conv" if ours else "contrast")
     assert own.keep_ratio == (0.3 if ours else 0.5)
@@ -132,11 +132,11 @@ def test_a_saved_model_keeps_its_own_ranker_unless_one_is_named(here: Path, ours
     with torch.no_grad():
         if ours:
             assert torch.equal(own(images), saved(images))
-        other, _ = build_model("local-dir:saved", ranker="random", keep_ratio=0.6)
+        other, _ = open_model("local-dir:saved", ranker="random", keep_ratio=0.6)
         assert other.ranker.name == "random"
         assert other.keep_ratio == 0.6
         assert torch.equal(other.backbone(images), getattr(saved, "backbone", saved)(images))
-    assert build_model("local-dir:saved", keep_ratio=0.7)[0].keep_ratio == 0.7
+    assert open_model("local-dir:saved", keep_ratio=0.7)[0].keep_ratio == 0.7
     assert main(["export", "local-dir:saved", "--format", "pt2", "--repeats", "0"]) == 0
     assert Path("saved.pt2").exists()
 
@@ -157,8 +157,11 @@ def test_a_saved_model_keeps_its_own_ranker_unless_one_is_named(here: Path, ours
         (["ltrp_vit_tiny", "--ranker-weights", "x"], "the contrast ranker has no weights"),
         (["ltrp_vit_tiny", "--selection", "best"], "invalid choice: 'best'"),
         (["ltrp_vit_tiny", "--img-size", "8"], "nothing was written: images of 8x8 are smaller"),
-        (["ltrp_vit_tiny", "--checkpoint", "none.pth"], "the checkpoint none.pth is no file"),
-        (["ltrp_vit_tiny", "--checkpoint", "there.onnx"], "is no readable checkpoint"),
+        (["ltrp_vit_tiny", "--checkpoint", "none.pth"], "none.pth does not exist"),
+        (
+            ["ltrp_vit_tiny", "--checkpoint", "there.onnx"],
+            "must be a folder or a file of",
+        ),
         (["ltrp_vit_tiny", "-o", "there.onnx"], "there.onnx exists already: --overwrite replaces"),
         (["ltrp_vit_tiny", "-o", "folder.onnx"], "folder.onnx is no regular file"),
         (["ltrp_vit_tiny", "-o", "no/a.onnx"], "no/a.onnx cannot be written: No such file"),
@@ -185,7 +188,7 @@ def test_a_checkpoint_and_a_ranker_do_not_fight(capsys: pytest.CaptureFixture[st
     model.ranker.save("ranker")
     flags = ["--ranker", "conv", "--ranker-weights", "ranker", "--checkpoint", "w.safetensors"]
     assert main([*FAST, *flags]) == 2
-    assert "brings a ranker of its own: leave --ranker-weights out" in capsys.readouterr().err
+    assert "has a ranker: leave ranker_weights (--ranker-weights) out" in capsys.readouterr().err
 
 
 def test_a_failed_check_leaves_no_file(

@@ -21,8 +21,8 @@ from ltrp_timm import LTRPModel
 from ltrp_timm.data.labels import open_labelled
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.train import finetune
+from ltrp_timm.train.head import HEAD_STD
 from ltrp_timm.train.logs import read_log
-from ltrp_timm.train.network import HEAD_STD
 from ltrp_timm.train.recipe import split_options
 
 pytestmark = records_arguments
@@ -249,7 +249,7 @@ def test_a_registered_model_and_its_own_numbers(data: Path, tmp_path: Path) -> N
 
 def test_images_are_normalised_as_the_backbone_wants() -> None:
     from ltrp_timm.train.augment import Augmentation
-    from ltrp_timm.train.network import image_config
+    from ltrp_timm.train.head import image_config
 
     config = image_config(timm.create_model("vit_base_patch16_clip_224", depth=1, img_size=64))
     assert config["input_size"] == (3, 64, 64)
@@ -264,7 +264,7 @@ def test_images_are_normalised_as_the_backbone_wants() -> None:
 @pytest.mark.parametrize("aa", ["rand-m10-inc1", "original", "v0r", "augmix-m10"])
 def test_no_policy_leaves_a_picture_without_bits(aa: str) -> None:
     from ltrp_timm.train.augment import Augmentation
-    from ltrp_timm.train.network import image_config
+    from ltrp_timm.train.head import image_config
 
     train, _ = Augmentation(aa=aa, reprob=0.0).transforms(image_config(small_vit()))
     pickle.loads(pickle.dumps(train))  # noqa: S301  # it goes to the loader's workers
@@ -400,7 +400,7 @@ def test_a_stream_with_labels(tmp_path: Path) -> None:
             ValueError,
             "train_ranker: the contrast ranker has no weights",
         ),
-        ({"model": "nonsense"}, ValueError, "'nonsense' is no model of timm's"),
+        ({"model": "nonsense"}, ValueError, "model 'nonsense' is unknown"),
         (
             {"model": "swin_tiny_patch4_window7_224", "model_kwargs": None},
             TypeError,

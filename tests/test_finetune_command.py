@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import records_arguments
 from finetune_setup import load, make_classes
 
@@ -65,8 +66,6 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     def note(**values: Any) -> Any:
         seen.update(values)
         return type("Summary", (), {"stopped_by": None, "unreadable": [], "epochs": 1, "steps": 1})
-
-    import importlib
 
     monkeypatch.setattr(importlib.import_module("ltrp_timm.train.finetune"), "finetune", note)
     plain = ["finetune", "ltrp_vit_base", "--data", "d", "--output", "o"]
@@ -155,7 +154,7 @@ def test_a_model_that_is_none(
 )
 @pytest.mark.parametrize("command", ["finetune", "save"])
 def test_pretrained_is_of_the_ranker_too(
-    command: str, flags: list[str], weights: Any, monkeypatch: pytest.MonkeyPatch
+    here: Path, command: str, flags: list[str], weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
 
@@ -163,12 +162,12 @@ def test_pretrained_is_of_the_ranker_too(
         asked.update(kwargs)
         raise RuntimeError("enough")
 
+    monkeypatch.setattr("timm.create_model", ask)
+    torch.save({"head.weight": torch.zeros(3, 4)}, "mine.pth")
     if command == "finetune":
-        module = importlib.import_module("ltrp_timm.train.finetune")
-        monkeypatch.setattr(module, "finetune", ask)
-        flags = ["--data", "photos", *flags]
-    else:
-        monkeypatch.setattr("timm.create_model", ask)
-        flags = flags if "--pretrained" in flags else [*flags, "--checkpoint", "mine.pth"]
+        flags = ["--data", "photos", *QUICK, *flags]
+    elif "--pretrained" not in flags:
+        flags = [*flags, "--checkpoint", "mine.pth"]
     assert main([command, "ltrp_vit_tiny", "--output", "run", *flags]) != 0
+    assert asked["pretrained"] is ("--pretrained" in flags)
     assert asked.get("ranker_weights") == weights

@@ -321,7 +321,7 @@ def test_what_is_an_image_and_what_it_is_called(
         (["a.png", "--keep-ratio", "2"], r"--keep-ratio: must be in \(0, 1\], got 2"),
         (["a.png", "--img-size", "8"], "images of 8 pixels are smaller than a patch of 16"),
         (["a.png", "--model", "resnet10t"], "cannot drop patches from ResNet"),
-        (["a.png", "--model", "nope"], r"Unknown model \(nope\)"),
+        (["a.png", "--model", "nope"], "model 'nope' is unknown"),
         (["a.png", "--model", "x", "--patch-size", "8"], "--patch-size goes without --model"),
         (["a.png", "--device", "nope"], "--device nope: "),
         (["a.png", "--workers", "-1"], "--workers: "),

@@ -161,5 +161,5 @@ def test_ours_goes_on_from_what_the_script_saved(tmp_path: Path) -> None:
     CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path)).save_checkpoint(0, 1.0)
     from ltrp_timm.weights.files import read_weights
 
-    weights, _ = read_weights(tmp_path / "last.pth.tar")
+    weights = read_weights(tmp_path / "last.pth.tar").tensors
     assert weights.keys() == model.state_dict().keys()

@@ -65,7 +65,7 @@ def test_they_are_small_fixed_and_not_random(images: torch.Tensor) -> None:
     untrained = create_ranker("conv").eval()
     for (name, own), (_, fresh) in zip(first.named_parameters(), untrained.named_parameters()):
         assert not torch.equal(own, fresh), name
-    from_file, config = read_weights(WEIGHTS)
+    from_file, config = read_weights(WEIGHTS)[:2]
     assert config is not None
     assert config["ranker"] == "conv"
     assert all(torch.equal(tensor, from_file[name]) for name, tensor in first.state_dict().items())
@@ -166,6 +166,7 @@ def test_wheel_and_sdist_hold_them(tmp_path: Path) -> None:
     wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
     with zipfile.ZipFile(wheel) as archive:
         inside = {name: archive.read(name) for name in archive.namelist() if "weights/" in name}
+    inside = {name: content for name, content in inside.items() if not name.endswith(".py")}
     expected = {f"ltrp_timm/weights/{path.name}": path.read_bytes() for path in (WEIGHTS, CARD)}
     assert inside == expected
     sdist = next(SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))

@@ -41,12 +41,12 @@ from ltrp_timm.commands._evaluate_setup import (
     prepare,
 )
 from ltrp_timm.commands._flags import threads
+from ltrp_timm.commands._model import quiet_about_training
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.data.labels import LabelledImages
 from ltrp_timm.measure.evaluate import measure_all
 from ltrp_timm.measure.throughput import NUM_WORKERS
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.open_model import quiet_about_training
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
 from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring.transform import CachedTransform, open_cache, select_cached

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ltrp_timm._text import printable, say
 from ltrp_timm.commands._console import CommandError
+from ltrp_timm.commands._model import build_model, check_names, describe_model
 from ltrp_timm.data.labels import LabelledImages, open_labelled
 from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
 from ltrp_timm.measure.throughput import environment
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.open_model import build_model, build_plain, check_names, describe_model
 from ltrp_timm.runtime.world import World
 from ltrp_timm.selection import num_keep
-from ltrp_timm.train.network import image_config
+from ltrp_timm.train.head import image_config
 
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.25)
 
@@ -128,7 +128,7 @@ def _build(options: EvaluateOptions) -> tuple[Any, str | None]:
     check_names(options.model, options.ranker, option="MODEL")
     shared: dict[str, Any] = {
         "option": "MODEL",
-        "pretrained": options.pretrained,
+        "pretrained": options.pretrained or None,
         "checkpoint": options.checkpoint,
         "img_size": options.img_size,
         "num_classes": options.num_classes,
@@ -156,11 +156,11 @@ def _build(options: EvaluateOptions) -> tuple[Any, str | None]:
 def _build_plain(name: str, shared: dict[str, Any]) -> tuple[Any, str | None]:
     """A model as it is; one that takes images of any size is not told theirs."""
     try:
-        return build_plain(name, **shared)
+        return build_model(name, plain=True, **shared)
     except CommandError as error:
         if not isinstance(error.__cause__, TypeError) or "img_size" not in str(error):
             raise
-    return build_plain(name, **{**shared, "img_size": None})
+    return build_model(name, plain=True, **{**shared, "img_size": None})
 
 
 def _label_names(options: EvaluateOptions, model: Any) -> Any:

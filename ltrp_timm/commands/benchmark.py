@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._console import CommandError, behind_links, check_output, output_errors
 from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
+from ltrp_timm.commands._model import build_model, check_names, quiet_about_training
 from ltrp_timm.deploy.formats import input_size
 from ltrp_timm.measure.payoff import (
     COMPILE_MODES,
@@ -25,7 +26,6 @@ from ltrp_timm.measure.payoff import (
 )
 from ltrp_timm.measure.throughput import Ratio, environment
 from ltrp_timm.models.front_end import make_ranker
-from ltrp_timm.models.open_model import build_model, check_names, quiet_about_training
 from ltrp_timm.selection import SELECTIONS
 from ltrp_timm.weights.files import write_atomically
 

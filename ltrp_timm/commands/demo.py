@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ltrp_timm._text import complain, printable, say
 from ltrp_timm.commands._console import CommandError, behind_links, check_output, output_errors
-from ltrp_timm.data.photos import load_image
-from ltrp_timm.measure.throughput import Timing, compare
-from ltrp_timm.measure.throughput import ratio as speed_up
-from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.open_model import (
+from ltrp_timm.commands._model import (
     build_model,
     check_names,
     describe_model,
     quiet_about_training,
 )
+from ltrp_timm.data.photos import load_image
+from ltrp_timm.measure.throughput import Timing, compare
+from ltrp_timm.measure.throughput import ratio as speed_up
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.visualize import keeping, overview, stack_rows, to_tensor
 from ltrp_timm.weights.files import write_atomically
 
@@ -64,7 +64,7 @@ def demo(
     failed = images is not None and len(photos) < len(images)
     if not photos:
         raise CommandError("no photo could be read, nothing was written.")
-    model, weights = build_model(model_name, ranker=ranker, pretrained=pretrained)
+    model, weights = build_model(model_name, ranker=ranker, pretrained=pretrained or None)
     describe_model(model, model_name, weights, keep_ratios)
     rows, shown = _draw(photos, model, keep_ratios)
     if not rows:

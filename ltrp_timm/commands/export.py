@@ -11,17 +11,17 @@ import torch
 from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._console import CommandError, check_output, output_errors
 from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
-from ltrp_timm.deploy.export import Exported, describe, export_model
-from ltrp_timm.deploy.formats import FORMATS, input_size, load_exported, require, write_file
-from ltrp_timm.measure.throughput import Timing, compare
-from ltrp_timm.measure.throughput import ratio as speed_up
-from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.open_model import (
+from ltrp_timm.commands._model import (
     build_model,
     check_names,
     describe_model,
     quiet_about_training,
 )
+from ltrp_timm.deploy.export import Exported, describe, export_model
+from ltrp_timm.deploy.formats import FORMATS, input_size, load_exported, require, write_file
+from ltrp_timm.measure.throughput import Timing, compare
+from ltrp_timm.measure.throughput import ratio as speed_up
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection import SELECTIONS
 from ltrp_timm.visualize import keeping
 
@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
             ranker_weights=arguments.ranker_weights,
             selection=arguments.selection,
             keep_ratio=arguments.keep_ratio,
-            pretrained=arguments.pretrained,
+            pretrained=arguments.pretrained or None,
             checkpoint=arguments.checkpoint,
             img_size=arguments.img_size,
             num_classes=arguments.num_classes,

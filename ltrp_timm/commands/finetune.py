@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from ltrp_timm.commands._flags import keep_ratio
+from ltrp_timm.commands._model import check_names
 from ltrp_timm.commands.train import (
     add_settings,
     given_settings,
@@ -14,7 +15,6 @@ from ltrp_timm.commands.train import (
 )
 from ltrp_timm.data.multi_label import MULTI_LABEL_LOSSES
 from ltrp_timm.layers.ml_decoder import HEADS
-from ltrp_timm.models.open_model import check_names, weights_of_ranker
 from ltrp_timm.selection import SELECTIONS
 from ltrp_timm.train.augment import ERASE_MODES, MIXUP_MODES, Augmentation
 from ltrp_timm.train.budget import SCHEDULES
@@ -90,9 +90,5 @@ def _run(arguments: argparse.Namespace) -> int:
         if name in values:
             values[name] = parse_values(values[name])
     values |= {name: getattr(arguments, name) for name in ("model", "data", "output")}
-    trained = weights_of_ranker(
-        values.get("ranker"), values.get("ranker_weights"), values.get("pretrained", False)
-    )
-    values |= {} if trained is None else {"ranker_weights": trained}
     hint = f"timm.create_model('local-dir:{arguments.output}', pretrained=True)"
     return run_training(finetune, values, hint)

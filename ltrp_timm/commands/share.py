@@ -1,7 +1,6 @@
 """``ltrp-timm save`` and ``push``: flags into arguments of ``sharing``."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ltrp_timm._text import say
@@ -48,6 +47,7 @@ def add_push(commands: Any) -> None:
 
 
 def _run_save(arguments: argparse.Namespace) -> int:
+    from ltrp_timm.models.open_model import open_model
     from ltrp_timm.share.save import CARD_NAME, save_pretrained
 
     if arguments.pretrained == (arguments.checkpoint is not None):
@@ -56,47 +56,27 @@ def _run_save(arguments: argparse.Namespace) -> int:
     if arguments.ranker_weights:
         told.setdefault("ranker", arguments.ranker_weights)
     with library_errors():
-        model = _make_model(arguments)
+        model, weights = open_model(
+            arguments.model,
+            pretrained=arguments.pretrained,
+            checkpoint=arguments.checkpoint,
+            ranker=arguments.ranker,
+            ranker_weights=arguments.ranker_weights,
+            keep_ratio=arguments.keep_ratio,
+            selection=arguments.selection,
+            num_classes=arguments.num_classes,
+            img_size=arguments.img_size,
+        )
         origin = model.pretrained_cfg.get("hf_hub_id") if arguments.pretrained else None
         if origin:
             told.setdefault("base_model", origin)
         folder = save_pretrained(model, arguments.output, told, arguments.overwrite)
     say(f"{folder}: config.json, model.safetensors, {CARD_NAME}")
+    say(f"backbone weights: {weights}")
     for name in ("license", "training_data"):
         if name not in told:
             say(f"the card states no {name.replace('_', ' ')}: --{name.replace('_', '-')} does")
     return 0
-
-
-def _make_model(arguments: argparse.Namespace) -> Any:
-    import timm
-
-    import ltrp_timm.models.ltrp_vit  # noqa: F401  # registers the names
-    from ltrp_timm.models.factory import checkpoint_filter_fn
-    from ltrp_timm.models.open_model import weights_of_ranker
-    from ltrp_timm.weights.files import check_keys, read_weights
-
-    args: dict[str, Any] = {
-        "ranker": arguments.ranker,
-        "ranker_weights": weights_of_ranker(
-            arguments.ranker, arguments.ranker_weights, arguments.pretrained
-        ),
-        "keep_ratio": arguments.keep_ratio,
-        "selection": arguments.selection,
-        "num_classes": arguments.num_classes,
-        "img_size": arguments.img_size,
-    }
-    own = arguments.model.split(".")[0] in timm.list_models("ltrp*")
-    if not own:
-        args["backbone"] = arguments.model
-    name = arguments.model if own else "ltrp"
-    model = timm.create_model(name, pretrained=arguments.pretrained, **args)
-    if arguments.checkpoint is not None:
-        weights, _ = read_weights(Path(arguments.checkpoint))
-        weights = checkpoint_filter_fn(weights, model)
-        check_keys(model.state_dict(), weights, arguments.checkpoint)  # the head included
-        model.load_state_dict(weights)
-    return model
 
 
 def _run_push(arguments: argparse.Namespace) -> int:

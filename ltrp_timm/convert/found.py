@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from torch import Tensor
 
-from ltrp_timm.weights.files import PREPROCESSOR_NAME, PathLike, locate, read_checkpoint
+from ltrp_timm.weights.files import PREPROCESSOR_NAME, PathLike, read_weights
 
 STAGE_1 = "LTRP stage 1"
 STAGE_2 = "fine-tuned ViT"
@@ -72,8 +72,8 @@ def open_checkpoint(
         OSError: the Hub refuses or does not answer.
         ValueError: it cannot be read, or has none of the known layouts.
     """
-    path = locate(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
-    weights, config, beside = read_checkpoint(path)
+    found = read_weights(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
+    weights, config, beside, _, path = found
     text = os.fspath(source)
     if {"ranker", "teacher", "architecture"} & set(config or {}):
         raise ValueError(f"{text} is in a layout of this library or of timm already.")

@@ -255,7 +255,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[s
             state_dict = state_dict[wrapper]
     plain = is_plain(state_dict)
     inner = state_dict if plain else _with_prefix(state_dict, _PREFIX)
-    inner = _fit_backbone(_backbone_filter(inner, model.backbone), model.backbone)
+    inner = _fit_backbone(backbone_filter(inner, model.backbone), model.backbone)
     inner = _fit_head(inner, model)
     own = model.ranker.state_dict()
     ranker = own if plain else adapt_channels(_with_prefix(state_dict, "ranker."), own)
@@ -312,7 +312,8 @@ def _with_prefix(state_dict: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
     }
 
 
-def _backbone_filter(state_dict: Dict[str, Any], backbone: nn.Module) -> Dict[str, Any]:
+def backbone_filter(state_dict: Dict[str, Any], backbone: nn.Module) -> Dict[str, Any]:
+    """timm's filter of a model's family: other layouts, position tables of another size."""
     for kind in type(backbone).__mro__:
         fn = getattr(importlib.import_module(kind.__module__), "checkpoint_filter_fn", None)
         if fn is not None:

@@ -1,200 +1,130 @@
-"""Models by the names a user types: what a command builds, and what it says about it."""
+"""Models by name, with their weights: the one way from a name to a model."""
 
 import contextlib
 import difflib
-import os
-import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.models import load_state_dict
+from torch import Tensor, nn
 
-from ltrp_timm._text import one_line, printable, say
-from ltrp_timm.commands._console import CommandError
+from ltrp_timm._text import one_line, printable
+from ltrp_timm.models.factory import backbone_filter, checkpoint_filter_fn
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.timm_interface import GENERIC
-from ltrp_timm.rankers import list_rankers, ranker_class
-from ltrp_timm.selection import num_keep
+from ltrp_timm.rankers import ranker_class
+from ltrp_timm.weights.files import PathLike, load_strictly, read_weights
+from ltrp_timm.weights.hub import hub_errors
 
-_IDS = ("hf-hub:", "hf_hub:", "local-dir:")  # names that say where to find a model
-_LONGEST = 300  # characters of somebody else's error
+_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def is_source(name: str) -> bool:
-    """Whether a name says where a model lies, with weights and all: a repository or a folder."""
-    return name.startswith(_IDS)
+    """Whether a name is that of a repository or a folder: its weights are there too."""
+    return name.startswith(_SOURCES)
 
 
-def check_names(model_name: str, ranker: str | None, option: str = "--model") -> None:
-    """Say before any long work that a name is unknown.
+def check_name(name: str, label: str = "model") -> None:
+    """Check that timm knows a model.
 
     Args:
-        model_name: an ``ltrp_*`` name, any timm model, or ``hf-hub:…`` or ``local-dir:…``.
-        ranker: one of ``list_rankers()``, or None.
-        option: how the command calls the model's name.
+        name: as in ``open_model``; a repository or a folder is not looked at.
+        label: how the error calls the name.
 
     Raises:
-        CommandError: one of them is unknown; similar names are named.
+        ValueError: the name or its tag is unknown; the message lists similar names.
     """
-    if ranker is not None and ranker not in list_rankers():
-        raise CommandError(f"--ranker must be one of {', '.join(list_rankers())}, got {ranker!r}.")
-    if is_source(model_name):
+    if is_source(name):
         return
-    if not timm.is_model(model_name):
-        near = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('ltrp*')."
-        raise CommandError(f"{option} {model_name!r} is unknown: {hint}")
+        raise ValueError(f"{label} {name!r} is unknown: {hint}")
     try:
-        timm.models.get_pretrained_cfg(model_name)
+        timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:  # a tag that does not exist
-        raise CommandError(f"{option} {model_name!r}: {error}") from error
+        raise ValueError(f"{label} {name!r}: {error}") from error
 
 
-def build_model(
+def open_model(
     name: str,
     *,
-    ranker: str | None = None,
-    pretrained: bool = False,
-    option: str = "--model",
-    checkpoint: str | None = None,
-    ranker_weights: str | None = None,
+    pretrained: bool | None = None,
+    checkpoint: PathLike | None = None,
+    plain: bool = False,
+    ranker: str | nn.Module | None = None,
+    ranker_weights: bool | PathLike | None = None,
+    ranker_args: Mapping[str, Any] | None = None,
     keep_ratio: float | None = None,
     selection: str | None = None,
-    **sizes: Any,
-) -> tuple[LTRPModel, str | None]:
-    """Build a model by name, with the weights that are at hand.
+    **kwargs: Any,
+) -> tuple[Any, str | None]:
+    """Build a model by name and load its weights. Arguments that are None are left out.
 
     Args:
-        name: an ``ltrp_*`` name, any timm ViT, or ``hf-hub:…`` or ``local-dir:…``.
-        ranker: replaces the model's own; None keeps it, or takes contrast where there is none.
-        pretrained: download weights that are not in the Hub's local cache.
-        option: how the command calls the model's name.
-        checkpoint: file with weights of the model or of its plain backbone.
-        ranker_weights: folder or file with weights of the ranker.
-        keep_ratio: share of patches to keep; None keeps the model's own.
-        selection: the model's; None keeps its own.
-        **sizes: arguments of timm for the backbone (``img_size``, ``num_classes``), None where the
-            model's own stays.
+        name: an ``ltrp_*`` name, any timm model, ``hf-hub:…`` or ``local-dir:…``.
+        pretrained: True downloads the published weights, and those of a named ranker that has
+            some; False loads none; None loads what is on this machine, in a repository or a folder
+            that ``name`` stands for, or in the Hub's local cache.
+        checkpoint: weights of the model or of its plain backbone instead (see ``read_weights``).
+            Position tables of another image size are resampled, and ``num_classes`` is that of the
+            file's head, unless it is given.
+        plain: leave a timm model as it is; otherwise patches are dropped from it.
+        ranker: replaces the model's ranker (a timm model has the default of ``drop_patches``).
+        ranker_weights: as in ``drop_patches``.
+        ranker_args: as in ``drop_patches``.
+        keep_ratio: replaces the model's.
+        selection: replaces the model's.
+        **kwargs: arguments of ``timm.create_model`` (``img_size``, ``num_classes``, …).
 
     Returns:
-        The model in eval mode, and where its backbone's weights are from; None: they are random.
+        The model in eval mode, and where its backbone's weights are from (None: they are random).
 
     Raises:
-        CommandError: the model cannot be built; one line.
+        ValueError: the name is unknown, or an argument is wrong or does not fit the model.
+        TypeError: patches cannot be dropped from the model, or it does not know an argument.
+        RuntimeError: weights do not fit; the message lists every difference.
+        OSError: a file does not exist, or the Hub refuses or does not answer.
     """
-    front: dict[str, Any] = {
+    check_name(name)
+    given = {
         "ranker": ranker,
-        "ranker_weights": weights_of_ranker(ranker, ranker_weights, pretrained),
+        "ranker_weights": ranker_weights,
+        "ranker_args": ranker_args,
         "keep_ratio": keep_ratio,
         "selection": selection,
     }
-    front = {key: value for key, value in front.items() if value is not None}
-    sizes = {key: value for key, value in sizes.items() if value is not None}
-    with _in_one_line(option, name):
-        model, weights = _create(name, front, sizes, pretrained and checkpoint is None, checkpoint)
-        if checkpoint is not None:
-            weights = _load(model, checkpoint, ranker_weights)
-    return model.eval(), _with_head(weights, model, checkpoint)
+    front = {key: value for key, value in given.items() if value is not None}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if plain and front:
+        raise ValueError(f"{', '.join(front)}: patches are not dropped from a plain model.")
+    if pretrained and isinstance(ranker, str) and ranker_weights is None:
+        if ranker_class(ranker).has_published_weights:
+            front["ranker_weights"] = True
+    if checkpoint is None:
+        with _known_errors(name):
+            model, origin = _create(name, pretrained, plain, front, kwargs)
+        return model.eval(), _with_head(origin, model)
+    found = read_weights(checkpoint)
+    if ranker_weights is not None and any(key.startswith("ranker.") for key in found.tensors):
+        raise ValueError(f"{checkpoint} has a ranker: leave ranker_weights (--ranker-weights) out.")
+    if not is_source(name):
+        kwargs.setdefault("num_classes", _num_classes(name, found.tensors))
+    with _known_errors(name):
+        model, _ = _create(name, False, plain, front, kwargs)
+    fit = checkpoint_filter_fn if isinstance(model, LTRPModel) else backbone_filter
+    load_strictly(model, fit(found.tensors, model), str(checkpoint))
+    average = " (average of the weights)" if found.averaged else ""
+    return model.eval(), f"read from {printable(str(checkpoint))}{average}"
 
 
-def weights_of_ranker(ranker: str | None, given: str | None, pretrained: bool) -> Any:
-    """What ``--ranker``, ``--ranker-weights`` and ``--pretrained`` together ask for.
-
-    Args:
-        ranker: its name; None where the model keeps its own.
-        given: folder, file or repository; goes before all else.
-        pretrained: published weights are wanted: the ranker's too, where there are some (those of
-            ``attention`` are a backbone's that timm publishes).
-
-    Returns:
-        ``ranker_weights`` of ``create_model`` and ``drop_patches``.
-    """
-    if given is not None or ranker is None or not pretrained:
-        return given
-    return ranker_class(ranker).has_published_weights or None
-
-
-def build_plain(
-    name: str,
-    *,
-    pretrained: bool = False,
-    option: str = "--model",
-    checkpoint: str | None = None,
-    **sizes: Any,
-) -> tuple[Any, str | None]:
-    """Build a timm model as it is, with the weights that are at hand; see ``build_model``.
-
-    Raises:
-        CommandError: the model cannot be built; one line.
-    """
-    sizes = {key: value for key, value in sizes.items() if value is not None}
-    with _in_one_line(option, name):
-        if is_source(name):
-            model = timm.create_model(name, pretrained=checkpoint is None, **sizes)
-            weights: str | None = f"those of {printable(name)}"
-        else:
-            weights, kwargs = _weights_of(name, pretrained and checkpoint is None, checkpoint)
-            model = timm.create_model(name, **kwargs, **sizes)
-        if checkpoint is not None:
-            weights = _load(model, checkpoint, None)
-    return model.eval(), _with_head(weights, model, checkpoint)
-
-
-@contextlib.contextmanager
-def _in_one_line(option: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # timm, the Hub's client and file formats: no common type
-        reason = textwrap.shorten(one_line(error), _LONGEST, placeholder=" …")
-        raise CommandError(f"{option} {printable(name)}: {reason}") from error
-
-
-def _with_head(weights: str | None, model: Any, checkpoint: str | None) -> str | None:
-    published = (model.pretrained_cfg or {}).get("num_classes")
-    if weights and checkpoint is None and model.num_classes not in (0, published):
-        return f"{weights}; the head for {model.num_classes} classes is new and random"
-    return weights
-
-
-def _create(
-    name: str,
-    front: dict[str, Any],
-    sizes: dict[str, Any],
-    pretrained: bool,
-    checkpoint: str | None,
-) -> tuple[LTRPModel, str | None]:
-    if is_source(name):
-        found = timm.create_model(name, pretrained=checkpoint is None, **sizes)
-        return with_front_end(found, front), f"those of {printable(name)}"
-    weights, kwargs = _weights_of(name, pretrained, checkpoint)
-    kwargs = {**kwargs, **front, **sizes}
-    ours = name.startswith(GENERIC)
-    if not ours:
-        kwargs["backbone"] = name
-    return timm.create_model(name if ours else GENERIC, **kwargs), weights
-
-
-def _weights_of(
-    name: str, pretrained: bool, checkpoint: str | None
-) -> tuple[str | None, dict[str, Any]]:
-    """Where a model's weights come from, and what tells timm."""
-    cached = _cached_weights(name) if checkpoint is None else None
-    if cached is None:
-        return "downloaded" if pretrained else None, {"pretrained": pretrained}
-    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
-    return "found in the local cache", overlay
-
-
-def with_front_end(found: torch.nn.Module, front: dict[str, Any]) -> LTRPModel:
-    """A model of any kind with these settings; a ranker that it has stays unless one is named."""
+def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
+    """Drop patches from a model with these settings; its own ranker stays unless one is named."""
     if not isinstance(found, LTRPModel):
         return drop_patches(found, **front)
-    if "ranker" in front or "ranker_weights" in front:
+    if {"ranker", "ranker_weights", "ranker_args"} & set(front):
         name = front.get("ranker") or getattr(found.ranker, "name", "")
         own = {"keep_ratio": found.keep_ratio, "selection": found.selection}
         return drop_patches(found.restore(), **{**own, **front, "ranker": name})
@@ -203,17 +133,40 @@ def with_front_end(found: torch.nn.Module, front: dict[str, Any]) -> LTRPModel:
     return found
 
 
-def _load(model: Any, checkpoint: str, ranker_weights: str | None) -> str:
-    if not os.path.isfile(checkpoint):
-        raise FileNotFoundError(f"the checkpoint {checkpoint} is no file.")
+@contextlib.contextmanager
+def _known_errors(name: str) -> Iterator[None]:
+    """Errors of timm and of file formats as one of four types."""
+    repository = name.partition(":")[2] if is_source(name) else name
     try:
-        state_dict = load_state_dict(checkpoint, weights_only=True)
-    except Exception as error:  # what unpicklers raise has no common type
-        raise ValueError(f"{checkpoint} is no readable checkpoint: {one_line(error)}") from error
-    if ranker_weights is not None and any(key.startswith("ranker.") for key in state_dict):
-        raise ValueError(f"{checkpoint} brings a ranker of its own: leave --ranker-weights out.")
-    model.load_state_dict(state_dict)
-    return f"read from {printable(checkpoint)}"
+        with hub_errors(repository):
+            yield
+    except (ValueError, TypeError, RuntimeError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{printable(name)} cannot be built: {one_line(error)}") from error
+
+
+def _create(
+    name: str,
+    pretrained: bool | None,
+    plain: bool,
+    front: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, str | None]:
+    if is_source(name):
+        load = pretrained is not False
+        model = timm.create_model(name, pretrained=load, **kwargs)
+        origin = f"those of {printable(name)}" if load else None
+        return model if plain else with_front_end(model, front), origin
+    origin = f"those that timm publishes for {name}" if pretrained else None
+    kwargs = {**kwargs, **front, "pretrained": bool(pretrained)}
+    cached = None if pretrained is False else _cached_weights(name)
+    if cached is not None:
+        origin = "found in the local cache"
+        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
+    if not plain and not name.startswith(GENERIC):
+        name, kwargs["backbone"] = GENERIC, name
+    return timm.create_model(name, **kwargs), origin
 
 
 def _cached_weights(name: str) -> str | None:
@@ -226,39 +179,18 @@ def _cached_weights(name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def describe_model(
-    model: LTRPModel, name: str, weights: str | None, keep_ratios: Sequence[float]
-) -> None:
-    """Say what a model is: its size, its ranker, how many patches it keeps, its weights."""
-    size = model.data_config()["input_size"][-2:]
-    h, w = model.grid_size(torch.empty(1, model.in_chans, *size, device="meta"))
-    kept = ", ".join(f"{num_keep(h * w, r)} of {h * w} at {r:g}" for r in keep_ratios)
-    backbone = f"{_millions(model.backbone)}, images of {size[0]}x{size[1]}"
-    say(f"model       {printable(name)}, {backbone}")
-    say(f"ranker      {model.ranker.name}: {_about_ranker(model.ranker)}")
-    say(f"patches     keeps {kept}")
-    random = "random (not in the cache; --pretrained downloads them)"
-    say(f"backbone weights: {weights or random}")
+def _with_head(origin: str | None, model: Any) -> str | None:
+    published = (model.pretrained_cfg or {}).get("num_classes")
+    if origin and model.num_classes not in (0, published):
+        return f"{origin}; the head for {model.num_classes} classes is new and random"
+    return origin
 
 
-def _about_ranker(ranker: Any) -> str:
-    if ranker.name == "random":
-        return "a fixed random order, looks at nothing"
-    if not ranker.learned:
-        return "weight-free, no learning"
-    state = "learned" if ranker.trained else "untrained here, so its choice means nothing"
-    state += f" ({ranker.origin})" if ranker.origin else ""
-    return f"{_millions(ranker)}, {state}"
-
-
-def _millions(module: Any) -> str:
-    count = sum(parameter.numel() for parameter in module.parameters())
-    return f"{count / 1e6:.{1 if count > 1e6 else 2}f} M parameters"
-
-
-@contextlib.contextmanager
-def quiet_about_training() -> Iterator[None]:
-    """The line on the ranker says already what the model's warning would."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the .* ranker has no trained weights")
-        yield
+def _num_classes(name: str, weights: Mapping[str, Tensor]) -> int:
+    """Classes of the head in a file of weights; 0 where it has none."""
+    names = getattr(timm.models.get_pretrained_cfg(name), "classifier", None) or "head"
+    for head in [names] if isinstance(names, str) else names:
+        for part in {head, f"backbone.{head}", head.removeprefix("backbone.")}:
+            if f"{part}.weight" in weights:
+                return int(weights[f"{part}.weight"].shape[0])
+    return 0

@@ -147,11 +147,11 @@ def _load(
     cache_dir: Optional[PathLike] = None,
     token: Optional[str] = None,
 ) -> Any:
-    state_dict, config = read_weights(source, cache_dir=cache_dir, token=token)
+    found = read_weights(source, cache_dir=cache_dir, token=token)
     ranker: Any = build_and_load(
         lambda **args: _named(name, args),
-        {**_saved_args(name, config, source), **kwargs},
-        state_dict,
+        {**_saved_args(name, found.config, source), **kwargs},
+        found.tensors,
         str(source),
         lambda tensors, model: adapt_channels(tensors, model.state_dict()),
     )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ltrp_timm.layers import InputBridge, resize_score_map
-from ltrp_timm.models.front_end import drop_patches
-from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.models.open_model import open_model
 from ltrp_timm.models.timm_interface import pixels_per_token
 from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.selection import check_selection_args, choose_keep_indices
@@ -88,15 +87,19 @@ def ranker_of_model(
     Raises:
         TypeError: patches cannot be dropped from the model.
     """
-    sizes = {} if img_size is None else {"img_size": img_size}
-    net = timm.create_model(model_name, **sizes).eval()
-    backbone = net.restore() if isinstance(net, LTRPModel) else net
-    model = drop_patches(backbone, name, ranker_weights=weights, ranker_args=args)
-    model = model.to(device).eval()
+    model, _ = open_model(
+        model_name,
+        pretrained=False,
+        ranker=name,
+        ranker_weights=weights,
+        ranker_args=args,
+        img_size=img_size,
+    )
+    model = model.to(device)
     config = model.data_config()
     size = tuple(config["input_size"][-2:])
     grid = model.grid_size(torch.empty(1, 3, *size, device="meta"))
-    return Scorer(model.ranker, config, grid, pixels_per_token(backbone), model.patch_scores)
+    return Scorer(model.ranker, config, grid, pixels_per_token(model.backbone), model.patch_scores)
 
 
 def _data_config(size: tuple[int, int], mean: Any, std: Any) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Nothing is claimed that was not told or computed here: no figure, licence or dat
 
 import json
 import re
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ltrp_timm.selection import check_keep_ratio, num_keep
 
@@ -17,7 +18,7 @@ _TEXTS = ("license", "training_data", "ranker", "base_model", "description", "re
 _TABLES = {"measured": "{keep_ratio: {what: value}}", "results": "{who: {what: value}}"}
 
 
-def check_card(card: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
     """Check what a user tells for the card.
 
     Args:
@@ -55,11 +56,11 @@ def check_card(card: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
 def write_card(
     title: str,
     card: Mapping[str, Any],
-    facts: Sequence[Tuple[str, str]],
+    facts: Sequence[tuple[str, str]],
     usage: str,
     num_patches: int,
     grid: str,
-    keep_ratio: Optional[float] = None,
+    keep_ratio: float | None = None,
 ) -> str:
     """The text of a README.md for the Hub.
 
@@ -103,7 +104,7 @@ def write_card(
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(licence: Optional[str], base_model: Optional[str]) -> List[str]:
+def _front_matter(licence: str | None, base_model: str | None) -> list[str]:
     tags = ["image-classification", "timm", "ltrp", "token-pruning"]
     fields = {"license": licence, "base_model": base_model, "library_name": "timm"}
     return [
@@ -115,7 +116,7 @@ def _front_matter(licence: Optional[str], base_model: Optional[str]) -> List[str
     ]
 
 
-def _results(card: Mapping[str, Any]) -> List[str]:
+def _results(card: Mapping[str, Any]) -> list[str]:
     rows = card.get("results") or {}
     if not rows:
         return []
@@ -129,8 +130,8 @@ def _results(card: Mapping[str, Any]) -> List[str]:
 
 
 def _table(
-    measured: Mapping[float, Mapping[str, Any]], num_patches: int, own: Optional[float]
-) -> List[str]:
+    measured: Mapping[float, Mapping[str, Any]], num_patches: int, own: float | None
+) -> list[str]:
     ratios = sorted({*_RATIOS, *measured, *([] if own is None else [own])}, reverse=True)
     columns = list(dict.fromkeys(name for row in measured.values() for name in row))
     lines = [

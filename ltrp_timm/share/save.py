@@ -3,8 +3,9 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any
 
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -31,7 +32,7 @@ FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 def save_pretrained(
     model: nn.Module,
     directory: PathLike,
-    model_card: Optional[Mapping[str, Any]] = None,
+    model_card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and a model card ``README.md`` into a folder.
@@ -67,10 +68,10 @@ def save_pretrained(
 def push_to_hub(
     model: nn.Module,
     repo_id: str,
-    private: Optional[bool] = None,
-    token: Optional[str] = None,
-    revision: Optional[str] = None,
-    model_card: Optional[Mapping[str, Any]] = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    model_card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Put a model or a ranker on the Hub, in one commit; the repository is created when missing.
@@ -105,9 +106,9 @@ def push_to_hub(
 def push_folder(
     directory: PathLike,
     repo_id: str,
-    private: Optional[bool] = None,
-    token: Optional[str] = None,
-    revision: Optional[str] = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
 ) -> str:
     """Put what ``save_pretrained`` wrote on the Hub; arguments and errors as in ``push_to_hub``.
@@ -136,9 +137,9 @@ def push_folder(
 def _upload(
     folder: Path,
     repo_id: str,
-    private: Optional[bool],
-    token: Optional[str],
-    revision: Optional[str],
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
     overwrite: bool,
 ) -> str:
     name = hub.upload(
@@ -150,7 +151,7 @@ def _upload(
 def _save(
     model: Any,
     folder: Path,
-    model_card: Optional[Mapping[str, Any]],
+    model_card: Mapping[str, Any] | None,
     overwrite: bool,
     repo_id: str,
 ) -> Path:
@@ -195,7 +196,7 @@ def check_ranker(ranker: Any, whole: bool) -> None:
         )
 
 
-def model_config(model: Any) -> Dict[str, Any]:
+def model_config(model: Any) -> dict[str, Any]:
     """timm's configuration of a model, ours or a plain one, as it is now.
 
     Raises:
@@ -208,16 +209,16 @@ def model_config(model: Any) -> Dict[str, Any]:
             save_config_for_hf(model, str(path), model_args=args)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the model cannot be saved: {first_line(error)}") from error
-        config: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config
 
 
-def _model_text(model: LTRPModel, card: Dict[str, Any], repo_id: str) -> str:
+def _model_text(model: LTRPModel, card: dict[str, Any], repo_id: str) -> str:
     args, cfg = model._model_args, model.pretrained_cfg or {}
     backbone = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("architecture")
     rows, cols = pixels_per_token(model.backbone)
     height, width = _image_size(model)
-    facts: List[Tuple[str, str]] = [
+    facts: list[tuple[str, str]] = [
         ("Backbone", f"`{backbone}`"),
         ("Ranker", f"`{model.ranker.name}`"),
         ("Selection", f"`{model.selection}`" + _options(args.get("selection_args"))),
@@ -243,7 +244,7 @@ def _model_text(model: LTRPModel, card: Dict[str, Any], repo_id: str) -> str:
     )
 
 
-def _image_size(model: LTRPModel) -> Tuple[int, int]:
+def _image_size(model: LTRPModel) -> tuple[int, int]:
     size = getattr(getattr(model.backbone, "patch_embed", None), "img_size", None)
     cfg = model.pretrained_cfg or {}
     height, width = size if size is not None else cfg.get("input_size", (3, 224, 224))[-2:]
@@ -254,14 +255,14 @@ def _options(options: Any) -> str:
     return f" with {json.dumps(dict(options))}" if options else ""
 
 
-def _origin(ranker: Any) -> Dict[str, Any]:
+def _origin(ranker: Any) -> dict[str, Any]:
     """Where the ranker's weights are from, as a card says it, when that is known."""
     if not ranker.learned:
         return {"ranker": "none: it has no weights"}
     return {"ranker": ranker.origin} if ranker.origin else {}
 
 
-def _ranker_text(ranker: Any, card: Dict[str, Any], repo_id: str) -> str:
+def _ranker_text(ranker: Any, card: dict[str, Any], repo_id: str) -> str:
     height, width = ranker.img_size or (224, 224)
     rows, cols = ranker.patch_size
     weights = sum(parameter.numel() for parameter in ranker.parameters())

@@ -2,8 +2,9 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -21,7 +22,6 @@ from ltrp_timm.weights.files import (
     PREPROCESSOR_NAME,
     PathLike,
     build_and_load,
-    locate,
     read_weights,
 )
 from ltrp_timm.weights.untrusted import check_saved_args, read_json
@@ -43,8 +43,8 @@ _SAVED = set(inspect.signature(MAETeacher).parameters) - {"frozen", "device", "d
 
 def create_teacher(
     source: PathLike = DEFAULT_SOURCE,
-    cache_dir: Optional[PathLike] = None,
-    token: Optional[str] = None,
+    cache_dir: PathLike | None = None,
+    token: str | None = None,
     **kwargs: Any,
 ) -> MAETeacher:
     """Load an MAE, encoder and decoder, frozen.
@@ -72,14 +72,13 @@ def create_teacher(
         ValueError: what is there is no whole MAE, or does not tell its number of heads.
         RuntimeError: the weights do not fit; every name that is missing or too much is listed.
     """
-    path = locate(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
-    state_dict, config = read_weights(path)
-    return teacher_of(state_dict, config, path, str(source), kwargs)
+    found = read_weights(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
+    return teacher_of(found.tensors, found.config, found.path, str(source), kwargs)
 
 
 def teacher_of(
     state_dict: Mapping[str, Tensor],
-    config: Optional[Mapping[str, Any]],
+    config: Mapping[str, Any] | None,
     path: Path,
     source: str,
     given: Mapping[str, Any],
@@ -100,7 +99,7 @@ def teacher_of(
     return teacher
 
 
-def _normalisation(path: Path) -> Dict[str, Any]:
+def _normalisation(path: Path) -> dict[str, Any]:
     """Mean and std from the preprocessor's file that lies beside Hugging Face weights."""
     file = path / PREPROCESSOR_NAME
     if not path.is_dir() or not file.is_file():
@@ -112,7 +111,7 @@ def _normalisation(path: Path) -> Dict[str, Any]:
     return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
 
 
-def _fit_positions(state_dict: Mapping[str, Tensor], teacher: MAETeacher) -> Dict[str, Tensor]:
+def _fit_positions(state_dict: Mapping[str, Tensor], teacher: MAETeacher) -> dict[str, Tensor]:
     """Resample position tables of a square grid to the teacher's."""
     out = dict(state_dict)
     for name in ("pos_embed", "decoder_pos_embed"):

@@ -6,7 +6,7 @@ them are one batch, cut into chunks that fit into memory.
 """
 
 import math
-from typing import Callable, Optional, Tuple, Union
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,15 +34,15 @@ _DEVICE_SHARE = 0.5
 def semantic_density(
     teacher: MAETeacher,
     images: Tensor,
-    visible_indices: Optional[Tensor] = None,
+    visible_indices: Tensor | None = None,
     mask_ratio: float = 0.9,
     removal: str = "full",
-    metric: Union[str, ImageChange] = "l1",
+    metric: str | ImageChange = "l1",
     aggregate: str = "mean",
-    num_removed: Optional[int] = None,
-    chunk: Optional[int] = None,
-    generator: Optional[Generators] = None,
-) -> Tuple[Tensor, Tensor]:
+    num_removed: int | None = None,
+    chunk: int | None = None,
+    generator: Generators | None = None,
+) -> tuple[Tensor, Tensor]:
     """Score visible patches by what the teacher's reconstruction of the masked ones loses.
 
     The teacher paints the M masked patches from the V visible ones, and once more without each of
@@ -113,7 +113,7 @@ def semantic_density(
 
 
 def _check_choices(
-    removal: str, metric: Union[str, ImageChange], aggregate: str, chunk: Optional[int]
+    removal: str, metric: str | ImageChange, aggregate: str, chunk: int | None
 ) -> None:
     if removal not in REMOVALS:
         raise ValueError(f"removal must be one of {', '.join(REMOVALS)}, got {removal!r}.")
@@ -132,7 +132,7 @@ def _check_choices(
 
 
 def _columns_to_remove(
-    visible_indices: Tensor, num_removed: Optional[int], generator: Optional[Generators]
+    visible_indices: Tensor, num_removed: int | None, generator: Generators | None
 ) -> Tensor:
     """Which of the V columns to remove, (B, R), ascending."""
     batch, visible = visible_indices.shape
@@ -143,9 +143,7 @@ def _columns_to_remove(
     return select_top(draw_uniform(batch, visible, generator, visible_indices.device), num_removed)
 
 
-def _chunks(
-    teacher: MAETeacher, visible: int, rows: Tensor, chunk: Optional[int]
-) -> Tuple[int, int]:
+def _chunks(teacher: MAETeacher, visible: int, rows: Tensor, chunk: int | None) -> tuple[int, int]:
     """Variants at a time for the encoder and for the decoder, by what their layers take.
 
     The encoder's variants are short: many of them are needed to be worth reading its weights, and
@@ -232,7 +230,7 @@ class _Change:
         self,
         variants: _Variants,
         images: Tensor,
-        metric: Union[str, ImageChange],
+        metric: str | ImageChange,
         aggregate: str,
     ) -> None:
         self.teacher, self.aggregate = variants.teacher, aggregate

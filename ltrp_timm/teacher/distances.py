@@ -6,7 +6,8 @@ Axes: n reconstructions, M patches, C = pixels * channels values of a patch, cha
 import functools
 import importlib
 import math
-from typing import Any, Callable, Dict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -55,8 +56,8 @@ def ssim_change(a: Tensor, b: Tensor, num_channels: int = 3) -> Tensor:
 
 
 # these compare what the decoder predicts, those need pixels
-PREDICTION_CHANGES: Dict[str, PatchChange] = {"l1": l1_change, "mse": mse_change}
-PIXEL_CHANGES: Dict[str, PatchChange] = {"ssim": ssim_change, "psnr": psnr_change}
+PREDICTION_CHANGES: dict[str, PatchChange] = {"l1": l1_change, "mse": mse_change}
+PIXEL_CHANGES: dict[str, PatchChange] = {"ssim": ssim_change, "psnr": psnr_change}
 METRICS = (*PREDICTION_CHANGES, *PIXEL_CHANGES, "lpips")
 
 

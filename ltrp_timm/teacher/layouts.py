@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Any, Dict, List, Mapping, Tuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ltrp_timm.weights.untrusted import MAX_DEPTH, check_saved_args
 
 # Hugging Face -> plain names; what transformers writes today has `decoder.decoder_encoder.layer`
-_RENAMES: Tuple[Tuple[str, str], ...] = (
+_RENAMES: tuple[tuple[str, str], ...] = (
     (r"^(?:vit\.)?embeddings\.cls_token$", "cls_token"),
     (r"^(?:vit\.)?embeddings\.position_embeddings$", "pos_embed"),
     (r"^(?:vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -46,7 +47,7 @@ _CONFIG_ARGS = {
 }
 
 
-def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> Dict[str, Tensor]:
+def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Weights of any known layout -> the names of the authors, which are ``MAETeacher``'s.
 
     Raises:
@@ -74,12 +75,12 @@ def _rename(name: str) -> str:
     return name
 
 
-def _fuse_qkv(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def _fuse_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Separate query, key and value -> one qkv; a part without its companions keeps its name."""
-    out: Dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         found = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
-        parts: List[str] = []
+        parts: list[str] = []
         if found is not None:
             parts = [f"{found[1]}{part}.{found[3]}" for part in "qkv"]
         if not parts or not all(part in state_dict for part in parts):
@@ -90,7 +91,7 @@ def _fuse_qkv(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return out
 
 
-def config_args(config: Mapping[str, Any], source: str) -> Dict[str, Any]:
+def config_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A saved configuration, ours or that of Hugging Face -> arguments of ``MAETeacher``.
 
     Raises:
@@ -110,7 +111,7 @@ def config_args(config: Mapping[str, Any], source: str) -> Dict[str, Any]:
 
 def infer_args(
     state_dict: Mapping[str, Tensor], given: Mapping[str, Any], source: str
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Complete the arguments of ``MAETeacher`` by what shapes tell; ``given`` ones win.
 
     Raises:
@@ -121,7 +122,7 @@ def infer_args(
     if kernel is None or kernel.dim() != 4 or table.dim() != 3 or embed is None or embed.dim() != 2:
         raise ValueError(f"{source} is no MAE: its embeddings have shapes of something else.")
     width, decoder_width = kernel.shape[0], embed.shape[0]
-    args: Dict[str, Any] = {
+    args: dict[str, Any] = {
         "patch_size": tuple(kernel.shape[2:]),
         "in_chans": kernel.shape[1],
         "embed_dim": width,

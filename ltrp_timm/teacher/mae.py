@@ -5,8 +5,9 @@ a patch, D widths. Sequences are [class token, visible patches, mask tokens]: at
 care for the order, each token carries its position.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -69,8 +70,8 @@ class MAETeacher(nn.Module):
 
     def __init__(
         self,
-        img_size: Union[int, Sequence[int]] = 224,
-        patch_size: Union[int, Sequence[int]] = 16,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -101,14 +102,14 @@ class MAETeacher(nn.Module):
             decoder_mlp_ratio,
             qkv_bias,
         )
-        dd: Dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self._build_encoder(embed_dim, depth, num_heads, dd)
         self._build_decoder(embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads, dd)
         self._init_weights()
         if frozen:
             self.requires_grad_(False).eval()
 
-    def _build_encoder(self, width: int, depth: int, num_heads: int, dd: Dict[str, Any]) -> None:
+    def _build_encoder(self, width: int, depth: int, num_heads: int, dd: dict[str, Any]) -> None:
         self.patch_embed = PatchEmbed(self.img_size, self.patch_size, self.in_chans, width, **dd)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width, **dd))
         self.register_buffer("pos_embed", sincos_pos_embed(width, self.grid_size).to(**dd))
@@ -116,7 +117,7 @@ class MAETeacher(nn.Module):
         self.norm = LayerNorm(width, eps=self.norm_eps, **dd)
 
     def _build_decoder(
-        self, embed_dim: int, width: int, depth: int, num_heads: int, dd: Dict[str, Any]
+        self, embed_dim: int, width: int, depth: int, num_heads: int, dd: dict[str, Any]
     ) -> None:
         self.decoder_embed = nn.Linear(embed_dim, width, **dd)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width, **dd))
@@ -127,7 +128,7 @@ class MAETeacher(nn.Module):
         self.decoder_pred = nn.Linear(width, values, **dd)
 
     def _blocks(
-        self, width: int, depth: int, num_heads: int, mlp_ratio: float, dd: Dict[str, Any]
+        self, width: int, depth: int, num_heads: int, mlp_ratio: float, dd: dict[str, Any]
     ) -> nn.ModuleList:
         if depth < 1 or num_heads < 1 or width % num_heads:
             raise ValueError(
@@ -154,7 +155,7 @@ class MAETeacher(nn.Module):
         super().train(mode and not self.frozen)
         return self
 
-    def config(self) -> Dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Arguments that rebuild this teacher, frozen, as JSON can hold them."""
         names = ["mlp_ratio", "decoder_mlp_ratio", "qkv_bias", "in_chans", "norm_eps"]
         names += ["norm_pix_loss", "mean", "std"]
@@ -202,7 +203,7 @@ class MAETeacher(nn.Module):
             )
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
 
-    def embed(self, images: Tensor, visible_indices: Optional[Tensor] = None) -> Tensor:
+    def embed(self, images: Tensor, visible_indices: Tensor | None = None) -> Tensor:
         """images (B, channels, H, W), visible_indices (B, V) -> tokens with positions (B, V, D).
 
         Raises:
@@ -220,7 +221,7 @@ class MAETeacher(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def encode(self, images: Tensor, visible_indices: Optional[Tensor] = None) -> Tensor:
+    def encode(self, images: Tensor, visible_indices: Tensor | None = None) -> Tensor:
         """Encode the visible patches; the others are absent.
 
         Args:
@@ -283,10 +284,10 @@ class MAETeacher(nn.Module):
     def forward(
         self,
         images: Tensor,
-        visible_indices: Optional[Tensor] = None,
+        visible_indices: Tensor | None = None,
         mask_ratio: float = 0.75,
-        generator: Optional[Generators] = None,
-    ) -> Tuple[Tensor, Tensor]:
+        generator: Generators | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Paint all patches of images of which some are visible.
 
         Args:
@@ -363,13 +364,13 @@ class MAETeacher(nn.Module):
             )
 
 
-def patch_statistics(patches: Tensor) -> Tuple[Tensor, Tensor]:
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """patches (…, C) -> mean and standard deviation (…, 1), as MAE normalises its targets."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
-def _grid(img_size: Tuple[int, int], patch_size: Tuple[int, int]) -> Tuple[int, int]:
+def _grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
     if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
         raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}.")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]

@@ -1,6 +1,7 @@
 """Which patches a teacher sees: how many, and drawn from whose random numbers."""
 
-from typing import Any, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 
 
 def draw_uniform(
-    batch_size: int, num_items: int, generator: Optional[Generators], device: Any = None
+    batch_size: int, num_items: int, generator: Generators | None, device: Any = None
 ) -> Tensor:
     """Uniform numbers (B, n) in [0, 1).
 
@@ -56,7 +57,7 @@ def random_visible_indices(
     batch_size: int,
     num_patches: int,
     mask_ratio: float,
-    generator: Optional[Generators] = None,
+    generator: Generators | None = None,
     device: Any = None,
 ) -> Tensor:
     """Draw the visible patches of each image: those with the V smallest of N random numbers.

@@ -14,7 +14,7 @@ from ltrp_timm.data.classes import ClassData
 from ltrp_timm.data.multi_label import MULTI_LABEL_LOSSES
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.open_model import is_source, with_front_end
+from ltrp_timm.models.open_model import is_source, open_model, with_front_end
 from ltrp_timm.models.timm_interface import GENERIC
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import join_world
@@ -23,19 +23,14 @@ from ltrp_timm.share.save import check_ranker
 from ltrp_timm.train.budget import KeepPlan
 from ltrp_timm.train.classify import ClassifyTask
 from ltrp_timm.train.distill import Distillation
+from ltrp_timm.train.head import check_network, fit_head, image_config, put_head
 from ltrp_timm.train.loop import fit
-from ltrp_timm.train.network import (
-    RANDOM,
-    build_network,
-    check_network,
-    fit_head,
-    image_config,
-    put_head,
-)
 from ltrp_timm.train.recipe import MULTI_LABEL_KEEP_RATIO, Recipe, split_options
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.train.tagging import MultiLabelData, MultiLabelTask
 from ltrp_timm.train.task import Summary
+
+RANDOM = "random: this trains from the start (pretrained or checkpoint begins with weights)"
 
 
 def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
@@ -144,7 +139,18 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
         kwargs = dict(recipe.model_kwargs or {})
         sizes = {"img_size": recipe.img_size, "drop_path_rate": recipe.drop_path}
         kwargs |= {name: value for name, value in sizes.items() if value is not None}
-        net, origin = build_network(str(model), front, recipe.pretrained, recipe.checkpoint, kwargs)
+        name = str(model)
+        if recipe.pretrained and recipe.checkpoint is not None:
+            raise ValueError("pretrained and checkpoint both name weights: give one, not both.")
+        pretrained = recipe.pretrained or is_source(name)
+        net, origin = open_model(
+            name,
+            pretrained=pretrained,
+            checkpoint=recipe.checkpoint,
+            plain=not front,
+            **front,
+            **kwargs,
+        )
         notes = [f"weights: {origin or RANDOM}"]
     _prepare_ranker(net, recipe)
     new_head = fit_head(net, classes.num_classes, classes.class_names)
@@ -211,7 +217,7 @@ def make_distillation(
             )
         teacher = copy.deepcopy(net)
     else:
-        teacher, _ = build_network(recipe.distill, {}, not is_source(recipe.distill), None, {})
+        teacher, _ = open_model(recipe.distill, pretrained=True, plain=True)
     device = next(net.parameters()).device
     weights = (recipe.distill_weight, recipe.distill_temperature, recipe.distill_features)
     distillation = Distillation(teacher.to(device), net, *weights)

@@ -192,7 +192,7 @@ def saved_name(source: Any) -> str:
     if not Path(source).exists():
         names = ", ".join(list_rankers())
         raise FileNotFoundError(f"{source} is no folder or file of a ranker, and none of {names}.")
-    name = (read_weights(source)[1] or {}).get("ranker")
+    name = (read_weights(source).config or {}).get("ranker")
     if not isinstance(name, str):
         raise ValueError(f"{source} holds no ranker.")
     return name

@@ -8,10 +8,17 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    NamedTuple,
+    Union,
+)
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import safe_open
@@ -23,9 +30,16 @@ from ltrp_timm.weights.untrusted import first_line, parse_json, read_json, shape
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "model.safetensors"
-PICKLE_NAME = "pytorch_model.bin"
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+_INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHT_NAMES = (
+    WEIGHTS_NAME,
+    f"model{_INDEX_SUFFIX}",
+    "pytorch_model.bin",
+)  # in this order
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_AVERAGES = ("state_dict_ema", "model_ema")  # as timm's train.py and others name them
 _METADATA_KEY = "ltrp_timm_config"
 _DIGEST_KEY = "ltrp_timm_sha256"
 
@@ -102,8 +116,8 @@ def locate(
     source: PathLike,
     bare: bool = False,
     optional: Sequence[str] = (),
-    cache_dir: Optional[PathLike] = None,
-    token: Optional[str] = None,
+    cache_dir: PathLike | None = None,
+    token: str | None = None,
 ) -> Path:
     """A local file or folder as it is; a repository as the folder that its files come to.
 
@@ -133,7 +147,7 @@ def locate(
         if not named:
             raise FileNotFoundError(f"{source} does not exist.")
         raise ValueError(f"a repository is hf-hub:owner/name[@revision], got {text!r}.")
-    wanted = [(CONFIG_NAME,), (WEIGHTS_NAME, PICKLE_NAME)]
+    wanted = [(CONFIG_NAME,), (WEIGHTS_NAME, "pytorch_model.bin")]
     cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
         return hub.download(found[0], wanted, optional, found[1], cache, token)
@@ -143,84 +157,143 @@ def locate(
         raise type(error)(f"{source} is no local path, and as a repository: {error}") from error
 
 
+class Weights(NamedTuple):
+    """Weights that were read.
+
+    Attributes:
+        tensors: state dict, without the prefixes of wrappers.
+        config: the configuration beside them; None when there is none.
+        beside: the other entries of a training's checkpoint ("args", "epoch", …).
+        averaged: whether the file also held other weights than this average of them.
+        path: the local file or folder.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] | None
+    beside: dict[str, Any]
+    averaged: bool
+    path: Path
+
+
 def read_weights(
-    source: PathLike, cache_dir: Optional[PathLike] = None, token: Optional[str] = None
-) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]]]:
-    """Read a folder or repository with weights and their configuration, or one file of weights.
+    source: PathLike,
+    bare: bool = False,
+    optional: Sequence[str] = (),
+    cache_dir: PathLike | None = None,
+    token: str | None = None,
+) -> Weights:
+    """Read weights from a file, a folder or a repository. No code of a pickle runs.
 
     Args:
-        source: folder, or ``hf-hub:owner/name[@revision]``, with ``config.json`` and
-            ``model.safetensors`` (or ``pytorch_model.bin``); a ``.safetensors`` file; or a
-            ``.pth``, ``.pt``, ``.bin`` or ``.tar`` file: a pickle of tensors, in which the weights
-            may lie under "model" or "state_dict".
+        source: a ``.safetensors`` file; the ``.safetensors.index.json`` of a sharded one; a pickle
+            of tensors (``.pth``, ``.pt``, ``.bin``, ``.tar``, ``.ckpt``), in which the weights may
+            lie under "state_dict" or "model", and an average of them, which is preferred as in
+            timm, under "state_dict_ema" or "model_ema"; or a folder or repository
+            (``hf-hub:owner/name[@revision]``) with ``config.json`` and such a file.
+        bare: see ``locate``.
+        optional: see ``locate``.
         cache_dir: as in huggingface_hub.
         token: as in huggingface_hub.
 
-    Returns:
-        State dict, and the configuration (None when the file carries none).
-
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
-        OSError: the Hub does not give it (see ``locate``).
+        FileNotFoundError: a file does not exist.
+        ValueError: a file holds no weights, or its configuration is not a JSON object.
+        OSError: the Hub does not provide the files (see ``locate``).
     """
-    return read_checkpoint(locate(source, cache_dir=cache_dir, token=token))[:2]
+    path = locate(source, bare, optional, cache_dir, token)
+    if not path.is_dir():
+        tensors, metadata, beside, averaged = _read_file(path)
+        text = metadata.get(_METADATA_KEY)
+        config = None if text is None else parse_json(text, path)
+        return Weights(_without_wrappers(tensors), config, beside, averaged, path)
+    file = next((path / name for name in WEIGHT_NAMES if (path / name).is_file()), None)
+    missing = [WEIGHTS_NAME] if file is None else []
+    missing += [] if (path / CONFIG_NAME).is_file() else [CONFIG_NAME]
+    if file is None or missing:
+        raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
+    config = read_json(path / CONFIG_NAME)
+    tensors, _, beside, averaged = _read_file(file)
+    return Weights(_without_wrappers(tensors), config, beside, averaged, path)
 
 
-def read_checkpoint(
-    path: Path,
-) -> Tuple[Dict[str, Tensor], Optional[Dict[str, Any]], Dict[str, Any]]:
-    """Read local weights as ``read_weights`` does, and what else lies in a training's checkpoint.
-
-    Returns:
-        State dict, configuration (None when the file carries none), and the other entries of a
-        pickle ("args", "epoch", "optimizer", …).
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: what is there cannot be read as weights, or its configuration is no JSON object.
-    """
-    if path.is_dir():
-        weights, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
-        if not weights.is_file() and (path / PICKLE_NAME).is_file():
-            weights = path / PICKLE_NAME
-        missing = [file.name for file in (weights, config_file) if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
-        config = read_json(config_file)
-        state_dict, _, others = _read_file(weights)
-        return state_dict, config, others
-    state_dict, metadata, others = _read_file(path)
-    text = metadata.get(_METADATA_KEY)
-    return state_dict, None if text is None else parse_json(text, path), others
-
-
-def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str], Dict[str, Any]]:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any], bool]:
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _read_shards(path), {}, {}, False
     if path.suffix == ".safetensors":
-        return (*_read_safetensors(path), {})
+        return (*_read_safetensors(path), {}, False)
     if path.suffix in PICKLE_SUFFIXES:
-        state_dict, others = _read_pickle(path)
-        return state_dict, {}, others
-    kinds = ", ".join(WEIGHT_SUFFIXES)
+        tensors, beside, averaged = _read_pickle(path)
+        return tensors, {}, beside, averaged
+    kinds = ", ".join((*WEIGHT_SUFFIXES, _INDEX_SUFFIX))
     raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
 
 
-def _read_pickle(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
-    """Weights out of a pickle, and what lies beside them.
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove what DistributedDataParallel, torch.compile and Lightning put before all names."""
+    for prefix in _PREFIXES * 2:  # wrappers nest
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
-    The reader knows tensors and plain containers and runs no code.
-    """
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read a model that is stored in several safetensors files."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, Mapping) or not places:
+        raise ValueError(f"{index} lists no weights.")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({str(name) for name in places.values()}):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} must list .safetensors files beside it, got {name!r}.")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent} holds no {name}, which {index.name} lists.")
+        tensors.update(_read_safetensors(index.parent / name)[0])
+    differing = sorted(tensors.keys() ^ set(places))
+    if differing:
+        raise ValueError(f"{index} and its files differ in {', '.join(differing[:5])}.")
+    return tensors
+
+
+class _Dtype:
+    """Takes the place of ``numpy.dtype`` in a pickle."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _number(dtype: _Dtype, content: bytes) -> Any:
+    """Takes the place of numpy's function that makes a scalar in a pickle."""
+    if re.fullmatch(r"[biuf][1248]", dtype.code) is None:
+        raise ValueError(f"{dtype.code!r} is no type of number")
+    return np.frombuffer(content, dtype.order + dtype.code)[0].item()
+
+
+# what training scripts leave beside the weights: arguments, and metrics as numbers of numpy
+_SAFE = (
+    argparse.Namespace,
+    (_Dtype, "numpy.dtype"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
+)
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
+    """Weights, what lies beside them, and whether they are an average."""
     try:
-        # training scripts leave their arguments beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(list(_SAFE)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make the unpickler raise anything
         raise ValueError(
             f"{path} is no readable pickle of weights alone: {first_line(error)}"
         ) from error
-    beside: Dict[str, Any] = {}
-    for key in ("model", "state_dict"):
+    beside: dict[str, Any] = {}
+    averaged = False
+    for key in (*_AVERAGES, "state_dict", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            averaged = averaged or key in _AVERAGES
             beside.update({str(name): value for name, value in content.items() if name != key})
             content = content[key]
     if not isinstance(content, Mapping) or not content:
@@ -231,7 +304,7 @@ def _read_pickle(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     odd = [str(name) for name, tensor in content.items() if not _is_plain(tensor)]
     if odd:
         raise ValueError(f"{path} holds tensors that are no plain weights: {', '.join(odd[:5])}.")
-    return {str(name): tensor for name, tensor in content.items()}, beside
+    return {str(name): tensor for name, tensor in content.items()}, beside, averaged
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -245,7 +318,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
-def _read_safetensors(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -286,7 +359,7 @@ def check_keys(
         RuntimeError: a table of what is missing, unexpected or of another shape.
     """
     free = set(optional)
-    lines: List[str] = []
+    lines: list[str] = []
     lines += [f"missing     {name}" for name in expected if name not in found and name not in free]
     lines += [f"unexpected  {name}" for name in found if name not in expected and name not in free]
     lines += [

@@ -6,8 +6,8 @@ what they mean there.
 
 import contextlib
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Optional, Sequence, Set, Tuple
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, constants
@@ -33,7 +33,7 @@ _UNREACHED = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError")
 _LOGIN = "set HF_TOKEN or run `hf auth login`"
 
 
-def split_repository(name: str) -> Optional[Tuple[str, Optional[str]]]:
+def split_repository(name: str) -> tuple[str, str | None] | None:
     """``owner/name[@revision]`` -> (repository, revision); None for anything else.
 
     >>> split_repository("me/ranker@v1")
@@ -47,11 +47,11 @@ def split_repository(name: str) -> Optional[Tuple[str, Optional[str]]]:
 
 def download(
     repository: str,
-    wanted: Sequence[Tuple[str, ...]],
+    wanted: Sequence[tuple[str, ...]],
     optional: Sequence[str] = (),
-    revision: Optional[str] = None,
-    cache_dir: Optional[str] = None,
-    token: Optional[str] = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
 ) -> Path:
     """Bring files of one commit of a repository into the cache.
 
@@ -72,7 +72,7 @@ def download(
         PermissionError: the token is refused, or does not suffice.
         ConnectionError: the Hub cannot be reached, breaks off, has an error or asks to slow down.
     """
-    folder: Optional[Path] = None
+    folder: Path | None = None
     at = revision
     with hub_errors(repository, revision):
         for names in [*wanted, *((name,) for name in optional)]:
@@ -93,10 +93,10 @@ def download(
 def _pull(
     repository: str,
     name: str,
-    revision: Optional[str],
-    cache_dir: Optional[str],
-    token: Optional[str],
-) -> Optional[Path]:
+    revision: str | None,
+    cache_dir: str | None,
+    token: str | None,
+) -> Path | None:
     """One file; None when the repository has none of that name, or the cache of an offline user."""
     if revision is not None and _COMMIT.fullmatch(revision):
         known = huggingface_hub.try_to_load_from_cache(
@@ -123,7 +123,7 @@ def _pull(
         return None
 
 
-def _missing(repository: str, names: Sequence[str], revision: Optional[str]) -> FileNotFoundError:
+def _missing(repository: str, names: Sequence[str], revision: str | None) -> FileNotFoundError:
     at = repository if revision is None else f"{repository}@{revision}"
     if constants.HF_HUB_OFFLINE:
         return FileNotFoundError(_not_cached(at, f"the {names[0]} of "))
@@ -140,9 +140,9 @@ def upload(
     folder: Path,
     names: Sequence[str],
     repository: str,
-    private: Optional[bool] = None,
-    token: Optional[str] = None,
-    revision: Optional[str] = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
     keep: Sequence[str] = (),
 ) -> str:
@@ -169,7 +169,7 @@ def upload(
     api = huggingface_hub.HfApi(token=token, library_name="ltrp-timm")
     with hub_errors(repository, revision):
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        present: Set[str] = set()
+        present: set[str] = set()
         if revision is None or api.revision_exists(repository, revision):
             present = set(api.list_repo_files(repository, revision=revision)) & set(names)
         else:  # what a new branch starts with stays on the one it comes from
@@ -190,7 +190,7 @@ def upload(
 
 
 @contextlib.contextmanager
-def hub_errors(repository: str, revision: Optional[str] = None) -> Iterator[None]:
+def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
     """Say what the Hub's errors mean in one sentence, with the repository and the remedy.
 
     Errors that are not the Hub's pass as they are.
@@ -209,7 +209,7 @@ def hub_errors(repository: str, revision: Optional[str] = None) -> Iterator[None
         raise meaning from error
 
 
-def _meaning(error: BaseException, name: str, revision: Optional[str]) -> Optional[Exception]:
+def _meaning(error: BaseException, name: str, revision: str | None) -> Exception | None:
     """The error to raise instead; None for one that is not the Hub's."""
     at = name if revision is None else f"{name}@{revision}"
     cause = error.__cause__

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, Mapping, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ NEVER_SAVED = (
 _WORD = re.compile(r"[\w +,.-]{0,128}")  # no separators of paths, drives or sources
 
 
-def read_json(path: Path) -> Dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -43,7 +44,7 @@ def read_json(path: Path) -> Dict[str, Any]:
     return parse_json(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
-def parse_json(text: str, source: object) -> Dict[str, Any]:
+def parse_json(text: str, source: object) -> dict[str, Any]:
     """Read a JSON object from a text.
 
     Raises:
@@ -63,9 +64,9 @@ def parse_json(text: str, source: object) -> Dict[str, Any]:
 def check_saved_args(
     args: Any,
     source: object,
-    known: Optional[Collection[str]] = None,
+    known: Collection[str] | None = None,
     refused: Collection[str] = (),
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Check saved arguments of a model before anything is built of them.
 
     Args:
@@ -123,7 +124,7 @@ def _harmless(name: str, value: Any, level: int) -> bool:
 
 
 def shapes_of(
-    make: Callable[[], nn.Module], source: object, weights: Optional[int] = None
+    make: Callable[[], nn.Module], source: object, weights: int | None = None
 ) -> nn.Module:
     """Build a model of a saved configuration on the meta device: its shapes, no memory.
 
