@@ -45,7 +45,7 @@ from ltrp_timm import create_ranker
 from ltrp_timm.commands._flags import not_negative, positive
 from ltrp_timm.train import finetune
 from ltrp_timm.train.logs import LOG_NAME, read_log
-from ltrp_timm.train.pictures import show_images
+from ltrp_timm.visualize import show_images
 
 NAME = "finetune_digits"
 TITLE = "A small ViT fine-tuned on digits in clutter, on all patches and on fewer"

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.train.logs import LOG_NAME, read_log
-from ltrp_timm.train.pictures import show_images
-from ltrp_timm.visualize import kept_patches, row, score_map, stack_rows
+from ltrp_timm.visualize import kept_patches, row, score_map, show_images, stack_rows
 
 
 def draw_maps(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltrp_timm.train import Summary, train_ranker, train_teacher
 from ltrp_timm.train.logs import LOG_NAME, read_log
-from ltrp_timm.train.pictures import show_images
+from ltrp_timm.visualize import show_images
 
 SIDE, PATCH = 128, 16  # of the training; a patch as the default conv ranker has it
 LARGE = 224

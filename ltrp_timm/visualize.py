@@ -27,6 +27,7 @@ __all__ = [
     "overview",
     "row",
     "score_map",
+    "show_images",
     "stack_rows",
     "to_image",
     "to_tensor",
@@ -80,10 +81,17 @@ def to_image(x: Tensor, model: LTRPModel) -> Image.Image:
     if x.dim() not in (3, 4) or x.shape[-3] != 3 or (x.dim() == 4 and x.shape[0] != 1):
         raise ValueError(f"expected one image (1, 3, H, W), got {list(x.shape)}.")
     config = model.data_config()
-    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    pixels = x.detach().reshape(x.shape[-3:]).float().cpu() * std + mean
-    pixels = (pixels * 255.0).round().clamp(0.0, 255.0)
-    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+    return show_images(x.reshape(1, *x.shape[-3:]), config["mean"], config["std"])[0]
+
+
+def show_images(
+    images: Tensor, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+) -> list[Image.Image]:
+    """Turn images (B, 3, H, W), normalised by mean and std, back into pictures."""
+    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    pixels = (images.detach().float().cpu() * scale + shift) * 255.0
+    whole = pixels.round().clamp(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(one) for one in whole]
 
 
 def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) -> Image.Image:

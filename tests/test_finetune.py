@@ -248,8 +248,8 @@ def test_a_registered_model_and_its_own_numbers(data: Path, tmp_path: Path) -> N
 
 
 def test_images_are_normalised_as_the_backbone_wants() -> None:
-    from ltrp_timm.train.augment import Augmentation
     from ltrp_timm.train.head import image_config
+    from ltrp_timm.train.recipe import Augmentation
 
     config = image_config(timm.create_model("vit_base_patch16_clip_224", depth=1, img_size=64))
     assert config["input_size"] == (3, 64, 64)
@@ -263,8 +263,8 @@ def test_images_are_normalised_as_the_backbone_wants() -> None:
 
 @pytest.mark.parametrize("aa", ["rand-m10-inc1", "original", "v0r", "augmix-m10"])
 def test_no_policy_leaves_a_picture_without_bits(aa: str) -> None:
-    from ltrp_timm.train.augment import Augmentation
     from ltrp_timm.train.head import image_config
+    from ltrp_timm.train.recipe import Augmentation
 
     train, _ = Augmentation(aa=aa, reprob=0.0).transforms(image_config(small_vit()))
     pickle.loads(pickle.dumps(train))  # noqa: S301  # it goes to the loader's workers
@@ -457,7 +457,7 @@ def spoilt(folder: Path, kind: str) -> Path:
 def test_a_folder_in_the_way(data: Path, tmp_path: Path) -> None:
     tune(data, tmp_path / "run", epochs=1)
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match=r"run already holds checkpoint.safetensors"):
+    with pytest.raises(FileExistsError, match=r"run already holds checkpoint.pt"):
         tune(data, tmp_path / "run")
     with pytest.raises(ValueError, match=r"another configuration: keep_ratio"):
         tune(data, tmp_path / "run", epochs=1, keep_ratio=0.25, resume="auto")

@@ -57,7 +57,7 @@ def test_a_model_of_several_budgets(here: Path, capsys: pytest.CaptureFixture[st
     assert load(Path("run")).keep_ratio == 0.5
     assert Path("run/pictures.png").is_file()
     assert tune(*flags) == 2
-    assert "run already holds checkpoint.safetensors" in one_line(capsys)
+    assert "run already holds checkpoint.pt" in one_line(capsys)
 
 
 def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_every_option_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str]
         for field in dataclasses.fields(kind):
             assert "--" + field.name.replace("_", "-") + " " in text.replace("]", " "), field.name
             assert train_command.documentation(field.name, kind) != train_command._HELP
-    assert "one is drawn for each update, and each is measured." in " ".join(text.split())
+    assert "one is drawn for each update and each is measured" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_csv_for_training_and_images_held_out_of_them(
     assert last["val_loss"] == pytest.approx(np.log(2), abs=0.05)
     assert last["val_map"] == 1.0  # of one image
     said = capsys.readouterr().out
-    assert said.count("count nowhere, no held-out image has them: blue, red\n") == 1
+    assert said.count("excluded from the mAP, no held-out image has them: blue, red\n") == 1
     (tagged / "own.csv").write_text("\n".join([*lines[:-2], "23.png,red"]))  # other labels
     with pytest.raises(ValueError, match="data"):
         tune(tagged, tmp_path / "run", labels=tagged / "own.csv", resume="auto", **options)
@@ -141,7 +141,7 @@ def test_published_defaults(tagged: Path, tmp_path: Path) -> None:
         ({"head_args": {"embed_dim": 8}}, "head_args go with head"),
         ({"smoothing": 0.1}, "smoothing is for images with one class"),
         ({"mixup": 0.8}, "mixup is for images with one class"),
-        ({"distill": "self"}, "no multi_label"),
+        ({"distill": "self"}, "does not go with multi_label"),
         ({"input_key": "image"}, "input_key is for named datasets"),
         ({"keep_ratio": 1.5}, "keep_ratio must be in"),
     ],

@@ -20,13 +20,11 @@ from train_setup import distance, weights
 
 from ltrp_timm import LTRPModel, create_ranker, drop_patches
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.train.augment import Augmentation, Mixer
-from ltrp_timm.train.budget import KeepPlan
-from ltrp_timm.train.classify import ClassifyTask
-from ltrp_timm.train.distill import Distillation
+from ltrp_timm.train.classify import ClassifyTask, Mixer
+from ltrp_timm.train.distill import Distillation, Student, gated, straight_through
 from ltrp_timm.train.engine import make_optimizer
+from ltrp_timm.train.recipe import Augmentation, KeepPlan
 from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.student import Student, gated, straight_through
 
 CPU = torch.device("cpu")
 
@@ -212,7 +210,7 @@ def test_tokens_are_compared_where_they_were_kept() -> None:
 
 def test_a_teacher_of_another_kind_is_refused() -> None:
     student = drop_patches(small_vit(), keep_ratio=0.5)
-    with pytest.raises(ValueError, match="distill teaches 4 classes, the data has 3"):
+    with pytest.raises(ValueError, match="the teacher has 4 classes, the data has 3"):
         Distillation(small_vit(num_classes=4), student)
     wide = Distillation(small_vit(embed_dim=64), student, features=1.0)
     with pytest.raises(ValueError, match=r"tokens are \[1, 17, 64\], the student's \[1, 17, 32\]"):
@@ -323,7 +321,7 @@ def test_a_ranker_learns_through_the_gate(data: Path, tmp_path: Path) -> None:
     after = weights(tmp_path / "run")
     assert distance(before, {name: after[name] for name in before}) > 1e-4
     assert load(tmp_path / "run").ranker.trained
-    with pytest.raises(ValueError, match="leave compile out"):
+    with pytest.raises(ValueError, match="drop compile"):
         tune(data, tmp_path / "new", model(), **options, **gate, compile=True)
     with pytest.raises(ValueError, match="train_ranker needs a pruned model"):
         tune(data, tmp_path / "new", small_vit(), **{**options, "keep_ratio": None}, **gate)

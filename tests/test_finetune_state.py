@@ -54,7 +54,7 @@ class CrashError(Exception):
 
 
 def state(folder: Path) -> dict[str, Any]:
-    return read_state(folder / "checkpoint.safetensors")
+    return read_state(folder / "checkpoint.pt")
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:

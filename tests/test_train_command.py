@@ -134,7 +134,9 @@ def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in text
         assert train_command.documentation(field.name) != train_command._HELP
-    assert "updates between checkpoints; None for one an epoch." in " ".join(text.split())
+    assert "Updates between checkpoints (default: one checkpoint per epoch)." in " ".join(
+        text.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_what_is_wrong_is_one_line(
 def test_a_folder_in_the_way(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(Path("photos"), Path("run"), epochs=1)
     assert ranker("--teacher", "teacher") == 2
-    assert "run already holds checkpoint.safetensors" in one_line(capsys)
+    assert "run already holds checkpoint.pt" in one_line(capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

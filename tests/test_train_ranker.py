@@ -53,7 +53,7 @@ def test_the_held_out_metric_is_that_of_the_saved_ranker(photos: Path, tmp_path:
     from ltrp_timm.data.sources import crop_transforms
     from ltrp_timm.train.targets import Targets
 
-    targets = Targets(tiny_teacher(), None, 0.5, None, None, None, 0.5, {}, torch.device("cpu"))
+    targets = Targets(tiny_teacher(), mask_ratio=0.5, scoring={}, device=torch.device("cpu"))
     _, transform = crop_transforms((32, 32), targets.mean, targets.std)
     images = KeyedImages(Images(open_dataset(held)), range(5), transform, 0, (3, 32, 32))
     sample = torch.utils.data.default_collate([images[HELD_OUT, place] for place in range(5)])
@@ -88,7 +88,7 @@ def test_a_dry_run_says_what_would_be_done(
     assert rehearse() == f"/run: finished\n3 {settings}"
     with pytest.raises(ValueError, match=r"of another configuration: .*seed \(0 there, 1 here\)"):
         rehearse(seed=1)
-    with pytest.raises(FileExistsError, match="resume='auto' goes on with it"):
+    with pytest.raises(FileExistsError, match="resume='auto' continues it"):
         rehearse(resume="never")
 
 
@@ -302,7 +302,11 @@ def damaged(folder: Path) -> Path:
         ({"loss": "nonsense"}, ValueError, "loss must be one of list_mle"),
         ({"removal": "nonsense"}, ValueError, "removal must be one of"),
         ({"metric": "nonsense"}, ValueError, "metric must be one of"),
-        ({"init_from": "missing"}, FileNotFoundError, "missing is no folder or file of a ranker"),
+        (
+            {"init_from": "missing"},
+            FileNotFoundError,
+            "missing does not exist; give a ranker",
+        ),
         ({"distill_from": "conv"}, ValueError, "conv ranker must be trained"),
         ({"distill_from": "contrast", "distill_weight": 1.0}, ValueError, "distill_weight must"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
@@ -354,11 +358,11 @@ def test_a_ranker_of_another_name_is_no_beginning(photos: Path, tmp_path: Path) 
 def test_nothing_is_overwritten(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path / "run", epochs=1)
     before = weights(tmp_path / "run")
-    with pytest.raises(FileExistsError, match="resume='auto' goes on with it"):
+    with pytest.raises(FileExistsError, match="resume='auto' continues it"):
         run(photos, tmp_path / "run", epochs=1, seed=1)
     assert same_bits(before, weights(tmp_path / "run"))
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="is no folder"):
+    with pytest.raises(FileExistsError, match="is not a folder"):
         run(photos, tmp_path / "file", epochs=1)
     other = tmp_path / "other"
     ltrp_timm.create_ranker("conv").save(other)

@@ -68,20 +68,37 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert equal(read_state(tmp_path / "state"), state)
     state["tensors"][0] += 1
     assert not equal(read_state(tmp_path / "state"), state)
-    with pytest.raises(TypeError, match="a checkpoint cannot hold a set"):
-        save_state(tmp_path / "state", {"a": {1}})
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "state"
-    file.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="state is no readable checkpoint"):
+    file.write_bytes(pickle.dumps({"a": 1}, protocol=2))
+    with pytest.raises(ValueError, match="state is not a readable checkpoint"):
         read_state(file)
-    from safetensors.torch import save_file
+    torch.save({"a": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="state is not a checkpoint of a training run"):
+        read_state(file)
 
-    save_file({"a": torch.ones(1)}, file)
-    with pytest.raises(ValueError, match="state is no checkpoint of a training run"):
-        read_state(file)
+
+def test_reading_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    torch.save({"ltrp_timm_training_state": {"a": Trap()}}, tmp_path / "state")
+    with pytest.raises(ValueError, match="state is not a readable checkpoint"):
+        read_state(tmp_path / "state")
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_run_of_an_earlier_version_is_refused(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(photos, folder, epochs=1)
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.safetensors")
+    with pytest.raises(FileExistsError, match="holds a run of an earlier version of ltrp-timm"):
+        run(photos, folder, epochs=1, resume="auto")
+    with pytest.raises(FileExistsError, match=r"already holds checkpoint\.safetensors and config"):
+        run(photos, folder, epochs=1)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
@@ -101,7 +118,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_in_the_middle_of_a_run(photos: Path, tmp_path: Path, whole: Path) -> None:
-    size = (whole / "checkpoint.safetensors").stat().st_size
+    size = (whole / "checkpoint.pt").stat().st_size
     folder = tmp_path / "run"
 
     def fill(self: Any, *args: Any) -> Any:
@@ -118,7 +135,7 @@ def test_a_full_disk_in_the_middle_of_a_run(photos: Path, tmp_path: Path, whole:
                 run(photos, folder, checkpoint_steps=1, **LONG)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert read_state(folder / "checkpoint.safetensors")["progress"]["step"] == 6
+    assert read_state(folder / "checkpoint.pt")["progress"]["step"] == 6
     run(photos, folder, resume="auto", **LONG)
     assert same_bits(weights(folder), weights(whole))
 
@@ -134,7 +151,7 @@ def test_the_fields_that_differ_are_named(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_configuration(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(photos, folder, epochs=1)
-    before = (folder / "checkpoint.safetensors").read_bytes()
+    before = (folder / "checkpoint.pt").read_bytes()
     more = make_photos(tmp_path / "more", 26)
     teacher = tiny_teacher()
     with torch.no_grad():
@@ -153,7 +170,7 @@ def test_a_checkpoint_of_another_configuration(photos: Path, tmp_path: Path) -> 
         options = {"data": photos, "epochs": 1, **change}
         with pytest.raises(ValueError, match=text):
             run(options.pop("data"), folder, resume="auto", **options)
-    assert (folder / "checkpoint.safetensors").read_bytes() == before
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 class CrashError(Exception):
@@ -180,14 +197,14 @@ def test_a_run_that_broke_off_goes_on_exactly(
             run(photos, folder, checkpoint_steps=every, **LONG)
     assert step == 0 or not same_bits(_model(folder), _model(whole))
     run(photos, folder, resume="auto", checkpoint_steps=every, **{**LONG, "num_workers": workers})
-    assert equal(read_state(folder / "checkpoint.safetensors"), _state(whole))
+    assert equal(read_state(folder / "checkpoint.pt"), _state(whole))
     assert same_bits(weights(folder), weights(whole))
     rows, expected = (_timeless(read_log(path / "log.csv")) for path in (folder, whole))
     assert rows == expected
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    return read_state(folder / "checkpoint.safetensors")
+    return read_state(folder / "checkpoint.pt")
 
 
 def _model(folder: Path) -> dict[str, Any]:
@@ -288,7 +305,7 @@ def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
     finally:
         other.kill()
         other.communicate()
-    (folder / ".checkpoint.safetensors.abc.tmp").touch()  # a write that was cut off
+    (folder / ".checkpoint.pt.abc.tmp").touch()  # a write that was cut off
     run(photos, folder, epochs=1)
     assert not list(folder.glob(".*.tmp"))
     with locked(folder):
@@ -322,7 +339,7 @@ def test_twenty_kills_change_nothing(photos: Path, tmp_path: Path) -> None:
     whole.join()
     assert whole.exitcode == 0
     draw, steps = torch.Generator().manual_seed(0), [0]
-    checkpoint = tmp_path / "cut" / "checkpoint.safetensors"
+    checkpoint = tmp_path / "cut" / "checkpoint.pt"
     for kill in range(20):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = start("cut", 1 + kill % 3, kill % 3)

@@ -11,8 +11,7 @@ from fairness.measures import scores_of
 from fairness.scenes import PATCH, SIDE, TEST, make_scenes
 from fairness.stages import Trained
 from ltrp_timm.selection import num_keep, select_top
-from ltrp_timm.train.pictures import show_images
-from ltrp_timm.visualize import kept_patches, row, stack_rows
+from ltrp_timm.visualize import kept_patches, row, show_images, stack_rows
 
 _SHOWN = ("random", "pixel_std", "contrast", "full mean", "full max", CAM, "attention")
 _GRID = (SIDE // PATCH, SIDE // PATCH)

@@ -15,7 +15,7 @@ from ltrp_timm.measure.accuracy import Accuracy
 from ltrp_timm.measure.evaluate import Measured, Prediction
 from ltrp_timm.measure.mean_precision import MeanPrecision
 from ltrp_timm.measure.throughput import ratio as speed_up
-from ltrp_timm.train.curves import require_matplotlib
+from ltrp_timm.train.logs import require_matplotlib
 from ltrp_timm.weights.files import write_atomically, write_text
 
 CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", "evaluate.json", "evaluate.png"

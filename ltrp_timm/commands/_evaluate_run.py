@@ -50,8 +50,8 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
 from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring.transform import CachedTransform, open_cache, select_cached
-from ltrp_timm.train.curves import require_matplotlib
 from ltrp_timm.train.engine import autocast
+from ltrp_timm.train.logs import require_matplotlib
 
 
 def evaluate(options: EvaluateOptions) -> int:

@@ -13,13 +13,8 @@ from ltrp_timm.commands.train import (
     run_training,
     setting,
 )
-from ltrp_timm.data.multi_label import MULTI_LABEL_LOSSES
-from ltrp_timm.layers.ml_decoder import HEADS
 from ltrp_timm.selection import SELECTIONS
-from ltrp_timm.train.augment import ERASE_MODES, MIXUP_MODES, Augmentation
-from ltrp_timm.train.budget import SCHEDULES
-from ltrp_timm.train.recipe import Recipe
-from ltrp_timm.train.student import GATES
+from ltrp_timm.train.recipe import Augmentation, Recipe
 
 
 def add_finetune(commands: Any) -> None:
@@ -52,8 +47,8 @@ def _add_recipe(add: Any) -> None:
         add(name, action="store_true")
     for name in ("labels", "val_labels", "seen_classes"):
         add(name, metavar="FILE")
-    add("loss", choices=MULTI_LABEL_LOSSES)
-    add("head", choices=HEADS)
+    add("loss")
+    add("head")
     add("head_args", nargs="+", metavar="NAME=VALUE")
     add("checkpoint", metavar="FILE")
     add("ranker", metavar="NAME")
@@ -61,10 +56,10 @@ def _add_recipe(add: Any) -> None:
     add("index_cache", metavar="DIR")
     add("selection", choices=[name for name in SELECTIONS if name != "adaptive"])
     add("keep_ratio", type=keep_ratio, nargs="+", metavar="R")
-    add("keep_schedule", choices=SCHEDULES)
+    add("keep_schedule")
     add("model_kwargs", nargs="+", metavar="NAME=VALUE")
     add("distill", metavar="MODEL")
-    add("gate", choices=GATES)
+    add("gate")
 
 
 def _add_augmentation(add: Any) -> None:
@@ -76,8 +71,8 @@ def _add_augmentation(add: Any) -> None:
     for name in ("recount", "mixup_off_epoch"):
         add(name, type=int, metavar="N")
     add("aa", metavar="POLICY")
-    add("remode", choices=ERASE_MODES)
-    add("mixup_mode", choices=MIXUP_MODES)
+    add("remode")
+    add("mixup_mode")
     add("bce_loss", action="store_true")
 
 

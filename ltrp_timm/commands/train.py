@@ -5,12 +5,12 @@ import ast
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ltrp_timm._text import one_line, say
 from ltrp_timm.commands._console import CommandError
 from ltrp_timm.rankers import list_rankers, ranker_class
-from ltrp_timm.train.settings import CLIP_MODES, PRECISIONS, RESUMES, SCALE, Settings
+from ltrp_timm.train.settings import SCALE, Settings
 
 _HELP = "see the documentation of ltrp_timm.train"
 
@@ -88,9 +88,8 @@ def add_settings(parser: Any) -> None:
         setting(add, name, metavar="NAME")
     for name in ("input_key", "target_key"):
         setting(add, name, metavar="NAME")
-    setting(add, "clip_mode", choices=CLIP_MODES)
-    setting(add, "precision", choices=PRECISIONS)
-    setting(add, "resume", choices=RESUMES)
+    for name in ("clip_mode", "precision", "resume"):
+        setting(add, name)
     setting(add, "opt_args", nargs="+", metavar="NAME=VALUE")
     setting(add, "compile", action="store_true")
     setting(add, "plot", action="store_true")
@@ -100,7 +99,10 @@ def add_settings(parser: Any) -> None:
 
 def setting(add: Any, name: str, kind: Any = Settings, **kwargs: Any) -> None:
     """A flag of that field of a class of settings, with the line that documents it as help."""
-    flag = "--" + name.replace("_", "-")
+    flag, hint = "--" + name.replace("_", "-"), get_type_hints(kind)[name]
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Literal:
+            kwargs["choices"] = get_args(part)
     add(flag, dest=name, default=argparse.SUPPRESS, help=documentation(name, kind), **kwargs)
 
 

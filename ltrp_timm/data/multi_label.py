@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -15,7 +15,8 @@ from ltrp_timm.data.label_files import LabelTable, read_labels
 from ltrp_timm.data.labels import listed_names, match_classes, some
 from ltrp_timm.runtime.keyed_rng import sample_seed
 
-MULTI_LABEL_LOSSES = ("asymmetric", "bce")
+MultiLabelLoss = Literal["asymmetric", "bce"]
+MULTI_LABEL_LOSSES: tuple[str, ...] = get_args(MultiLabelLoss)
 
 
 class MultiLabelImages(Images):

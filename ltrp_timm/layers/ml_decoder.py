@@ -5,13 +5,14 @@ G queries. The names of the weights are the published ones.
 """
 
 import inspect
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Literal, Mapping, Optional, Tuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = ("ml_decoder",)
+Head = Literal["ml_decoder"]
+HEADS: Tuple[str, ...] = get_args(Head)
 BY_CLASS = ("query_embed.weight", "duplicate_pooling", "duplicate_pooling_bias")
 
 

@@ -7,6 +7,7 @@ them are one batch, cut into chunks that fit into memory.
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from ltrp_timm.teacher import (
 )
 from ltrp_timm.teacher.distances import METRICS, PIXEL_CHANGES, PREDICTION_CHANGES, lpips_change
 
-REMOVALS = ("full", "decoder", "encoder")
-AGGREGATES = ("mean", "max")
+Removal = Literal["full", "decoder", "encoder"]
+Aggregate = Literal["mean", "max"]
+REMOVALS: tuple[str, ...] = get_args(Removal)
+AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 ImageChange = Callable[[Tensor, Tensor], Tensor]
 
 # what the activations of a chunk may take: on a CPU they should stay in the caches

@@ -7,7 +7,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -58,7 +58,8 @@ def ssim_change(a: Tensor, b: Tensor, num_channels: int = 3) -> Tensor:
 # these compare what the decoder predicts, those need pixels
 PREDICTION_CHANGES: dict[str, PatchChange] = {"l1": l1_change, "mse": mse_change}
 PIXEL_CHANGES: dict[str, PatchChange] = {"ssim": ssim_change, "psnr": psnr_change}
-METRICS = (*PREDICTION_CHANGES, *PIXEL_CHANGES, "lpips")
+Metric = Literal["l1", "mse", "ssim", "psnr", "lpips"]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 
 def lpips_change(a: Tensor, b: Tensor) -> Tensor:

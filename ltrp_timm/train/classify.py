@@ -1,69 +1,105 @@
-"""The task of fine-tuning: a class for each image, at one share of patches or several."""
+"""The tasks of fine-tuning: one class per image, or several, at one keep ratio or several."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import Mixup
 from torch import Tensor, nn
 
+from ltrp_timm._text import say
 from ltrp_timm.data.keyed import Batch
+from ltrp_timm.data.labels import some
+from ltrp_timm.data.multi_label import MultiLabelLoss, multi_label_loss
 from ltrp_timm.measure.accuracy import class_ranks
+from ltrp_timm.measure.mean_precision import PrecisionCounter
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring.transform import select_cached
 from ltrp_timm.share.save import model_config, save_pretrained
-from ltrp_timm.train.augment import Augmentation, Mixer
-from ltrp_timm.train.budget import KeepPlan
-from ltrp_timm.train.distill import Distillation
-from ltrp_timm.train.pictures import show_images
+from ltrp_timm.train.distill import Distillation, Student
+from ltrp_timm.train.loop import Task
+from ltrp_timm.train.recipe import Augmentation, KeepPlan
 from ltrp_timm.train.state import digest
-from ltrp_timm.train.student import Student
-from ltrp_timm.visualize import kept_patches, row, stack_rows
+from ltrp_timm.visualize import kept_patches, show_images
 from ltrp_timm.weights.files import save_weights
 
+_MAX_NAMES = 3  # classes in a caption
 
-class ClassifyTask:
-    """A model that learns to tell classes apart.
+
+class Mixer:
+    """timm's mixup and cutmix, with random numbers that belong to the batch.
 
     Args:
-        model: pruned, or timm's as it is; on the device.
-        plan: how many patches are kept; ignored by a plain model.
-        augmentation: labels and mixing follow it.
-        distillation: from an unpruned model, or None.
-        gate: train the ranker too, see ``Student``.
-        channels_last: memory layout of the images.
+        augmentation: What is mixed, and how.
+        num_classes: C.
+    """
+
+    def __init__(self, augmentation: Augmentation, num_classes: int) -> None:
+        self.off_epoch = augmentation.mixup_off_epoch
+        self.mixup = Mixup(
+            mixup_alpha=augmentation.mixup,
+            cutmix_alpha=augmentation.cutmix,
+            prob=augmentation.mixup_prob,
+            switch_prob=augmentation.mixup_switch_prob,
+            mode=augmentation.mixup_mode,
+            label_smoothing=augmentation.smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch's images (B, 3, H, W) and targets (B,): (B, 3, H, W) and (B, C)."""
+        self.mixup.mixup_enabled = self.off_epoch == 0 or batch.epoch < self.off_epoch
+        with seeded(batch.seed("mixup")):
+            images, mixed = self.mixup(batch.images.clone(), targets)
+        return images, mixed
+
+
+class ClassifyTask(Task):
+    """A model that learns one class per image.
+
+    Args:
+        model: Pruned, or timm's as it is; on the device.
+        plan: Keep ratio of each update; ignored by a plain model.
+        augmentation: Its loss and mixing are applied here.
+        distillation: Distillation from an unpruned model, or None.
+        gate: Train the ranker too, see ``Student``.
+        channels_last: Use the channels-last memory layout for the images.
+        cached: Training images bring the scores of their patches.
     """
 
     name = "finetune"
     metric = "top1"
-    higher_is_better = True
 
     def __init__(
         self,
         model: Any,
         plan: KeepPlan,
         augmentation: Augmentation,
+        *,
         distillation: Distillation | None = None,
         gate: bool = False,
         channels_last: bool = False,
+        cached: bool = False,
     ) -> None:
-        self.model, self.plan, self.augmentation = model, plan, augmentation
+        needs_tokens = gate or (distillation is not None and distillation.features > 0)
+        super().__init__(model, Student(model, gate) if needs_tokens else None)
+        self.plan, self.augmentation = plan, augmentation
         self.distillation, self.gate = distillation, gate
-        self.channels_last = channels_last
+        self.channels_last, self.cached = channels_last, cached
         self.pruned = isinstance(model, LTRPModel)
         self.num_graphs = plan.count() if self.pruned else 1
-        whole = gate or (distillation is not None and distillation.features > 0)
-        self.forward: nn.Module = Student(model, gate) if whole else model
         self.loss_function = augmentation.loss_function().to(next(model.parameters()).device)
         self.mixer = Mixer(augmentation, model.num_classes) if augmentation.mixes else None
-        known = distillation is None and not augmentation.bce_loss
-        self.chance = math.log(model.num_classes) if known else None
+        if distillation is None and not augmentation.bce_loss:
+            self.chance = math.log(model.num_classes)
         self.start = digest(model.state_dict())
-        self.cached = False  # training images bring the scores of their patches
 
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
@@ -73,15 +109,15 @@ class ClassifyTask:
             "num_classes": self.model.num_classes,
             "classes": sample_seed(0, 0, 0, "\n".join(map(str, names))),
             "selection": self.model.selection if self.pruned else None,
-            "augmentation": self.augmentation.config(),
+            "augmentation": dataclasses.asdict(self.augmentation),
             "distill": self.distillation.config() if self.distillation else None,
             "gate": self.gate,
             "index_cache": self.cached,
             **(self.plan.config() if self.pruned else {}),
         }
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of the labels, and of the teacher's answers."""
+    def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss against the labels and, with distillation, against the teacher."""
         images, targets = batch.images, self.checked_targets(batch)
         if self.mixer is not None:
             images, targets = self.mixer(batch, targets)
@@ -90,21 +126,21 @@ class ClassifyTask:
         if self.pruned:
             self.model.keep_ratio = self.plan.ratio(batch.epoch, batch.update)
         if batch.scores is None:
-            out = model(images)
+            out = forward(images)
         else:
-            out = model(images, keep_indices=select_cached(self.model, batch.scores, images))
+            out = forward(images, keep_indices=select_cached(self.model, batch.scores, images))
         logits, tokens, keep = out if isinstance(out, tuple) else (out, None, None)
         loss: Tensor = self.loss_function(logits, targets)
         if self.distillation is None:
             return loss
-        taught = self.distillation.loss(images, logits, tokens, keep)
-        return torch.lerp(loss, taught, self.distillation.weight)
+        distilled = self.distillation.loss(images, logits, tokens, keep)
+        return torch.lerp(loss, distilled, self.distillation.weight)
 
     def checked_targets(self, batch: Batch) -> Tensor:
         """The class numbers (B,) of a batch.
 
         Raises:
-            ValueError: it has none, or one that is no class.
+            ValueError: The batch has none, or one that is no class.
         """
         targets, count = batch.targets, self.model.num_classes
         if targets is None:
@@ -116,12 +152,12 @@ class ClassifyTask:
 
     @property
     def budget_names(self) -> list[str]:
-        """What the metrics of each keep ratio are called by: "" for the only."""
+        """Suffix of the metrics of each keep ratio; "" for the only one."""
         several = self.pruned and len(self.plan.ratios) > 1
         return [f"@{ratio:g}" for ratio in self.plan.ratios] if several else [""]
 
     def budgets(self, model: Any) -> Iterator[str]:
-        """Set each keep ratio in turn; gives its name."""
+        """Set each keep ratio in turn; yields its suffix."""
         if not self.pruned:
             yield ""
             return
@@ -132,7 +168,7 @@ class ClassifyTask:
         model.keep_ratio = before
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """Loss and hits of each image; of several keep ratios each, and top1 of all."""
+        """Loss and hits of each image at each keep ratio; with several, top1 is their mean."""
         targets = self.checked_targets(batch).clamp(min=0)
         out: dict[str, Tensor] = {}
         for name in self.budgets(model):
@@ -154,21 +190,22 @@ class ClassifyTask:
         else:
             save_weights(folder, model_config(model), model.state_dict(), overwrite=True)
 
-    def draw(self, model: Any, batch: Batch) -> Image.Image:
-        """A row for each image: what is kept, and the class that is seen in it."""
+    def panels(self, model: Any, batch: Batch) -> list[list[tuple[Image.Image, str]]]:
+        """The photo and its class; what is kept, and the predicted class, at each keep ratio."""
         cfg = model.pretrained_cfg or {}
         photos = show_images(batch.images, cfg.get("mean", (0.0,)), cfg.get("std", (1.0,)))
-        panels = [[pair] for pair in zip(photos, self.told(self.checked_targets(batch)))]
+        labels = self.label_captions(self.checked_targets(batch))
+        panels = [[(photo, label)] for photo, label in zip(photos, labels)]
         for _ in self.budgets(model):
-            seen = self.seen_in(model(batch.images))
+            predicted = self.prediction_captions(model(batch.images))
             kept = model.keep_indices(batch.images) if self.pruned else [None] * len(photos)
-            for parts, photo, keep, text in zip(panels, photos, kept, seen):
-                title = f"{text}?"
+            for parts, photo, keep, text in zip(panels, photos, kept, predicted):
+                caption = f"{text}?"
                 if keep is not None:
                     photo = kept_patches(photo, keep, model.grid_size(batch.images))
-                    title += f" at {model.keep_ratio:g}"
-                parts.append((photo, title))
-        return stack_rows([row(parts) for parts in panels])
+                    caption += f" at {model.keep_ratio:g}"
+                parts.append((photo, caption))
+        return panels
 
     @property
     def class_names(self) -> list[str]:
@@ -176,10 +213,93 @@ class ClassifyTask:
         names = (self.model.pretrained_cfg or {}).get("label_names")
         return [str(name) for name in names or range(self.model.num_classes)]
 
-    def told(self, targets: Tensor) -> list[str]:
+    def label_captions(self, targets: Tensor) -> list[str]:
         """The class of each image, by its label."""
         return [self.class_names[number] for number in targets.tolist()]
 
-    def seen_in(self, logits: Tensor) -> list[str]:
+    def prediction_captions(self, logits: Tensor) -> list[str]:
         """The class of each image, by the model."""
-        return [self.class_names[number] for number in logits.argmax(1).tolist()]
+        return self.label_captions(logits.argmax(1))
+
+
+class MultiLabelTask(ClassifyTask):
+    """A model that learns several classes per image.
+
+    Args:
+        *args: See ``ClassifyTask``.
+        loss: See ``multi_label_loss``.
+        seen_classes: Names of classes whose mAP is reported separately; None for none.
+        **kwargs: See ``ClassifyTask``.
+    """
+
+    metric = "map"
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: MultiLabelLoss = "asymmetric",
+        seen_classes: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_name, self.loss_function, self.chance = loss, multi_label_loss(loss), None
+        self.seen_classes = seen_classes
+        self.counters: dict[str, PrecisionCounter] = {}
+        self.absent: tuple[str, ...] = ()
+
+    def config(self) -> dict[str, Any]:
+        """What a continuation must not change."""
+        return {**super().config(), "loss": self.loss_name}
+
+    def checked_targets(self, batch: Batch) -> Tensor:
+        """The targets (B, C) of a batch.
+
+        Raises:
+            ValueError: The batch has none.
+        """
+        if batch.targets is None:
+            raise ValueError("the images have no labels.")
+        return batch.targets
+
+    def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """The loss of each image at each keep ratio; scores are kept for ``measure_set``."""
+        targets, out = self.checked_targets(batch), {}
+        for name in self.budgets(model):
+            logits = model(batch.images).float()
+            self._counter(name).add(logits, targets, batch.indices, batch.real)
+            pairs = zip(logits.split(1), targets.split(1))
+            out[f"loss{name}"] = torch.stack([self.loss_function(*pair) for pair in pairs])
+        return out
+
+    def _counter(self, name: str) -> PrecisionCounter:
+        if name not in self.counters:
+            self.counters[name] = PrecisionCounter(self.class_names, self.seen_classes)
+        return self.counters[name]
+
+    def measure_set(self, world: World) -> dict[str, float]:
+        """The mAP over the images of all processes at each keep ratio; with several, their mean."""
+        out: dict[str, float] = {}
+        for name in self.budget_names:
+            found = self._counter(name).total(world)
+            out |= {f"{mean}{name}": value for mean, value in found.row().items()}
+            if world.main and found.absent != self.absent:  # once: the images stay the same
+                say(f"excluded from the mAP, no held-out image has them: {some(found.absent)}")
+            self.absent = found.absent
+        self.counters = {}
+        each = [value for mean, value in out.items() if mean.startswith("map@")]
+        return {**out, "map": sum(each) / len(each)} if each else out
+
+    def label_captions(self, targets: Tensor) -> list[str]:
+        """The classes of each image, by its labels."""
+        return [self._listed(row) for row in targets > 0]
+
+    def prediction_captions(self, logits: Tensor) -> list[str]:
+        """The classes of each image that the model finds likely, most likely first."""
+        return [self._listed(row > 0, row) for row in logits]
+
+    def _listed(self, has: Tensor, by: Tensor | None = None) -> str:
+        numbers = has.nonzero().flatten().tolist()
+        if by is not None:
+            numbers.sort(key=lambda number: -float(by[number]))
+        shown = ", ".join(self.class_names[number] for number in numbers[:_MAX_NAMES])
+        return (shown + (", …" if len(numbers) > _MAX_NAMES else "")) or "none"

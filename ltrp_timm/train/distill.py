@@ -1,6 +1,9 @@
-"""Distillation from an unpruned model: its logits, and its tokens where the student kept them."""
+"""What a fine-tuned model learns from beside labels: an unpruned teacher, a gate to its ranker."""
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,22 +11,24 @@ from torch import Tensor, nn
 
 from ltrp_timm.layers import make_bridge
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection import keep_tokens
+from ltrp_timm.selection import choose_keep_indices, keep_tokens, num_keep
 from ltrp_timm.train.state import digest
+
+Gate = Literal["straight-through"]
 
 
 class Distillation:
     """A frozen teacher that sees all patches.
 
     Args:
-        teacher: images -> logits (B, C); a pruned model keeps all of its patches here.
-        student: what learns from it.
-        weight: share of the distillation in the loss, in (0, 1].
-        temperature: of both softmaxes.
-        features: weight, beside the logits, of the distance between tokens; 0 for none.
+        teacher: Images -> logits (B, C); a pruned model keeps all of its patches here.
+        student: What learns from it.
+        weight: Share of the distillation in the loss, in (0, 1].
+        temperature: Temperature of both softmaxes.
+        features: Weight, beside the logits, of the distance between tokens; 0 ignores tokens.
 
     Raises:
-        ValueError: another number of classes, or tokens of another kind.
+        ValueError: Teacher and student differ in their number of classes.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class Distillation:
             teacher.keep_ratio = 1.0
         if teacher.num_classes != student.num_classes:
             raise ValueError(
-                f"distill teaches {teacher.num_classes} classes, the data has "
+                f"distill: the teacher has {teacher.num_classes} classes, the data has "
                 f"{student.num_classes}."
             )
         self.weight, self.temperature, self.features = weight, temperature, features
@@ -48,13 +53,15 @@ class Distillation:
         self.bridge: nn.Module = nn.Identity()
         own = (getattr(m, "pretrained_cfg", None) or {} for m in (teacher, student))
         if len({(tuple(cfg.get("mean", ())), tuple(cfg.get("std", ()))) for cfg in own}) > 1:
-            self.bridge = make_bridge(_Statistics(teacher.pretrained_cfg), student)
+            cfg = teacher.pretrained_cfg
+            wanted = SimpleNamespace(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
+            self.bridge = make_bridge(wanted, student)
 
     def check(self, images: Tensor, student: Any) -> None:
         """Run the teacher once, on images (1, 3, H, W).
 
         Raises:
-            ValueError: it takes no such images, or its tokens are not those of the student.
+            ValueError: It does not take such images, or its tokens differ from the student's.
         """
         size = "x".join(str(side) for side in images.shape[-2:])
         try:
@@ -88,13 +95,13 @@ class Distillation:
     def loss(
         self, images: Tensor, logits: Tensor, tokens: Tensor | None, keep: Tensor | None
     ) -> Tensor:
-        """How far the student is from its teacher.
+        """Measure how far the student is from its teacher.
 
         Args:
             images: (B, 3, H, W).
-            logits: of the student, (B, C).
-            tokens: of the student, (B, P + K, D), or None.
-            keep: where they are, (B, K), or None for all of them.
+            logits: The student's, (B, C).
+            tokens: The student's, (B, P + K, D), or None.
+            keep: The patches that they belong to, (B, K), or None for all patches.
 
         Returns:
             KL divergence · T², the mean over images, plus ``features`` times one minus the cosine
@@ -123,15 +130,85 @@ def _all_tokens(model: Any, images: Tensor) -> Tensor:
     """Tokens (B, P + N, D) of a model that keeps all patches."""
     if not isinstance(model, LTRPModel):
         return model.forward_features(images)
+    return model.forward_features(images, keep_indices=_all_patches(model, images))
+
+
+def _all_patches(model: LTRPModel, images: Tensor) -> Tensor:
     h, w = model.grid_size(images)
-    keep = torch.arange(h * w, device=images.device).expand(len(images), -1)
-    return model.forward_features(images, keep_indices=keep)
+    return torch.arange(h * w, device=images.device).expand(len(images), -1)
 
 
-class _Statistics:
-    """The normalisation that a teacher wants, as a bridge asks for it."""
+class Student(nn.Module):
+    """What training calls when logits alone are not enough; its weights are those of the model.
 
-    img_size = None
+    Args:
+        model: What is trained.
+        gate: Let the gradient reach the ranker, see ``straight_through``.
+    """
 
-    def __init__(self, cfg: Any) -> None:
-        self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
+    def __init__(self, model: LTRPModel, gate: bool = False) -> None:
+        super().__init__()
+        self.model, self.gate = model, gate
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W) -> logits (B, C), tokens (B, P + K, D), keep indices (B, K)."""
+        if self.gate:
+            keep, factors = straight_through(self.model, images)
+            with gated(self.model, factors):
+                tokens = self.model.forward_features(images, keep_indices=keep)
+        else:
+            keep = self.model.keep_indices(images)
+            tokens = self.model.forward_features(images, keep_indices=keep)
+        return self.model.forward_head(tokens), tokens, keep
+
+
+def straight_through(model: LTRPModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep indices, and factors of 1 through which a gradient reaches the ranker's scores.
+
+    The factor of a kept patch is 1 + p - stop(p), p = sigmoid(score - the lowest kept score): its
+    value is 1 to rounding, its gradient that of p, as if p weighted the token. Dropped patches have
+    no token, hence no gradient.
+
+    Args:
+        model: Its ranker must require a gradient.
+        images: (B, 3, H, W), normalised for the backbone.
+
+    Returns:
+        (B, K) int64 and (B, K).
+
+    Source: Bengio et al. (2013), Estimating or propagating gradients through stochastic neurons.
+    """
+    h, w = model.grid_size(images)
+    scores = model.ranker_scores(images, h, w)
+    keep = choose_keep_indices(
+        scores.detach(),
+        None,
+        model.keep_ratio,
+        model.selection,
+        model.selection_args,
+        (h, w),
+        model._padded(images, h, w),
+    )
+    if num_keep(h * w, model.keep_ratio) == h * w:
+        keep = _all_patches(model, images)
+    kept = scores.gather(1, keep)
+    p = torch.sigmoid(kept - kept.detach().amin(dim=1, keepdim=True))
+    return keep, 1.0 + p - p.detach()
+
+
+@contextlib.contextmanager
+def gated(model: LTRPModel, factors: Tensor) -> Iterator[None]:
+    """Multiply each kept token by its factor (B, K) as it enters the blocks of a pruned model."""
+
+    def multiply(slot: Any, inputs: Any, out: Any) -> Any:
+        tokens = out[0] if isinstance(out, tuple) else out
+        prefix = factors.new_ones(len(tokens), tokens.shape[1] - factors.shape[1])
+        tokens = tokens * torch.cat([prefix, factors], dim=1).unsqueeze(-1).to(tokens.dtype)
+        return (tokens, *out[1:]) if isinstance(out, tuple) else tokens
+
+    slot: Any = model._adapter.slots(model.backbone)[0]
+    handle = slot.register_forward_hook(multiply)
+    try:
+        yield
+    finally:
+        handle.remove()

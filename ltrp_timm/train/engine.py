@@ -17,25 +17,29 @@ from ltrp_timm.runtime.world import World
 from ltrp_timm.train.settings import Settings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def make_optimizer(model: nn.Module, lr: float, settings: Settings) -> Any:
-    """timm's optimiser of that name; AdamW has betas (0.9, 0.95) unless told otherwise."""
+    """Make timm's optimiser of that name; AdamW's default betas are (0.9, 0.95)."""
     arguments = dict(settings.opt_args or {})
     if settings.opt_args is None and settings.opt == "adamw":
         arguments = {"betas": (0.9, 0.95)}
-    if settings.layer_decay is not None:
-        arguments["layer_decay"] = settings.layer_decay
-    optimizer = create_optimizer_v2(model, settings.opt, lr, settings.weight_decay, **arguments)
-    if settings.sched == "none":  # it is the schedules that scale the rates of layers
+    optimizer = create_optimizer_v2(
+        model,
+        settings.opt,
+        lr,
+        settings.weight_decay,
+        layer_decay=settings.layer_decay,
+        **arguments,
+    )
+    if settings.sched == "none":  # otherwise the schedule scales the rates of layers
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
     return optimizer
 
 
 def make_scheduler(optimizer: Any, updates_per_epoch: int, settings: Settings) -> Any:
-    """timm's schedule of that name, stepped at every update; None for "none"."""
+    """Make timm's schedule of that name, stepped at every update; None for "none"."""
     warmup = settings.warmup_epochs
     return create_scheduler_v2(
         optimizer,
@@ -59,26 +63,28 @@ class Engine:
     """A model and all that changes its weights.
 
     Args:
-        model: on the device of the world.
-        lr: learning rate at the top of the schedule.
-        updates_per_epoch: length of an epoch.
-        settings: of the run.
-        world: who takes part.
-        forward: what is called in training, a module around ``model``; None for the model itself.
-        num_graphs: kinds of updates, each of which is compiled on its own.
+        model: What is trained, on the device of ``world``.
+        forward: What is called in training: the model, or a module around it.
+        settings: Settings of the run.
+        world: Processes of the run.
+        lr: Learning rate at the top of the schedule.
+        updates_per_epoch: Length of an epoch.
+        num_graphs: Kinds of updates, each of which is compiled separately.
     """
 
     def __init__(
         self,
         model: Any,
-        lr: float,
-        updates_per_epoch: int,
+        forward: nn.Module,
         settings: Settings,
         world: World,
-        forward: Any = None,
+        *,
+        lr: float,
+        updates_per_epoch: int,
         num_graphs: int = 1,
     ) -> None:
         self.model, self.lr, self.settings, self.world = model, lr, settings, world
+        self.forward: Any = forward
         self.num_graphs = num_graphs
         self.device = world.device
         default = "bf16" if self.device.type == "cuda" else "fp32"
@@ -88,10 +94,9 @@ class Engine:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         decay = settings.ema_decay
         self.ema = None if not decay else ModelEmaV3(model, decay=decay)
-        self.forward: Any = model if forward is None else forward
 
     def wrap(self) -> None:
-        """Put DistributedDataParallel and the compiler around the model, once its weights stand."""
+        """Wrap the model, with its final start weights, for several processes and the compiler."""
         if self.world.size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=ids)
@@ -100,7 +105,7 @@ class Engine:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the next update, of the last layer where a decay tells them apart."""
+        """Learning rate of the next update; with layer decay, that of the last layer."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     @property
@@ -110,16 +115,21 @@ class Engine:
         return model
 
     def is_finite(self) -> bool:
-        """Whether every weight is a finite number."""
+        """Whether every weight is finite."""
         return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
-    def gradients(self, batches: list[Batch], loss_of: Loss, step: int) -> float:
-        """Gradients of the mean loss over some batches; returns that loss, of this process."""
+    def gradients(
+        self, batches: list[Batch], loss_of: Callable[[nn.Module, Batch], Tensor], step: int
+    ) -> float:
+        """Compute gradients of the mean loss over batches; returns the loss of this process."""
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         for number, batch in enumerate(batches, start=1):
-            together = self._gradients_together(number == len(batches))
-            with together, self._own_random_numbers(step, number), self._compiler():
+            with (
+                self._exchange(last=number == len(batches)),
+                self._seeded_model(step, number),
+                self._compiler(),
+            ):
                 with self.autocast():
                     loss = loss_of(self.forward, batch) / len(batches)
                 self.scaler.scale(loss).backward()
@@ -127,7 +137,7 @@ class Engine:
         return total.item()
 
     def update(self, step: int) -> None:
-        """Change the weights by the gradients; ``step`` updates are done then."""
+        """Change the weights by the gradients; it is update number ``step``, counted from 1."""
         clip, mode = self.settings.clip_grad, self.settings.clip_mode
         if clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -140,7 +150,7 @@ class Engine:
             self.ema.update(self.model, step=step)
 
     def end_epoch(self, epoch: int, metric: float | None) -> None:
-        """Tell the schedule that so many epochs are done."""
+        """Pass the number of epochs done, and the metric, to the schedule."""
         if self.scheduler:
             self.scheduler.step(epoch, metric)
 
@@ -155,7 +165,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what ``state_dict`` gave."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -165,12 +175,12 @@ class Engine:
             self.ema.module.load_state_dict(state["ema"])
 
     def autocast(self) -> Any:
-        """The precision of the run."""
+        """Autocast at the precision of the run."""
         return autocast(self.device, self.precision)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[nn.Module]:
-        """The trained model, in eval mode and without gradients, for a while."""
+        """Yield the trained model in eval mode, without gradients."""
         model = self.trained_model
         before = model.training
         model.eval()
@@ -180,22 +190,22 @@ class Engine:
         finally:
             model.train(before)
 
-    def _gradients_together(self, last: bool) -> Any:
-        """Processes exchange gradients at the last of the batches that are accumulated."""
+    def _exchange(self, last: bool) -> Any:
+        """Exchange gradients between processes at the last of the accumulated batches only."""
         if last or self.world.size == 1:
             return contextlib.nullcontext()
         return getattr(self.forward, "_orig_mod", self.forward).no_sync()
 
     def _compiler(self) -> Any:
-        """Room for a graph of each kind of update: beyond its limit torch goes on uncompiled."""
+        """Allow a graph for each kind of update: beyond its limit torch runs uncompiled."""
         if not self.settings.compile:
             return contextlib.nullcontext()
         config = torch._dynamo.config
         return config.patch(recompile_limit=max(config.recompile_limit, self.num_graphs + 1))
 
     @contextlib.contextmanager
-    def _own_random_numbers(self, step: int, number: int) -> Iterator[None]:
-        """What a model draws itself, as drop path does, belongs to the step, not to the process."""
+    def _seeded_model(self, step: int, number: int) -> Iterator[None]:
+        """Seed what the model draws itself (drop path) by step, batch and process."""
         index = step * self.world.size + self.world.rank
         devices = [self.device.index or 0] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

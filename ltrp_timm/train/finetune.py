@@ -1,4 +1,4 @@
-"""Fine-tune a pruned ViT, or a plain timm model, on images with a class each."""
+"""Fine-tune a pruned ViT, or a plain timm model, on labelled images."""
 
 import copy
 import dataclasses
@@ -11,8 +11,9 @@ from torch import nn
 
 from ltrp_timm._text import say
 from ltrp_timm.data.classes import ClassData
-from ltrp_timm.data.multi_label import MULTI_LABEL_LOSSES
+from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
 from ltrp_timm.data.sources import Sources
+from ltrp_timm.measure.mean_precision import seen_classes
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model, with_front_end
 from ltrp_timm.models.timm_interface import GENERIC
@@ -20,15 +21,12 @@ from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import join_world
 from ltrp_timm.scoring.transform import cached_transform
 from ltrp_timm.share.save import check_ranker
-from ltrp_timm.train.budget import KeepPlan
-from ltrp_timm.train.classify import ClassifyTask
+from ltrp_timm.train.classify import ClassifyTask, MultiLabelTask
 from ltrp_timm.train.distill import Distillation
 from ltrp_timm.train.head import check_network, fit_head, image_config, put_head
-from ltrp_timm.train.loop import fit
-from ltrp_timm.train.recipe import MULTI_LABEL_KEEP_RATIO, Recipe, split_options
+from ltrp_timm.train.loop import Summary, fit
+from ltrp_timm.train.recipe import MULTI_LABEL_KEEP_RATIO, KeepPlan, Recipe, split_options
 from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.tagging import MultiLabelData, MultiLabelTask
-from ltrp_timm.train.task import Summary
 
 RANDOM = "random: this trains from the start (pretrained or checkpoint begins with weights)"
 
@@ -36,20 +34,20 @@ RANDOM = "random: this trains from the start (pretrained or checkpoint begins wi
 def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
     """Fine-tune a model; ``timm.create_model("local-dir:OUTPUT", pretrained=True)`` loads it.
 
-    One process, or as many as ``torchrun`` starts. The folder gets the model of the last epoch
-    (that with the best held-out accuracy in ``best``), ``log.csv``, and the checkpoint to go on
-    from.
+    One process, or several that ``torchrun`` starts. The output folder gets the model of the last
+    epoch (that of the best held-out accuracy in ``best``), ``log.csv``, and the checkpoint from
+    which a run continues.
 
     Args:
-        model: an ``ltrp_*`` name, any timm model, ``hf-hub:…`` or ``local-dir:…``; or a module,
-            which is trained in place. A plain timm ViT becomes a pruned one by ``keep_ratio`` or
-            ``ranker``, and is trained as it is without.
-        data: images with a class each: a folder with a folder for each class (below ``train``, when
-            there is one), a ``.tar`` of one, a name that timm's ``create_dataset`` takes
+        model: An ``ltrp_*`` name, any timm model, ``hf-hub:…`` or ``local-dir:…``; or a module,
+            which is trained in place. A ``keep_ratio`` or a ``ranker`` turns a plain timm ViT into
+            a pruned one; without them it is trained as it is.
+        data: Labelled images: a folder with a folder for each class (below ``train``, if there is
+            such a folder), a ``.tar`` of one, a name that timm's ``create_dataset`` takes
             (``hfds/…``, ``wds/…``, ``torch/…``), or a torch dataset of (picture, class number).
-            With ``multi_label`` the folder that ``labels`` names files of.
-        output: folder of the run, new or empty.
-        **options: see ``Recipe`` (model, budget, teacher), ``Augmentation`` (images and labels)
+            With ``multi_label``, the folder of the files that ``labels`` names.
+        output: Folder of the run, new or empty.
+        **options: See ``Recipe`` (model, budget, teacher), ``Augmentation`` (images and labels)
             and ``Settings`` (optimisation and bookkeeping). Defaults are the published ones: 50
             epochs, 5 of them warm-up, AdamW, 1e-3 · images per update / 256 down to 1e-6, weight
             decay 0.05, layer decay 0.75, drop path 0.1, RandAugment, random erasing, label
@@ -58,15 +56,15 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
             average of the weights (0.9997), three quarters of the patches, the asymmetric loss.
 
     Returns:
-        How it ended.
+        How the run ended.
 
     Raises:
-        ValueError: an argument out of its range, classes that disagree, no readable image, or a
-            checkpoint of another configuration.
-        TypeError: an argument of no such name, or patches cannot be dropped from the model.
-        FileNotFoundError: data or weights do not exist.
+        ValueError: An argument is out of its range, classes disagree, no image is readable, or the
+            checkpoint is of another configuration.
+        TypeError: An argument is unknown, or patches cannot be dropped from the model.
+        FileNotFoundError: Data or weights do not exist.
         FileExistsError: ``output`` holds a run, or is in use.
-        NonFiniteLossError: the loss is no finite number.
+        NonFiniteLossError: The loss is not finite.
 
     Source: Luo et al. (2024), Learning to rank patches for unbiased image redundancy reduction.
 
@@ -75,30 +73,39 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
     recipe, augmentation, common = split_options(options)
     recipe = _with_published_budget(model, recipe)
     if recipe.gate and common.compile:
-        raise ValueError("gate lends the model a hook at each step: leave compile out.")
+        raise ValueError(
+            f"gate={recipe.gate!r} installs a forward hook and cannot be compiled; drop compile."
+        )
     with join_world(common.device) as world:
         classes = open_classes(data, common, recipe)
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net, notes, new_head = make_network(model, recipe, classes)
         net = net.to(world.device)
-        plan = make_plan(net, recipe, common)
         images = image_config(net, recipe.img_size)
-        distillation = make_distillation(net, recipe, images, new_head)
-        parts = (net, plan, augmentation, distillation, recipe.train_ranker, recipe.channels_last)
+        parts = {
+            "model": net,
+            "plan": make_plan(net, recipe, common),
+            "augmentation": augmentation,
+            "distillation": make_distillation(net, recipe, images, new_head),
+            "gate": recipe.train_ranker,
+            "channels_last": recipe.channels_last,
+            "cached": recipe.index_cache is not None,
+        }
         if isinstance(classes, MultiLabelData):
-            loss = recipe.loss or MULTI_LABEL_LOSSES[0]
-            task: ClassifyTask = MultiLabelTask(*parts, loss=loss, seen=classes.seen)
+            loss, seen = recipe.loss or "asymmetric", classes.seen_classes
+            task: ClassifyTask = MultiLabelTask(**parts, loss=loss, seen_classes=seen)
         else:
-            task = ClassifyTask(*parts)
-        size = tuple(images["input_size"][-2:])
-        common = dataclasses.replace(common, val_data=classes.held_out)
-        transforms = augmentation.transforms(images)
+            task = ClassifyTask(**parts)
+        train, measure = augmentation.transforms(images)
         if recipe.index_cache is not None:
             if augmentation.mixes:
-                raise ValueError("index_cache has orders of single images: mixup and cutmix 0.")
-            train = cached_transform(recipe.index_cache, net, classes.train, transforms[0])
-            transforms, task.cached = (train, transforms[1]), True
-        sources = Sources(classes.train, common, world, *transforms, size, 1, labelled=True)
+                raise ValueError(
+                    "index_cache holds orders of single images; set mixup and cutmix to 0."
+                )
+            train = cached_transform(recipe.index_cache, net, classes.train, train)
+        common = dataclasses.replace(common, val_data=classes.held_out)
+        size = tuple(images["input_size"][-2:])
+        sources = Sources(classes.train, common, world, train, measure, size, 1, labelled=True)
         if augmentation.mixes and sources.batch_size % 2:
             raise ValueError(f"mixing needs an even batch_size, got {sources.batch_size}.")
         if world.main:
@@ -108,7 +115,7 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
 
 
 def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
-    """Training and held-out images with a class each, or several."""
+    """Open training and held-out images with one class each, or several."""
     if recipe.multi_label:
         return MultiLabelData(data, common, recipe)
     return ClassData(data, common, recipe.num_classes)
@@ -219,8 +226,13 @@ def make_distillation(
     else:
         teacher, _ = open_model(recipe.distill, pretrained=True, plain=True)
     device = next(net.parameters()).device
-    weights = (recipe.distill_weight, recipe.distill_temperature, recipe.distill_features)
-    distillation = Distillation(teacher.to(device), net, *weights)
+    distillation = Distillation(
+        teacher.to(device),
+        net,
+        weight=recipe.distill_weight,
+        temperature=recipe.distill_temperature,
+        features=recipe.distill_features,
+    )
     distillation.check(torch.zeros(1, *images["input_size"], device=device), net)
     return distillation
 
@@ -234,3 +246,56 @@ def _describe(task: ClassifyTask, sources: Sources) -> str:
         kept = "a plain model, all patches"
     updates = f"{sources.updates_per_epoch} updates of {sources.per_update} images an epoch"
     return f"{kept}; {updates}, {held_out} images held out"
+
+
+class MultiLabelData(ClassData):
+    """The images of a run and their classes, of label files.
+
+    Args:
+        data: folder of the training images.
+        settings: ``val_data`` is the folder of the held-out ones; that of the training images when
+            there are ``val_labels`` alone.
+        recipe: names the label files.
+
+    Attributes:
+        seen_classes: names of seen classes, or None.
+
+    Raises:
+        ValueError: a label file is wrong, names images that are not there, or has empty classes;
+            one number of classes here and another there; flags that do not go together.
+        FileNotFoundError: a folder or a file is not there.
+    """
+
+    def __init__(self, data: Any, settings: Settings, recipe: Recipe) -> None:
+        _check_settings(settings, recipe)
+        self.settings, self.streaming = settings, False
+        self.says: list[str] = []
+        self.train: MultiLabelImages = self._labelled(data, recipe.labels, "training")
+        self.class_names = self.train.class_names
+        self.num_classes = len(self.class_names)
+        if recipe.num_classes not in (None, self.num_classes):
+            raise ValueError(
+                f"num_classes is {recipe.num_classes}, but {recipe.labels} has "
+                f"{self.num_classes} classes."
+            )
+        self.seen_classes = seen_classes(recipe.seen_classes, self.class_names)
+        self.held_out: Any = None
+        if recipe.val_labels is not None:
+            folder = data if settings.val_data is None else settings.val_data
+            self.held_out = self._labelled(folder, recipe.val_labels, "held-out", allow_empty=True)
+
+    def _labelled(
+        self, folder: Any, labels: Any, what: str, allow_empty: bool = False
+    ) -> MultiLabelImages:
+        images = open_multi_label(folder, labels, allow_empty=allow_empty)
+        if images.unlabelled:
+            self.says.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
+        return images
+
+
+def _check_settings(settings: Settings, recipe: Recipe) -> None:
+    for name in ("data_root", "input_key", "target_key", "num_samples"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"{name} is for named datasets: no multi_label.")
+    if settings.val_data is not None and recipe.val_labels is None:
+        raise ValueError("val_data needs val_labels, with multi_label.")

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a bar, a table, TensorBoard's events."""
+"""What a run reports: a progress bar, a table, TensorBoard events, curves."""
 
 import csv
 import io
@@ -10,14 +10,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ltrp_timm._text import say
-from ltrp_timm.weights.files import write_text
+from ltrp_timm.weights.files import write_atomically, write_text
 
 LOG_NAME = "log.csv"
+CURVES_NAME = "curves.png"
 Row = dict[str, Any]
 
 
 def read_log(path: Path) -> list[Row]:
-    """The rows of a log, numbers as numbers; none when there is no file."""
+    """Read the rows of a log, numbers as numbers; a missing file has none."""
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -28,18 +29,18 @@ def read_log(path: Path) -> list[Row]:
 
 
 class Log:
-    """The log of a run in its output folder; other processes than the main one keep quiet.
+    """The log of a run in its output folder; only the main process has one.
 
     Args:
-        folder: of the run.
-        epoch: rows of this epoch and later ones, of a run that got further than its checkpoint,
-            are dropped: they come again.
-        step: update to go on from.
-        tensorboard: True, False, or None for "if it is installed".
-        progress: the same for the bar and a terminal.
+        folder: Output folder of the run.
+        epoch: Epochs that the checkpoint has done. Later rows, of a run that got further than its
+            checkpoint, are dropped and will be written again.
+        step: Updates that the checkpoint has done.
+        tensorboard: Write events; None if TensorBoard is installed.
+        progress: Show a bar; None on a terminal.
 
     Raises:
-        ImportError: ``tensorboard=True`` and it is not installed.
+        ImportError: ``tensorboard=True`` and TensorBoard is not installed.
     """
 
     def __init__(
@@ -55,20 +56,20 @@ class Log:
         writer = None if tensorboard is False else find_writer(bool(tensorboard))
         self.writer = writer and writer(str(folder), purge_step=step)
         self.bar: Any = None
-        self._seen, self._since = 0, time.perf_counter()
+        self._images, self._since = 0, time.perf_counter()
 
     def start_epoch(self, epoch: int, epochs: int, images: int, done: int) -> None:
-        """A new bar for an epoch of so many images, some of them done before."""
+        """Start the bar of an epoch of ``images``, the first ``done`` of which are done."""
         hidden = None if self.progress is None else not self.progress
         text = f"epoch {epoch}/{epochs}"
         self.bar = tqdm(
             total=images, initial=done, desc=text, unit="image", disable=hidden, leave=False
         )
-        self._seen, self._since = 0, time.perf_counter()
+        self._images, self._since = 0, time.perf_counter()
 
     def update(self, step: int, images: int, loss: float, rate: float) -> None:
-        """One update done."""
-        self._seen += images
+        """Report one update."""
+        self._images += images
         self.bar.update(images)
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}", refresh=False)
         if self.writer:
@@ -76,11 +77,11 @@ class Log:
             self.writer.add_scalar("train/lr", rate, step)
 
     def images_per_second(self) -> float:
-        """Since the epoch began, or was taken up again."""
-        return self._seen / max(time.perf_counter() - self._since, 1e-9)
+        """Measure the speed since the epoch began or was resumed."""
+        return self._images / max(time.perf_counter() - self._since, 1e-9)
 
     def end_epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        """Write the row of an epoch, and say it."""
+        """Write and print the row of an epoch."""
         self.bar.close()
         self.rows.append(dict(row))
         write_text(self.path, _table(self.rows))
@@ -93,7 +94,7 @@ class Log:
         say(f"epoch {row['epoch']}/{epochs}: " + ", ".join(shown[1:]))
 
     def close(self) -> None:
-        """Put the bar away and the events on the disk."""
+        """Close the bar and flush the events."""
         if self.bar is not None:
             self.bar.close()
         if self.writer:
@@ -104,7 +105,7 @@ def find_writer(required: bool) -> Any:
     """TensorBoard's SummaryWriter, or None where it is not installed.
 
     Raises:
-        ImportError: it is required.
+        ImportError: It is required and not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -126,3 +127,42 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _short(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def require_matplotlib() -> Any:
+    """matplotlib's Figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("curves need matplotlib: pip install 'ltrp-timm[demo]'") from error
+    return Figure
+
+
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
+    """Plot the loss beside its chance level, and the held-out metrics, over epochs."""
+    scores = [n for n in rows[-1] if n.startswith("val_") and n not in ("val_loss", "val_chance")]
+    figure = require_matplotlib()(figsize=(5 * (1 + bool(scores)), 4), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(scores), squeeze=False)[0]
+    for name, style in (("loss", "-"), ("val_loss", "-"), ("chance", "--")):
+        _plot(axes[0], rows, name, style)
+    axes[0].set_ylabel("loss")
+    for name in scores:
+        _plot(axes[1], rows, name, "-")
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _plot(axis: Any, rows: Sequence[Row], name: str, style: str) -> None:
+    points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+    if points:
+        marker = "o" if len(points) < 20 and style == "-" else None
+        label = {"loss": "training", "val_loss": "held out"}.get(name, name.removeprefix("val_"))
+        axis.plot(*zip(*points), linestyle=style, marker=marker, label=label)

@@ -1,10 +1,11 @@
 """One training loop for all recipes: read it from top to bottom.
 
-A recipe brings a ``Task``: a model, its loss on a batch, its metrics. The loop brings all else:
+A recipe brings a ``Task``: a model, its loss on a batch, its metrics. The loop brings the rest:
 timm's optimiser, schedule and EMA, autocast, accumulation, DistributedDataParallel, checkpoints
-that go on exactly, and an end in order whenever it is asked to stop.
+that continue exactly, and an orderly end when it is asked to stop.
 """
 
+import abc
 import contextlib
 import dataclasses
 import math
@@ -14,42 +15,141 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from ltrp_timm._text import complain, one_line, say
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.runtime.stopping import StopRequests, stop_requests
 from ltrp_timm.runtime.world import World
-from ltrp_timm.train.curves import CURVES_NAME, plot_curves, require_matplotlib
 from ltrp_timm.train.engine import Engine
-from ltrp_timm.train.logs import LOG_NAME, Log, find_writer
+from ltrp_timm.train.logs import (
+    CURVES_NAME,
+    LOG_NAME,
+    Log,
+    find_writer,
+    plot_curves,
+    require_matplotlib,
+)
 from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.state import CHECKPOINT_NAME, check_same, locked, read_state, save_state
-from ltrp_timm.train.task import NonFiniteLossError, Progress, Summary, Task
+from ltrp_timm.train.state import (
+    CHECKPOINT_NAME,
+    FORMER_NAME,
+    check_same,
+    locked,
+    read_state,
+    save_state,
+)
+from ltrp_timm.visualize import row, stack_rows
 from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, write_atomically
 
 BEST = "best"
 PICTURES_NAME = "pictures.png"
 
 
+class Task(abc.ABC):
+    """What a recipe brings.
+
+    Attributes:
+        name: Name of the command.
+        metric: The metric of ``measure`` that selects the best epoch.
+        higher_is_better: Direction of that metric.
+        model: What is trained, on the device.
+        forward: What is called in training: the model, or a module around it.
+        chance: Loss of a model that knows nothing, or None where that is unknown.
+        num_graphs: Kinds of updates, each of which is compiled separately.
+    """
+
+    name: str
+    metric: str
+    higher_is_better = True
+    chance: float | None = None
+    num_graphs = 1
+
+    def __init__(self, model: Any, forward: nn.Module | None = None) -> None:
+        self.model = model
+        self.forward: Any = model if forward is None else forward
+
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What a continuation must not change, as JSON can hold it."""
+
+    @abc.abstractmethod
+    def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch by ``forward``, which may wrap ``self.forward``."""
+
+    @abc.abstractmethod
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Metrics of each image of a held-out batch, (B,)."""
+
+    def measure_set(self, world: World) -> dict[str, float]:
+        """Metrics of the whole held-out set that are no means over images."""
+        return {}
+
+    @abc.abstractmethod
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a model for use."""
+
+    @abc.abstractmethod
+    def panels(self, model: nn.Module, batch: Batch) -> list[list[tuple[Image.Image, str]]]:
+        """Pictures and captions that show what the model makes of each image."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a weight is not finite: nothing is learned from there on."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is: ``update`` of ``epoch`` comes next, both from 0."""
+
+    epoch: int = 0
+    update: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best: float | None = None
+    last_losses: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        output: Folder that the model loads from.
+        epochs: Epochs done.
+        steps: Updates done.
+        metrics: The last row of the log.
+        unreadable: One line for each image that could not be read.
+        stopped_by: Signal that ended the run early, or None.
+    """
+
+    output: Path
+    epochs: int
+    steps: int
+    metrics: dict[str, Any]
+    unreadable: list[str]
+    stopped_by: int | None
+
+
 def fit(task: Task, sources: Sources, settings: Settings, world: World, output: Any) -> Summary:
-    """Train, into a folder of its own.
+    """Train, into an output folder.
 
     Raises:
-        FileExistsError: the folder holds a run, or another process writes to it.
-        ValueError: its checkpoint is of another configuration.
-        NonFiniteLossError: the loss is no finite number.
-        OSError: the disk is full, or refuses.
+        FileExistsError: The folder holds a run, or another process writes to it.
+        ValueError: The folder's checkpoint is of another configuration.
+        NonFiniteLossError: The loss is not finite.
+        OSError: The disk is full, or cannot be written to.
     """
-    folder = Path(output)
     if settings.plot:
         require_matplotlib()
     if settings.tensorboard:
         find_writer(required=True)
-    trainer = Trainer(task, sources, settings, world, folder)
+    trainer = Trainer(task, sources, settings, world, Path(output))
     with contextlib.ExitStack() as stack:
-        world.on_main(lambda: _claim(folder, settings, stack))
+        world.on_main(lambda: _claim(trainer.folder, settings, stack))
         trainer.start()
         stack.callback(trainer.close)
         with stop_requests() as requests:
@@ -59,22 +159,22 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
 def rehearse(
     task: Task, sources: Sources, settings: Settings, world: World, output: Any
 ) -> Summary:
-    """Say what ``fit`` would do; nothing is written. Errors are those of its beginning."""
+    """Report what ``fit`` would do and write nothing; bad input raises what ``fit`` would raise."""
     folder = Path(output)
     _check_folder(folder, settings)
     trainer = Trainer(task, sources, settings, world, folder)
+    state = "new"
     if trainer.checkpoint.exists():
-        state = read_state(trainer.checkpoint)
-        check_same(state["config"], trainer.config(), trainer.checkpoint)
-        trainer.progress = Progress(**state["progress"])
+        trainer.read_checkpoint()
+        done = trainer.progress.epoch
+        finished = done >= settings.epochs
+        state = "finished" if finished else f"{done} of {settings.epochs} epochs done"
     if world.main:
-        done, epochs = trainer.progress.epoch, settings.epochs
-        state_now = "finished" if done >= epochs else f"{done} of {epochs} epochs done"
         held = len(sources.held_out) if sources.held_out is not None else 0
-        each, count = sources.per_update, sources.updates_per_epoch
-        say(f"{folder}: {state_now if trainer.checkpoint.exists() else 'new'}")
+        say(f"{folder}: {state}")
         say(
-            f"{epochs} epochs of {count} updates with {each} images, {held} images held out, "
+            f"{settings.epochs} epochs of {sources.updates_per_epoch} updates with "
+            f"{sources.per_update} images, {held} images held out, "
             f"learning rate {trainer.engine.lr:.3g}, {trainer.engine.precision}, {world.size} "
             f"process{'es' if world.size > 1 else ''} on {world.device}"
         )
@@ -83,23 +183,30 @@ def rehearse(
 
 def _check_folder(folder: Path, settings: Settings) -> None:
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is no folder.")
-    names = (CHECKPOINT_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
-    resumes = settings.resume == "auto" and (folder / CHECKPOINT_NAME).exists()
+        raise FileExistsError(f"{folder} is not a folder.")
+    resumes = settings.resume == "auto"
+    if resumes and (folder / CHECKPOINT_NAME).exists():
+        return
+    if resumes and (folder / FORMER_NAME).exists():
+        raise FileExistsError(
+            f"{folder} holds a run of an earlier version of ltrp-timm, which cannot be resumed; "
+            "finish it with that version, or choose another folder."
+        )
+    names = (CHECKPOINT_NAME, FORMER_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
     present = [name for name in names if (folder / name).exists()]
-    if present and not resumes:
-        hint = "resume='auto' goes on with it" if CHECKPOINT_NAME in present else "choose another"
+    if present:
+        known = CHECKPOINT_NAME in present
+        hint = "resume='auto' continues it" if known else "choose another folder"
         raise FileExistsError(f"{folder} already holds {' and '.join(present)}; {hint}.")
 
 
 def _claim(folder: Path, settings: Settings, stack: contextlib.ExitStack) -> None:
-    """Take the output folder for this run, and nothing else."""
+    """Lock the output folder for this run; a refused folder stays as it is."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
     if folder.is_dir():
         stack.enter_context(locked(folder))
     _check_folder(folder, settings)
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        stack.enter_context(locked(folder))
 
 
 class Trainer:
@@ -114,16 +221,16 @@ class Trainer:
         lr = settings.lr or settings.base_lr * sources.per_update / 256
         self.engine = Engine(
             task.model,
-            lr,
-            sources.updates_per_epoch,
+            task.forward,
             settings,
             world,
-            forward=getattr(task, "forward", None),
-            num_graphs=getattr(task, "num_graphs", 1),
+            lr=lr,
+            updates_per_epoch=sources.updates_per_epoch,
+            num_graphs=task.num_graphs,
         )
         self.progress = Progress()
         self.problems: list[str] = []
-        self.log: Any = None
+        self.log: Log | None = None  # in the main process
         self.rate = 0.0  # of the last update
 
     def config(self) -> dict[str, Any]:
@@ -140,9 +247,11 @@ class Trainer:
         }
 
     def start(self) -> None:
-        """Take up a checkpoint, or write the first one; then wrap the model for the work."""
+        """Restore a checkpoint, or write the first one; then wrap the model for training."""
         if self.world.on_main(self.checkpoint.exists):  # the main process is about to write it
-            self.restore()
+            self.engine.load_state_dict(self.read_checkpoint())
+            if self.world.main:
+                self._say_where()
         else:
             self.world.on_main(self.save_checkpoint)
         self.engine.wrap()
@@ -150,109 +259,114 @@ class Trainer:
             p, s = self.progress, self.settings
             self.log = Log(self.folder, p.epoch, p.step, s.tensorboard, s.progress)
 
-    def save_checkpoint(self) -> None:
-        """Write all that a continuation needs; in the main process.
+    def read_checkpoint(self) -> dict[str, Any]:
+        """Read the checkpoint's progress; returns the whole of it.
 
         Raises:
-            NonFiniteLossError: a weight is not finite; the last checkpoint stays.
-            OSError: it cannot be written; the last checkpoint stays.
-        """
-        if not self.engine.is_finite():
-            raise NonFiniteLossError(self._not_finite("a weight is not finite"))
-        progress = dataclasses.asdict(self.progress)
-        state = {"config": self.config(), "progress": progress, **self.engine.state_dict()}
-        save_state(self.checkpoint, state)
-
-    def restore(self) -> None:
-        """Go on from the checkpoint, exactly.
-
-        Raises:
-            ValueError: it is of another configuration, or no checkpoint.
+            ValueError: It is of another configuration, or no checkpoint.
         """
         state = read_state(self.checkpoint)
         check_same(state["config"], self.config(), self.checkpoint)
         self.progress = Progress(**state["progress"])
-        self.engine.load_state_dict(state)
-        if self.world.main:
-            p = self.progress
-            if p.epoch >= self.settings.epochs:
-                say(f"{self.folder} is finished: {p.epoch} epochs, {p.step} steps")
-            else:
-                where = f"epoch {p.epoch + 1}, update {p.update + 1} (step {p.step + 1})"
-                say(f"resuming {self.folder} at {where}")
+        return state
+
+    def _say_where(self) -> None:
+        p = self.progress
+        if p.epoch >= self.settings.epochs:
+            say(f"{self.folder} is finished: {p.epoch} epochs, {p.step} steps")
+        else:
+            where = f"epoch {p.epoch + 1}, update {p.update + 1} (step {p.step + 1})"
+            say(f"resuming {self.folder} at {where}")
+
+    def save_checkpoint(self) -> None:
+        """Write all that a continuation needs; in the main process.
+
+        Raises:
+            NonFiniteLossError: A weight is not finite; the last checkpoint stays.
+            OSError: The file cannot be written; the last checkpoint stays.
+        """
+        self._check_weights()
+        progress = dataclasses.asdict(self.progress)
+        state = {"config": self.config(), "progress": progress, **self.engine.state_dict()}
+        save_state(self.checkpoint, state)
 
     def close(self) -> None:
-        """Put the log away."""
+        """Close the log."""
         if self.log:
             self.log.close()
 
     def run(self, requests: StopRequests) -> Summary:
-        """All epochs that are left."""
+        """Train all epochs that are left."""
         while self.progress.epoch < self.settings.epochs:
             stopped = self.train_epoch(requests)
             if stopped:
-                self._leave()
+                self._save_unfinished_epoch()
                 return self.summary(stopped)
             self.end_epoch()
         return self.summary(None)
 
-    def _leave(self) -> None:
-        """Save what was reached, at the request to stop."""
+    def _save_unfinished_epoch(self) -> None:
         if not self.sources.streaming:
             self.world.on_main(self.save_checkpoint)
         elif self.world.main:
             epoch = self.progress.epoch + 1
-            say(f"a stream cannot be taken up within an epoch: epoch {epoch} will begin again")
+            say(f"Streams resume at epoch boundaries: epoch {epoch} restarts from its first batch.")
 
     def train_epoch(self, requests: StopRequests) -> int:
-        """Updates from where the run is; returns the signal that ended it early, or 0."""
-        progress, per_epoch = self.progress, self.sources.updates_per_epoch
-        accumulate = self.settings.accumulate
-        self._show_epoch()
-        batches = self.sources.training_batches(progress.epoch, progress.update * accumulate)
+        """Train the updates left in the epoch; returns the signal that ended it early, or 0."""
+        progress, sources, settings = self.progress, self.sources, self.settings
+        if self.log:
+            each, count = sources.per_update, sources.updates_per_epoch
+            done = progress.update * each
+            self.log.start_epoch(progress.epoch + 1, settings.epochs, count * each, done)
+        batches = sources.training_batches(progress.epoch, progress.update * settings.accumulate)
         self.engine.model.train()
         with contextlib.closing(batches):
-            while progress.update < per_epoch:
+            while progress.update < sources.updates_per_epoch:
                 self.rate = self.engine.rate
-                loss, stopped = self.train_update(list(islice(batches, accumulate)), requests)
-                self._count(loss)
+                update = list(islice(batches, settings.accumulate))
+                loss, stopped = self.train_update(update, requests)
                 if self.log:
-                    self.log.update(progress.step, self.sources.per_update, loss, self.rate)
-                every = self.settings.checkpoint_steps
-                due = every and progress.step % every == 0 and progress.update < per_epoch
-                if due and not self.sources.streaming and not stopped:
-                    self.world.on_main(self.save_checkpoint)
+                    self.log.update(progress.step, sources.per_update, loss, self.rate)
                 if stopped:
                     return stopped
+                every = settings.checkpoint_steps
+                due = every and progress.step % every == 0
+                if due and progress.update < sources.updates_per_epoch and not sources.streaming:
+                    self.world.on_main(self.save_checkpoint)
         return 0
 
     def train_update(self, batches: list[Batch], requests: StopRequests) -> tuple[float, int]:
-        """One update from as many batches as are accumulated.
+        """Train one update on its accumulated batches.
 
         Returns:
             Its loss over all processes, and the signal that asks for an end, or 0.
 
         Raises:
-            NonFiniteLossError: before anything has changed.
+            NonFiniteLossError: Before anything has changed.
         """
+        progress = self.progress
         for batch in batches:
-            self._name_problems(batch)
-        loss = self.engine.gradients(batches, self.task.loss, self.progress.step)
+            self._report_problems(batch)
+        loss = self.engine.gradients(batches, self.task.loss, progress.step)
         sums = self.world.sum([loss, float(requests.signal is not None)])
-        loss_value = sums[0] / self.world.size
-        if not math.isfinite(loss_value):
-            raise NonFiniteLossError(self._not_finite(f"the loss is {loss_value}"))
-        self.progress.step += 1
-        self.engine.update(self.progress.step)
-        return loss_value, (requests.signal or signal.SIGTERM) if sums[1] else 0
+        mean_loss = sums[0] / self.world.size
+        if not math.isfinite(mean_loss):
+            raise NonFiniteLossError(self._not_finite(f"the loss is {mean_loss}"))
+        progress.step += 1
+        progress.update += 1
+        self.engine.update(progress.step)
+        progress.loss_sum += mean_loss
+        progress.last_losses = [*progress.last_losses, mean_loss][-5:]
+        return mean_loss, (requests.signal or signal.SIGTERM) if sums[1] else 0
 
     def end_epoch(self) -> None:
         """Measure, save, log; the checkpoint comes last: a run killed here does all of it again."""
         speed = self.log.images_per_second() if self.log else 0.0
         metrics = self.evaluate()
         unreadable = self.world.gather_names(self.problems)
-        progress = self.progress
-        row = {
+        progress, metric = self.progress, metrics.get(self.task.metric)
+        log_row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "lr": self.rate,
@@ -262,17 +376,22 @@ class Trainer:
             "unreadable": len(unreadable),
             "images_per_second": speed,
         }
-        better = self._is_best(metrics.get(self.task.metric))
+        better = self._is_best(metric)
         if better:
-            progress.best = metrics[self.task.metric]
+            progress.best = metric
         progress.epoch, progress.update, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        self.engine.end_epoch(progress.epoch, metrics.get(self.task.metric))
-        self.world.on_main(lambda: self._write_epoch(row, better))
+        self.engine.end_epoch(progress.epoch, metric)
+        self.world.on_main(lambda: self._write_epoch(log_row, better))
 
-    def _write_epoch(self, row: dict[str, Any], better: bool) -> None:
+    def _is_best(self, metric: float | None) -> bool:
+        best = self.progress.best
+        if metric is None or best is None:
+            return metric is not None
+        return metric > best if self.task.higher_is_better else metric < best
+
+    def _write_epoch(self, log_row: dict[str, Any], better: bool) -> None:
         model = self.engine.trained_model
-        if not self.engine.is_finite():
-            raise NonFiniteLossError(self._not_finite("a weight is not finite"))
+        self._check_weights()
         try:
             self.task.save(model, self.folder)
             if better:
@@ -280,21 +399,26 @@ class Trainer:
         except (OSError, SafetensorError) as error:
             reason = f"{self.folder} cannot be written to: {one_line(error)}"
             raise OSError(f"{reason}; the last checkpoint is whole.") from error
-        self.log.end_epoch(row, self.settings.epochs)
-        if self.settings.plot:
-            plot_curves(self.log.rows, self.folder / CURVES_NAME)
-            with self.engine.measuring() as model:
-                picture = self.task.draw(model, self.sources.fixed_batch())
-            path = self.folder / PICTURES_NAME
-            write_atomically(path, lambda file: picture.save(file, format="png"))
+        if self.log:
+            self.log.end_epoch(log_row, self.settings.epochs)
+            if self.settings.plot:
+                self._plot(self.log)
         self.save_checkpoint()
 
+    def _plot(self, log: Log) -> None:
+        plot_curves(log.rows, self.folder / CURVES_NAME)
+        with self.engine.measuring() as model:
+            panels = self.task.panels(model, self.sources.fixed_batch())
+        picture = stack_rows([row(parts) for parts in panels])
+        path = self.folder / PICTURES_NAME
+        write_atomically(path, lambda file: picture.save(file, format="png"))
+
     def evaluate(self) -> dict[str, float]:
-        """Means over the held-out images of all processes; none where nothing is held out."""
+        """Metrics of the held-out images of all processes; empty where nothing is held out."""
         sums: dict[str, float] = {}
         with self.engine.measuring() as model:
             for batch in self.sources.held_out_batches():
-                self._name_problems(batch)
+                self._report_problems(batch)
                 values = self.task.measure(model, batch)
                 values["images"] = batch.real
                 for name, value in values.items():
@@ -306,30 +430,19 @@ class Trainer:
         count = totals.pop("images", 0.0)
         if not count:
             return {}
-        judge = getattr(self.task, "judge", None)  # of what is no mean over images
-        whole = {} if judge is None else judge(self.world)
-        return {**{name: total / count for name, total in totals.items()}, **whole}
+        means = {name: total / count for name, total in totals.items()}
+        return {**means, **self.task.measure_set(self.world)}
 
-    def _show_epoch(self) -> None:
-        if self.log:
-            progress, each = self.progress, self.sources.per_update
-            images = self.sources.updates_per_epoch * each
-            self.log.start_epoch(
-                progress.epoch + 1, self.settings.epochs, images, progress.update * each
-            )
-
-    def _count(self, loss: float) -> None:
-        progress = self.progress
-        progress.update += 1
-        progress.loss_sum += loss
-        progress.last_losses = [*progress.last_losses, loss][-5:]
-
-    def _name_problems(self, batch: Batch) -> None:
-        """Name each unreadable image once."""
+    def _report_problems(self, batch: Batch) -> None:
+        """Report each unreadable image once."""
         for line in batch.problems:
             if line not in self.problems:
                 self.problems.append(line)
                 complain(f"skipped {line}")
+
+    def _check_weights(self) -> None:
+        if not self.engine.is_finite():
+            raise NonFiniteLossError(self._not_finite("a weight is not finite"))
 
     def _not_finite(self, what: str) -> str:
         progress = self.progress
@@ -340,21 +453,14 @@ class Trainer:
             f"{self.checkpoint}."
         )
 
-    def _is_best(self, value: float | None) -> bool:
-        best = self.progress.best
-        if value is None or best is None:
-            return value is not None
-        return value > best if self.task.higher_is_better else value < best
-
     def summary(self, stopped_by: int | None) -> Summary:
-        """How it ended."""
-        progress = self.progress
-        rows: list[Mapping[str, Any]] = self.log.rows if self.log else []
+        """How the run ended."""
+        rows: list[Mapping[str, Any]] = [*self.log.rows] if self.log else []
         return Summary(
-            self.folder,
-            progress.epoch,
-            progress.step,
-            dict(rows[-1]) if rows else {},
-            self.world.gather_names(self.problems),
-            stopped_by,
+            output=self.folder,
+            epochs=self.progress.epoch,
+            steps=self.progress.step,
+            metrics=dict(rows[-1]) if rows else {},
+            unreadable=self.world.gather_names(self.problems),
+            stopped_by=stopped_by,
         )

@@ -1,6 +1,6 @@
-"""Train a teacher, an MAE, on images of one's own."""
+"""Train a teacher, an MAE, on your own images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ from ltrp_timm.teacher import (
     num_visible,
     random_visible_indices,
 )
-from ltrp_timm.train.loop import fit
-from ltrp_timm.train.pictures import show_images
-from ltrp_timm.train.settings import SCALE, check_range, make_settings
+from ltrp_timm.train.loop import Summary, Task, fit
+from ltrp_timm.train.settings import SCALE, CropScale, check_value, make_settings
 from ltrp_timm.train.state import digest
-from ltrp_timm.train.task import Summary
-from ltrp_timm.visualize import kept_patches, row, stack_rows
+from ltrp_timm.visualize import kept_patches, show_images
 
 DEFAULTS = {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.05}
 
@@ -38,40 +36,40 @@ def train_teacher(
     init_from: Any = None,
     mask_ratio: float = 0.75,
     norm_pix_loss: bool = False,
-    scale: Sequence[float] = SCALE,
+    scale: CropScale = SCALE,
     **settings: Any,
 ) -> Summary:
-    """Train an MAE to paint hidden patches; ``create_teacher(output)`` loads it.
+    """Train an MAE to reconstruct masked patches; ``create_teacher(output)`` loads it.
 
     Args:
-        data: images without labels, see ``train_ranker``.
-        output: folder of the run, new or empty.
-        img_size: side of the images; None for 224, or that of ``init_from``.
-        teacher_args: other arguments of ``MAETeacher``: patch size, widths, depths, heads.
-        init_from: what ``create_teacher`` takes, to begin with its weights.
-        mask_ratio: share of patches that are hidden.
-        norm_pix_loss: paint each patch normalised by its own mean and standard deviation.
-        scale: share of a picture's area that a random crop takes, from and to.
-        **settings: see ``Settings``. Defaults here are MAE's: 400 epochs, a tenth of them warm-up,
+        data: Images without labels, see ``train_ranker``.
+        output: Folder of the run, new or empty.
+        img_size: Side of the images (default: 224, or that of ``init_from``).
+        teacher_args: More arguments of ``MAETeacher``: patch size, widths, depths, heads.
+        init_from: A teacher to start from: Hub id, folder or file.
+        mask_ratio: Share of patches that are masked.
+        norm_pix_loss: Reconstruct patches normalised by their own mean and standard deviation.
+        scale: Share of a picture's area that a random crop takes, from and to.
+        **settings: See ``Settings``. Defaults here are MAE's: 400 epochs, a tenth of them warm-up,
             AdamW (0.9, 0.95), weight decay 0.05, 1.5e-4 · images per update / 256.
 
     Returns:
-        How it ended.
+        How the run ended.
 
     Raises:
-        ValueError: an argument out of its range, no readable image, or a checkpoint of another
-            configuration.
-        TypeError: an argument of no such name.
-        FileNotFoundError: data or teacher do not exist.
+        ValueError: An argument is out of its range, no image is readable, or the checkpoint is of
+            another configuration.
+        TypeError: An argument is unknown.
+        FileNotFoundError: Data or teacher do not exist.
         FileExistsError: ``output`` holds a run, or is in use.
-        NonFiniteLossError: the loss is no finite number.
+        NonFiniteLossError: The loss is not finite.
 
     Source: He et al. (2022), Masked autoencoders are scalable vision learners.
 
     >>> train_teacher("photos", "mae", img_size=96, epochs=100)  # doctest: +SKIP
     """
     common = make_settings(DEFAULTS, settings)
-    check_range("scale", scale, 1.0)
+    check_value("scale", scale, "two numbers, 0 < from <= to <= 1")
     args: dict[str, Any] = {**(teacher_args or {}), "norm_pix_loss": norm_pix_loss, "frozen": False}
     if img_size is not None:
         args["img_size"] = img_size
@@ -83,26 +81,25 @@ def train_teacher(
         return fit(task, sources, common, world, output)
 
 
-class TeacherTask:
-    """An MAE that learns to paint.
+class TeacherTask(Task):
+    """An MAE that learns to reconstruct.
 
     Args:
-        teacher: not frozen, on the device.
-        mask_ratio: share of patches that are hidden.
+        teacher: Not frozen, on the device.
+        mask_ratio: Share of patches that are masked.
 
     Raises:
-        ValueError: the ratio leaves no patch visible, or none hidden.
+        ValueError: The ratio leaves no patch visible, or none masked.
     """
 
     name = "train-teacher"
-    chance: float | None = None
     metric = "loss"
     higher_is_better = False
 
     def __init__(self, teacher: MAETeacher, mask_ratio: float) -> None:
         num_visible(teacher.num_patches, mask_ratio)
-        self.model, self.mask_ratio = teacher, mask_ratio
-        self.start = digest(teacher.state_dict())
+        super().__init__(teacher)
+        self.mask_ratio, self.start = mask_ratio, digest(teacher.state_dict())
 
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
@@ -113,13 +110,13 @@ class TeacherTask:
         }
 
     def _visible(self, batch: Batch) -> Tensor:
-        own = batch.generators("patches")
+        generators = batch.generators("patches")
         count, device = self.model.num_patches, batch.images.device
-        return random_visible_indices(len(batch), count, self.mask_ratio, own, device)
+        return random_visible_indices(len(batch), count, self.mask_ratio, generators, device)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean squared error over hidden patches."""
-        predictions, visible = model(batch.images, self._visible(batch))
+    def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error over masked patches."""
+        predictions, visible = forward(batch.images, self._visible(batch))
         return self.model.reconstruction_loss(batch.images, predictions, visible)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -132,8 +129,8 @@ class TeacherTask:
         """Write the teacher for ``create_teacher``."""
         model.save(folder, overwrite=True)
 
-    def draw(self, model: Any, batch: Batch) -> Image.Image:
-        """A row for each image: what is visible, what is painted, the image."""
+    def panels(self, model: Any, batch: Batch) -> list[list[tuple[Image.Image, str]]]:
+        """The visible patches, the reconstruction, the photo."""
         predictions, visible = model(batch.images, self._visible(batch))
         true = model.patchify(batch.images).float()
         hidden = masked_indices(visible, model.num_patches)
@@ -142,13 +139,12 @@ class TeacherTask:
         )
         places = hidden.unsqueeze(2).expand_as(painted)
         pixels = model.unpatchify(model.denormalise(true).scatter(1, places, painted))
-        photos = show_images(batch.images, model.mean, model.std)
-        rows = []
-        for photo, reconstruction, seen in zip(photos, show_images(pixels), visible):
-            parts = {
-                "visible": kept_patches(photo, seen, model.grid_size),
-                "painted": reconstruction,
-                "photo": photo,
-            }
-            rows.append(row([(part, text) for text, part in parts.items()]))
-        return stack_rows(rows)
+        photos, paintings = show_images(batch.images, model.mean, model.std), show_images(pixels)
+        return [
+            [
+                (kept_patches(photo, shown, model.grid_size), "visible"),
+                (painting, "painted"),
+                (photo, "photo"),
+            ]
+            for photo, painting, shown in zip(photos, paintings, visible)
+        ]

@@ -1,4 +1,4 @@
-"""Train a ranker on images without labels: to have the order of a teacher's scores.
+"""Train a ranker on images without labels, to reproduce the order of a teacher's scores.
 
 The teacher is an MAE (its exact pseudo-scores), another ranker (its scores), or both.
 """
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -23,16 +23,18 @@ from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import join_world
 from ltrp_timm.selection import num_keep, select_top
-from ltrp_timm.train.loop import fit, rehearse
-from ltrp_timm.train.pictures import show_images
-from ltrp_timm.train.settings import SCALE, check_range, make_settings
+from ltrp_timm.teacher.density import Aggregate, Removal
+from ltrp_timm.teacher.distances import Metric
+from ltrp_timm.train.loop import Summary, Task, fit, rehearse
+from ltrp_timm.train.settings import SCALE, CropScale, check_choice, check_value, make_settings
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.targets import Targets, accepted, open_ranker, saved_name
-from ltrp_timm.train.task import Summary
-from ltrp_timm.visualize import kept_patches, row, score_map, stack_rows
+from ltrp_timm.visualize import kept_patches, score_map, show_images
 
-LOSSES = ("list_mle", "list_net", "rank_net", "focused_rank", "pointwise_mse", "lambda_rank")
-_WITH_CHANCE = LOSSES[:4]  # their loss of equal scores does not depend on the targets
+Loss = Literal["list_mle", "list_net", "rank_net", "focused_rank", "pointwise_mse", "lambda_rank"]
+LOSSES: tuple[str, ...] = get_args(Loss)
+# their value for equal scores does not depend on the targets: it is the chance level
+_LOSSES_WITH_CHANCE = {"list_mle", "list_net", "rank_net", "focused_rank"}
 DEFAULTS = {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.06}
 
 
@@ -46,101 +48,94 @@ def train_ranker(
     init_from: Any = None,
     distill_from: Any = None,
     distill_weight: float = 0.5,
-    loss: str = "list_mle",
+    loss: Loss = "list_mle",
     list_size: int | None = None,
     visible_only: bool = False,
     mask_ratio: float = 0.9,
-    removal: str = "full",
-    metric: str = "l1",
-    aggregate: str = "mean",
+    removal: Removal = "full",
+    metric: Metric = "l1",
+    aggregate: Aggregate = "mean",
     chunk: int | None = None,
-    scale: Sequence[float] = SCALE,
+    scale: CropScale = SCALE,
     compare: Sequence[str] = (),
     dry_run: bool = False,
     **settings: Any,
 ) -> Summary:
     """Train a ranker; ``create_ranker(ranker, pretrained=output)`` loads it.
 
-    One process, or as many as ``torchrun`` starts. The folder gets the ranker of the last epoch
-    (that with the best held-out order in ``best``), ``log.csv``, and the checkpoint to go on from.
+    One process, or several that ``torchrun`` starts. The output folder gets the ranker of the last
+    epoch (that of the best held-out order in ``best``), ``log.csv``, and the checkpoint from which
+    a run continues.
 
     Args:
-        data: images without labels: a folder, a ``.tar``, a name that timm's ``create_dataset``
-            takes (``hfds/…``, ``wds/…``), or a torch dataset of pictures.
-        output: folder of the run, new or empty.
-        ranker: name of one that learns.
-        teacher: what ``create_teacher`` takes, a MAETeacher, or None with ``distill_from``.
-        img_size: side of the images; None for the teacher's (224 without one).
-        ranker_args: arguments of the ranker; its patch and image size are the teacher's by default.
-        init_from: folder of the same ranker, to begin with its weights.
-        distill_from: folder of a ranker, or the name of one without weights, whose scores are the
-            target: in place of the teacher's with ``teacher=None``, else beside them.
-        distill_weight: its share of the loss beside a teacher, in (0, 1).
-        loss: one of ``ltrp_timm.losses``.
-        list_size: scores of an image at most, drawn before they are computed; None: 20 of the
-            teacher's, all when there is no teacher.
-        visible_only: the ranker sees the visible patches alone while it trains (ViT rankers).
-        mask_ratio: share of patches that the teacher does not see.
-        removal: see ``semantic_density``.
-        metric: likewise.
-        aggregate: likewise.
-        chunk: likewise.
-        scale: share of a picture's area that a random crop takes, from and to.
-        compare: names of rankers without weights that are measured beside it, for the log.
-        dry_run: check everything and say what would be done; write nothing.
-        **settings: see ``Settings``. Defaults here are the published ones: 400 epochs, a tenth of
+        data: Images without labels: a folder, a ``.tar``, a name that timm's ``create_dataset``
+            takes (``hfds/…``, ``wds/…``, ``torch/…``), or a torch dataset of pictures.
+        output: Folder of the run, new or empty.
+        ranker: Name of a ranker that learns.
+        teacher: An MAE: Hub id, folder, file or MAETeacher; None with ``distill_from`` alone.
+        img_size: Side of the images (default: the teacher's, or 224 without a teacher).
+        ranker_args: More arguments of the ranker (default patch and image size: the teacher's).
+        init_from: Folder of the same kind of ranker, to start from its weights.
+        distill_from: Folder of a ranker, or name of one without weights, that is a second teacher;
+            the only one with ``teacher=None``.
+        distill_weight: Share of ``distill_from`` in the loss beside a teacher, in (0, 1).
+        loss: Ranking loss, from ``ltrp_timm.losses``.
+        list_size: Patches scored per image, drawn before scoring (default: 20 with a teacher, all
+            without one).
+        visible_only: Show the ranker only the visible patches during training (ViT rankers).
+        mask_ratio: Share of patches that the teacher does not see.
+        removal: How the teacher loses a patch; see ``semantic_density``.
+        metric: Distance between reconstructions; see ``semantic_density``.
+        aggregate: How patch distances become a score; see ``semantic_density``.
+        chunk: Reconstructions computed at a time (default: what fits in memory).
+        scale: Share of a picture's area that a random crop takes, from and to.
+        compare: Names of rankers without weights to measure on the same held-out lists.
+        dry_run: Check everything, report what would be done, write nothing.
+        **settings: See ``Settings``. Defaults here are the published ones: 400 epochs, a tenth of
             them warm-up, AdamW (0.9, 0.95), weight decay 0.06, 1.5e-4 · images per update / 256.
 
     Returns:
-        How it ended.
+        How the run ended.
 
     Raises:
-        ValueError: an argument out of its range, no readable image, or a checkpoint of another
-            configuration.
-        TypeError: an argument of no such name.
-        FileNotFoundError: data, teacher or ranker do not exist.
+        ValueError: An argument is out of its range, no image is readable, or the checkpoint is of
+            another configuration.
+        TypeError: An argument is unknown.
+        FileNotFoundError: Data, teacher or ranker do not exist.
         FileExistsError: ``output`` holds a run, or is in use.
-        NonFiniteLossError: the loss is no finite number.
+        NonFiniteLossError: The loss is not finite.
 
     >>> train_ranker("photos", "run", epochs=10, mask_ratio=0.9)  # doctest: +SKIP
     """
     common = make_settings(DEFAULTS, settings)
-    loss_function = _loss(loss)
+    check_choice("loss", loss, LOSSES)
+    check_value("scale", scale, "two numbers, 0 < from <= to <= 1")
+    check_data(data)  # before a teacher is downloaded
     args = dict(ranker_args or {})
-    check_range("scale", scale, 1.0)
-    check_data(data)  # before a teacher is pulled
-    scoring = {"removal": removal, "metric": metric, "aggregate": aggregate, "chunk": chunk}
     with join_world(common.device) as world:
         targets = Targets(
             teacher,
-            distill_from,
-            distill_weight,
-            img_size,
-            args.get("patch_size"),
-            list_size,
-            mask_ratio,
-            scoring,
-            world.device,
+            distill_from=distill_from,
+            distill_weight=distill_weight,
+            img_size=img_size,
+            patch_size=args.get("patch_size"),
+            list_size=list_size,
+            mask_ratio=mask_ratio,
+            scoring={"removal": removal, "metric": metric, "aggregate": aggregate, "chunk": chunk},
+            device=world.device,
         )
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net = make_ranker(ranker, targets, args, init_from)
-        task = RankerTask(net.to(world.device), targets, loss_function, visible_only, loss, compare)
+        task = RankerTask(net.to(world.device), targets, loss, visible_only, compare)
         sources = cropped_sources(data, common, world, targets, scale)
         return (rehearse if dry_run else fit)(task, sources, common, world, output)
 
 
-def _loss(name: str) -> Callable[..., Tensor]:
-    if name not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}.")
-    function: Callable[..., Tensor] = getattr(losses, name)
-    return function
-
-
 def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from: Any) -> Any:
-    """A ranker to train, on the grid of its targets unless ``args`` say otherwise.
+    """Make a ranker to train, on the grid of its targets unless ``args`` differ.
 
     Raises:
-        ValueError: it has nothing to learn, or ``init_from`` holds another one.
+        ValueError: The ranker has no weights, or ``init_from`` holds another ranker.
     """
     kind = ranker_class(name)
     if not kind.learned:
@@ -150,58 +145,54 @@ def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from:
         if found != name:
             raise ValueError(f"init_from {init_from} holds a {found!r} ranker, not {name!r}.")
         return create_ranker(name, pretrained=init_from, **args)
-    sizes = {"img_size": targets.img_size, "patch_size": targets.patch_size}
-    fitting = {key: size for key, size in sizes.items() if key in accepted(kind)}
-    return create_ranker(name, **{**fitting, **args})
+    sizes = accepted(kind, img_size=targets.img_size, patch_size=targets.patch_size)
+    return create_ranker(name, **{**sizes, **args})
 
 
-class RankerTask:
+class RankerTask(Task):
     """A ranker and what it learns.
 
     Args:
-        ranker: images (B, 3, H, W) -> (B, h, w), on the device.
-        targets: what it is to learn.
-        loss_function: (pred (B, R), target (B, R)) -> scalar.
-        visible_only: it sees the visible patches alone while it trains.
-        loss_name: of the loss, for the record.
-        compare: names of rankers without weights that are measured too.
+        ranker: Images (B, 3, H, W) -> (B, h, w), on the device.
+        targets: What it learns.
+        loss: Name of the ranking loss.
+        visible_only: Show it only the visible patches during training.
+        compare: Names of rankers without weights to measure too.
 
     Raises:
-        ValueError: ``visible_only`` with a ranker, or targets, that do not allow it.
+        ValueError: Ranker or targets do not allow ``visible_only``.
     """
 
     name = "train-ranker"
     metric = "spearman"
-    higher_is_better = True
 
     def __init__(
         self,
         ranker: Any,
         targets: Targets,
-        loss_function: Callable[..., Tensor],
+        loss: Loss,
         visible_only: bool,
-        loss_name: str,
         compare: Sequence[str] = (),
     ) -> None:
-        self.model, self.targets, self.visible_only = ranker, targets, visible_only
-        self.bridge, self.loss_name = targets.bridge_to(ranker), loss_name
-        self.loss_function = loss_function
-        if loss_name == "focused_rank":
-            self.loss_function = partial(loss_function, k=min(10, targets.list_size))
-        others = {name: open_ranker(name, targets.patch_size) for name in compare}
-        self.others = {
-            name: (targets.bridge_to(other), other.to(targets.device))
-            for name, other in others.items()
-        }
+        super().__init__(ranker)
+        self.targets, self.visible_only, self.loss_name = targets, visible_only, loss
+        self.bridge, self.grid_size = targets.bridge_to(ranker), targets.grid_size
+        self.loss_function: Callable[..., Tensor] = getattr(losses, loss)
+        if loss == "focused_rank":
+            self.loss_function = partial(self.loss_function, k=min(10, targets.list_size))
+        self.others: dict[str, tuple[nn.Module, Any]] = {}
+        for name in compare:
+            other = open_ranker(name, targets.patch_size)
+            self.others[name] = (targets.bridge_to(other), other.to(targets.device))
         self._check_grid()
-        equal = torch.zeros(1, targets.list_size)
-        ordered = torch.arange(float(targets.list_size)).unsqueeze(0)
-        known = loss_name in _WITH_CHANCE
-        self.chance = float(self.loss_function(equal, ordered)) if known else None
+        if loss in _LOSSES_WITH_CHANCE:
+            equal = torch.zeros(1, targets.list_size)
+            ordered = torch.arange(float(targets.list_size)).unsqueeze(0)
+            self.chance = float(self.loss_function(equal, ordered))
         self.start = digest(ranker.state_dict())
 
     def _check_grid(self) -> None:
-        """Run it once: what it gives must be a map, and for ``visible_only`` the teacher's grid."""
+        """Run the ranker once: it must give a map, and for ``visible_only`` the teacher's grid."""
         images = torch.zeros(1, 3, *self.targets.img_size, device=self.targets.device)
         with torch.no_grad():
             found = tuple(self.model.eval()(self.bridge(images)).shape[1:])
@@ -209,15 +200,15 @@ class RankerTask:
             return  # another grid is bridged: the map is resized
         if "visible_indices" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(
-                f"visible_only is for rankers that can leave patches out (vit_…), not for the "
+                "visible_only is for rankers that can leave patches out (vit_…), not for the "
                 f"{self.model.name} ranker."
             )
         if self.targets.teacher is None:
-            raise ValueError("visible_only needs a teacher: it tells which patches are visible.")
-        if found != self.targets.grid_size:
+            raise ValueError("visible_only needs a teacher, which draws the visible patches.")
+        if found != self.grid_size:
             raise ValueError(
-                f"visible_only needs one grid: the teacher's is {self.targets.grid_size}, the "
-                f"ranker's {found}."
+                f"visible_only needs one grid: the teacher's is {self.grid_size}, the ranker's "
+                f"{found}."
             )
 
     def config(self) -> dict[str, Any]:
@@ -234,18 +225,18 @@ class RankerTask:
         """images (B, 3, H, W) -> scores (B, N) on the grid of the targets."""
         own = self.bridge(images)
         found = model(own) if visible is None else model(own, visible)
-        return resize_score_map(found, *self.targets.grid_size)
+        return resize_score_map(found, *self.grid_size)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         """Mean ranking loss."""
         lists = self.targets.draw(batch)
         visible = lists.visible if self.visible_only else None
-        pred = self.scores(model, batch.images, visible).gather(1, lists.indices)
+        pred = self.scores(forward, batch.images, visible).gather(1, lists.indices)
         parts = [weight * self.loss_function(pred, target) for weight, target in lists.scores]
         return torch.stack(parts).sum()
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """How well the order of the first target is met by a ranker that sees whole images."""
+        """Loss of a ranker that sees whole images, and its agreement with the first target."""
         lists = self.targets.draw(batch)
         pred = self.scores(model, batch.images).gather(1, lists.indices)
         parts = [
@@ -255,7 +246,7 @@ class RankerTask:
         out = {"loss": torch.stack(parts).sum(dim=0)}
         rankings = {"": pred}
         for name, (bridge, other) in self.others.items():
-            found = resize_score_map(other(bridge(batch.images)), *self.targets.grid_size)
+            found = resize_score_map(other(bridge(batch.images)), *self.grid_size)
             rankings[f"_{name}"] = found.gather(1, lists.indices)
         for name, scores in rankings.items():
             out[f"spearman{name}"] = spearman(scores, lists.scores[0][1], reduction="none")
@@ -267,20 +258,20 @@ class RankerTask:
         model.trained = True
         model.save(folder, overwrite=True)
 
-    def draw(self, model: nn.Module, batch: Batch) -> Image.Image:
-        """A row for each image: the photo, its score map, what is kept at a half."""
-        targets, (h, w) = self.targets, self.targets.grid_size
+    def panels(self, model: nn.Module, batch: Batch) -> list[list[tuple[Image.Image, str]]]:
+        """The photo, its score map, the kept half of its patches."""
+        targets, (h, w) = self.targets, self.grid_size
         scores, (p, q) = self.scores(model, batch.images), targets.patch_size
         keep = select_top(scores, num_keep(h * w, 0.5))
-        rows = []
-        for photo, score, kept in zip(
-            show_images(batch.images, targets.mean, targets.std), scores, keep
-        ):
-            photo = photo.crop((0, 0, w * q, h * p))
-            parts = {
-                "photo": photo,
-                "score: yellow = keep first": score_map(photo, score, (h, w)),
-                "keep 0.5": kept_patches(photo, kept, (h, w)),
-            }
-            rows.append(row([(part, text) for text, part in parts.items()]))
-        return stack_rows(rows)
+        photos = [
+            photo.crop((0, 0, w * q, h * p))
+            for photo in show_images(batch.images, targets.mean, targets.std)
+        ]
+        return [
+            [
+                (photo, "photo"),
+                (score_map(photo, score, (h, w)), "score: yellow = keep first"),
+                (kept_patches(photo, kept, (h, w)), "keep 0.5"),
+            ]
+            for photo, score, kept in zip(photos, scores, keep)
+        ]

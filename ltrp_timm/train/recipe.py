@@ -1,16 +1,35 @@
-"""What a fine-tuning is made of, as plain values: the model, its budget, its teachers."""
+"""What a fine-tuning is made of, as plain values: the model, its budget, its images and labels."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from ltrp_timm.data.multi_label import MULTI_LABEL_LOSSES
-from ltrp_timm.layers.ml_decoder import HEADS
-from ltrp_timm.train.augment import Augmentation
-from ltrp_timm.train.budget import check_keep_ratios
-from ltrp_timm.train.settings import Settings, make_settings
-from ltrp_timm.train.student import GATES
+from timm.data import create_transform
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from ltrp_timm.data.keyed import Transform
+from ltrp_timm.data.multi_label import MultiLabelLoss
+from ltrp_timm.layers.ml_decoder import Head
+from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.selection import check_keep_ratio
+from ltrp_timm.train.distill import Gate
+from ltrp_timm.train.settings import (
+    AtLeastOne,
+    BelowOne,
+    CropRatio,
+    CropScale,
+    NotNegative,
+    Positive,
+    Probability,
+    Settings,
+    Share,
+    check_fields,
+    make_settings,
+)
 
 DEFAULTS: dict[str, Any] = {
     "epochs": 50,
@@ -26,7 +45,10 @@ MULTI_LABEL_DEFAULTS: dict[str, Any] = {
     "ema_decay": 0.9997,
 }
 MULTI_LABEL_KEEP_RATIO = 0.75
-_ONE_CLASS = ("smoothing", "mixup", "cutmix", "bce_loss")  # what knows one class for an image
+Source = str | os.PathLike[str]
+Schedule = Literal["linear", "cosine"]
+_ONE_CLASS = ("smoothing", "mixup", "cutmix", "bce_loss")  # what needs one class per image
+_MULTI_LABEL = ("labels", "val_labels", "seen_classes", "loss", "head", "head_args")
 _BETAS = {"betas": (0.9, 0.999)}  # of AdamW
 
 
@@ -35,90 +57,78 @@ class Recipe:
     """What is trained, and how patches, teacher and ranker take part.
 
     Args:
-        num_classes: C; None: as many as the data has.
-        pretrained: begin with the weights that timm publishes.
-        checkpoint: begin with a file of weights, of the model or of its plain backbone.
-        ranker: what scores the patches; None keeps the model's own, or takes contrast where a
-            plain ViT is given a ``keep_ratio``.
-        ranker_weights: folder, file or ``hf-hub:owner/name`` of the ranker.
-        selection: how scores become patches; None keeps the model's own.
-        index_cache: folder of ``rank --cache --crop-mode squash`` with orders of the training
-            images, in place of the ranker while it trains; held-out images are ranked as ever.
-        keep_ratio: share of patches to keep, in (0, 1]; several: one is drawn for each update, and
-            each is measured. None keeps the model's own; a plain timm model keeps all.
-        keep_schedule: "linear" or "cosine": from all patches to ``keep_ratio``, epoch by epoch.
-        keep_schedule_epochs: how many epochs that takes; None for half of them.
-        img_size: side of the images; None for the model's.
-        model_kwargs: more arguments of timm's ``create_model``.
-        drop_path: rate of stochastic depth; None keeps the model's own.
-        distill: learn from an unpruned model too: "self" for the model as it begins, or a name, a
-            folder (``local-dir:…``) or a repository (``hf-hub:…``) of another one.
-        distill_weight: its share of the loss, in (0, 1].
-        distill_temperature: of both softmaxes.
-        distill_features: weight of the distance between kept tokens, beside the logits.
-        train_ranker: train the ranker too, through ``gate``.
-        gate: "straight-through": how a gradient is to reach the ranker.
-        grad_checkpointing: recompute the blocks in the backward pass, to save memory.
-        channels_last: memory layout of images and convolutions.
-        multi_label: images have several classes, which ``labels`` names.
+        num_classes: Number of classes (default: counted from the data).
+        pretrained: Start from the weights that timm publishes.
+        checkpoint: File of weights to start from, of the model or of its plain backbone.
+        ranker: Ranker that scores the patches (default: the model's own; contrast where a plain ViT
+            gets a ``keep_ratio``).
+        ranker_weights: Weights of the ranker: a folder, a file or ``hf-hub:owner/name``.
+        selection: How scores become patches (default: the model's own).
+        index_cache: Folder of ``rank --cache --crop-mode squash`` with the order of each training
+            image's patches, used in training in place of the ranker.
+        keep_ratio: Share of patches to keep, in (0, 1]; with several, one is drawn for each update
+            and each is measured (default: the model's own; a plain timm model keeps all).
+        keep_schedule: Go from all patches down to ``keep_ratio``, epoch by epoch.
+        keep_schedule_epochs: Epochs until ``keep_ratio`` is reached (default: half of all).
+        img_size: Side of the images (default: the model's).
+        model_kwargs: More arguments of timm's ``create_model``.
+        drop_path: Rate of stochastic depth; None keeps the model's own.
+        distill: Unpruned model to learn from besides the labels: "self" for the start weights, a
+            model's name, ``local-dir:…`` or ``hf-hub:…``.
+        distill_weight: Share of the distillation in the loss.
+        distill_temperature: Temperature of both softmaxes.
+        distill_features: Weight of the distance between kept tokens, beside the logits.
+        train_ranker: Train the ranker too, through ``gate``.
+        gate: How a gradient reaches the ranker.
+        grad_checkpointing: Recompute the blocks in the backward pass, to save memory.
+        channels_last: Use the channels-last memory layout for images and convolutions.
+        multi_label: Images have several classes each, which ``labels`` lists.
         labels: COCO's instance annotations (``.json``), or a ``.csv`` (image,labels with labels
             joined by semicolons; or image and a column of 0 and 1 for each class).
-        val_labels: of ``val_data``.
-        seen_classes: a file of class names, one a line: mAP of them, and of the others, apart.
-        loss: of several classes: "asymmetric" or "bce"; None for "asymmetric".
-        head: "ml_decoder" in place of the linear head; None keeps what the model has.
-        head_args: options of that head.
+        val_labels: Labels of ``val_data``, in the same form.
+        seen_classes: File of class names, one per line, to report the mAP of these classes and of
+            all others separately.
+        loss: Loss of several classes (default: asymmetric).
+        head: Head to use in place of the model's own.
+        head_args: Arguments of that head.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: A value is out of its range.
     """
 
-    num_classes: int | None = None
+    num_classes: Annotated[int, "at least 2"] | None = None
     pretrained: bool = False
-    checkpoint: Any = None
+    checkpoint: Source | None = None
     ranker: str | None = None
-    ranker_weights: Any = None
+    ranker_weights: Source | bool | None = None
     selection: str | None = None
-    index_cache: Any = None
+    index_cache: Source | None = None
     keep_ratio: float | Sequence[float] | None = None
-    keep_schedule: str | None = None
+    keep_schedule: Schedule | None = None
     keep_schedule_epochs: int | None = None
     img_size: int | None = None
     model_kwargs: Mapping[str, Any] | None = None
-    drop_path: float | None = 0.1
+    drop_path: BelowOne | None = 0.1
     distill: str | None = None
-    distill_weight: float = 0.5
-    distill_temperature: float = 1.0
-    distill_features: float = 0.0
+    distill_weight: Share = 0.5
+    distill_temperature: Positive = 1.0
+    distill_features: NotNegative = 0.0
     train_ranker: bool = False
-    gate: str | None = None
+    gate: Gate | None = None
     grad_checkpointing: bool = False
     channels_last: bool = False
     multi_label: bool = False
-    labels: Any = None
-    val_labels: Any = None
-    seen_classes: Any = None
-    loss: str | None = None
-    head: str | None = None
+    labels: Source | None = None
+    val_labels: Source | None = None
+    seen_classes: Source | None = None
+    loss: MultiLabelLoss | None = None
+    head: Head | None = None
     head_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.keep_ratio is not None:
             check_keep_ratios(self.keep_ratio)
-        if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}.")
-        if not 0.0 < self.distill_weight <= 1.0:
-            raise ValueError(f"distill_weight must be in (0, 1], got {self.distill_weight}.")
-        if not 0.0 < self.distill_temperature < math.inf:
-            raise ValueError(
-                f"distill_temperature must be above 0, got {self.distill_temperature}."
-            )
-        if not 0.0 <= self.distill_features < math.inf:
-            raise ValueError(f"distill_features must be at least 0, got {self.distill_features}.")
-        if self.drop_path is not None and not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
-        if self.gate is not None and self.gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}.")
+        check_fields(self)
         if self.train_ranker and self.gate is None:
             raise ValueError(
                 "train_ranker: choosing patches passes no gradient to the ranker, so it would not "
@@ -129,32 +139,29 @@ class Recipe:
         if self.distill is None and self.distill_features:
             raise ValueError("distill_features goes with distill.")
         if self.index_cache is not None and (self.gate or self.distill_features):
-            raise ValueError("index_cache goes without gate and distill_features: they rank anew.")
+            raise ValueError(
+                "index_cache replaces the ranker in training; gate and distill_features run it."
+            )
         if self.selection == "adaptive":
             raise ValueError("selection 'adaptive' is calibrated on a trained model, not trained.")
         self._check_multi_label()
 
     def _check_multi_label(self) -> None:
-        others = ("labels", "val_labels", "seen_classes", "loss", "head", "head_args")
-        given = [name for name in others if getattr(self, name) is not None]
+        given = [name for name in _MULTI_LABEL if getattr(self, name) is not None]
         if given and not self.multi_label:
             raise ValueError(f"{given[0]} goes with multi_label.")
         if self.multi_label and self.labels is None:
             raise ValueError("multi_label needs labels: COCO's annotations (.json) or a .csv.")
         if self.multi_label and self.distill is not None:
-            raise ValueError("distill compares classes of which an image has one: no multi_label.")
-        for name, allowed in (("loss", MULTI_LABEL_LOSSES), ("head", HEADS)):
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+            raise ValueError("distill needs one class per image; it does not go with multi_label.")
         if self.head_args is not None and self.head is None:
             raise ValueError("head_args go with head.")
 
     @property
     def front(self) -> dict[str, Any]:
-        """Arguments of ``drop_patches`` that were given; none for a plain model with all patches.
+        """The given arguments of ``drop_patches``; none for a plain model with all patches.
 
-        A whole share alone makes no pruned model of a plain one.
+        ``keep_ratio=1`` alone does not make a plain model a pruned one.
         """
         given = {name: getattr(self, name) for name in ("ranker", "ranker_weights", "selection")}
         front = {name: value for name, value in given.items() if value is not None}
@@ -164,29 +171,215 @@ class Recipe:
         return {**front, "keep_ratio": ratios[0]}
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[Recipe, Augmentation, Settings]:
-    """A user's values, by name, as the three sets of them.
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images and their labels; the defaults are the published ones.
+
+    Args:
+        scale: Share of a picture's area that a random crop takes, from and to.
+        ratio: Width / height of a random crop, from and to.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of random brightness, contrast and saturation; 0 turns it off, and
+            timm ignores it beside ``aa``.
+        aa: AutoAugment or RandAugment policy, by timm's name; "none" turns it off.
+        reprob: Probability of erasing a random rectangle.
+        remode: What fills an erased rectangle.
+        recount: Most rectangles to erase.
+        smoothing: Label smoothing.
+        mixup: Alpha of mixup; 0 turns it off.
+        cutmix: Alpha of cutmix; 0 turns it off.
+        mixup_prob: Probability of mixing a batch at all.
+        mixup_switch_prob: Probability of cutmix where mixup and cutmix are both on.
+        mixup_mode: What shares one draw: the batch, a pair of images or nothing.
+        mixup_off_epoch: Epoch from which images are no longer mixed; 0 mixes to the end.
+        bce_loss: Use binary cross entropy for each class in place of cross entropy.
 
     Raises:
-        TypeError: a name that is in none.
-        ValueError: a value out of its range.
+        ValueError: A value is out of its range.
     """
-    parts = [
-        {
-            field.name: options[field.name]
-            for field in dataclasses.fields(kind)
-            if field.name in options
-        }
-        for kind in (Recipe, Augmentation)
-    ]
-    several = bool(options.get("multi_label"))
-    if several:
-        mixed = [name for name in _ONE_CLASS if name in parts[1]]
+
+    scale: CropScale = (0.08, 1.0)
+    ratio: CropRatio = (3 / 4, 4 / 3)
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    color_jitter: NotNegative = 0.0
+    aa: str = "rand-m9-mstd0.5-inc1"
+    reprob: Probability = 0.25
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    recount: AtLeastOne = 1
+    smoothing: BelowOne = 0.1
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    mixup_prob: Probability = 1.0
+    mixup_switch_prob: Probability = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    mixup_off_epoch: Annotated[int, "at least 0"] = 0
+    bce_loss: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0.0 or self.cutmix > 0.0
+
+    def transforms(self, data_config: Mapping[str, Any]) -> tuple[Transform, Transform]:
+        """Make the transforms for training and for measuring.
+
+        Args:
+            data_config: timm's data configuration of the model.
+
+        Raises:
+            ValueError: timm does not know the policy ``aa``.
+        """
+        names = ("input_size", "interpolation", "mean", "std")
+        shared = {name: data_config[name] for name in names}
+        crop = {name: data_config[name] for name in ("crop_pct", "crop_mode")}
+        try:
+            train = create_transform(
+                **shared,
+                is_training=True,
+                scale=tuple(self.scale),
+                ratio=tuple(self.ratio),
+                hflip=self.hflip,
+                vflip=self.vflip,
+                color_jitter=self.color_jitter or None,
+                auto_augment=None if self.aa == "none" else self.aa,
+                re_prob=self.reprob,
+                re_mode=self.remode,
+                re_count=self.recount,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(f"aa names no policy of timm's, got {self.aa!r}.") from error
+        _keep_a_bit(train)
+        return train, create_transform(**shared, **crop, is_training=False)
+
+    def loss_function(self) -> nn.Module:
+        """Make the loss: (logits (B, C), targets (B,) or (B, C)) -> scalar."""
+        if self.bce_loss:
+            loss: nn.Module = BinaryCrossEntropy(smoothing=self.smoothing)
+        elif self.mixes:
+            loss = SoftTargetCrossEntropy()
+        elif self.smoothing > 0.0:
+            loss = LabelSmoothingCrossEntropy(smoothing=self.smoothing)
+        else:
+            loss = nn.CrossEntropyLoss()
+        return loss
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """Have timm's policies posterize to one bit at least: newer Pillows refuse zero bits."""
+    for step in transform.transforms:
+        parts = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+        for operation in (operation for part in parts for operation in part):
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_one_bit_at_least, operation.level_fn)
+
+
+def _one_bit_at_least(level_fn: Callable[..., tuple[int]], *args: Any) -> tuple[int]:
+    return (max(1, level_fn(*args)[0]),)
+
+
+def check_keep_ratios(keep_ratio: float | Sequence[float]) -> list[float]:
+    """Turn one share of patches, or several, into a list.
+
+    Raises:
+        ValueError: There is none, one is out of its range, or two are equal.
+    """
+    ratios = list(keep_ratio) if isinstance(keep_ratio, Sequence) else [keep_ratio]
+    if not ratios:
+        raise ValueError("keep_ratio must be a number, or several, got none.")
+    ratios = [check_keep_ratio(ratio) for ratio in ratios]
+    if len(set(ratios)) < len(ratios):
+        raise ValueError(f"keep_ratio names one share twice: {ratios}.")
+    return ratios
+
+
+class KeepPlan:
+    """The keep ratio of each update, a function of (seed, epoch, update).
+
+    Args:
+        keep_ratio: Share of patches in (0, 1]; with several, one is drawn for each update.
+        schedule: Start with all patches and reach ``keep_ratio`` in steps, one ratio per epoch.
+        schedule_epochs: Epochs until ``keep_ratio`` is reached; None for half of all, at least 1.
+        epochs: Epochs of the run.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: A ratio is out of its range or comes twice, or a schedule has several ratios.
+
+    >>> plan = KeepPlan(0.5, "linear", 4, epochs=8)
+    >>> [plan.ratio(epoch, 0) for epoch in range(6)]
+    [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
+    """
+
+    def __init__(
+        self,
+        keep_ratio: float | Sequence[float],
+        schedule: Schedule | None = None,
+        schedule_epochs: int | None = None,
+        *,
+        epochs: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.ratios = check_keep_ratios(keep_ratio)
+        if schedule is None and schedule_epochs is not None:
+            raise ValueError("keep_schedule_epochs goes with keep_schedule.")
+        if schedule is not None and len(self.ratios) > 1:
+            raise ValueError(f"keep_schedule leads to one keep_ratio, got {self.ratios}.")
+        if schedule_epochs is not None and not 1 <= schedule_epochs <= epochs:
+            raise ValueError(
+                f"keep_schedule_epochs must be from 1 to {epochs}, got {schedule_epochs}."
+            )
+        self.schedule, self.seed = schedule, seed
+        self.length = schedule_epochs or max(1, epochs // 2)
+        self.epochs = epochs
+
+    def ratio(self, epoch: int, update: int) -> float:
+        """The share of patches that all processes keep in this update."""
+        if len(self.ratios) > 1:
+            draw = sample_seed(self.seed, epoch, update, "keep ratio")
+            return self.ratios[draw % len(self.ratios)]
+        if self.schedule is None or epoch >= self.length:
+            return self.ratios[0]
+        done = epoch / self.length
+        if self.schedule == "cosine":
+            done = (1.0 - math.cos(math.pi * done)) / 2.0
+        return 1.0 + (self.ratios[0] - 1.0) * done
+
+    def count(self) -> int:
+        """Number of ratios in a run: each of them is a compiled graph."""
+        if self.schedule is None:
+            return len(self.ratios)
+        return len({self.ratio(epoch, 0) for epoch in range(self.epochs)})
+
+    def config(self) -> dict[str, Any]:
+        """What a continuation must not change."""
+        length = None if self.schedule is None else self.length
+        return {"keep_ratio": self.ratios, "schedule": self.schedule, "schedule_epochs": length}
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[Recipe, Augmentation, Settings]:
+    """Sort a user's values, by name, into recipe, augmentation and settings.
+
+    Raises:
+        TypeError: A name is in none of them.
+        ValueError: A value is out of its range.
+    """
+    recipe, augmentation = (
+        {field.name: options[field.name] for field in fields if field.name in options}
+        for fields in map(dataclasses.fields, (Recipe, Augmentation))
+    )
+    rest = {name: v for name, v in options.items() if name not in {**recipe, **augmentation}}
+    defaults = dict(DEFAULTS)
+    if options.get("multi_label"):
+        defaults |= MULTI_LABEL_DEFAULTS
+        mixed = [name for name in _ONE_CLASS if name in augmentation]
         if mixed:
             raise ValueError(f"{mixed[0]} is for images with one class: no multi_label.")
-        parts[1]["smoothing"] = 0.0
-    rest = {name: value for name, value in options.items() if not any(name in p for p in parts)}
-    defaults = {**DEFAULTS, **(MULTI_LABEL_DEFAULTS if several else {})}
+        augmentation["smoothing"] = 0.0
     if rest.get("opt", "adamw") == "adamw":
         defaults["opt_args"] = _BETAS
-    return Recipe(**parts[0]), Augmentation(**parts[1]), make_settings(defaults, rest)
+    return Recipe(**recipe), Augmentation(**augmentation), make_settings(defaults, rest)

@@ -1,21 +1,42 @@
 """What every training has in common, as plain values."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ltrp_timm.measure.throughput import NUM_WORKERS
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-RESUMES = ("never", "auto")
-SCALE = (0.2, 1.0)  # of the published crops
-CLIP_MODES = ("norm", "value", "agc")
+# annotations of numbers: the text is the range that ``check_value`` allows
+AtLeastOne = Annotated[int, "at least 1"]
+Positive = Annotated[float, "above 0"]
+NotNegative = Annotated[float, "at least 0"]
+Probability = Annotated[float, "in [0, 1]"]
+BelowOne = Annotated[float, "in [0, 1)"]
+Share = Annotated[float, "in (0, 1]"]
+CropScale = Annotated[tuple[float, float], "two numbers, 0 < from <= to <= 1"]
+CropRatio = Annotated[tuple[float, float], "two numbers, 0 < from <= to"]
 
-# what may differ between a run and its continuation: it changes no weight
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+SCALE = (0.2, 1.0)  # of the published crops
+
+# a continuation may change these: they change no weight
 _FREE = {
     *("device", "num_workers", "resume", "checkpoint_steps", "tensorboard", "plot", "progress"),
     *("val_data", "val_split", "data_root", "split", "num_samples", "input_key"),
     *("batch_size", "accumulate"),  # their product with the processes is what counts
+}
+_RANGES: dict[str, Callable[[Any], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
+    "above 0": lambda value: 0.0 < value < math.inf,
+    "at least 0": lambda value: 0.0 <= value < math.inf,
+    "in [0, 1]": lambda value: 0.0 <= value <= 1.0,
+    "in [0, 1)": lambda value: 0.0 <= value < 1.0,
+    "in (0, 1]": lambda value: 0.0 < value <= 1.0,
+    "two numbers, 0 < from <= to <= 1": lambda value: _ascending(value, 1.0),
+    "two numbers, 0 < from <= to": lambda value: _ascending(value, math.inf),
 }
 
 
@@ -24,70 +45,71 @@ class Settings:
     """Data, optimisation, precision and bookkeeping of a run.
 
     Args:
-        epochs: passes over the training images.
-        batch_size: images of one process at a time; None: 64, or fewer where there are fewer.
-        accumulate: batches per update.
-        opt: a name of timm's optimisers.
-        lr: learning rate; None: ``base_lr`` · images per update / 256.
-        base_lr: learning rate at 256 images per update.
-        weight_decay: none on biases and norms.
-        opt_args: more arguments of the optimiser; None: betas (0.9, 0.95) for AdamW.
-        layer_decay: factor of the learning rate from each layer to the one below; None for none.
-        sched: a name of timm's schedules, stepped at every update; "none" for a constant rate.
-        warmup_epochs: None for a tenth of the epochs.
-        warmup_lr: where the warm-up begins.
-        min_lr: where the schedule ends.
-        clip_grad: norm, value or factor to clip gradients at; None for no clipping.
-        clip_mode: "norm", "value" or "agc".
-        ema_decay: of an average of the weights, which is then what is measured and saved; None or 0
-            for none.
-        precision: "fp32", "bf16" or "fp16" (autocast); None: bf16 on a GPU, fp32 elsewhere.
-        compile: use ``torch.compile``.
-        seed: of everything that is drawn.
-        device: None for a GPU when there is one.
-        num_workers: processes that read images.
-        resume: "never" refuses an output folder that holds a run; "auto" goes on with it.
-        checkpoint_steps: updates between checkpoints; None for one an epoch.
-        holdout: share of the images that are held out, when there is no ``val_data``; 0 for none.
-        val_data: held-out images, a name as ``data``.
-        data_root: folder of a named dataset (``wds/``, ``hfds/``, ``torch/`` …).
-        split: timm's split; of a folder, its subfolder of that name when there is one.
-        val_split: split of ``val_data``.
-        input_key: where a named dataset keeps its images; None for the reader's default.
-        target_key: where it keeps its labels; None for the reader's default.
-        num_samples: length of a stream that does not know it.
-        tensorboard: write its events; None: if it is installed.
-        plot: write ``curves.png``, and pictures of fixed held-out images.
-        progress: show a bar; None: on a terminal.
+        epochs: Passes over the training images.
+        batch_size: Images per process and batch (default: 64, or fewer in a small data set).
+        accumulate: Batches per update.
+        opt: Optimiser, by timm's name.
+        lr: Learning rate (default: ``base_lr`` · images per update / 256).
+        base_lr: Learning rate at 256 images per update.
+        weight_decay: Weight decay; biases and norm weights are excluded.
+        opt_args: More arguments of the optimiser (default for AdamW: the recipe's betas).
+        layer_decay: Factor of the learning rate from each layer to the one below it.
+        sched: Learning-rate schedule, by timm's name, stepped at every update; "none" keeps the
+            rate constant.
+        warmup_epochs: Epochs of linear warm-up (default: a tenth of the epochs).
+        warmup_lr: Learning rate at the start of the warm-up.
+        min_lr: Learning rate at the end of the schedule.
+        clip_grad: Gradient clipping: the norm, value or AGC factor (default: no clipping).
+        clip_mode: What ``clip_grad`` limits.
+        ema_decay: Decay of an average of the weights, which is then measured and saved
+            (default, and 0: no average).
+        precision: Autocast precision (default: bf16 on a GPU, fp32 elsewhere).
+        compile: Use ``torch.compile``.
+        seed: Seed of every random draw.
+        device: Device to train on (default: a GPU if there is one).
+        num_workers: Processes that read images.
+        resume: "never" refuses an output folder that holds a run; "auto" continues the run.
+        checkpoint_steps: Updates between checkpoints (default: one checkpoint per epoch).
+        holdout: Share of the images to hold out when there is no ``val_data``; 0 holds out none.
+        val_data: Held-out images, in any form that the training data may have.
+        data_root: Folder of a named dataset (``wds/``, ``hfds/``, ``torch/`` …).
+        split: timm's split of the data; for a folder, its subfolder of that name if there is one.
+        val_split: Split of ``val_data``.
+        input_key: Field of a named dataset that holds the images (default: the reader's).
+        target_key: Field of a named dataset that holds the labels (default: the reader's).
+        num_samples: Length of a stream that does not know its own.
+        tensorboard: Write TensorBoard events (default: if TensorBoard is installed).
+        plot: Write ``curves.png`` and ``pictures.png``, the latter from fixed held-out images.
+        progress: Show a progress bar (default: on a terminal).
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: A value is out of its range.
     """
 
-    epochs: int = 400
-    batch_size: int | None = None
-    accumulate: int = 1
+    epochs: AtLeastOne = 400
+    batch_size: AtLeastOne | None = None
+    accumulate: AtLeastOne = 1
     opt: str = "adamw"
-    lr: float | None = None
-    base_lr: float = 1.5e-4
-    weight_decay: float = 0.06
+    lr: Positive | None = None
+    base_lr: Positive = 1.5e-4
+    weight_decay: NotNegative = 0.06
     opt_args: Mapping[str, Any] | None = None
-    layer_decay: float | None = None
+    layer_decay: Share | None = None
     sched: str = "cosine"
-    warmup_epochs: float | None = None
-    warmup_lr: float = 0.0
-    min_lr: float = 0.0
-    clip_grad: float | None = None
-    clip_mode: str = "norm"
-    ema_decay: float | None = None
-    precision: str | None = None
+    warmup_epochs: NotNegative | None = None
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
+    clip_grad: Positive | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    ema_decay: BelowOne | None = None
+    precision: Precision | None = None
     compile: bool = False
     seed: int = 0
     device: str | None = None
-    num_workers: int = NUM_WORKERS
-    resume: str = "never"
-    checkpoint_steps: int | None = None
-    holdout: float = 0.05
+    num_workers: Annotated[int, "at least 0"] = NUM_WORKERS
+    resume: Literal["never", "auto"] = "never"
+    checkpoint_steps: AtLeastOne | None = None
+    holdout: BelowOne = 0.05
     val_data: Any = None
     data_root: str | None = None
     split: str = "train"
@@ -100,32 +122,7 @@ class Settings:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("lr", "base_lr", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0, got {value}.")
-        for name in ("weight_decay", "warmup_lr", "min_lr", "warmup_epochs", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} must be at least 0, got {value}.")
-        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
-            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}.")
-        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
-        if not 0.0 <= self.holdout < 1.0:
-            raise ValueError(f"holdout must be in [0, 1), got {self.holdout}.")
-        for name, allowed in (
-            ("precision", PRECISIONS),
-            ("resume", RESUMES),
-            ("clip_mode", CLIP_MODES),
-        ):
-            value = getattr(self, name)
-            if value not in allowed and not (name == "precision" and value is None):
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        check_fields(self)
 
     def fixed(self) -> dict[str, Any]:
         """What a continuation must not change, as JSON can hold it."""
@@ -133,24 +130,52 @@ class Settings:
         return {name: getattr(self, name) for name in names if name not in _FREE}
 
 
-def check_range(name: str, value: Any, top: float) -> None:
-    """Check two numbers, from and to.
+def check_fields(options: Any) -> None:
+    """Check the fields of a dataclass by their annotations: ranges, and the values of a Literal.
 
     Raises:
-        ValueError: they are not, or not 0 < from <= to <= ``top``.
+        ValueError: A value is not allowed.
     """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        for part in (hint, *get_args(hint)) if value is not None else ():
+            if get_origin(part) is Annotated:
+                check_value(name, value, part.__metadata__[0])
+            elif get_origin(part) is Literal:
+                check_choice(name, value, get_args(part))
+
+
+def check_value(name: str, value: Any, allowed: str) -> None:
+    """Check a value against one of the ranges that annotations name.
+
+    Raises:
+        ValueError: The value is out of the range.
+    """
+    if not _RANGES[allowed](value):
+        raise ValueError(f"{name} must be {allowed}, got {value}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Check that a value is one of those allowed.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _ascending(value: Any, top: float) -> bool:
     pair = isinstance(value, (tuple, list)) and len(value) == 2
-    if not pair or not 0.0 < value[0] <= value[1] <= top:
-        most = "" if top == float("inf") else f" <= {top:g}"
-        raise ValueError(f"{name} must be two numbers, 0 < from <= to{most}, got {value}.")
+    return pair and 0.0 < value[0] <= value[1] <= top
 
 
 def make_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-    """Settings of a recipe's defaults and a user's values.
+    """Combine a recipe's defaults and a user's values.
 
     Raises:
-        TypeError: a name that is no setting.
-        ValueError: a value out of its range.
+        TypeError: A name is no setting.
+        ValueError: A value is out of its range.
     """
     known = [field.name for field in dataclasses.fields(Settings)]
     unknown = [name for name in given if name not in known]

@@ -1,42 +1,39 @@
-"""Checkpoints that can be trusted: whole or the one before, and exact.
-
-One safetensors file holds all of it: tensors as such, all else as JSON in its header. It is written
-to a neighbour, brought to the disk and renamed, so that a run killed or a disk filled at any moment
-leaves the last good one.
-"""
+"""Checkpoints of a run: whole or the one before, and exact; and the lock of its folder."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ltrp_timm._text import one_line
 from ltrp_timm.weights.files import write_atomically
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
+CHECKPOINT_NAME = "checkpoint.pt"
+FORMER_NAME = "checkpoint.safetensors"  # of runs that an earlier version began
 LOCK_NAME = ".lock"
 _KEY = "ltrp_timm_training_state"
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a tree of dicts, lists, tuples, tensors and what JSON can hold, in one atomic step.
+    """Write a tree of dicts, lists, tuples, tensors and plain values in one atomic step.
+
+    A run that is killed, or a disk that fills up, at any moment leaves the last good file.
 
     Raises:
-        OSError: it cannot be written; what was at ``path`` is still there.
-        TypeError: the tree holds something else.
+        OSError: The file cannot be written; the former one at ``path`` is intact.
     """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(dict(state), tensors))
-    blob = safetensors.torch.save(tensors, metadata={_KEY: text})
+    buffer = io.BytesIO()
+    torch.save({_KEY: dict(state)}, buffer)
     try:
-        write_atomically(path, lambda file: file.write_bytes(blob))
+        write_atomically(path, lambda file: file.write_bytes(buffer.getbuffer()))
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or one_line(error)
@@ -45,53 +42,24 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what ``save_state`` has written; no code is run.
+    """Read what ``save_state`` wrote, onto the CPU; no code is run.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: The file is not such a checkpoint.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable checkpoint: {one_line(error)}.") from error
-    if text is None:
-        raise ValueError(f"{path} is no checkpoint of a training run.")
-    state: dict[str, Any] = _decode(json.loads(text), tensors)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = one_line(error).partition(". ")[0]
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}.") from error
+    if not isinstance(found, dict) or _KEY not in found:
+        raise ValueError(f"{path} is not a checkpoint of a training run.")
+    state: dict[str, Any] = found[_KEY]
     return state
 
 
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A tree as JSON; its tensors go to ``tensors`` and leave their number."""
-    if isinstance(value, Tensor):
-        tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
-        return {"tensor": str(len(tensors) - 1)}
-    if isinstance(value, Mapping):  # pairs: keys may be numbers
-        return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(item, tensors) for item in value]}
-    if isinstance(value, list):
-        return [_encode(item, tensors) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r}.")
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "tuple" in value:
-        return tuple(_decode(item, tensors) for item in value["tuple"])
-    return {key: _decode(item, tensors) for key, item in value["dict"]}
-
-
 def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system lets a folder be opened."""
+    """Bring a rename to the disk, where the system can open a folder."""
     with contextlib.suppress(OSError, AttributeError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -104,7 +72,7 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -
     """Compare the configurations of a checkpoint and of a run.
 
     Raises:
-        ValueError: they differ; each field that does is named with both values.
+        ValueError: They differ; the message names each differing field with both values.
     """
     saved, now = _flat(saved), _flat(now)
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
@@ -114,19 +82,16 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by dotted names; JSON makes tuples and lists equal."""
     out: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(dict(config))).items():
-        if isinstance(value, dict):
-            out.update(_flat(value, f"{prefix}{name}."))
-        else:
-            out[prefix + name] = value
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        out.update({prefix + name: value} if inner is None else inner)
     return out
 
 
 def digest(state_dict: Mapping[str, Tensor]) -> str:
-    """A short name for weights: equal for equal values, whatever file they came from."""
-    import hashlib
-
+    """Hash weights: equal values give equal digests, whatever file they came from."""
     total = hashlib.blake2b(digest_size=8)
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
@@ -137,10 +102,13 @@ def digest(state_dict: Mapping[str, Tensor]) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it however the process ends.
+    """Hold a folder for this process; the system releases it however the process ends.
+
+    The lock belongs to the process (``lockf``, not ``flock``): loader workers that outlive a killed
+    run for a moment do not keep it.
 
     Raises:
-        FileExistsError: another process holds it.
+        FileExistsError: Another process holds it.
     """
     with open(folder / LOCK_NAME, "a+b") as file:
         if not _lock(file):
@@ -151,18 +119,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: BinaryIO) -> bool:
+    """Take the lock of an open file; False where another process has it."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
+        if os.name == "nt":
+            import msvcrt
 
-        try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:  # a lock of the process: the loader's workers do not inherit it
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""What a ranker is to learn: lists of patches, and the scores that order them."""
+"""What a ranker learns: lists of patches, and the scores that order them."""
 
 import inspect
 from collections.abc import Mapping
@@ -46,28 +46,29 @@ class Targets:
     """The scores of an MAE, of another ranker, or of both, for images of one size.
 
     Args:
-        teacher: what ``create_teacher`` takes, a MAETeacher, or None.
-        distill_from: folder of a ranker, name of one without weights, or None.
-        distill_weight: its share of the loss beside a teacher.
-        img_size: side of the images, or (height, width); None for the teacher's.
-        patch_size: of the grid when there is no teacher.
-        list_size: patches of a list; None: 20, or all when there is no teacher.
-        mask_ratio: share of patches that the teacher does not see.
+        teacher: What ``create_teacher`` takes, a MAETeacher, or None.
+        distill_from: Folder of a ranker, name of one without weights, or None.
+        distill_weight: Share of ``distill_from`` in the loss beside a teacher.
+        img_size: Side of the images, or (height, width); None for the teacher's.
+        patch_size: Patch side of the grid when there is no teacher.
+        list_size: Patches of a list; None for 20, or for all when there is no teacher.
+        mask_ratio: Share of patches that the teacher does not see.
         scoring: removal, metric, aggregate and chunk of ``semantic_density``.
-        device: where it happens.
+        device: Device of teacher and ranker.
 
     Raises:
-        ValueError: neither teacher nor ranker, or too few visible patches.
+        ValueError: There is neither teacher nor ranker, or too few patches are visible.
     """
 
     def __init__(
         self,
         teacher: Any,
-        distill_from: Any,
-        distill_weight: float,
-        img_size: Any,
-        patch_size: Any,
-        list_size: int | None,
+        *,
+        distill_from: Any = None,
+        distill_weight: float = 0.5,
+        img_size: Any = None,
+        patch_size: Any = None,
+        list_size: int | None = None,
         mask_ratio: float,
         scoring: Mapping[str, Any],
         device: torch.device,
@@ -88,8 +89,11 @@ class Targets:
         if height < p or width < q:
             raise ValueError(f"img_size {self.img_size} is smaller than a patch {self.patch_size}.")
         self.grid_size = (height // p, width // q)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.list_size = self._check_list(list_size)
-        self._check_scoring()
+        if self.teacher is not None:  # refuse bad scoring arguments before anything is written
+            image = torch.zeros(1, 3, *self.img_size, device=device)
+            self._score(self.teacher, image, [torch.Generator().manual_seed(0)], 1)
         self.shares = (1.0, 0.0) if distill_from is None else (1.0 - distill_weight, distill_weight)
         self.other: nn.Module | None = None
         if distill_from is not None:
@@ -97,7 +101,7 @@ class Targets:
             self.bridge = self.bridge_to(self.other)
 
     def _check_list(self, list_size: int | None) -> int:
-        count = self.grid_size[0] * self.grid_size[1]
+        count = self.num_patches
         if self.teacher is not None:
             visible = num_visible(count, self.mask_ratio)
             if visible < 2:
@@ -110,23 +114,8 @@ class Targets:
             raise ValueError(f"list_size must be at least 2, got {list_size}.")
         return min(count, list_size or count)
 
-    def _check_scoring(self) -> None:
-        """Score one image: what cannot be done is to be said before anything is written."""
-        if self.teacher is not None:
-            image = torch.zeros(1, 3, *self.img_size, device=self.device)
-            draw = torch.Generator().manual_seed(0)
-            ratio = self.mask_ratio
-            semantic_density(
-                self.teacher,
-                image,
-                mask_ratio=ratio,
-                num_removed=1,
-                generator=draw,
-                **self.scoring,
-            )
-
     def bridge_to(self, ranker: Any) -> nn.Module:
-        """The module between these images and those that a ranker wants."""
+        """The module between these images and those that a ranker takes."""
         mean, std = getattr(ranker, "mean", None), getattr(ranker, "std", None)
         size = getattr(ranker, "img_size", None)
         stats = (self.mean, self.std)
@@ -147,25 +136,38 @@ class Targets:
             **{name: str(value) for name, value in self.scoring.items() if name != "chunk"},
         }
 
+    def _score(
+        self,
+        teacher: MAETeacher,
+        images: Tensor,
+        generators: list[torch.Generator],
+        list_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, 3, H, W) -> visible patches (B, V), scores (B, R), their patches (B, R)."""
+        count, ratio = self.num_patches, self.mask_ratio
+        visible = random_visible_indices(len(images), count, ratio, generators, self.device)
+        values, indices = semantic_density(
+            teacher,
+            images,
+            visible,
+            num_removed=list_size,
+            generator=generators,
+            **self.scoring,
+        )
+        return visible, values, indices
+
     @torch.no_grad()
     def draw(self, batch: Batch) -> Lists:
         """The lists of a batch, each drawn by its image's own random numbers."""
-        own = batch.generators("patches")
-        count, rows = self.grid_size[0] * self.grid_size[1], len(batch)
+        generators = batch.generators("patches")
         scores: list[tuple[float, Tensor]] = []
         visible = None
         if self.teacher is None:
-            uniform = draw_uniform(rows, count, own, self.device)
+            uniform = draw_uniform(len(generators), self.num_patches, generators, self.device)
             indices = select_top(uniform, self.list_size)
         else:
-            visible = random_visible_indices(rows, count, self.mask_ratio, own, self.device)
-            values, indices = semantic_density(
-                self.teacher,
-                batch.images,
-                visible,
-                num_removed=self.list_size,
-                generator=own,
-                **self.scoring,
+            visible, values, indices = self._score(
+                self.teacher, batch.images, generators, self.list_size
             )
             scores.append((self.shares[0] if self.other is not None else 1.0, values))
         if self.other is not None:
@@ -186,12 +188,14 @@ def saved_name(source: Any) -> str:
     """The name of the ranker that a folder or file holds.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it holds no ranker.
+        FileNotFoundError: ``source`` does not exist.
+        ValueError: It holds no ranker.
     """
     if not Path(source).exists():
         names = ", ".join(list_rankers())
-        raise FileNotFoundError(f"{source} is no folder or file of a ranker, and none of {names}.")
+        raise FileNotFoundError(
+            f"{source} does not exist; give a ranker's folder or file, or one of {names}."
+        )
     name = (read_weights(source).config or {}).get("ranker")
     if not isinstance(name, str):
         raise ValueError(f"{source} holds no ranker.")
@@ -199,11 +203,11 @@ def saved_name(source: Any) -> str:
 
 
 def open_ranker(source: Any, patch_size: tuple[int, int]) -> Any:
-    """A frozen ranker: from its folder, or by its name where it needs no weights.
+    """A frozen ranker: from its folder, or by its name if it needs no weights.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it holds no ranker, or the name is of one that must be trained.
+        FileNotFoundError: ``source`` does not exist.
+        ValueError: It holds no ranker, or is the name of a ranker that must be trained.
     """
     if isinstance(source, nn.Module):
         ranker: Any = source
@@ -211,15 +215,15 @@ def open_ranker(source: Any, patch_size: tuple[int, int]) -> Any:
         kind = ranker_class(str(source))
         if kind.learned:
             raise ValueError(
-                f"the {source} ranker must be trained: give the folder of a saved one."
+                f"the {source} ranker must be trained: give the folder of a trained one."
             )
-        sized: dict[str, Any] = {"patch_size": patch_size} if "patch_size" in accepted(kind) else {}
-        ranker = create_ranker(str(source), **sized)
+        ranker = create_ranker(str(source), **accepted(kind, patch_size=patch_size))
     else:
         ranker = create_ranker(saved_name(source), pretrained=source)
     return ranker.requires_grad_(False).eval()
 
 
-def accepted(kind: Any) -> list[str]:
-    """Names of the arguments of a class."""
-    return list(inspect.signature(kind.__init__).parameters)
+def accepted(kind: Any, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that a class takes."""
+    known = inspect.signature(kind.__init__).parameters
+    return {name: value for name, value in arguments.items() if name in known}
