@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -12,6 +13,16 @@ def printable(path: str | os.PathLike[str]) -> str:
     """
     text = str(path)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_names(names: Sequence[str], count: int = 5) -> str:
+    """The first of many names, on one line.
+
+    >>> first_names(["ant", "bee", "cat"], count=2)
+    'ant, bee, …'
+    """
+    shown = ", ".join(printable(name) for name in names[:count])
+    return shown + (", …" if len(names) > count else "")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,14 +1,17 @@
-"""Ranking losses: how far the order of predicted scores is from the order of the targets.
+"""Ranking losses, which compare the order of scores with that of targets; multi-label losses.
 
-Axes: B lists, V items of a list. All take pred (B, V) and target (B, V), higher = earlier, and give
-one figure per list before ``reduction``. Half precision is computed in float32: a sum of
-exponentials has no room in it.
+Axes: B lists, V items of a list. The ranking losses take pred (B, V) and target (B, V), higher =
+earlier, and give one value per list before ``reduction``. Half precision is computed in float32: a
+sum of exponentials overflows in it.
 """
 
-from typing import Optional, Tuple
+import inspect
+from collections.abc import Callable
+from typing import Literal, Optional, Tuple, get_args  # as TorchScript reads them
 
 import torch
 import torch.nn.functional as F
+from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor
 
 from ltrp_timm.metrics import (
@@ -20,6 +23,9 @@ from ltrp_timm.metrics import (
     widen,
 )
 from ltrp_timm.selection import best_first
+
+MultiLabelLoss = Literal["asymmetric", "bce"]
+MULTI_LABEL_LOSSES: tuple[str, ...] = get_args(MultiLabelLoss)
 
 
 def _prepare(pred: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
@@ -241,3 +247,33 @@ def lambda_rank(
     swaps = swaps / best.clamp(min=torch.finfo(best.dtype).tiny).reshape(-1, 1, 1)
     logits = sigma * (scores.unsqueeze(2) - scores.unsqueeze(1))
     return reduce_lists((swaps.to(logits.dtype) * F.softplus(-logits)).sum(dim=(1, 2)), reduction)
+
+
+def multi_label_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Look up a loss of logits (B, C) against targets (B, C), which gives a scalar.
+
+    Args:
+        name: "asymmetric" (γ⁻ 4, γ⁺ 0, clip 0.05; summed over classes, mean over images) or "bce"
+            (binary cross entropy, mean over both).
+
+    Raises:
+        ValueError: ``name`` is not one of these.
+
+    Source: Ridnik et al. (2021), Asymmetric loss for multi-label classification.
+
+    >>> multi_label_loss("bce")(torch.zeros(2, 3), torch.ones(2, 3))  # ln 2
+    tensor(0.6931)
+    """
+    if name == "bce":
+        return _binary_cross_entropy
+    if name == "asymmetric":
+        # older versions of timm always sum, and do not know the argument
+        known = inspect.signature(AsymmetricLossMultiLabel).parameters
+        how = {"reduction": "sum"} if "reduction" in known else {}
+        loss = AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=0, clip=0.05, **how)
+        return lambda logits, targets: loss(logits.float(), targets.float()) / len(logits)
+    raise ValueError(f"loss must be one of {', '.join(MULTI_LABEL_LOSSES)}, got {name!r}.")
+
+
+def _binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float())

@@ -230,7 +230,7 @@ def test_recorded_names_are_compared(here: Path, capsys: pytest.CaptureFixture[s
     save_pretrained(model, "named")
     assert evaluate(model="local-dir:named") == 2
     err = capsys.readouterr().err
-    assert "1 of 3 classes are none of the model's 3: dog; the model's begin with owl, cat" in err
+    assert "1 of 3 classes are not among the model's 3: dog; the model's begin with owl, cat" in err
     make_photos(Path("two/cat"), 1)
     make_photos(Path("two/owl"), 2)
     more = ("--keep-ratio", "1", "-o", "out", "--per-image")

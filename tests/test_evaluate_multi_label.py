@@ -118,7 +118,7 @@ def test_cached_orders_give_the_same_map(tagged: Path, tmp_path: Path) -> None:
             "other.txt: 1 seen classes are no classes: mauve",
         ),
         (["--multi-label", "--labels", "more.csv"], "1 of 1 labelled images are not in"),
-        (["--multi-label", "--labels", "mauve.csv"], "1 of 1 classes are none of the model's"),
+        (["--multi-label", "--labels", "mauve.csv"], "1 of 1 classes are not among the model's"),
         (["--multi-label", "--labels", "bare.csv"], "no image that could be read has a label"),
     ],
 )

@@ -280,10 +280,9 @@ def test_a_split_holds_out_of_each_class(tmp_path: Path) -> None:
         (folder / "red" / f"{number:02d}.png").unlink()
     summary = tune(folder, tmp_path / "run", epochs=1, holdout=0.1, batch_size=5)
     assert summary.steps == 2  # 6 - 1, 6 - 1 and the only red one are left to train on
-    from ltrp_timm.data.classes import ClassData
-    from ltrp_timm.train.settings import Settings
+    from ltrp_timm.data.labels import ClassData
 
-    data = ClassData(folder, Settings())
+    data = ClassData(folder)
     train, held = data.train.split(0.1)
     numbers = data.train.numbers()
     assert numbers is not None
@@ -342,7 +341,7 @@ class Pairs(torch.utils.data.Dataset[Any]):
 
 def test_a_dataset_of_torch(tmp_path: Path) -> None:
     assert tune(Pairs(), tmp_path / "run", num_classes=3, epochs=1).steps == 1
-    with pytest.raises(ValueError, match="Pairs does not tell its classes: num_classes must be"):
+    with pytest.raises(ValueError, match="Pairs does not name its classes: num_classes must be"):
         tune(Pairs(), tmp_path / "new")
     with pytest.raises(ValueError, match="a label is 3, but there are 3 classes"):
         tune(Pairs(wrong=1), tmp_path / "new", num_classes=3)
@@ -363,7 +362,7 @@ def test_a_stream_with_labels(tmp_path: Path) -> None:
     assert summary.steps == 4
     assert same_bits(weights(tmp_path / "run"), weights(tmp_path / "again"))
     assert "val_top1" in summary.metrics
-    with pytest.raises(ValueError, match="Stream does not tell its classes"):
+    with pytest.raises(ValueError, match="Stream does not name its classes"):
         tune(Stream(), tmp_path / "new", num_samples=12)
 
 
@@ -374,7 +373,7 @@ def test_a_stream_with_labels(tmp_path: Path) -> None:
         ({"num_classes": 5}, ValueError, r"num_classes is 5, but .* has 3 classes"),
         ({"data": "hollow"}, ValueError, r"1 class has no image in .*hollow.*: void"),
         ({"data": "flat"}, ValueError, "has no folder for each class"),
-        ({"data": "lonely"}, ValueError, "has one class: there is nothing to tell apart"),
+        ({"data": "lonely"}, ValueError, "has one class; training needs at least two"),
         ({"data": "damaged"}, ValueError, "none of 4 images can be read"),
         ({"keep_ratio": 0.0}, ValueError, r"keep_ratio must be in \(0, 1\], got 0.0"),
         ({"keep_ratio": [0.5, 1.5]}, ValueError, r"keep_ratio must be in \(0, 1\], got 1.5"),

@@ -69,7 +69,7 @@ def eval_transform(model: Any) -> Any:
 def whole_batch(transform: Any, images: Images) -> Batch:
     keyed = KeyedImages(images, range(len(images)), transform, 0, (3, 64, 64))
     sampler = HeldOutSampler(len(images), World(0, 1, CPU))
-    (sample,) = make_loader(keyed, sampler, len(images), 0, CPU, False)
+    (sample,) = make_loader(keyed, sampler, batch_size=len(images), device=CPU)
     return Batch(sample, 0, HELD_OUT, CPU)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from train_setup import make_photos
 
-from ltrp_timm.data.keyed import HeldOutSampler, KeyedImages, make_loader
-from ltrp_timm.data.multi_label import multi_label_loss, open_multi_label
-from ltrp_timm.data.sources import Batch, crop_transforms
+from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.data.multi_label import open_multi_label
+from ltrp_timm.data.sources import crop_transforms
+from ltrp_timm.losses import multi_label_loss
 from ltrp_timm.measure.mean_precision import PrecisionCounter, seen_classes
 from ltrp_timm.runtime.world import World
 
@@ -47,7 +48,7 @@ def test_the_classes_of_a_model(tmp_path: Path) -> None:
     assert images.targets.int().tolist() == [[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert images.blank.tolist() == [0.0] * 4
     other = open_multi_label(tmp_path / "photos", table(tmp_path, TEXT))
-    with pytest.raises(ValueError, match="1 of 3 classes are none of the model's 3: owl;"):
+    with pytest.raises(ValueError, match="1 of 3 classes are not among the model's 3: owl;"):
         other.match(3, ["cat", "dog", "eel"])
     with pytest.raises(ValueError, match=r"there are 3 classes .* but the model has 5"):
         other.match(5)
@@ -58,7 +59,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (folder / "001.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 labelled images are not in .*: 001\.png"):
         open_multi_label(folder, table(tmp_path, TEXT))
-    with pytest.raises(FileNotFoundError, match="none is no folder"):
+    with pytest.raises(FileNotFoundError, match="none is not a folder"):
         open_multi_label(tmp_path / "none", table(tmp_path, TEXT))
     for name in ("a", "sub/b", "c"):
         (folder / f"{name}.png").parent.mkdir(exist_ok=True)
@@ -73,7 +74,7 @@ def test_a_bad_image_is_named_and_counts_nowhere(tmp_path: Path) -> None:
     (folder / "001.png").write_text("text")
     images = open_multi_label(folder, table(tmp_path, TEXT))
     keyed = KeyedImages(images, range(3), EVAL, 0, (3, 32, 32))
-    loader = make_loader(keyed, HeldOutSampler(3, World(0, 1, CPU)), 2, 0, CPU, False)
+    loader = make_loader(keyed, HeldOutSampler(3, World(0, 1, CPU)), batch_size=2, device=CPU)
     batches = [Batch(sample, 0, -1, CPU) for sample in loader]
     assert [problem for batch in batches for problem in batch.problems] == [
         "001.png: is not an image in a known format."

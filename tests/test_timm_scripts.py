@@ -131,7 +131,7 @@ def our_accuracy(model: Any, folder: Path, config: dict[str, Any]) -> float:
     transform = timm.data.create_transform(**config, is_training=False)
     keyed = KeyedImages(images, range(len(images)), transform, 0, (3, 64, 64))
     sampler = HeldOutSampler(len(images), World(0, 1, CPU))
-    batches = [Batch(s, 0, -1, CPU) for s in make_loader(keyed, sampler, 4, 0, CPU, False)]
+    batches = [Batch(s, 0, -1, CPU) for s in make_loader(keyed, sampler, batch_size=4, device=CPU)]
     return measure_accuracy(model, batches).top1
 
 

@@ -70,7 +70,11 @@ def test_a_sample_does_not_depend_on_who_reads_it(photos: Path, workers: int) ->
     dataset = keyed(photos)
     sampler = KeyedSampler(11, 8, World(0, 1, CPU), 0)
     sampler.set_position(2, 0)
-    batches = list(make_loader(dataset, sampler, 4, workers, CPU, True))
+    batches = list(
+        make_loader(
+            dataset, sampler, batch_size=4, device=CPU, num_workers=workers, persistent=True
+        )
+    )
     random.seed(99)
     for batch in batches:
         for image, index in zip(batch["image"], batch["index"].tolist()):

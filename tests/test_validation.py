@@ -13,9 +13,9 @@ from timm.utils import accuracy
 from torch.utils.data import TensorDataset
 from train_setup import make_photos
 
-from ltrp_timm.data.keyed import HeldOutSampler, KeyedImages, KeyedStream, make_loader
+from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, KeyedStream, make_loader
 from ltrp_timm.data.labels import LabelledImages, match_classes, open_labelled
-from ltrp_timm.data.sources import Batch, crop_transforms
+from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_accuracy
 from ltrp_timm.runtime.world import World
 
@@ -33,7 +33,7 @@ def make_classes(folder: Path, **counts: int) -> Path:
 def batches(images: LabelledImages, size: int, world: World | None = None) -> list[Batch]:
     world = world or World(0, 1, CPU)
     keyed = KeyedImages(images, range(len(images)), EVAL, 0, (3, 32, 32))
-    loader = make_loader(keyed, HeldOutSampler(len(images), world), size, 0, CPU, False)
+    loader = make_loader(keyed, HeldOutSampler(len(images), world), batch_size=size, device=CPU)
     return [Batch(sample, 0, -1, CPU) for sample in loader]
 
 
@@ -144,7 +144,7 @@ def test_an_archive_and_a_torch_dataset_have_labels_too(tmp_path: Path) -> None:
     pairs = [(Image.new("RGB", (40, 40)), 3), (Image.new("RGB", (40, 40)), 0)]
     given = open_labelled(pairs)
     assert [given.read_item(i)[1] for i in range(2)] == [3, 0]
-    assert given.match(10) == "numbers of the dataset"
+    assert given.match(10) == "numbers of the data set"
     unlabelled = open_labelled(TensorDataset(torch.zeros(2, 3, 4, 4)))
     with pytest.raises(ValueError, match="image 0"):
         unlabelled.read_item(0)
@@ -197,7 +197,7 @@ def test_numbered_folders_are_class_numbers() -> None:
 def test_recorded_names_decide() -> None:
     assert match_classes(["cat", "dog"], 3, ["dog", "owl", "cat"]) == ([2, 0], "by name")
     assert match_classes(["cat"], 2, {"1": "cat", "0": "dog"}) == ([1], "by name")
-    with pytest.raises(ValueError, match="1 of 2 classes are none of the model's 2: eel; the"):
+    with pytest.raises(ValueError, match="1 of 2 classes are not among the model's 2: eel; the"):
         match_classes(["cat", "eel"], 2, ["cat", "dog"])
     with pytest.raises(ValueError, match="2 of 2 classes are none"):
         match_classes(["0", "1"], 2, ["cat", "dog"])
@@ -205,7 +205,7 @@ def test_recorded_names_decide() -> None:
         match_classes(["cat"], 3, ["cat", "dog"])
     with pytest.raises(ValueError, match=r"there are 2 classes \(a, b\), but the model has 3"):
         match_classes(["a", "b"], 3)
-    with pytest.raises(ValueError, match="1 of 2 classes are none of the model's 1000: old"):
+    with pytest.raises(ValueError, match="1 of 2 classes are not among the model's 1000: old"):
         match_classes([WORDNET[0], "old"], 1000)
 
 

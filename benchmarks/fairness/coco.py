@@ -56,14 +56,13 @@ from tqdm import tqdm
 from fairness.coco_objects import Annotated, ObjectDataset, collate, find_objects
 from fairness.coco_rankers import Entry, kept_shares, open_rankers
 from fairness.coco_report import FILES, Measured, report, table_rows
-from ltrp_timm._text import printable
+from ltrp_timm._text import first_names, printable
 from ltrp_timm.commands._console import CommandError, library_errors, output_errors
 from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
 from ltrp_timm.data.label_files import read_coco
-from ltrp_timm.data.labels import some
 from ltrp_timm.measure.mean_precision import seen_classes
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment
-from ltrp_timm.runtime.processes import ignore_signals
+from ltrp_timm.runtime.stopping import ignore_signals
 from ltrp_timm.scoring.cache import CROP_MODES
 from ltrp_timm.scoring.run import find_device
 from ltrp_timm.scoring.scorer import Scorer
@@ -120,8 +119,8 @@ def find_seen(path: str | None, categories: Sequence[str]) -> Tensor:
         strangers = [name for name in categories if name not in listed]
         if strangers:
             raise ValueError(
-                f"{len(strangers)} categories are not in {DEFAULT_SEEN.name}: {some(strangers)}; "
-                "--seen-classes FILE names those that are seen."
+                f"{len(strangers)} categories are not in {DEFAULT_SEEN.name}: "
+                f"{first_names(strangers)}; --seen-classes FILE names those that are seen."
             )
         names = {name for name in categories if listed[name]}
     return torch.tensor([name in names for name in categories])
@@ -150,7 +149,7 @@ def open_images(args: argparse.Namespace, found: Annotated, scorer: Scorer) -> O
     if absent:
         raise CommandError(
             f"{len(absent)} of {len(found.images)} annotated images are not in "
-            f"{printable(args.images)}: {some(absent)}."
+            f"{printable(args.images)}: {first_names(absent)}."
         )
     config = {**scorer.config, "interpolation": "box"}  # of areas, no ringing
     of_masks = timm.data.create_transform(**config, is_training=False, normalize=False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fairness.coco_objects import Batch
+from ltrp_timm._text import first_names
 from ltrp_timm.commands._console import CommandError, library_errors
-from ltrp_timm.data.labels import some
 from ltrp_timm.rankers import ranker_class
 from ltrp_timm.scoring.job import RankOptions
 from ltrp_timm.scoring.run import make_scorer
@@ -47,7 +47,9 @@ def open_rankers(args: argparse.Namespace, device: str) -> list[Entry]:
         raise CommandError(f"--ranker-args must be a JSON object, got {args.ranker_args}.")
     strangers = [name for name in further if name not in labels]
     if strangers:
-        raise CommandError(f"--ranker-args are for none of the --rankers: {some(strangers)}.")
+        raise CommandError(
+            f"--ranker-args are for none of the --rankers: {first_names(strangers)}."
+        )
     return [Entry(label, _open_ranker(label, further.get(label), args, device)) for label in labels]
 
 

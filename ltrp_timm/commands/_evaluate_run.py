@@ -157,7 +157,13 @@ class _Runner:
         workers = self.options.workers
         if workers is None:
             workers = NUM_WORKERS if on_gpu else 0
-        loader = make_loader(self.keyed, sampler, size, workers, self.world.device, False)
+        loader = make_loader(
+            self.keyed,
+            sampler,
+            batch_size=size,
+            device=self.world.device,
+            num_workers=workers,
+        )
         quiet = None if self.world.main else True  # None: not where nobody looks
         with tqdm(total=len(sampler), unit="image", disable=quiet, leave=False) as self.bar:
             for sample in loader:

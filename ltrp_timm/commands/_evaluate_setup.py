@@ -115,10 +115,10 @@ def _open(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
         return open_multi_label(options.data, options.labels, allow_empty=True)
     return open_labelled(
         options.data,
-        options.data_root,
-        options.split,
-        options.input_key,
-        options.target_key,
+        root=options.data_root,
+        split=options.split,
+        input_key=options.input_key,
+        target_key=options.target_key,
         allow_empty=True,
     )
 

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ltrp_timm._text import one_line, say
 from ltrp_timm.commands._console import CommandError
+from ltrp_timm.data.sources import SCALE
 from ltrp_timm.rankers import list_rankers, ranker_class
-from ltrp_timm.train.settings import SCALE, Settings
+from ltrp_timm.train.settings import Settings
 
 _HELP = "see the documentation of ltrp_timm.train"
 

@@ -4,7 +4,6 @@ A sample is asked for by (epoch, index): what comes is a function of that and th
 process or worker is asked, see ``keys``.
 """
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.photos import load_image
 from ltrp_timm.runtime.keyed_rng import HELD_OUT, generators, sample_seed, seeded
+from ltrp_timm.runtime.stopping import ignore_signals
 from ltrp_timm.runtime.world import World
 
 Sample = dict[str, Any]
@@ -189,10 +189,11 @@ class HeldOutSampler(Sampler[tuple[int, int]]):
 def make_loader(
     dataset: Dataset[Sample],
     sampler: Sampler[tuple[int, int]] | None,
+    *,
     batch_size: int,
-    num_workers: int,
     device: torch.device,
-    persistent: bool,
+    num_workers: int = 0,
+    persistent: bool = False,
 ) -> DataLoader[Sample]:
     """torch's loader, with a generator of its own: the global one stays as it is."""
     return DataLoader(
@@ -202,16 +203,9 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0 and persistent and sampler is not None,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),
     )
-
-
-def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal; the main one finishes its step, and needs us."""
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Batch:

@@ -15,8 +15,7 @@ import torch
 from timm.utils import natural_key
 from torch import Tensor
 
-from ltrp_timm._text import one_line, printable
-from ltrp_timm.data.labels import some
+from ltrp_timm._text import first_names, one_line, printable
 
 KINDS = (".json", ".csv")
 SEPARATOR = ";"  # between the labels of a cell
@@ -136,7 +135,7 @@ def _check_once(values: Sequence[Any], what: str) -> None:
     if len(set(values)) < len(values):
         seen: set[Any] = set()
         twice = [str(value) for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
-        raise ValueError(f"{what}: {some(twice)}.")
+        raise ValueError(f"{what}: {first_names(twice)}.")
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -147,7 +146,7 @@ def _check_names(names: Sequence[str]) -> None:
         name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")
     ]
     if outside:
-        raise ValueError(f"images must lie below their folder, got {some(outside)}.")
+        raise ValueError(f"images must lie below their folder, got {first_names(outside)}.")
 
 
 # COCO: {"images": [{id, file_name}], "annotations": [{image_id, category_id}], "categories": [...]}

@@ -1,4 +1,4 @@
-"""Images with a class each, and how the classes of a folder become those of a model."""
+"""Images with one class each, and which class of a model each class of a data set is."""
 
 import operator
 import os
@@ -11,14 +11,114 @@ from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset
 from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
-from ltrp_timm._text import one_line, printable
+from ltrp_timm._text import first_names, one_line, printable
 from ltrp_timm.data.images import Images, open_dataset, split_indices
 
-_SHOWN = 5  # names in a message
+_STREAMS = ("hfids", "tfds", "wds")
+_HELD_OUT = ("validation", "val", "valid")
+
+
+class ClassData:
+    """The training and held-out images of a run, with one class each.
+
+    Args:
+        data: see ``open_labelled``; or a stream, which does not name its classes.
+        split: split of the training images.
+        val_data: held-out images, see ``open_labelled`` (default: those of ``data``, if it is a
+            folder that has some beside its training images).
+        val_split: split of the held-out images.
+        root: see ``open_labelled``.
+        input_key: see ``open_labelled``.
+        target_key: see ``open_labelled``.
+        num_classes: C (default: counted from the data).
+
+    Attributes:
+        train: images to train on, or the stream.
+        held_out: images to measure with, or None.
+        class_names: C names in their order; () if the data does not name its classes.
+        num_classes: C.
+        notes: lines for the user.
+
+    Raises:
+        ValueError: A class has no image, or ``num_classes`` is not the number of classes.
+        FileNotFoundError: The data does not exist.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        split: str = "train",
+        val_data: Any = None,
+        val_split: str = "validation",
+        root: str | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        named: dict[str, Any] = {"root": root, "input_key": input_key, "target_key": target_key}
+        self.notes: list[str] = []
+        self.streaming = is_stream(data)
+        self.train: Any = data
+        self.class_names: tuple[str, ...] = ()
+        if not self.streaming:
+            self.train = open_labelled(data, split=split, **named)
+            self.class_names = self.train.class_names
+        self.num_classes = _count_classes(data, len(self.class_names), num_classes)
+        if val_data is None and _has_held_out(data, split):
+            val_data = data
+            self.notes.append(f"held-out images are those of {data} itself")
+        self.held_out: Any = None
+        if val_data is not None:
+            self.held_out = open_labelled(val_data, split=val_split, allow_empty=True, **named)
+
+    def match(self, label_names: Any) -> None:
+        """Map class numbers to those of a model with these names.
+
+        Raises:
+            ValueError: The held-out images have classes that the model does not have.
+        """
+        if not self.streaming:
+            self.train.match(self.num_classes, label_names)
+        if self.held_out is None:
+            return
+        try:
+            self.held_out.match(self.num_classes, label_names)
+        except ValueError as error:
+            raise ValueError(f"the held-out images do not fit: {error}") from error
+
+
+def is_stream(data: Any) -> bool:
+    """Whether a data set can only be read from beginning to end."""
+    if isinstance(data, IterableDataset):
+        return True
+    if not isinstance(data, (str, os.PathLike)):
+        return False
+    return str(data).partition("/")[0].lower() in _STREAMS and not Path(data).exists()
+
+
+def _has_held_out(data: Any, split: str) -> bool:
+    """Whether a folder has a subfolder of held-out images beside that of training images."""
+    if not isinstance(data, (str, os.PathLike)) or not (Path(data) / split).is_dir():
+        return False
+    return any((Path(data) / name).is_dir() for name in _HELD_OUT)
+
+
+def _count_classes(data: Any, found: int, given: int | None) -> int:
+    title = str(data) if isinstance(data, (str, os.PathLike)) else type(data).__name__
+    if not found and given is None:
+        raise ValueError(f"{title} does not name its classes: num_classes must be given.")
+    if found and given not in (None, found):
+        raise ValueError(f"num_classes is {given}, but {title} has {found} classes.")
+    count = found or given or 0
+    if count < 2:
+        raise ValueError(f"{title} has one class; training needs at least two.")
+    return count
 
 
 def open_labelled(
     data: Any,
+    *,
     root: str | None = None,
     split: str = "train",
     input_key: str | None = None,
@@ -26,22 +126,22 @@ def open_labelled(
     min_side: int = 1,
     allow_empty: bool = False,
 ) -> "LabelledImages":
-    """A dataset of pictures with one class each.
+    """Open a data set of pictures with one class each.
 
     Args:
         data: a folder with a folder for each class, a ``.tar`` of one, ``hfds/…``, ``torch/…``, or
-            a torch dataset of (picture, class number).
-        root: folder of a named dataset.
-        split: timm's; of a folder, its subfolder of that name when there is one.
-        input_key: where a named dataset keeps its images.
-        target_key: where it keeps its labels; None: "label".
-        min_side: smaller pictures, and strips, count as unreadable.
-        allow_empty: classes without any image are no error (see ``LabelledImages.empty``).
+            a torch data set of (picture, class number).
+        root: folder of a named data set.
+        split: split of a named data set; for a folder, its subfolder of that name if there is one.
+        input_key: field of a named data set that holds the images.
+        target_key: field of a named data set that holds the labels (default: "label").
+        min_side: pictures with a shorter side count as unreadable, as strips do.
+        allow_empty: accept classes without any image (see ``LabelledImages.empty``).
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it holds no image, has no classes, or one of them is empty.
-        ImportError: the package behind a prefix is missing.
+        FileNotFoundError: ``data`` does not exist.
+        ValueError: The data set is a stream, has no image or no classes, or a class has no image.
+        ImportError: The package behind a prefix is not installed.
 
     >>> open_labelled("imagenet", split="validation")  # doctest: +SKIP
     """
@@ -54,28 +154,39 @@ def open_labelled(
         training=False,
     )
     if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{data} is a stream: its images cannot be counted, and come unlabelled.")
+        raise ValueError(f"{data} is a stream: its images cannot be counted and have no labels.")
     images = LabelledImages(dataset, min_side)
-    if images.empty and not allow_empty:
-        noun = "class has" if len(images.empty) == 1 else "classes have"
-        raise ValueError(f"{len(images.empty)} {noun} no image in {data}: {some(images.empty)}.")
+    if not allow_empty:
+        refuse_empty(images.empty, data)
     return images
+
+
+def refuse_empty(classes: Sequence[str], source: Any) -> None:
+    """Check that there are no classes without an image.
+
+    Raises:
+        ValueError: There are; the error names them and their source.
+    """
+    if classes:
+        noun = "class has" if len(classes) == 1 else "classes have"
+        raise ValueError(f"{len(classes)} {noun} no image in {source}: {first_names(classes)}.")
 
 
 class LabelledImages(Images):
     """Pictures and the numbers of their classes.
 
     Args:
-        dataset: timm's, or a map-style torch dataset of (picture, class number).
-        min_side: smaller pictures, and strips, count as unreadable.
+        dataset: one of timm's, or a map-style torch data set of (picture, class number).
+        min_side: pictures with a shorter side count as unreadable, as strips do.
 
     Attributes:
-        class_names: of all classes, in timm's natural order; () where the dataset names none.
+        class_names: names of all classes, in timm's natural order; () if the data set names none.
         empty: names of class folders without an image.
-        present: class numbers of the model that this set has, once ``match`` was called.
+        present: class numbers of the model that this set has; ``match`` sets them.
 
     Raises:
-        ValueError: it has no classes, or images outside of their folders.
+        ValueError: The data set has no images or no classes, or has images outside of its class
+            folders.
     """
 
     blank = -1
@@ -84,10 +195,10 @@ class LabelledImages(Images):
         super().__init__(dataset, min_side)
         numbers = _class_to_idx(dataset)
         self.empty = _empty_folders(self.reader, set(numbers))
-        self.class_names = tuple(sorted([*numbers, *self.empty], key=natural_key))
         if _is_folder(self.reader):
             self._check_folders(numbers)
-        else:  # the dataset's own numbers mean something
+            self.class_names = tuple(sorted([*numbers, *self.empty], key=natural_key))
+        else:  # the data set's own numbers have a meaning
             self.class_names = tuple(sorted(numbers, key=numbers.__getitem__))
         places = {name: place for place, name in enumerate(self.class_names)}
         self._places = {number: places[name] for name, number in numbers.items()}
@@ -99,7 +210,7 @@ class LabelledImages(Images):
     def _check_folders(self, numbers: Mapping[str, int]) -> None:
         root = printable(getattr(self.reader, "root", None) or "the archive")
         if set(numbers) <= {""}:
-            raise ValueError(f"{root} has no folder for each class: its images lie side by side.")
+            raise ValueError(f"{root} has no folder for each class: all images are in one folder.")
         if "" in numbers:
             raise ValueError(f"{root} has images outside of its class folders.")
 
@@ -109,39 +220,41 @@ class LabelledImages(Images):
         key = getattr(self.reader, "label_key", None)
         if key is not None and not _is_folder(self.reader):
             try:
-                file, raw = self.reader[0][:2]  # type: ignore[index]
+                file, label = self.reader[0][:2]  # type: ignore[index]
                 file.close()
-                operator.index(raw)
+                operator.index(label)
             except Exception as error:  # of the reader and what lies under it
                 reason = one_line(error)
                 raise ValueError(f"the data has no class numbers in {key!r}: {reason}") from error
 
     def read_item(self, index: int) -> tuple[Image.Image, int]:
-        """The picture and the number of its class.
+        """Read a picture and the number of its class.
 
         Raises:
-            ValueError: one line with its name and the reason.
+            ValueError: The picture or its label cannot be read; one line with its name and the
+                reason.
         """
-        picture, raw = super().read_item(index)
+        picture, label = super().read_item(index)
         try:
-            number = operator.index(raw)
+            number = operator.index(label)
         except TypeError:
-            raise ValueError(f"{self.name(index)}: its label is no class number: {raw!r}") from None
+            name = printable(self.name(index))
+            raise ValueError(f"{name}: its label is not a class number: {label!r}") from None
         return picture, self._numbers.get(number, number)
 
     def class_name(self, number: int) -> str:
-        """What a class is called here; its number where this set does not name it."""
+        """Name of a class; its number if this set does not name it."""
         return self._names.get(number, str(number))
 
     def numbers(self) -> list[int] | None:
-        """The class number of each image; None where only reading the images would tell."""
-        raw = _listed_targets(self.dataset, self.reader)
-        if raw is None or len(raw) != len(self):
+        """Class number of each image; None if that needs reading the images."""
+        labels = _listed_targets(self.dataset, self.reader)
+        if labels is None or len(labels) != len(self):
             return None
-        return [self._numbers.get(int(number), int(number)) for number in raw]
+        return [self._numbers.get(int(label), int(label)) for label in labels]
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
-        """Training and held-out indices; the share is held out of each class, never all of one."""
+        """Training and held-out indices; a share of each class is held out, never all of one."""
         numbers = self.numbers()
         if numbers is None or not share:
             return super().split(share)
@@ -157,18 +270,18 @@ class LabelledImages(Images):
         return sorted(train), sorted(held)
 
     def match(self, num_classes: int, label_names: Any = None) -> str:
-        """From here on, give the class numbers of a model; see ``match_classes``.
+        """Map class numbers to those of a model; see ``match_classes``.
 
         Returns:
-            How they were found, for the user.
+            How the classes were matched, for the user.
 
         Raises:
-            ValueError: classes of the set and of the model disagree; they are named.
+            ValueError: The classes of the set and of the model disagree; the error names them.
         """
         if not self.class_names:
-            return "numbers of the dataset"
+            return "numbers of the data set"
         numbers, how = match_classes(self.class_names, num_classes, label_names)
-        self._numbers = {raw: numbers[place] for raw, place in self._places.items()}
+        self._numbers = {label: numbers[place] for label, place in self._places.items()}
         self._names = dict(zip(numbers, self.class_names))
         self.present = tuple(sorted(numbers))
         return how
@@ -177,22 +290,22 @@ class LabelledImages(Images):
 def match_classes(
     names: Sequence[str], num_classes: int, label_names: Any = None
 ) -> tuple[list[int], str]:
-    """Which class of a model each class of a dataset is.
+    """Find the class of a model for each class of a data set.
 
-    By name where the model's names are known: those recorded in its configuration, or the WordNet
-    ids of ImageNet, told by the number of classes. Else by number where all folders are named so
-    (as ImageNet-V2's), else by natural order where there are equally many.
+    Classes match by name if the names of the model are known: from its configuration, or the
+    WordNet ids of ImageNet, inferred from the number of classes. Otherwise they match by number if
+    all names are numbers (as ImageNet-V2's), or by natural order if there are equally many.
 
     Args:
-        names: of the dataset, in natural order.
-        num_classes: of the model.
-        label_names: of the model, in their order or by number; None: it recorded none.
+        names: names of the data set's classes, in natural order.
+        num_classes: number of the model's classes.
+        label_names: names of the model's classes, in their order or by number; None if unknown.
 
     Returns:
         A class number of the model for each name, and how it was found.
 
     Raises:
-        ValueError: they disagree; the names that do are named.
+        ValueError: The classes disagree; the error names those that do.
 
     >>> match_classes(["n01443537", "n01440764"], 1000)
     ([1, 0], 'by WordNet id')
@@ -201,31 +314,31 @@ def match_classes(
     """
     recorded = listed_names(label_names)
     if recorded and len(recorded) != num_classes:
-        raise ValueError(f"the model has {num_classes} classes and names {len(recorded)}.")
+        raise ValueError(f"the model has {num_classes} classes, but names {len(recorded)}.")
     synsets = _imagenet_classes(num_classes)
     known = recorded or synsets
     wordnet = bool(known) and known == synsets
     places = {name: number for number, name in enumerate(known)}
-    strangers = [name for name in names if name not in places]
-    if known and not strangers:
+    unknown = [name for name in names if name not in places]
+    if known and not unknown:
         return [places[name] for name in names], "by WordNet id" if wordnet else "by name"
     if not recorded or wordnet:
         if all(_is_number(name) and int(name) < num_classes for name in names):
             return [int(name) for name in names], "by number"
-        if not recorded and len(names) == num_classes == len(strangers):
+        if not recorded and len(names) == num_classes == len(unknown):
             return list(range(num_classes)), "in natural order"
-    if recorded or (wordnet and len(strangers) < len(names)):
+    if recorded or (wordnet and len(unknown) < len(names)):
         raise ValueError(
-            f"{len(strangers)} of {len(names)} classes are none of the model's {num_classes}: "
-            f"{some(strangers)}; the model's begin with {some(known)}."
+            f"{len(unknown)} of {len(names)} classes are not among the model's {num_classes}: "
+            f"{first_names(unknown)}; the model's begin with {first_names(known)}."
         )
     raise ValueError(
-        f"there are {len(names)} classes ({some(names)}), but the model has {num_classes}."
+        f"there are {len(names)} classes ({first_names(names)}), but the model has {num_classes}."
     )
 
 
 def listed_names(label_names: Any) -> list[str]:
-    """Names by number, from a list or from {number: name}."""
+    """Names in the order of their numbers, from a list or from {number: name}."""
     if isinstance(label_names, Mapping):
         numbered = {int(number): str(name) for number, name in label_names.items()}
         return [numbered[number] for number in sorted(numbered)]
@@ -244,17 +357,11 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
-def some(names: Sequence[str]) -> str:
-    """The first of many names, on one line."""
-    shown = ", ".join(printable(name) for name in names[:_SHOWN])
-    return shown + (", …" if len(names) > _SHOWN else "")
-
-
 def _class_to_idx(dataset: Any) -> dict[str, int]:
-    """Class numbers by name, of timm's readers and of torchvision's datasets."""
+    """Class numbers by name, from timm's readers and torchvision's data sets."""
     reader = getattr(dataset, "reader", None)
-    for place, name in ((reader, "class_to_idx"), (reader, "class_name_to_idx")):
-        found = getattr(place, name, None)
+    for name in ("class_to_idx", "class_name_to_idx"):
+        found = getattr(reader, name, None)
         if found is not None:
             return {str(key): int(number) for key, number in found.items()}
     classes = getattr(dataset, "classes", None) or ()
@@ -262,7 +369,7 @@ def _class_to_idx(dataset: Any) -> dict[str, int]:
 
 
 def _listed_targets(dataset: Any, reader: Any) -> Sequence[Any] | None:
-    """The dataset's own class numbers, of timm's readers and of torchvision's datasets."""
+    """Class numbers of all images, from timm's readers and torchvision's data sets."""
     if hasattr(reader, "targets"):  # of an archive
         return list(reader.targets)
     if hasattr(reader, "samples"):
@@ -274,18 +381,14 @@ def _listed_targets(dataset: Any, reader: Any) -> Sequence[Any] | None:
 
 
 def _is_folder(reader: Any) -> bool:
-    """Whether the classes are folders, of a disk or of an archive."""
+    """Whether the classes are folders, on disk or in an archive."""
     return reader is not None and hasattr(reader, "samples")
 
 
 def _empty_folders(reader: Any, full: set[str]) -> list[str]:
-    """Names of the innermost folders without an image; hidden ones are passed over."""
+    """Names of the innermost folders without an image; hidden ones are skipped."""
     root = getattr(reader, "root", None)
-    if (
-        not _is_folder(reader)
-        or not isinstance(root, (str, os.PathLike))
-        or not Path(root).is_dir()
-    ):
+    if not _is_folder(reader) or not root or not os.path.isdir(root):
         return []
     kinds = get_img_extensions(as_set=True)
     found = set()

@@ -1,31 +1,27 @@
-"""Images with several classes each: their targets, and losses on those."""
+"""Images with several classes each: the files of a folder and the labels of a file."""
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from PIL import Image
-from timm.loss import AsymmetricLossMultiLabel
-from torch import Tensor, nn
+from torch import Tensor
 
+from ltrp_timm._text import first_names
 from ltrp_timm.data.images import ImageFiles, Images
 from ltrp_timm.data.label_files import LabelTable, read_labels
-from ltrp_timm.data.labels import listed_names, match_classes, some
+from ltrp_timm.data.labels import listed_names, match_classes, refuse_empty
 from ltrp_timm.runtime.keyed_rng import sample_seed
-
-MultiLabelLoss = Literal["asymmetric", "bce"]
-MULTI_LABEL_LOSSES: tuple[str, ...] = get_args(MultiLabelLoss)
 
 
 class MultiLabelImages(Images):
-    """Pictures of a folder and the classes that a label file gives them.
+    """Pictures of a folder and their classes from a label file.
 
     Args:
-        folder: what the names of the file are relative to.
-        table: see ``read_labels``.
-        min_side: smaller pictures, and strips, count as unreadable.
+        folder: folder of the images.
+        table: labels of the images, see ``read_labels``.
+        min_side: pictures with a shorter side count as unreadable, as strips do.
 
     Attributes:
         class_names: C names.
@@ -33,19 +29,19 @@ class MultiLabelImages(Images):
         empty: names of classes that no image has.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it lacks images that the table names.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The folder lacks images that the table names.
     """
 
     def __init__(self, folder: Any, table: LabelTable, min_side: int = 1) -> None:
         root = Path(folder)
         if not root.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder of images.")
+            raise FileNotFoundError(f"{folder} is not a folder of images.")
         absent = [name for name in table.names if not (root / name).is_file()]
         if absent:
             raise ValueError(
                 f"{len(absent)} of {len(table.names)} labelled images are not in {root}: "
-                f"{some(absent)}."
+                f"{first_names(absent)}."
             )
         super().__init__(ImageFiles(root, table.names), min_side)
         self.class_names, self.targets = table.classes, table.targets
@@ -53,33 +49,33 @@ class MultiLabelImages(Images):
 
     @property
     def blank(self) -> Tensor:  # type: ignore[override]
-        """What stands for the target of an image that cannot be read: (C,), no class."""
+        """Target of an image that cannot be read: (C,), no class."""
         return torch.zeros(len(self.class_names))
 
     @property
     def unlabelled(self) -> int:
-        """How many images have none of the classes."""
+        """Number of images without any class."""
         return int((~self.targets.any(dim=1)).sum())
 
     def read_item(self, index: int) -> tuple[Image.Image, Tensor]:
-        """The picture, and its target (C,) float32: 1 where it has a class.
+        """Read a picture and its target (C,) float32: 1 where it has a class.
 
         Raises:
-            ValueError: one line with its name and the reason.
+            ValueError: The picture cannot be read; one line with its name and the reason.
         """
         return super().read_item(index)[0], self.targets[index].float()
 
     def match(self, num_classes: int, label_names: Any = None) -> str:
-        """From here on, give the classes of a model, in its order; see ``match_classes``.
+        """Map targets to the classes of a model, in its order; see ``match_classes``.
 
         Returns:
-            How they were found, for the user.
+            How the classes were matched, for the user.
 
         Raises:
-            ValueError: a class of the file is none of the model's; such are named.
+            ValueError: The file has classes that the model does not have; the error names them.
         """
         known = listed_names(label_names)
-        # a name that no image has, and the model does not know, says nothing
+        # a class that no image has, and the model does not know, is left out
         own = [c for c in self.class_names if not known or c in known or c not in self.empty]
         numbers, how = match_classes(own, num_classes, known)
         names = known or [f"class {number}" for number in range(num_classes)]
@@ -91,74 +87,31 @@ class MultiLabelImages(Images):
         return how
 
     def fingerprint(self, indices: Sequence[int]) -> dict[str, Any]:
-        """What tells these images and labels from others."""
+        """Identify these images and their labels."""
         pairs = self.targets[list(indices)].nonzero().tolist()
         text = f"{self.class_names}{pairs}"
         return {**super().fingerprint(indices), "labels": sample_seed(0, 0, 0, text)}
 
 
 def open_multi_label(
-    folder: Any, labels: Any, min_side: int = 1, allow_empty: bool = False
+    folder: Any, labels: Any, *, min_side: int = 1, allow_empty: bool = False
 ) -> MultiLabelImages:
-    """Images of a folder with the labels of a file.
+    """Open the images of a folder with the labels of a file.
 
     Args:
-        folder: of the images; may hold more than the file names.
+        folder: folder of the images; images that the file does not name are ignored.
         labels: ``.json`` with COCO's instance annotations, or ``.csv`` (see ``read_labels``).
-        min_side: smaller pictures, and strips, count as unreadable.
-        allow_empty: classes without any image are no error.
+        min_side: pictures with a shorter side count as unreadable, as strips do.
+        allow_empty: accept classes without any image.
 
     Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: the file is wrong, names images that are not there, or has empty classes.
+        FileNotFoundError: The folder or the file does not exist.
+        ValueError: The file is invalid, names images that are not in the folder, or has classes
+            without any image.
 
     >>> open_multi_label("val2014", "annotations/instances_val2014.json")  # doctest: +SKIP
     """
     images = MultiLabelImages(folder, read_labels(labels), min_side)
-    if images.empty and not allow_empty:
-        noun = "class has" if len(images.empty) == 1 else "classes have"
-        raise ValueError(f"{len(images.empty)} {noun} no image in {labels}: {some(images.empty)}.")
+    if not allow_empty:
+        refuse_empty(images.empty, labels)
     return images
-
-
-def multi_label_loss(name: str) -> nn.Module:
-    """A loss of logits (B, C) against targets (B, C): a scalar.
-
-    Args:
-        name: "asymmetric" (γ⁻ 4, γ⁺ 0, clip 0.05; summed over classes, mean over images) or "bce"
-            (binary cross entropy, mean over both).
-
-    Raises:
-        ValueError: no such loss.
-
-    >>> multi_label_loss("bce")(torch.zeros(2, 3), torch.ones(2, 3))  # ln 2
-    tensor(0.6931)
-    """
-    if name == "asymmetric":
-        return _Asymmetric()
-    if name == "bce":
-        return _BCE()
-    raise ValueError(f"loss must be one of {', '.join(MULTI_LABEL_LOSSES)}, got {name!r}.")
-
-
-class _Asymmetric(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        # an older timm always sums, and does not know the argument
-        known = inspect.signature(AsymmetricLossMultiLabel).parameters
-        how = {"reduction": "sum"} if "reduction" in known else {}
-        self.loss = AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=0, clip=0.05, **how)
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self.loss(logits.float(), targets.float())
-        return loss / len(logits)
-
-
-class _BCE(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss = nn.BCEWithLogitsLoss()
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self.loss(logits.float(), targets.float())
-        return loss

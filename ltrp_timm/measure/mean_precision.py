@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltrp_timm._text import first_names
 from ltrp_timm.data.label_files import read_names
-from ltrp_timm.data.labels import some
 from ltrp_timm.metrics import average_precision
 from ltrp_timm.runtime.world import World
 
@@ -58,7 +58,7 @@ class PrecisionCounter:
             strangers = [name for name in seen if name not in self.class_names]
             if strangers:
                 raise ValueError(
-                    f"{len(strangers)} seen classes are no classes: {some(strangers)}."
+                    f"{len(strangers)} seen classes are no classes: {first_names(strangers)}."
                 )
             if set(seen) == set(self.class_names):
                 raise ValueError(f"all {len(self.class_names)} classes are seen: nothing to tell.")

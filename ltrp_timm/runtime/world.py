@@ -1,89 +1,115 @@
-"""One process or many: what ``torchrun`` has started."""
+"""The processes of a run, one or those that ``torchrun`` started, and their devices."""
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 
+from ltrp_timm.runtime.stopping import signals_handled
+
 T = TypeVar("T")
+_PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
 
 
 class World:
     """The processes of a run and the device of this one.
 
     Args:
-        rank: of this process; 0 writes and talks.
+        rank: number of this process; process 0 writes and prints.
         size: number of processes.
-        device: of this process.
+        device: device of this process.
+        patient: processes may wait for each other for hours; while one waits, signals end it.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(
+        self, rank: int, size: int, device: torch.device, *, patient: bool = False
+    ) -> None:
+        self.rank, self.size, self.device, self.patient = rank, size, device, patient
 
     @property
     def main(self) -> bool:
-        """Whether this process writes and talks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all processes, in float64."""
+        """Sum values over all processes, in float64."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        out: list[float] = tensor.tolist()
-        return out
+        sums: list[float] = tensor.tolist()
+        return sums
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run on rank 0; what it returns or raises there reaches every process, and none waits.
+        """Run an action on rank 0; every process returns its result or raises its exception.
 
-        What a process decides by looking at files goes through here: another one that looks a
-        moment later may find other files.
+        Decisions that depend on files belong here: a process that looks a moment later may find
+        other files.
         """
-        outcome: list[Any] = [None, None]  # what it returns, what it raises
+        outcome: list[Any] = [None, None]  # the result, the exception
         if self.main:
             try:
                 outcome[0] = action()
             except Exception as problem:
                 outcome[1] = problem
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0, device=self.device)
+            with self._waiting():
+                dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
             raise outcome[1]
-        value: T = outcome[0]
-        return value
+        result: T = outcome[0]
+        return result
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            with self._waiting():
+                dist.barrier()
+
+    def _waiting(self) -> contextlib.AbstractContextManager[Any]:
+        """While gloo waits, Python's signal handlers do not run: the default ones end the wait."""
+        if not self.patient:
+            return contextlib.nullcontext()
+        return signals_handled(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)
 
     def gather(self, values: Sequence[Any]) -> list[Any]:
-        """The values of all processes, process by process."""
-        every: list[list[Any]] = [list(values)]
+        """Return the values of all processes, process by process."""
+        parts: list[list[Any]] = [list(values)]
         if self.size > 1:
-            every = [[] for _ in range(self.size)]
-            dist.all_gather_object(every, list(values))
-        return [value for some in every for value in some]
+            parts = [[] for _ in range(self.size)]
+            dist.all_gather_object(parts, list(values))
+        return [value for part in parts for value in part]
 
     def gather_names(self, names: Sequence[str]) -> list[str]:
-        """The names of all processes, each once, sorted."""
+        """Return the names of all processes, each once, sorted."""
         return sorted(set(self.gather(names)))
 
 
 @contextlib.contextmanager
-def join_world(device: str | None = None) -> Iterator[World]:
-    """The world that the environment describes: that of ``torchrun``, or this process alone.
+def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, or run alone.
 
     Args:
-        device: "cpu", "cuda", …; None for a GPU when there is one.
+        device: "cpu", "cuda", … (default: a GPU if there is one).
+        patient: see ``World``; processes then communicate on the CPU.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: The device cannot be used.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     mine = not dist.is_initialized()
-    if mine:
+    if mine and patient:
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+    elif mine:
         found = init_distributed_device_so(device)
         rank, size, device = found["global_rank"], found["world_size"], found["device"]
     else:
@@ -91,7 +117,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        yield World(rank, size, torch.device(device))
+        yield World(rank, size, torch.device(device), patient=patient)
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
@@ -100,6 +126,6 @@ def join_world(device: str | None = None) -> Iterator[World]:
 def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
         reason = str(error).split("\n")[0]
         raise ValueError(f"device {device!r} cannot be used: {reason}") from error

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from ltrp_timm._text import one_line, printable
 from ltrp_timm.commands._console import CommandError
 from ltrp_timm.data.images import Images, PixelDataset, open_dataset
-from ltrp_timm.runtime.processes import first_alone
+from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import CACHE_NAME, RANKS_NAME, ImageIds, finish_cache, rank_type, ranks_of
 from ltrp_timm.scoring.ids import image_ids
 from ltrp_timm.scoring.job import Job, RankOptions, Result, name_failures, run_job, say_done
@@ -41,7 +41,7 @@ def rank_cache(options: RankOptions) -> int:
     return run_job(options, _prepare, str(options.cache))
 
 
-def _prepare(options: RankOptions, number: int) -> Job:
+def _prepare(options: RankOptions, world: World) -> Job:
     device, cache = find_device(options.device), Path(str(options.cache))
     if options.ranker == "random":
         raise CommandError("the random ranker looks at nothing: there is nothing to cache.")
@@ -62,7 +62,7 @@ def _prepare(options: RankOptions, number: int) -> Job:
     about = scorer_settings(options, scorer)
     settings = {**about, "part_size": PART_SIZE, "images_hash": _digest(ids)}
     parts = Parts(cache, len(images), (CACHE_NAME,))
-    first_alone(lambda: _begin(parts, settings, options.overwrite), number)
+    world.on_main(lambda: _begin(parts, settings, options.overwrite))
     size = settings["input_size"]
     return Job(
         str(cache),

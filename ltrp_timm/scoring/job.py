@@ -15,13 +15,8 @@ from tqdm import tqdm
 
 from ltrp_timm._text import complain, one_line, printable, say
 from ltrp_timm.commands._console import CommandError
-from ltrp_timm.runtime.processes import (
-    ignore_signals,
-    processes,
-    stopped_between_batches,
-    stopped_by_sigterm,
-    wait_for_all,
-)
+from ltrp_timm.runtime.stopping import ignore_signals, stop_requests, stopped_by_sigterm
+from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring.parts import Parts, failures
 from ltrp_timm.scoring.scorer import Scorer, rank_batch
 
@@ -84,39 +79,42 @@ class Job:
     draw: Callable[[Tensor, Result], None] | None = None
 
 
-def run_job(options: RankOptions, prepare: Callable[[RankOptions, int], Job], output: str) -> int:
+def run_job(options: RankOptions, prepare: Callable[[RankOptions, World], Job], output: str) -> int:
     """Prepare a job in every process, share its work, and let the first one finish it.
 
     Raises:
         CommandError: an argument is wrong, or the output cannot be written.
     """
-    with stopped_by_sigterm(), processes() as (number, world):
+    job = None
+    with stopped_by_sigterm(), join_world("cpu", patient=True) as world:
         try:
-            job = prepare(options, number)
-            _work(options, job, number, world)
-            wait_for_all()
-            return job.finish() if number == 0 else 0
+            job = prepare(options, world)
+            _work(options, job, world)
+            world.barrier()
+            return job.finish() if world.main else 0
         except CommandError:
-            if number == 0:
+            if world.main:
                 raise
-            return 2  # the first process says it
+            return 2  # the first process reports it
         except BrokenPipeError:  # of what is said, not of what is written
             raise
         except OSError as error:
+            if job is None and not world.main:
+                return 2
             reason = error.strerror or one_line(error)
             raise CommandError(f"{printable(output)}: {reason}.") from error
 
 
-def _work(options: RankOptions, job: Job, number: int, world: int) -> None:
+def _work(options: RankOptions, job: Job, world: World) -> None:
     """Do this process's share of the parts that are not there yet."""
     pending = set(job.parts.pending())
     # the share must not depend on what other processes have written meanwhile
-    mine = [part for part in range(number, job.parts.total(), world) if part in pending]
+    mine = [part for part in range(world.rank, job.parts.total(), world.size) if part in pending]
     indices = [index for part in mine for index in job.parts.images(part)]
     done: list[Result] = []
-    quiet = None if number == 0 else True  # None: not where nobody looks
+    quiet = None if world.main else True  # None: not where nobody looks
     with (
-        stopped_between_batches() as check,
+        stop_requests() as requests,
         tqdm(total=len(indices), unit="image", disable=quiet) as bar,
     ):
         for batch in _batches(options, job, indices):
@@ -126,7 +124,7 @@ def _work(options: RankOptions, job: Job, number: int, world: int) -> None:
                 job.parts.write(mine.pop(0), job.arrays(done[:count]))
                 done = done[count:]
             bar.update(len(batch))
-            check()
+            requests.check()
 
 
 def _batches(options: RankOptions, job: Job, indices: Sequence[int]) -> Iterator[list[Result]]:

@@ -21,7 +21,7 @@ from ltrp_timm._text import one_line
 from ltrp_timm.commands._console import CommandError
 from ltrp_timm.data.images import ImageFiles, Images, PixelDataset, find_images
 from ltrp_timm.rankers import ranker_class
-from ltrp_timm.runtime.processes import first_alone
+from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import ranker_hash
 from ltrp_timm.scoring.job import Job, RankOptions, Result, name_failures, run_job, say_done
 from ltrp_timm.scoring.parts import OVERLAYS, PART_SIZE, Parts
@@ -48,7 +48,7 @@ def rank(options: RankOptions) -> int:
     return run_job(options, _prepare, str(options.output))
 
 
-def _prepare(options: RankOptions, number: int) -> Job:
+def _prepare(options: RankOptions, world: World) -> Job:
     device, output = find_device(options.device), str(options.output)
     root, names, missing = find_images(options.inputs, (output, os.path.join(output, OVERLAYS)))
     if not names:
@@ -63,7 +63,7 @@ def _prepare(options: RankOptions, number: int) -> Job:
         "images_hash": fingerprint(root, names),
     }
     parts = Parts(Path(output), len(names))
-    first_alone(lambda: parts.begin(settings, options.overwrite), number)
+    world.on_main(lambda: parts.begin(settings, options.overwrite))
     size = settings["input_size"]
     images = Images(ImageFiles("", [str(root / name) for name in names]))  # whole paths in messages
     return Job(

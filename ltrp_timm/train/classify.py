@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from PIL import Image
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from ltrp_timm._text import say
+from ltrp_timm._text import first_names, say
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.data.labels import some
-from ltrp_timm.data.multi_label import MultiLabelLoss, multi_label_loss
+from ltrp_timm.losses import MultiLabelLoss, multi_label_loss
 from ltrp_timm.measure.accuracy import class_ranks
 from ltrp_timm.measure.mean_precision import PrecisionCounter
 from ltrp_timm.models.ltrp import LTRPModel
@@ -95,7 +94,8 @@ class ClassifyTask(Task):
         self.channels_last, self.cached = channels_last, cached
         self.pruned = isinstance(model, LTRPModel)
         self.num_graphs = plan.count() if self.pruned else 1
-        self.loss_function = augmentation.loss_function().to(next(model.parameters()).device)
+        loss = augmentation.loss_function().to(next(model.parameters()).device)
+        self.loss_function: Callable[[Tensor, Tensor], Tensor] = loss
         self.mixer = Mixer(augmentation, model.num_classes) if augmentation.mixes else None
         if distillation is None and not augmentation.bce_loss:
             self.chance = math.log(model.num_classes)
@@ -283,7 +283,8 @@ class MultiLabelTask(ClassifyTask):
             found = self._counter(name).total(world)
             out |= {f"{mean}{name}": value for mean, value in found.row().items()}
             if world.main and found.absent != self.absent:  # once: the images stay the same
-                say(f"excluded from the mAP, no held-out image has them: {some(found.absent)}")
+                names = first_names(found.absent)
+                say(f"excluded from the mAP, no held-out image has them: {names}")
             self.absent = found.absent
         self.counters = {}
         each = [value for mean, value in out.items() if mean.startswith("map@")]

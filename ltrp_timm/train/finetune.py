@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ltrp_timm._text import say
-from ltrp_timm.data.classes import ClassData
+from ltrp_timm.data.labels import ClassData
 from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.measure.mean_precision import seen_classes
@@ -26,7 +26,7 @@ from ltrp_timm.train.distill import Distillation
 from ltrp_timm.train.head import check_network, fit_head, image_config, put_head
 from ltrp_timm.train.loop import Summary, fit
 from ltrp_timm.train.recipe import MULTI_LABEL_KEEP_RATIO, KeepPlan, Recipe, split_options
-from ltrp_timm.train.settings import Settings
+from ltrp_timm.train.settings import Settings, make_sources
 
 RANDOM = "random: this trains from the start (pretrained or checkpoint begins with weights)"
 
@@ -105,11 +105,19 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
             train = cached_transform(recipe.index_cache, net, classes.train, train)
         common = dataclasses.replace(common, val_data=classes.held_out)
         size = tuple(images["input_size"][-2:])
-        sources = Sources(classes.train, common, world, train, measure, size, 1, labelled=True)
+        sources = make_sources(
+            classes.train,
+            common,
+            world,
+            train_transform=train,
+            eval_transform=measure,
+            img_size=size,
+            labelled=True,
+        )
         if augmentation.mixes and sources.batch_size % 2:
             raise ValueError(f"mixing needs an even batch_size, got {sources.batch_size}.")
         if world.main:
-            for line in (*classes.says, *notes, _describe(task, sources)):
+            for line in (*classes.notes, *notes, _describe(task, sources)):
                 say(line)
         return fit(task, sources, common, world, output)
 
@@ -118,11 +126,20 @@ def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
     """Open training and held-out images with one class each, or several."""
     if recipe.multi_label:
         return MultiLabelData(data, common, recipe)
-    return ClassData(data, common, recipe.num_classes)
+    return ClassData(
+        data,
+        split=common.split,
+        val_data=common.val_data,
+        val_split=common.val_split,
+        root=common.data_root,
+        input_key=common.input_key,
+        target_key=common.target_key,
+        num_classes=recipe.num_classes,
+    )
 
 
 def _with_published_budget(model: Any, recipe: Recipe) -> Recipe:
-    """Images with several classes keep 147 of 196 patches, unless the user, or the model, says."""
+    """Images with several classes keep 147 of 196 patches, unless the user, or the model, notes."""
     if not recipe.multi_label or recipe.keep_ratio is not None:
         return recipe
     if not isinstance(model, nn.Module) and not is_source(str(model)):
@@ -268,8 +285,8 @@ class MultiLabelData(ClassData):
 
     def __init__(self, data: Any, settings: Settings, recipe: Recipe) -> None:
         _check_settings(settings, recipe)
-        self.settings, self.streaming = settings, False
-        self.says: list[str] = []
+        self.streaming = False
+        self.notes: list[str] = []
         self.train: MultiLabelImages = self._labelled(data, recipe.labels, "training")
         self.class_names = self.train.class_names
         self.num_classes = len(self.class_names)
@@ -289,7 +306,7 @@ class MultiLabelData(ClassData):
     ) -> MultiLabelImages:
         images = open_multi_label(folder, labels, allow_empty=allow_empty)
         if images.unlabelled:
-            self.says.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
+            self.notes.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
         return images
 
 

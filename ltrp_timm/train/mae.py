@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.data.sources import cropped_sources
+from ltrp_timm.data.sources import SCALE
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import join_world
 from ltrp_timm.selection import gather_patches
@@ -21,7 +21,12 @@ from ltrp_timm.teacher import (
     random_visible_indices,
 )
 from ltrp_timm.train.loop import Summary, Task, fit
-from ltrp_timm.train.settings import SCALE, CropScale, check_value, make_settings
+from ltrp_timm.train.settings import (
+    CropScale,
+    check_value,
+    cropped_sources,
+    make_settings,
+)
 from ltrp_timm.train.state import digest
 from ltrp_timm.visualize import kept_patches, show_images
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ltrp_timm import losses
 from ltrp_timm.data.images import check_data
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.data.sources import cropped_sources
+from ltrp_timm.data.sources import SCALE
 from ltrp_timm.layers import resize_score_map
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.rankers import create_ranker, ranker_class
@@ -26,7 +26,13 @@ from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher.density import Aggregate, Removal
 from ltrp_timm.teacher.distances import Metric
 from ltrp_timm.train.loop import Summary, Task, fit, rehearse
-from ltrp_timm.train.settings import SCALE, CropScale, check_choice, check_value, make_settings
+from ltrp_timm.train.settings import (
+    CropScale,
+    check_choice,
+    check_value,
+    cropped_sources,
+    make_settings,
+)
 from ltrp_timm.train.state import digest
 from ltrp_timm.train.targets import Targets, accepted, open_ranker, saved_name
 from ltrp_timm.visualize import kept_patches, score_map, show_images

@@ -12,8 +12,8 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 
 from ltrp_timm.data.keyed import Transform
-from ltrp_timm.data.multi_label import MultiLabelLoss
 from ltrp_timm.layers.ml_decoder import Head
+from ltrp_timm.losses import MultiLabelLoss
 from ltrp_timm.runtime.keyed_rng import sample_seed
 from ltrp_timm.selection import check_keep_ratio
 from ltrp_timm.train.distill import Gate

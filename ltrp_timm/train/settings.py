@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from torch.utils.data import IterableDataset
+
+from ltrp_timm.data.images import open_dataset
+from ltrp_timm.data.sources import SCALE, Sources, crop_transforms
 from ltrp_timm.measure.throughput import NUM_WORKERS
+from ltrp_timm.runtime.world import World
 
 # annotations of numbers: the text is the range that ``check_value`` allows
 AtLeastOne = Annotated[int, "at least 1"]
@@ -19,7 +24,6 @@ CropRatio = Annotated[tuple[float, float], "two numbers, 0 < from <= to"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-SCALE = (0.2, 1.0)  # of the published crops
 
 # a continuation may change these: they change no weight
 _FREE = {
@@ -182,3 +186,84 @@ def make_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sett
     if unknown:
         raise TypeError(f"no such argument: {', '.join(unknown)}; settings are {', '.join(known)}.")
     return Settings(**{**defaults, **given})
+
+
+def make_sources(
+    data: Any, settings: Settings, world: World, *, min_side: int = 1, **options: Any
+) -> Sources:
+    """Training and held-out batches of a run.
+
+    Args:
+        data: see ``open_dataset``; or ``Images`` of it.
+        settings: which parts of it are read, and how much at a time.
+        world: the processes that share it.
+        min_side: smallest side of a readable picture, in pixels.
+        **options: transforms, sizes and labels, see ``Sources``.
+
+    Raises:
+        ValueError: The data does not suit a run, see ``Sources``.
+        FileNotFoundError: ``data`` or ``val_data`` does not exist.
+    """
+
+    def opened(name: Any, split: str, training: bool) -> Any:
+        return open_dataset(
+            name,
+            root=settings.data_root,
+            split=split,
+            input_key=settings.input_key,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+            training=training,
+        )
+
+    train, held_out = opened(data, settings.split, True), None
+    if settings.val_data is not None:
+        held_out = opened(settings.val_data, settings.val_split, False)
+    if isinstance(held_out, IterableDataset):
+        raise ValueError(f"val_data must not be a stream, got {settings.val_data}.")
+    if settings.plot and held_out is None and isinstance(train, IterableDataset):
+        raise ValueError("pictures of a stream's training need val_data, or plot=False.")
+    return Sources(
+        train,
+        held_out,
+        world,
+        min_side=min_side,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        holdout=settings.holdout,
+        num_samples=settings.num_samples,
+        num_workers=settings.num_workers,
+        seed=settings.seed,
+        **options,
+    )
+
+
+def cropped_sources(
+    data: Any, settings: Settings, world: World, model: Any, scale: Sequence[float]
+) -> Sources:
+    """Images without labels, as random crops and as centre crops.
+
+    Args:
+        data: see ``make_sources``.
+        settings: see ``make_sources``.
+        world: see ``make_sources``.
+        model: what the images are for: its ``img_size``, ``patch_size``, ``mean`` and ``std``.
+        scale: share of a picture's area that a random crop takes, from and to.
+
+    Raises:
+        ValueError: The data does not suit a run, see ``Sources``.
+        FileNotFoundError: ``data`` or ``val_data`` does not exist.
+    """
+    train, evaluation = crop_transforms(model.img_size, model.mean, model.std, scale)
+    sources = make_sources(
+        data,
+        settings,
+        world,
+        train_transform=train,
+        eval_transform=evaluation,
+        img_size=model.img_size,
+        min_side=max(model.patch_size),
+    )
+    if tuple(scale) != SCALE:
+        sources.fingerprint["scale"] = list(scale)
+    return sources
