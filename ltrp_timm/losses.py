@@ -34,20 +34,20 @@ def _prepare(pred: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def list_mle(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """ListMLE: the Plackett-Luce negative log likelihood of the target's order, summed over a list.
+    """ListMLE: negative Plackett-Luce log likelihood of the target's order, summed over a list.
 
     Equal scores give ln(V!), the chance level: 39.34 for V = 19.
 
     Args:
         pred: (B, V) scores.
-        target: (B, V); only its order counts, ties go to the lower index.
+        target: (B, V); only its order counts; of equal targets the lower index comes first.
         reduction: "mean" or "sum" over the lists, or "none" for (B,).
 
     Returns:
         A scalar, or (B,); at least 0.
 
     Raises:
-        ValueError: other shapes, or an unknown reduction.
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     Source: Xia et al. (2008), Listwise approach to learning to rank.
 
@@ -56,7 +56,7 @@ def list_mle(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """
     scores, relevance = _prepare(pred, target)
     ordered = scores.gather(1, best_first(relevance))
-    rest = ordered.flip(1).logcumsumexp(dim=1).flip(1)  # of this item and all that come after it
+    rest = ordered.flip(1).logcumsumexp(dim=1).flip(1)  # over this item and all later ones
     return reduce_lists((rest - ordered).sum(dim=1), reduction)
 
 
@@ -76,7 +76,7 @@ def list_net(
         A scalar, or (B,).
 
     Raises:
-        ValueError: other shapes, or an unknown reduction.
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     Source: Cao et al. (2007), Learning to rank: from pairwise approach to listwise approach.
 
@@ -110,7 +110,7 @@ def rank_net(
     """RankNet: binary cross entropy of all ordered pairs, an item with itself included, halved.
 
     The logit of a pair is sigma * (s_i - s_j); its label is ½ (1 + sign(t_i - t_j)), and ½ where
-    the targets differ by no more than the threshold.
+    the targets differ by at most the threshold.
 
     Args:
         pred: (B, V) scores s.
@@ -123,7 +123,8 @@ def rank_net(
         A scalar, or (B,); ½ ln 2 for equal scores.
 
     Raises:
-        ValueError: other shapes, a threshold or sigma out of range, or an unknown reduction.
+        ValueError: The shapes differ, ``threshold`` or ``sigma`` is out of range, or ``reduction``
+            is unknown.
 
     Source: Burges et al. (2005), Learning to rank using gradient descent.
 
@@ -151,15 +152,15 @@ def focused_rank(
     sigma: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The order of the true top k counts, and that they stand above the rest; no order among those.
+    """Rank the true top k items in order and above the rest; the order of the rest is free.
 
-    ListMLE on the k items of the highest targets, plus half the mean pairwise loss of ``rank_net``
-    over pairs of one of them and one of the rest.
+    ListMLE on the k items with the highest targets, plus half the mean pairwise loss of
+    ``rank_net`` over pairs of one of them and one of the rest.
 
     Args:
         pred: (B, V) scores.
         target: (B, V).
-        k: items that matter, 1 <= k <= V; k = V is ListMLE alone.
+        k: number of top items, 1 <= k <= V; k = V is ListMLE alone.
         threshold: as for ``rank_net``.
         sigma: as for ``rank_net``.
         reduction: "mean" or "sum" over the lists, or "none" for (B,).
@@ -168,7 +169,8 @@ def focused_rank(
         A scalar, or (B,).
 
     Raises:
-        ValueError: other shapes, k, threshold or sigma out of range, or an unknown reduction.
+        ValueError: The shapes differ, ``k``, ``threshold`` or ``sigma`` is out of range, or
+            ``reduction`` is unknown.
 
     >>> focused_rank(torch.zeros(1, 3), torch.tensor([[3.0, 1.0, 2.0]]), k=2)  # ln 2 + ½ ln 2
     tensor(1.0397)
@@ -185,7 +187,7 @@ def focused_rank(
 
 
 def pointwise_mse(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean squared difference of scores and targets: no ranking, the plain regression beside it.
+    """Mean squared difference of scores and targets: plain regression, not ranking.
 
     Args:
         pred: (B, V) scores.
@@ -196,7 +198,7 @@ def pointwise_mse(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tens
         A scalar, or (B,).
 
     Raises:
-        ValueError: other shapes, or an unknown reduction.
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     >>> pointwise_mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(2.)
@@ -212,7 +214,7 @@ def lambda_rank(
     sigma: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """LambdaRank: each pair in the wrong order counts by what swapping it would change in NDCG.
+    """LambdaRank: each pair is weighted by the change of NDCG if its items were swapped.
 
     The sum over pairs t_i > t_j of |ΔNDCG_ij| · ln(1 + exp(-sigma (s_i - s_j))); gains and
     discounts are those of ``metrics.ndcg``. The weights have no gradient.
@@ -220,7 +222,7 @@ def lambda_rank(
     Args:
         pred: (B, V) scores s.
         target: (B, V) targets t.
-        k: places that count; None for all.
+        k: number of places that count (default: all).
         sigma: steepness, above 0.
         reduction: "mean" or "sum" over the lists, or "none" for (B,).
 
@@ -228,7 +230,8 @@ def lambda_rank(
         A scalar, or (B,); 0 for a list whose targets are all equal.
 
     Raises:
-        ValueError: other shapes, k or sigma out of range, or an unknown reduction.
+        ValueError: The shapes differ, ``k`` or ``sigma`` is out of range, or ``reduction`` is
+            unknown.
 
     Source: Burges (2010), From RankNet to LambdaRank to LambdaMART.
 
@@ -240,7 +243,7 @@ def lambda_rank(
     gain = gains(relevance)
     weight = discounts(scores.shape[1], k, gain)
     best = (gain.sort(dim=1, descending=True)[0] * weight).sum(dim=1)
-    place = torch.empty_like(gain)  # the discount at the place that an item has now
+    place = torch.empty_like(gain)  # the discount at the item's current place
     place.scatter_(1, best_first(scores.detach()), weight.expand_as(gain))
     gaps = gain.unsqueeze(2) - gain.unsqueeze(1)
     swaps = gaps.clamp(min=0.0) * (place.unsqueeze(2) - place.unsqueeze(1)).abs()

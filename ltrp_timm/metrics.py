@@ -1,10 +1,10 @@
-"""How well scores put patches in order: metrics of ranking, one figure per list.
+"""Ranking metrics, which compare the order of scores with that of targets; average precision.
 
-Axes: B lists, V items of a list. All take pred (B, V) and target (B, V), higher = earlier; ties in
-an order go to the lower index, as everywhere in this library. A list without any order (all values
-equal) has a correlation of 0.
+Axes: B lists, V items of a list. The ranking metrics take pred (B, V) and target (B, V), higher =
+earlier, and give one value per list; of equal values the lower index comes first, as everywhere in
+this library. A list whose values are all equal has a correlation of 0.
 
-``average_precision`` judges classifiers: N images, C classes.
+``average_precision`` measures classifiers: N images, C classes.
 """
 
 from typing import Optional
@@ -21,7 +21,7 @@ def check_lists(pred: Tensor, target: Tensor) -> None:
     """Check that both are (B, V) with at least one item.
 
     Raises:
-        ValueError: they are not.
+        ValueError: They are not.
     """
     if pred.dim() != 2 or pred.shape != target.shape or pred.numel() == 0:
         raise ValueError(
@@ -38,7 +38,7 @@ def reduce_lists(values: Tensor, reduction: str) -> Tensor:
     """values (B,) -> their mean or sum, or as they are for "none".
 
     Raises:
-        ValueError: ``reduction`` is none of these.
+        ValueError: ``reduction`` is not one of these.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
@@ -51,7 +51,7 @@ def check_top(k: Optional[int], num_items: int) -> int:
     """Return ``k``, or V for None.
 
     Raises:
-        ValueError: k is not in 1 … V.
+        ValueError: ``k`` is not in 1 … V.
     """
     if k is None:
         return num_items
@@ -61,7 +61,7 @@ def check_top(k: Optional[int], num_items: int) -> int:
 
 
 def spearman(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Spearman's rank correlation, ties share their mean rank.
+    """Spearman's rank correlation; equal values share their mean rank.
 
     Args:
         pred: (B, V).
@@ -72,7 +72,7 @@ def spearman(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         In [-1, 1]; float32 (float64 where pred is).
 
     Raises:
-        ValueError: other shapes, or an unknown reduction.
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     >>> spearman(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 4.0, 9.0]]))
     tensor(1.)
@@ -85,7 +85,7 @@ def spearman(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def kendall(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Kendall's tau-b: pairs in the same order minus pairs in the other one, corrected for ties.
+    """Kendall's tau-b: concordant minus discordant pairs, corrected for ties.
 
     Args:
         pred: (B, V).
@@ -96,7 +96,7 @@ def kendall(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         In [-1, 1].
 
     Raises:
-        ValueError: other shapes, or an unknown reduction.
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     >>> kendall(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]]))
     tensor(0.3333)
@@ -115,9 +115,9 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def gains(target: Tensor) -> Tensor:
-    """target (B, V) -> what an item is worth to NDCG: how far it lies above the least of its list.
+    """target (B, V) -> gain of each item in NDCG: its target minus the lowest of its list.
 
-    Scores of any sign have a gain so, and a shift of all changes nothing.
+    Gains are thus never negative, and a shift of all targets changes nothing.
     """
     wide = widen(target)
     return wide - wide.amin(dim=1, keepdim=True)
@@ -132,19 +132,19 @@ def discounts(num_items: int, k: Optional[int], like: Tensor) -> Tensor:
 def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str = "mean") -> Tensor:
     """Normalised discounted cumulative gain of the first k places.
 
-    The gain of an item is linear: its target above the least target of the list.
+    The gain of an item is linear: its target minus the lowest target of the list.
 
     Args:
         pred: (B, V).
         target: (B, V).
-        k: places that count; None for all.
+        k: number of places that count (default: all).
         reduction: "mean" or "sum" over the lists, or "none" for (B,).
 
     Returns:
-        In [0, 1], 1 for the best order; 1 too for a list whose targets are all equal.
+        In [0, 1]; 1 for the best order, and for a list whose targets are all equal.
 
     Raises:
-        ValueError: other shapes, k out of range, or an unknown reduction.
+        ValueError: The shapes differ, ``k`` is out of range, or ``reduction`` is unknown.
 
     >>> ndcg(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]]), k=2)
     tensor(1.)
@@ -163,14 +163,14 @@ def top_k_overlap(pred: Tensor, target: Tensor, k: int, reduction: str = "mean")
     Args:
         pred: (B, V).
         target: (B, V).
-        k: how many, 1 <= k <= V; chance is k / V.
+        k: number of best items, 1 <= k <= V; chance is k / V.
         reduction: "mean" or "sum" over the lists, or "none" for (B,).
 
     Returns:
         In [0, 1].
 
     Raises:
-        ValueError: other shapes, k out of range, or an unknown reduction.
+        ValueError: The shapes differ, ``k`` is out of range, or ``reduction`` is unknown.
 
     >>> top_k_overlap(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[3.0, 1.0, 2.0]]), k=2)
     tensor(0.5000)
@@ -183,20 +183,22 @@ def top_k_overlap(pred: Tensor, target: Tensor, k: int, reduction: str = "mean")
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """How well the scores of a class put its images in front, for each class over a whole set.
+    """Average precision of each class over a whole set.
 
-    The sum of precision over steps of recall, without interpolation. Images of equal score come in
-    one step, so that their order in the set is no gift.
+    The sum of precision over steps of recall, without interpolation. Images of equal score form one
+    step, so their order in the set does not count. timm's multi-label evaluator treats ties the
+    same way, but counts a class without images as 0 and reports the mean only; torchmetrics applies
+    a sigmoid in float32, which makes large logits equal.
 
     Args:
-        scores: (N, C), higher = sooner; only their order counts.
+        scores: (N, C), higher = earlier; only their order counts.
         targets: (N, C), 1 or True where the image has the class, else 0.
 
     Returns:
-        (C,) float64 in (0, 1]; NaN for a class that no image has. ``nanmean()`` is the mAP.
+        (C,) float64 in (0, 1]; NaN for a class without images. ``nanmean()`` is the mAP.
 
     Raises:
-        ValueError: other shapes, no image, scores that are no numbers, or other targets.
+        ValueError: The shapes differ, there is no image, a score is NaN, or a target is not 0 or 1.
 
     Source: scikit-learn's ``average_precision_score``, class by class.
 
@@ -216,8 +218,8 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     ordered = scores.gather(0, order)
     hits = (targets != 0).gather(0, order).cumsum(dim=0)  # (N, C) int64
     last = torch.ones_like(hits, dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]  # of its equals
-    found = torch.where(last, hits, 0).cummax(dim=0)[0]  # at the end of a step, and before the next
+    last[:-1] = ordered[1:] != ordered[:-1]  # of equal scores
+    found = torch.where(last, hits, 0).cummax(dim=0)[0]  # at the end of a step, until the next
     before = torch.cat([torch.zeros_like(found[:1]), found[:-1]])
     places = torch.arange(1, len(scores) + 1, device=scores.device).unsqueeze(1)
     precision = hits.double() / places

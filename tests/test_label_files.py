@@ -77,7 +77,7 @@ def test_csv_with_a_column_for_each_class(tmp_path: Path) -> None:
         ({"images": None}, "there is no list 'images'"),
         ({"annotations": {}}, "there is no list 'annotations'"),
         ({"categories": []}, "it has no categories"),
-        ({"images": []}, "of the unknown image 3"),
+        ({"images": []}, "refers to the unknown image 3"),
         ({"images": [], "annotations": []}, "it names no image"),
         ({"images": [{"id": 1}]}, "entry 0 of 'images' has no 'file_name'"),
         ({"images": ["a.png"]}, "entry 0 of 'images' has no 'id'"),
@@ -94,7 +94,7 @@ def test_csv_with_a_column_for_each_class(tmp_path: Path) -> None:
             r"images must lie below their folder, got \.\./a\.png",
         ),
         ({"images": [{"id": 9, "file_name": "/a.png"}], "annotations": []}, "must lie below"),
-        ({"categories": [{"id": 2, "name": "x"}]}, "of unknown category 90"),
+        ({"categories": [{"id": 2, "name": "x"}]}, "the unknown category 90"),
         ({"categories": [{"id": 2, "name": n} for n in "xy"]}, "it has a category id twice: 2"),
         ({"categories": [{"id": n, "name": "x"} for n in (2, 90)]}, "names a category twice: x"),
     ],
@@ -112,9 +112,9 @@ def test_wrong_coco(changes: dict[str, Any], wanted: str, tmp_path: Path) -> Non
     [
         ("", "it is empty"),
         ("image\na.png\n", r"its header must be image,labels or image,CLASS,…, got \['image'\]"),
-        ("image,labels\n", "not one image has a label"),
+        ("image,labels\n", "no image has a label"),
         ("image,cat,dog\n", "it names no image"),
-        ("image,labels\na.png,\n", "not one image has a label"),
+        ("image,labels\na.png,\n", "no image has a label"),
         ("image,labels\na.png,cat,dog\n", "line 2 has 3 columns, the header 2"),
         ("image,labels\na.png,cat\n,dog\n", "line 3 names no image"),
         ("image,labels\na.png,cat\na.png,dog\n", "it names an image twice: a.png"),
@@ -134,7 +134,7 @@ def test_wrong_csv(text: str, wanted: str, tmp_path: Path) -> None:
 def test_files_that_are_no_label_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         read_labels(tmp_path / "none.json")
-    with pytest.raises(ValueError, match=r"labels must be a file of the kinds \.json, \.csv"):
+    with pytest.raises(ValueError, match=r"labels must be a \.json or \.csv file"):
         read_labels(tmp_path)
     broken = tmp_path / "broken.json"
     broken.write_text('{"images": [')
@@ -153,7 +153,7 @@ def test_names(tmp_path: Path) -> None:
     path.write_text("fire hydrant\n\n  dog\n")
     assert read_names(path) == ("fire hydrant", "dog")
     path.write_text("\n")
-    with pytest.raises(ValueError, match=r"seen\.txt holds no name"):
+    with pytest.raises(ValueError, match=r"seen\.txt: it names no class"):
         read_names(path)
     path.write_text("dog\ncat\ndog\n")
     with pytest.raises(ValueError, match=r"names a class twice: dog"):

@@ -1,6 +1,7 @@
 """Images by (epoch, place): the same sample from any worker or process, nothing counted twice."""
 
 import random
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,7 +257,10 @@ def test_a_stream_without_images_or_length(photos: Path, tmp_path: Path) -> None
 def test_a_reader_whose_package_is_missing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(
+        sys.modules, "timm.data.readers.reader_hfds", raising=False
+    )  # or imported
     monkeypatch.setattr("timm.data.readers.reader_wds.wds", None)
     error = ImportError if name.startswith("hfds") else ValueError
     with pytest.raises(error, match=r"pip install|Please install webdataset"):

@@ -199,7 +199,7 @@ def test_recorded_names_decide() -> None:
     assert match_classes(["cat"], 2, {"1": "cat", "0": "dog"}) == ([1], "by name")
     with pytest.raises(ValueError, match="1 of 2 classes are not among the model's 2: eel; the"):
         match_classes(["cat", "eel"], 2, ["cat", "dog"])
-    with pytest.raises(ValueError, match="2 of 2 classes are none"):
+    with pytest.raises(ValueError, match="2 of 2 classes are not among"):
         match_classes(["0", "1"], 2, ["cat", "dog"])
     with pytest.raises(ValueError, match="has 3 classes and names 2"):
         match_classes(["cat"], 3, ["cat", "dog"])

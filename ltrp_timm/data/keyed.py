@@ -1,7 +1,7 @@
-"""Samples of images, each with random numbers of its own, and batches of them.
+"""Samples of images by (epoch, place), and batches of them.
 
-A sample is asked for by (epoch, index): what comes is a function of that and the seed, whichever
-process or worker is asked, see ``keys``.
+A sample depends only on the seed, the epoch and its image, not on the process or worker that reads
+it; see ``ltrp_timm.runtime.keyed_rng``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +25,17 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class KeyedImages(Dataset[Sample]):
-    """Samples by (epoch, place), the place being one of ``indices``.
+    """Samples by (epoch, place); the place is a position in ``indices``.
 
-    In place of an image that cannot be read, training gets the next one that can; a held-out sample
-    is marked as not real, and counts nowhere.
+    If an image cannot be read, training gets the next readable one instead; a held-out sample is
+    marked as not real and does not count.
 
     Args:
-        images: to read from.
-        indices: of the images that belong to this set.
-        transform: picture -> (3, H, W).
-        seed: of what the transform draws.
+        images: images to read from.
+        indices: indices of the images that belong to this set.
+        transform: picture -> (3, H, W); may carry the scores of patches, see
+            ``ltrp_timm.scoring.transform``.
+        seed: seed of what the transform draws.
         shape: (3, H, W).
     """
 
@@ -48,7 +49,6 @@ class KeyedImages(Dataset[Sample]):
     ) -> None:
         self.images, self.indices, self.transform = images, list(indices), transform
         self.seed, self.shape = seed, shape
-        # a transform that brings the scores of patches, see ltrp_timm.scoring.transform
         self.scores: Any = getattr(transform, "with_scores", None) and transform
 
     def __len__(self) -> int:
@@ -57,30 +57,26 @@ class KeyedImages(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, place = key
         found, problems = self._read(place, 1 if epoch == HELD_OUT else len(self))
-        index, blank = self.indices[place], self.images.blank
+        index, target = self.indices[place], self.images.blank
         if found is None:
             sample = _sample(torch.zeros(self.shape), index, problems, real=False)
             if self.scores is not None:
                 sample["scores"] = self.scores.blank
-            return sample if blank is None else {**sample, "target": blank}
-        source, picture, target = found
-        with seeded(sample_seed(self.seed, epoch, index, "transform")):
-            sample = self._transformed(picture, source, index, problems)
-        return sample if blank is None else {**sample, "target": target}
-
-    def _transformed(
-        self, picture: Image.Image, source: int, index: int, problems: list[str]
-    ) -> Sample:
-        """A sample of image ``source``, which may stand in for image ``index``."""
-        if self.scores is None:
-            return _sample(self.transform(picture), index, problems)
-        image, scores = self.scores.with_scores(picture, source)
-        return {**_sample(image, index, problems), "scores": scores}
+        else:
+            source, picture, label = found
+            target = None if target is None else label
+            with seeded(sample_seed(self.seed, epoch, index, "transform")):
+                if self.scores is None:
+                    sample = _sample(self.transform(picture), index, problems)
+                else:  # those of the image that was read
+                    image, scores = self.scores.with_scores(picture, source)
+                    sample = {**_sample(image, index, problems), "scores": scores}
+        return sample if target is None else {**sample, "target": target}
 
     def _read(
         self, place: int, attempts: int
     ) -> tuple[tuple[int, Image.Image, Any] | None, list[str]]:
-        """(index, picture, target) of the first that can be read."""
+        """(index, picture, target) of the first readable image, and what is wrong with others."""
         problems: list[str] = []
         for attempt in range(attempts):
             try:
@@ -94,10 +90,10 @@ class KeyedImages(Dataset[Sample]):
         return None, problems
 
     def check_readable(self) -> None:
-        """Look for one image that can be read.
+        """Check that at least one image can be read.
 
         Raises:
-            ValueError: there is none; with what is wrong with the first.
+            ValueError: No image can be read; the error gives the reason for the first.
         """
         if not len(self):
             raise ValueError("there are no images.")
@@ -111,23 +107,18 @@ def _sample(image: Tensor, index: int, problems: Sequence[str] = (), real: bool 
 
 
 class KeyedStream(IterableDataset[Sample]):
-    """A timm stream; an image's index is its number in the stream of its worker and process.
+    """Samples of a stream; an image's index is its number in the stream of its worker and process.
 
     Args:
-        dataset: gives (picture, target).
+        dataset: yields (picture, target).
         transform: picture -> (3, H, W).
-        seed: of what the transform draws.
-        world: who shares it.
-        labelled: samples carry the target.
+        seed: seed of what the transform draws.
+        world: the processes that share the stream.
+        labelled: whether samples carry their targets.
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        transform: Transform,
-        seed: int,
-        world: World,
-        labelled: bool = False,
+        self, dataset: Any, transform: Transform, seed: int, world: World, labelled: bool = False
     ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.labelled = labelled
@@ -146,8 +137,8 @@ class KeyedStream(IterableDataset[Sample]):
 class KeyedSampler(Sampler[tuple[int, int]]):
     """(epoch, place) of the samples of one process, from any point of an epoch on.
 
-    The order is that of torch's DistributedSampler; what does not fill a last batch is left out, so
-    that no sample counts twice.
+    The order is that of torch's DistributedSampler. An incomplete last batch is dropped, so that no
+    sample counts twice.
     """
 
     def __init__(self, count: int, per_epoch: int, world: World, seed: int) -> None:
@@ -174,7 +165,7 @@ class KeyedSampler(Sampler[tuple[int, int]]):
 
 
 class HeldOutSampler(Sampler[tuple[int, int]]):
-    """Each held-out sample in one process: without padding there is none to leave out again."""
+    """Each held-out sample in exactly one process, without padding."""
 
     def __init__(self, count: int, world: World) -> None:
         self.places = range(world.rank, count, world.size)
@@ -195,7 +186,7 @@ def make_loader(
     num_workers: int = 0,
     persistent: bool = False,
 ) -> DataLoader[Sample]:
-    """torch's loader, with a generator of its own: the global one stays as it is."""
+    """Make torch's loader, with its own generator: the global random state does not change."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -209,16 +200,17 @@ def make_loader(
 
 
 class Batch:
-    """Images of a batch, on the device, and what was drawn for each of them.
+    """Images of a batch on the device, and their random numbers.
 
     Attributes:
         images: (B, 3, H, W), normalised.
-        real: (B,) bool; False where an image could not be read.
-        targets: (B,) class numbers, or what else the images carry; None without labels.
+        real: (B,) bool; False if an image could not be read.
+        targets: (B,) class numbers, or (B, C); None without labels.
         scores: (B, N) of patches, from an index cache; None without one.
+        indices: B indices of the images in their set.
         problems: one line for each image that could not be read.
-        epoch: that it belongs to.
-        update: its update's number within the epoch.
+        epoch: epoch of the batch.
+        update: number of its update within the epoch.
     """
 
     def __init__(
@@ -226,9 +218,8 @@ class Batch:
     ) -> None:
         self.images: Tensor = sample["image"].to(device, non_blocking=True)
         self.real: Tensor = sample["real"].to(device)
-        target = sample.get("target")
+        target, scores = sample.get("target"), sample.get("scores")
         self.targets: Tensor | None = None if target is None else target.to(device)
-        scores = sample.get("scores")
         self.scores: Tensor | None = None if scores is None else scores.to(device)
         self.indices: list[int] = sample["index"].tolist()
         self.problems = [line for text in sample["problems"] for line in text.splitlines()]
@@ -238,9 +229,9 @@ class Batch:
         return len(self.indices)
 
     def generators(self, purpose: str) -> list[torch.Generator]:
-        """A generator for each image, of its own random numbers for that purpose."""
+        """A generator for each image, with its random numbers for that purpose."""
         return generators(self._seed, self.epoch, self.indices, purpose)
 
     def seed(self, purpose: str) -> int:
-        """A seed for what is drawn once for these images; that of the first one."""
+        """A seed for what is drawn once for the batch: that of its first image."""
         return sample_seed(self._seed, self.epoch, self.indices[0], purpose)

@@ -1,12 +1,12 @@
-"""What label files say: which labels each image has. COCO's annotations, and CSV tables.
+"""Read which labels each image has: COCO's annotations, and CSV tables.
 
-They come from others: read as data, checked whole, before any image is opened.
+Label files come from others: they are read as data and checked whole before any image is opened.
 """
 
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -17,10 +17,8 @@ from torch import Tensor
 
 from ltrp_timm._text import first_names, one_line, printable
 
-KINDS = (".json", ".csv")
 SEPARATOR = ";"  # between the labels of a cell
 _JOINED = ("label", "labels")  # names of a column that holds labels, not a class
-_YES = {"0": False, "1": True}
 _T = TypeVar("_T")
 
 
@@ -41,7 +39,7 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class CocoLists:
-    """The lists of a file in COCO's format: its own entries, checked to belong together.
+    """The lists of a file in COCO's format, checked to refer to each other.
 
     Attributes:
         images: entries with ``id`` and ``file_name``.
@@ -55,39 +53,35 @@ class CocoLists:
 
 
 def read_labels(path: Any) -> LabelTable:
-    """Read a label file.
+    """Read a label file; images stay in the order of the file.
 
     Args:
-        path: a ``.json`` with COCO's instance annotations, or a ``.csv``.
-
-    Returns:
-        All of it; images in the order of the file.
+        path: a ``.json`` file with COCO's instance annotations, or a ``.csv`` file: image,labels
+            with labels joined by semicolons; or image and a column of 0 and 1 for each class.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: one line with the file and what is wrong in it.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is invalid; one line with its name and the reason.
 
     >>> read_labels("annotations/instances_val2014.json").classes[:2]  # doctest: +SKIP
     ('person', 'bicycle')
     """
+    parsers = {".json": _coco_table, ".csv": _read_csv}
     file = Path(path)
-    if file.suffix.lower() not in KINDS:
-        raise ValueError(f"labels must be a file of the kinds {', '.join(KINDS)}, got {file}.")
-    return _read(file, _coco_table if file.suffix.lower() == ".json" else _read_csv)
+    if file.suffix.lower() not in parsers:
+        raise ValueError(f"labels must be a {' or '.join(parsers)} file, got {file}.")
+    return _read(file, parsers[file.suffix.lower()])
 
 
 def read_coco(path: Any) -> CocoLists:
-    """Read a file in COCO's format.
+    """Read the images, categories and annotations of a file in COCO's format.
 
     Args:
-        path: instance annotations, ``.json``.
-
-    Returns:
-        All of it that is about images, categories and annotations.
+        path: a ``.json`` file with instance annotations.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: one line with the file and what is wrong in it.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is invalid; one line with its name and the reason.
 
     >>> len(read_coco("annotations/instances_val2017.json").categories)  # doctest: +SKIP
     80
@@ -95,58 +89,55 @@ def read_coco(path: Any) -> CocoLists:
     return _read(Path(path), _read_coco)
 
 
+def read_names(path: Any) -> tuple[str, ...]:
+    """Read names of classes, one per line; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file names no class, or one of them twice.
+    """
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise ValueError("it names no class.")
+        _check_once(names, "it names a class twice")
+        return tuple(names)
+
+    return _read(Path(path), parse)
+
+
 def _read(file: Path, parse: Callable[[str], _T]) -> _T:
-    """What a parser makes of a file's text; what it says against it, with the file's name."""
+    """Parse the text of a file; errors carry the file's name."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist, or is no file.")
+        raise FileNotFoundError(f"{file} does not exist, or is not a file.")
     try:
         return parse(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, csv.Error) as error:  # of decoding, too
+    except (ValueError, RecursionError, csv.Error) as error:  # decoding errors are ValueErrors
         raise ValueError(f"{file}: {one_line(error)}") from error
 
 
-def read_names(path: Any) -> tuple[str, ...]:
-    """Names of classes, one a line; empty lines are passed over.
+def _check_once(values: Sequence[Any], problem: str) -> None:
+    """Check that no value comes twice.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds none, or one of them twice.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist, or is no file.")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text: {one_line(error)}") from error
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise ValueError(f"{file} holds no name of a class.")
-    _check_once(names, f"{file} names a class twice")
-    return tuple(names)
-
-
-def _check_once(values: Sequence[Any], what: str) -> None:
-    """Check that nothing is there twice.
-
-    Raises:
-        ValueError: ``what``, with the first such values.
+        ValueError: ``problem``, with the first such values.
     """
     if len(set(values)) < len(values):
         seen: set[Any] = set()
         twice = [str(value) for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
-        raise ValueError(f"{what}: {first_names(twice)}.")
+        raise ValueError(f"{problem}: {first_names(twice)}.")
 
 
-def _check_names(names: Sequence[str]) -> None:
+def _check_names(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise ValueError("it names no image.")
     _check_once(names, "it names an image twice")
-    outside = [
-        name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")
-    ]
+    paths = {name: PurePosixPath(name) for name in names}
+    outside = [name for name, path in paths.items() if path.is_absolute() or ".." in path.parts]
     if outside:
         raise ValueError(f"images must lie below their folder, got {first_names(outside)}.")
+    return tuple(names)
 
 
 # COCO: {"images": [{id, file_name}], "annotations": [{image_id, category_id}], "categories": [...]}
@@ -164,29 +155,18 @@ def _read_coco(text: str) -> CocoLists:
     _check_once([category["id"] for category in categories], "it has a category id twice")
     _check_once([category["name"] for category in categories], "it names a category twice")
     categories.sort(key=lambda category: natural_key(str(category["id"])))  # the ids have gaps
-    known = {image["id"] for image in images}, {category["id"] for category in categories}
-    for annotation in annotations:
-        if annotation["image_id"] not in known[0]:
-            raise ValueError(f"an annotation is of the unknown image {annotation['image_id']!r}.")
-        if annotation["category_id"] not in known[1]:
-            raise ValueError(f"an annotation is of unknown category {annotation['category_id']!r}.")
+    for what, known in (("image", images), ("category", categories)):
+        ids = {entry["id"] for entry in known}
+        for annotation in annotations:
+            if annotation[f"{what}_id"] not in ids:
+                number = annotation[f"{what}_id"]
+                raise ValueError(f"an annotation refers to the unknown {what} {number!r}.")
     _check_names([image["file_name"] for image in images])
     return CocoLists(images, categories, annotations)
 
 
-def _coco_table(text: str) -> LabelTable:
-    found = _read_coco(text)
-    rows = {image["id"]: row for row, image in enumerate(found.images)}
-    columns = {category["id"]: column for column, category in enumerate(found.categories)}
-    # those of crowds too: a crowd of people shows people
-    pairs = [(rows[a["image_id"]], columns[a["category_id"]]) for a in found.annotations]
-    files = tuple(image["file_name"] for image in found.images)
-    names = tuple(category["name"] for category in found.categories)
-    return LabelTable(files, names, _targets(pairs, len(files), len(names)))
-
-
 def _entries(content: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[Any]:
-    """A list of COCO's, each entry with the fields that are needed."""
+    """A list of COCO's; each entry has the fields that are needed."""
     found = content.get(name)
     if not isinstance(found, list):
         raise ValueError(f"expected COCO's annotations, but there is no list {name!r}.")
@@ -200,64 +180,60 @@ def _entries(content: Mapping[str, Any], name: str, keys: Sequence[str]) -> list
     return list(found)
 
 
-# CSV: image,labels with labels joined by semicolons; or image and a column of 0 and 1 a class
+def _coco_table(text: str) -> LabelTable:
+    found = _read_coco(text)
+    names = {category["id"]: category["name"] for category in found.categories}
+    labels: dict[Any, list[str]] = {image["id"]: [] for image in found.images}
+    for annotation in found.annotations:  # crowds too: a crowd of people shows people
+        labels[annotation["image_id"]].append(names[annotation["category_id"]])
+    files = [image["file_name"] for image in found.images]
+    return _table(files, labels.values(), list(names.values()))
+
+
+# CSV: image,labels with labels joined by semicolons; or image and a column of 0 and 1 per class
 
 
 def _read_csv(text: str) -> LabelTable:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows = [(reader.line_num, row) for row in reader if row]
-    if not rows:
+    lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    if not lines:
         raise ValueError("it is empty.")
-    header = [name.strip() for name in rows[0][1]]
+    header, rows = lines[0][1], lines[1:]
     if len(header) < 2:
         raise ValueError(f"its header must be image,labels or image,CLASS,…, got {header}.")
-    for number, row in rows:
+    for number, row in lines:
         if len(row) != len(header):
             raise ValueError(f"line {number} has {len(row)} columns, the header {len(header)}.")
-        if not row[0].strip():
+        if not row[0]:
             raise ValueError(f"line {number} names no image.")
-    if len(header) == 2 and header[1].lower() in _JOINED:
-        return _joined(rows[1:])
-    return _one_hot(header[1:], rows[1:])
-
-
-def _joined(rows: Sequence[tuple[int, Sequence[str]]]) -> LabelTable:
-    cells = [[label.strip() for label in row[1].split(SEPARATOR)] for _, row in rows]
-    labels = [[label for label in cell if label] for cell in cells]
-    classes = sorted({label for cell in labels for label in cell}, key=natural_key)
-    if not classes:
-        raise ValueError("not one image has a label.")
-    columns = {name: column for column, name in enumerate(classes)}
-    pairs = [(row, columns[label]) for row, cell in enumerate(labels) for label in cell]
-    return LabelTable(_files(rows), tuple(classes), _targets(pairs, len(rows), len(classes)))
-
-
-def _one_hot(classes: Sequence[str], rows: Sequence[tuple[int, Sequence[str]]]) -> LabelTable:
+    files, classes = [row[0] for _, row in rows], header[1:]
+    if len(classes) == 1 and classes[0].lower() in _JOINED:
+        labels = [[part.strip() for part in row[1].split(SEPARATOR)] for _, row in rows]
+        labels = [[label for label in parts if label] for parts in labels]
+        classes = sorted({label for parts in labels for label in parts}, key=natural_key)
+        if not classes:
+            raise ValueError("no image has a label.")
+        return _table(files, labels, classes)
     if not all(classes):
         raise ValueError("its header has a column without a name.")
     _check_once(classes, "it names a class twice")
-    pairs = []
-    for place, (number, row) in enumerate(rows):
-        for column, cell in enumerate(row[1:]):
-            known = _YES.get(cell.strip())
-            if known is None:
+    for number, row in rows:
+        for name, cell in zip(classes, row[1:]):
+            if cell not in ("0", "1"):
                 raise ValueError(
-                    f"line {number} has {printable(cell)!r} for {printable(classes[column])!r}, "
+                    f"line {number} has {printable(cell)!r} for {printable(name)!r}, "
                     "expected 0 or 1 (or one column, labels)."
                 )
-            if known:
-                pairs.append((place, column))
-    return LabelTable(_files(rows), tuple(classes), _targets(pairs, len(rows), len(classes)))
+    labels = [[name for name, cell in zip(classes, row[1:]) if cell == "1"] for _, row in rows]
+    return _table(files, labels, classes)
 
 
-def _files(rows: Sequence[tuple[int, Sequence[str]]]) -> tuple[str, ...]:
-    names = tuple(row[0].strip() for _, row in rows)
-    _check_names(names)
-    return names
-
-
-def _targets(pairs: Sequence[tuple[int, int]], num_images: int, num_classes: int) -> Tensor:
-    targets = torch.zeros(num_images, num_classes, dtype=torch.bool)
-    if pairs:
-        targets[tuple(torch.tensor(pairs).T)] = True
-    return targets
+def _table(
+    files: Sequence[str], labels: Iterable[Sequence[str]], classes: Sequence[str]
+) -> LabelTable:
+    """A table from the labels of each file."""
+    columns = {name: column for column, name in enumerate(classes)}
+    targets = torch.zeros(len(files), len(classes), dtype=torch.bool)
+    for row, found in enumerate(labels):
+        targets[row, [columns[label] for label in found]] = True
+    return LabelTable(_check_names(files), tuple(classes), targets)

@@ -1,8 +1,8 @@
 """Random numbers that belong to a sample, not to a process.
 
-All that is drawn in training is a function of (seed, epoch, index): a crop, the visible patches,
-the items of a list. Which worker or which process draws it, and in what order, changes nothing:
-hence a run that was killed goes on exactly, and two processes do what one would do.
+Everything that training draws depends on (seed, epoch, index) only: a crop, the visible patches,
+the items of a list. The worker or process that draws it, and the order, do not matter: a run that
+was killed resumes exactly, and two processes compute what one would.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-HELD_OUT = -1  # the "epoch" of held-out images: what is drawn for them never changes
+HELD_OUT = -1  # the "epoch" of held-out images: their random numbers never change
 
 
 def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose of one sample; the same on every machine.
+    """Derive a 63-bit seed for one purpose of one sample; the same on every machine.
 
     >>> sample_seed(0, 0, 0, "transform") == sample_seed(0, 0, 0, "patches")
     False
@@ -29,7 +29,7 @@ def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
 def generators(
     seed: int, epoch: int, indices: Sequence[int], purpose: str
 ) -> list[torch.Generator]:
-    """A generator for each sample."""
+    """Make a generator for each sample."""
     return [
         torch.Generator().manual_seed(sample_seed(seed, epoch, index, purpose)) for index in indices
     ]
@@ -37,11 +37,11 @@ def generators(
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's global generators seeded for a while, then as they were."""
+    """Seed Python's, numpy's and torch's global generators for a while, then restore them."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.random.default_generator.manual_seed(seed)  # the CPU's; others are left alone
+    torch.random.default_generator.manual_seed(seed)  # that of the CPU only
     try:
         yield
     finally:
