@@ -331,7 +331,7 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--index-cache", "nowhere"], "nowhere holds no finished index cache"),
         (["--class-map", "nowhere"], "nowhere"),
         (["--class-map", "empty.txt"], "empty.txt names no classes"),
-        (["--class-map", "short.txt"], "the model has 3 classes and names 1"),
+        (["--class-map", "short.txt"], "the model has 3 classes, but names 1"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--num-classes", "0"], "--num-classes: must be a whole number from 1"),
         (["--device", "nope"], "device 'nope' cannot be used"),

@@ -201,7 +201,7 @@ def test_recorded_names_decide() -> None:
         match_classes(["cat", "eel"], 2, ["cat", "dog"])
     with pytest.raises(ValueError, match="2 of 2 classes are not among"):
         match_classes(["0", "1"], 2, ["cat", "dog"])
-    with pytest.raises(ValueError, match="has 3 classes and names 2"):
+    with pytest.raises(ValueError, match="has 3 classes, but names 2"):
         match_classes(["cat"], 3, ["cat", "dog"])
     with pytest.raises(ValueError, match=r"there are 2 classes \(a, b\), but the model has 3"):
         match_classes(["a", "b"], 3)
