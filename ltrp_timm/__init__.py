@@ -31,7 +31,6 @@ __all__ = [
     "LTRPModel",
     "MAETeacher",
     "PatchSelector",
-    "convert_checkpoint",
     "create_ranker",
     "create_teacher",
     "dpc_knn",
@@ -55,12 +54,10 @@ del _ltrp_vit
 
 def __getattr__(name: str) -> Any:
     """Import what deployment, training, pictures and measurements need when it is first used."""
-    if name in ("convert", "deploy", "losses", "measure", "metrics", "train", "visualize"):
+    if name in ("deploy", "losses", "measure", "metrics", "train", "visualize"):
         return importlib.import_module(f"ltrp_timm.{name}")
     if name == "throughput":
         return importlib.import_module("ltrp_timm.measure.throughput")
     if name == "export_model":
         return importlib.import_module("ltrp_timm.deploy.export").export_model
-    if name == "convert_checkpoint":
-        return importlib.import_module("ltrp_timm.convert").convert_checkpoint
     raise AttributeError(f"module 'ltrp_timm' has no attribute {name!r}")

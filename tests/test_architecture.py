@@ -17,7 +17,6 @@ ROOMS = [
     ["share", "deploy", "measure", "visualize"],
     ["scoring"],
     ["train"],
-    ["convert"],
     ["commands"],
 ]
 # what still points the other way; each goes with its room's clean-up

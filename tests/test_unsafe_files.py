@@ -19,9 +19,10 @@ from conftest import SMALL_MAE, records_arguments, small_teacher
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_convert import script as convert_ltrp
 from torch import Tensor
 
-from ltrp_timm import convert_checkpoint, create_ranker, create_teacher, save_pretrained
+from ltrp_timm import create_ranker, create_teacher, save_pretrained
 from ltrp_timm.rankers.vit import VitRanker
 from ltrp_timm.weights.files import read_weights
 from ltrp_timm.weights.untrusted import MAX_BYTES
@@ -255,7 +256,7 @@ _ODD_NAMES = [
 
 
 def other_layout(layout: str) -> dict[str, Tensor]:
-    """Small weights in one of the layouts that are converted."""
+    """Small weights in one of the authors' layouts."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
     if layout == "stage 2":
         vit = timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=3)
@@ -268,33 +269,27 @@ def other_layout(layout: str) -> dict[str, Tensor]:
     return inner | {f"score_net.{name}": tensor for name, tensor in ranker.items()}
 
 
-def convert_and_load(path: Path, layout: str, folder: Path) -> None:
-    """Convert a file; what was written must load. Refused files leave nothing behind."""
+def read_all(path: Path, layout: str, folder: Path) -> None:
+    """Read a file, or convert it: what is written must load, and refused files leave nothing."""
     shutil.rmtree(folder, ignore_errors=True)
-    outputs: dict[str, Any] = {"output": folder / "out", "decoder_num_heads": 3}
-    if layout == "stage 1":
-        outputs |= {"num_heads": 2, "teacher": folder / "mae", "teacher_num_heads": 4}
-    else:
-        outputs["num_heads"] = 2 if layout == "stage 2" else 4
     if layout == "stage 2":
-        outputs["ranker"] = "contrast"
-    try:
-        convert_checkpoint(path, **outputs)
-    except ERRORS:
-        assert not list(folder.glob("*")), list(folder.glob("*"))
-        raise
-    if layout == "stage 2":
-        timm.create_model(f"local-dir:{folder / 'out'}", pretrained=True)
+        try:
+            convert_ltrp.convert(path, folder, "contrast", num_heads=2)
+        except ERRORS:
+            assert not folder.exists()
+            raise
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
         return
     if layout == "stage 1":
-        create_ranker("vit_small", pretrained=folder / "out")
-    create_teacher(folder / ("mae" if layout == "stage 1" else "out"))
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        create_ranker("vit_small", pretrained=path, **sizes)
+    create_teacher(path, num_heads=4, decoder_num_heads=3)
 
 
 @records_arguments
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_damaged_checkpoints_are_converted_whole_or_not_at_all(
+def test_damaged_checkpoints_are_read_whole_or_not_at_all(
     amount: int, layout: str, tmp_path: Path
 ) -> None:
     buffer, refused = io.BytesIO(), []
@@ -306,14 +301,14 @@ def test_damaged_checkpoints_are_converted_whole_or_not_at_all(
     def attack(broken: bytes) -> None:
         path.write_bytes(broken)
         try:
-            convert_and_load(path, layout, tmp_path / "new")
+            read_all(path, layout, tmp_path / "new")
         except ERRORS as error:
             refused.append(str(error))
 
     attack()
     assert len(refused) > amount // 16
     path.write_bytes(buffer.getvalue())
-    convert_and_load(path, layout, tmp_path / "new")
+    read_all(path, layout, tmp_path / "new")
 
 
 @st.composite
@@ -326,7 +321,7 @@ def disguised(draw: st.DrawFn, names: list[str]) -> list[tuple[str, str]]:
 @records_arguments
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_hostile_checkpoints_are_converted_whole_or_not_at_all(
+def test_hostile_checkpoints_are_read_whole_or_not_at_all(
     amount: int, layout: str, tmp_path: Path
 ) -> None:
     """Names, shapes, kinds of tensors and training arguments that no training would leave."""
@@ -345,7 +340,7 @@ def test_hostile_checkpoints_are_converted_whole_or_not_at_all(
                 model[name] = _ODD_TENSORS[action]()
         torch.save({"model": model, "args": argparse.Namespace(**args)}, path)
         try:
-            convert_and_load(path, layout, tmp_path / "new")
+            read_all(path, layout, tmp_path / "new")
         except ERRORS as error:
             refused.append(str(error))
 
@@ -401,7 +396,7 @@ def test_malicious_pickles_run_nothing(kind: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is no readable pickle of weights alone"):
             create_teacher(source)
         with pytest.raises(ValueError, match="is no readable pickle of weights alone"):
-            convert_checkpoint(source, tmp_path / "converted")
+            convert_ltrp.convert(source, tmp_path / "converted", "contrast")
     assert not target.exists()
     if kind != "plain pickle":
         torch.load(tmp_path / "weights.pth", weights_only=False)  # the trap does work

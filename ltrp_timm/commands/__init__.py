@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.commands.benchmark import add_benchmark
-    from ltrp_timm.commands.convert import add_convert
     from ltrp_timm.commands.evaluate import add_evaluate
     from ltrp_timm.commands.export import add_export
     from ltrp_timm.commands.finetune import add_finetune
@@ -76,7 +75,6 @@ def _make_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_export(commands)
     add_benchmark(commands)
-    add_convert(commands)
     add_save(commands)
     add_push(commands)
     return parser

@@ -41,6 +41,7 @@ __all__ = [
     "resize_score_map",
 ]
 
+PUBLISHED = "score_net."  # prefix of the ranker in checkpoints of the paper's authors
 _RANKERS: Dict[str, Callable[..., Any]] = {
     "attention": AttentionRanker,
     "cam": CamRanker,
@@ -90,10 +91,10 @@ def create_ranker(
 
     Args:
         name: one of ``list_rankers()``.
-        pretrained: a folder written by ``ranker.save``, a ``.safetensors`` file with weights of
-            this ranker, or ``hf-hub:owner/name[@revision]``. True for the conv ranker's
-            experimental weights, which come along with this package, and for attention, cam and
-            grad_cam, whose backbones' weights timm publishes.
+        pretrained: a folder written by ``ranker.save``, a file with weights of this ranker (also a
+            checkpoint of the paper's authors), or ``hf-hub:owner/name[@revision]``. True loads the
+            experimental weights of conv, which are part of this package, and the backbones of
+            attention, cam and grad_cam, which timm publishes.
         cache_dir: where downloads lie; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of the ranker's class; they override those of a saved configuration.
@@ -148,10 +149,11 @@ def _load(
     token: Optional[str] = None,
 ) -> Any:
     found = read_weights(source, cache_dir=cache_dir, token=token)
+    inner = {n[len(PUBLISHED) :]: t for n, t in found.tensors.items() if n.startswith(PUBLISHED)}
     ranker: Any = build_and_load(
         lambda **args: _named(name, args),
         {**_saved_args(name, found.config, source), **kwargs},
-        found.tensors,
+        inner or found.tensors,
         str(source),
         lambda tensors, model: adapt_channels(tensors, model.state_dict()),
     )

@@ -1,4 +1,4 @@
-"""The teacher: a masked autoencoder (MAE) that shows what the rest of an image tells of a patch."""
+"""The teacher: a masked autoencoder (MAE) that predicts hidden patches from visible ones."""
 
 import inspect
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names
+from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names, training_args
 from ltrp_timm.teacher.mae import MAETeacher
 from ltrp_timm.teacher.masking import (
     Generators,
@@ -34,7 +34,6 @@ __all__ = [
     "masked_indices",
     "num_visible",
     "random_visible_indices",
-    "teacher_of",
 ]
 
 DEFAULT_SOURCE = "facebook/vit-mae-base"
@@ -49,53 +48,38 @@ def create_teacher(
 ) -> MAETeacher:
     """Load an MAE, encoder and decoder, frozen.
 
-    Read are: files of the Hugging Face class ``ViTMAEForPreTraining`` (both key layouts), of the
-    authors (``mae_visualize_vit_base.pth``), of authors' LTRP checkpoints (their MAE), and what
-    ``MAETeacher.save`` writes. The numbers of heads stand in a configuration; where there is none
-    they are known for the published sizes and asked for otherwise. LayerNorm's eps is the
-    configuration's, so that the pixels are the same as there; 1e-6 without one.
+    It reads files of Hugging Face's ``ViTMAEForPreTraining`` (all key layouts), of MAE's authors
+    (``mae_visualize_vit_base.pth``), of LTRP's authors (the MAE in their checkpoints of stage 1),
+    and of ``MAETeacher.save``. Without a configuration the numbers of heads must be given, unless
+    the sizes are the published ones, and LayerNorm's eps is 1e-6.
 
     Args:
         source: a Hub id (``facebook/vit-mae-base``, ``-large``, ``-huge``; also with ``hf-hub:`` in
             front or ``@revision`` behind), a folder, a ``.safetensors`` file or a ``.pth``.
         cache_dir: where downloads lie; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.
-        **kwargs: arguments of ``MAETeacher``; they override what the file says. Another
+        **kwargs: arguments of ``MAETeacher``, which override those of the file. Another
             ``img_size`` resamples the position tables.
 
     Returns:
         The teacher, in eval mode.
 
     Raises:
-        FileNotFoundError: nothing is at ``source``.
+        FileNotFoundError: ``source`` does not exist.
         OSError: the Hub refuses or does not answer; the message says what to do.
-        ValueError: what is there is no whole MAE, or does not tell its number of heads.
-        RuntimeError: the weights do not fit; every name that is missing or too much is listed.
+        ValueError: ``source`` is not a whole MAE, or its number of heads is unknown.
+        RuntimeError: the weights do not fit; the message lists every difference.
     """
     found = read_weights(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
-    return teacher_of(found.tensors, found.config, found.path, str(source), kwargs)
-
-
-def teacher_of(
-    state_dict: Mapping[str, Tensor],
-    config: Mapping[str, Any] | None,
-    path: Path,
-    source: str,
-    given: Mapping[str, Any],
-) -> MAETeacher:
-    """The teacher that lies in weights of any layout; errors as in ``create_teacher``.
-
-    Args:
-        state_dict: the weights, under the names of their file.
-        config: the configuration beside them, if there is one.
-        path: folder or file that they are from.
-        source: named in the errors.
-        given: arguments of ``MAETeacher`` that override what the file says.
-    """
-    plain = to_plain_names(state_dict, source)
-    saved = {**config_args(config or {}, source), **_normalisation(path)}
-    args = infer_args(plain, {**check_saved_args(saved, source, _SAVED), **given}, source)
-    teacher: MAETeacher = build_and_load(MAETeacher, args, plain, source, _fit_positions)
+    text = str(source)
+    plain = to_plain_names(found.tensors, text)
+    saved = {
+        **training_args(found.beside),
+        **config_args(found.config or {}, text),
+        **_normalisation(found.path),
+    }
+    args = infer_args(plain, {**check_saved_args(saved, text, _SAVED), **kwargs}, text)
+    teacher: MAETeacher = build_and_load(MAETeacher, args, plain, text, _fit_positions)
     return teacher
 
 

@@ -1,5 +1,6 @@
 """The names that MAE weights have in different files, and what sizes they tell."""
 
+import argparse
 import math
 import re
 from collections.abc import Mapping
@@ -107,6 +108,14 @@ def config_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     defaults = {"norm_eps": 1e-12, "norm_pix_loss": False}  # what that class takes when silent
     stated = {ours: config[name] for ours, name in _CONFIG_ARGS.items() if name in config}
     return {**defaults, **stated}
+
+
+def training_args(beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a training that lie beside its weights -> arguments of ``MAETeacher``."""
+    args = beside.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    normalised = args.get("norm_pix_loss") if isinstance(args, Mapping) else None
+    return {"norm_pix_loss": normalised} if isinstance(normalised, bool) else {}
 
 
 def infer_args(
