@@ -1,0 +1,133 @@
+"""Cases of methods that are timed in turns; what fails is a row too, and the next one goes on."""
+
+import argparse
+import csv
+import gc
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+import torch
+from common import Row
+
+from ltrp_timm import throughput
+
+Make = Callable[[], Callable[[], Any]]
+
+
+class NotHereError(RuntimeError):
+    """This device cannot run it."""
+
+
+class Method(NamedTuple):
+    """One line of a comparison: what its row says, and what makes the callable to time."""
+
+    columns: Row
+    make: Make
+
+
+class Case(NamedTuple):
+    """Methods that are timed in turns, the plain model first; they are built when it begins."""
+
+    columns: Row
+    build: Callable[[], Sequence[Method]]
+
+
+class Record:
+    """A CSV that has each row as soon as it is known."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115  # until the end
+        self.writer = csv.DictWriter(self.file, columns, restval="")
+        self.writer.writeheader()
+        self.file.flush()
+
+    def add(self, row: Row) -> None:
+        """Write a row; what it does not say stays empty."""
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+def spread_of(name: str) -> tuple[str, ...]:
+    """The columns of ``common.spread``."""
+    return (name, f"{name}_low", f"{name}_high")
+
+
+MEASURED = "measured"
+CASE = ("model", "img_size", "batch", "keep_ratio", "method", "form", "setting", "status")
+FIGURES = ("rounds", "seconds_median", "seconds_low", "seconds_high", "images_per_second")
+FIGURES += ("peak_mib", *spread_of("speedup"), *spread_of("share_of_ideal"))
+PLACE = ("runs", "device", "dtype", "depth", *throughput.environment())
+COLUMNS = (*CASE, *FIGURES, *PLACE)
+HELD = ("graph", "compiled")  # forms that hold their memory between calls: a peak says nothing
+
+
+def trouble(error: Exception) -> str:
+    """What a row says in place of figures."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, NotHereError):
+        return str(error)
+    traceback.print_exception(error)
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"failed: {type(error).__name__}: {text}"[:200]
+
+
+def free_memory(device: str) -> None:
+    """Give back what a case that is over held."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run_case(case: Case, record: Record, args: argparse.Namespace, where: Row) -> None:
+    """Time the methods of a case that run at all, in turns, and write a row for each."""
+    place = {**where, **case.columns}
+    try:
+        methods = list(case.build())
+    except Exception as error:  # the next case may run
+        record.add({**place, "status": trouble(error)})
+        return
+    status, calls = dict.fromkeys(range(len(methods)), MEASURED), {}
+    for i, method in enumerate(methods):
+        try:
+            calls[str(i)] = method.make()
+            calls[str(i)]()
+        except Exception as error:  # the other methods may run
+            calls.pop(str(i), None)
+            status[i] = trouble(error)
+            free_memory(args.device)
+    try:
+        timings = common.compare(calls, args) if calls else {}
+        peaks = {name: throughput.peak_memory(calls[name], args.device) for name in timings}
+    except Exception as error:
+        status, timings, peaks = dict.fromkeys(status, trouble(error)), {}, {}
+    best = {
+        method.columns.get("keep_ratio"): timings.get(str(i))
+        for i, method in enumerate(methods)
+        if method.columns["method"] == "ideal"
+    }
+    for i, method in enumerate(methods):
+        row = {**place, **method.columns, "status": status[i]}
+        if timing := timings.get(str(i)):
+            row |= common.timing_columns(timing, row["batch"])
+            if (peak := peaks[str(i)]) is not None and row.get("form") not in HELD:
+                row["peak_mib"] = round(peak / 2**20, 1)
+            if full := timings.get("0"):
+                row |= common.spread("speedup", throughput.ratio(full, timing))
+            if given := best.get(row["keep_ratio"]):
+                row |= common.spread("share_of_ideal", throughput.ratio(given, timing))
+        record.add(row)
+
+
+def run_cases(
+    cases: Sequence[Case], record: Record, args: argparse.Namespace, where: Row, end: float
+) -> None:
+    """All cases; each gets an equal part of the time that is left, half of it for its rounds."""
+    for i, case in enumerate(cases):
+        args.seconds = max(0.1, (end - time.monotonic()) / (len(cases) - i) / 2)
+        run_case(case, record, args, where)
+        free_memory(args.device)
