@@ -13,6 +13,8 @@ import timm
 import torch
 from benchmark_setup import load
 from conftest import awaken, records_arguments, small_teacher
+from gpu.parts import graphed
+from gpu.record import NotHereError
 from test_slots import masked_reference
 from torch import Tensor
 from train_setup import distance, make_photos, run, weights
@@ -172,14 +174,13 @@ def test_a_run_that_broke_off_goes_on(tmp_path: Path, device: str) -> None:
 def test_a_captured_graph_follows_its_images(
     backbone_of: Callable[..., Any], dtype: torch.dtype, device: str
 ) -> None:
-    gpu = load("gpu")
     backbone, images = on(device, dtype, *backbone_of("vit"))
     model = drop_patches(backbone, keep_ratio=0.5).eval()
     if device == "cpu":
-        with pytest.raises(gpu.NotHereError, match="needs CUDA"):
-            gpu.graphed(model, images)
+        with pytest.raises(NotHereError, match="needs CUDA"):
+            graphed(model, images)
         return
-    replay = gpu.graphed(model, images)
+    replay = graphed(model, images)
     first = replay().clone()
     assert off(first, model(images)) <= TOLERANCE[dtype]
     images.copy_(images.flip(0))

@@ -108,14 +108,18 @@ def graphed(model: Any, images: Tensor) -> Callable[[], Any]:
 def compiled(model: Any, images: Tensor) -> Callable[[], Any]:
     """torch.compile with CUDA graphs; a CPU rehearses with aot_eager."""
     on_cuda = images.device.type == "cuda"
-    options = {"mode": "reduce-overhead"} if on_cuda else {"backend": "aot_eager"}
+    options: Any = {"mode": "reduce-overhead"} if on_cuda else {"backend": "aot_eager"}
     call = inference(torch.compile(model, dynamic=False, **options), images)
     for _ in range(3):  # compiles, warms up, captures
         call()
     return call
 
 
-FORMS = {"eager": inference, "graph": graphed, "compiled": compiled}
+FORMS: dict[str, Callable[[Any, Tensor], Callable[[], Any]]] = {
+    "eager": inference,
+    "graph": graphed,
+    "compiled": compiled,
+}
 
 
 def latency(args: argparse.Namespace) -> Iterator[Case]:

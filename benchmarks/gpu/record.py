@@ -5,7 +5,7 @@ import csv
 import gc
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,32 +33,37 @@ class Case(NamedTuple):
     """Methods that are timed in turns, the plain model first; they are built when it begins."""
 
     columns: Row
-    build: Callable[[], Sequence[Method]]
+    build: Callable[[], Iterable[Method]]
 
 
 class Record:
     """A CSV that has each row as soon as it is known."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115  # until the end
-        self.writer = csv.DictWriter(self.file, columns, restval="")
-        self.writer.writeheader()
-        self.file.flush()
+        self.path, self.columns = path, columns
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, columns).writeheader()
 
     def add(self, row: Row) -> None:
         """Write a row; what it does not say stays empty."""
-        self.writer.writerow(row)
-        self.file.flush()
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
 
 
-def spread_of(name: str) -> tuple[str, ...]:
+def spread_of(name: str) -> tuple[str, str, str]:
     """The columns of ``common.spread``."""
     return (name, f"{name}_low", f"{name}_high")
 
 
 MEASURED = "measured"
 CASE = ("model", "img_size", "batch", "keep_ratio", "method", "form", "setting", "status")
-FIGURES = ("rounds", "seconds_median", "seconds_low", "seconds_high", "images_per_second")
+FIGURES: tuple[str, ...] = (
+    "rounds",
+    "seconds_median",
+    "seconds_low",
+    "seconds_high",
+    "images_per_second",
+)
 FIGURES += ("peak_mib", *spread_of("speedup"), *spread_of("share_of_ideal"))
 PLACE = ("runs", "device", "dtype", "depth", *throughput.environment())
 COLUMNS = (*CASE, *FIGURES, *PLACE)
