@@ -1,4 +1,4 @@
-"""What does dropping patches save on a GPU? One command measures it, what matters most first.
+"""What does dropping patches save on a GPU? One command measures it, the most valuable part first.
 
     python benchmarks/gpu.py --out DIR --budget 420    on a machine with CUDA
     python benchmarks/gpu.py --out DIR --smoke         rehearses every part on a CPU, toy models
@@ -7,24 +7,25 @@ Claim. In bfloat16 at batch 256 a ViT-B at keep ratio 0.5 reaches at least 0.97 
 is given its patches for nothing. At 1024 px and keep ratio 0.25 the gain is at least fivefold, and
 exact pseudo-scores in one batch are at least twice as fast as one after another.
 
-Arithmetic. Half of 196 patches is 99 of 197 tokens, half of the matrix products. At batch 64 and
-above these fill the GPU. At batch 1 a ViT-B is some 150 launches of a few microseconds each,
-whatever the tokens are, and the front-end adds 60 to 70: eager mode gains nothing there. A compiled
-model or a captured CUDA graph launches once. At 1024 px a quarter of 4096 patches is a quarter of
-the MLPs and a sixteenth of the attention.
+Arithmetic. Half of 196 patches is 99 of 197 tokens: half of the matrix products, which fill the GPU
+at batch 64 and above. At batch 1 a ViT-B launches around 150 kernels, whatever the number of tokens
+is, and the front-end adds 60 to 70 operators, so eager mode should gain nothing; a captured graph
+is launched once. At 1024 px a quarter of 4096 patches takes a quarter of the linear layers and a
+sixteenth of the attention.
 
-Parts, each in a process of its own with a share of the budget, each with a CSV of that name. What a
-part leaves of its time goes to the parts behind it.
+Each part runs in a separate process with a share of the budget and writes a CSV of that name. Time
+that a part does not use goes to the later ones.
     tests          pytest -m gpu
     speed          ViT-S, B, L: full, ideal, pruned; images/s, share of the ideal, peak memory
     latency        batch 1: eager, torch.compile with CUDA graphs, a captured graph
     merging        token merging with fused attention at equal FLOPs and at equal time
     multiple_of_8  ViT-B on 95 to 104 tokens: does a multiple of 8 pay?
     large_images   DINOv3 ViT-L at 1024 px
-    training       training steps, and pseudo-scores in one batch against one after another
+    training       training steps; pseudo-scores in one batch against one after another
 Timed, in turns in one process, between two synchronisations of the device, after a warm-up. Rows
 are written as they come; status.csv says how each part ended. Weights are random: they do not
-change the time. Images are in memory already, and a captured graph copies them into its input.
+change the time. Images are on the device already; a captured graph copies them into its input.
+torch and timm are enough; where ltrp_timm is not installed, set PYTHONPATH to the repository.
 """
 
 import argparse
@@ -55,17 +56,17 @@ STATUS_COLUMNS = ("part", "status", "rows", "problems", "seconds", "limit", "rea
 
 
 def run_tests(record: Record, args: argparse.Namespace, where: Row) -> None:
-    """``pytest -m gpu`` in this process, each outcome written as it comes.
+    """Run ``pytest -m gpu`` in this process; each outcome is written as it comes.
 
     Raises:
-        SystemExit: there is no pytest.
+        SystemExit: pytest is not installed, or it could not run the tests.
     """
     if importlib.util.find_spec("pytest") is None:
         raise SystemExit("pytest is not installed")
     every = sorted((ROOT / "tests").glob("test_*.py"))
     files = [str(path) for path in every if "mark.gpu" in path.read_text(encoding="utf-8")]
     chosen = parts.pick(args, ["-m", "gpu"], ["-m", "not gpu", "-k", "cpu and (mask or pseudo)"])
-    # no options of pyproject.toml: they need plugins; a warning of another torch is no failure
+    # pyproject's options need pytest-xdist; a warning of another version of torch is no failure
     options = ["-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "default"]
     options += ["-q", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
 
@@ -83,7 +84,7 @@ def run_tests(record: Record, args: argparse.Namespace, where: Row) -> None:
 
 
 class Part(NamedTuple):
-    """One thing to measure: its CSV, its share of the budget, its cases; the tests have none."""
+    """What to measure: name of the CSV, share of the budget, cases; None runs the tests."""
 
     name: str
     share: int
@@ -102,10 +103,10 @@ PARTS = (
 
 
 def run_part(args: argparse.Namespace, part: Part) -> None:
-    """One part, in this process."""
+    """Run one part in this process."""
     end = time.monotonic() + args.budget
     where = common.set_up(args)
-    gc.freeze()  # each measurement collects garbage: what was imported need not be looked through
+    gc.freeze()  # each measurement collects garbage; skip all that was imported
     if part.cases is None:
         run_tests(Record(args.out / f"{part.name}.csv", TEST_COLUMNS), args, where)
     else:
@@ -114,7 +115,7 @@ def run_part(args: argparse.Namespace, part: Part) -> None:
 
 
 def run_apart(part: Part, args: argparse.Namespace, limit: float) -> Row:
-    """One part in a process group that is killed when its time is over; how it ended."""
+    """Run one part in a process group, kill that at its limit; returns the row of status.csv."""
     start = time.monotonic()
     path = args.out / f"{part.name}.csv"
     path.unlink(missing_ok=True)
@@ -144,13 +145,16 @@ def run_apart(part: Part, args: argparse.Namespace, limit: float) -> Row:
     return {**row, "seconds": seconds, "limit": round(limit, 1), "reason": reason}
 
 
+def not_started() -> list[Row]:
+    """The rows of status.csv before the first part."""
+    empty = dict.fromkeys(STATUS_COLUMNS, "")
+    return [{**empty, "part": part.name, "status": "not started"} for part in PARTS]
+
+
 def run_all(args: argparse.Namespace) -> list[Row]:
-    """All parts, one after another; status.csv is written before the first and after each."""
+    """Run all parts, one after another; status.csv is written after each."""
     end = time.monotonic() + args.budget
-    rows = [dict.fromkeys(STATUS_COLUMNS, "") for _ in PARTS]
-    for row, part in zip(rows, PARTS):
-        row |= {"part": part.name, "status": "not started"}
-    tables.write_csv(rows, args.out / "status.csv")
+    rows = not_started()
     for i, part in enumerate(PARTS):
         left = end - time.monotonic()
         if left > 0:
@@ -166,7 +170,7 @@ def seconds(text: str) -> float:
     """A positive number of seconds.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text is not one.
     """
     with contextlib.suppress(ValueError):
         if 0 < float(text) < float("inf"):
@@ -175,7 +179,7 @@ def seconds(text: str) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, and what the functions of the other benchmarks want of theirs."""
+    """The options, and those that the functions of other benchmarks read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the CSV files")
@@ -190,23 +194,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write; 1 when a part failed, 2 when nothing could begin."""
+    """Run all parts, or one. Returns 1 if a part failed, 2 if nothing could begin."""
     args = parse(argv)
     if not args.smoke and not torch.cuda.is_available():
         print("no CUDA device: --smoke rehearses on a CPU", file=sys.stderr)
         return 2
-    if args.part:
-        run_part(args, next(part for part in PARTS if part.name == args.part))
-        return 0
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        rows = run_all(args)
+        if not args.part:
+            tables.write_csv(not_started(), args.out / "status.csv")
     except OSError as error:
         print(f"cannot write into {args.out}: {error.strerror}", file=sys.stderr)
         return 2
-    return 1 if any(row["status"] == "failed" for row in rows) else 0
+    if args.part:
+        run_part(args, next(part for part in PARTS if part.name == args.part))
+        return 0
+    return 1 if any(row["status"] == "failed" for row in run_all(args)) else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a part does not outlive this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # kills the running part too
     sys.exit(main())

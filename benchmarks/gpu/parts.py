@@ -1,4 +1,4 @@
-"""The parts of ``benchmarks/gpu.py`` that are timed: each gives its cases, largest value first."""
+"""The timed parts of ``benchmarks/gpu.py``: each yields its cases, the most valuable one first."""
 
 import argparse
 import functools
@@ -24,23 +24,23 @@ Methods = Iterator[Method]
 
 
 def pick(args: argparse.Namespace, real: Any, toy: Any) -> Any:
-    """The real size, or that of a rehearsal."""
+    """The real size, or the toy size of a rehearsal."""
     return toy if args.smoke else real
 
 
 def columns(args: argparse.Namespace, model: str, batch: int, **more: Any) -> Row:
-    """What all rows of a case say."""
+    """Columns that all rows of a case share."""
     return {"model": model, "img_size": pick(args, 224, 64), "batch": batch, **more}
 
 
 def new(name: str, args: argparse.Namespace, side: int = 0) -> Any:
-    """``create_full``; random weights are drawn where they will be, which is fast on a GPU."""
+    """``create_full``, random weights drawn on the device: for a ViT-L that saves seconds."""
     with torch.device(args.device):
         return create_full(name, args, img_size=side or pick(args, 224, 64))
 
 
 def variants(ratios: Sequence[float]) -> dict[tuple[str, float], Callable[[Any], Any]]:
-    """Method and keep ratio -> what makes its model of the plain one, which comes first."""
+    """(method, keep ratio) -> a function plain model -> model to time, the plain one first."""
     found: dict[tuple[str, float], Callable[[Any], Any]] = {("full", 1.0): lambda full: full}
     for ratio in ratios:
         found["ideal", ratio] = functools.partial(given_for_nothing, ratio=ratio)
@@ -50,17 +50,17 @@ def variants(ratios: Sequence[float]) -> dict[tuple[str, float], Callable[[Any],
 
 
 def given_for_nothing(full: Any, ratio: float) -> Any:
-    """The ideal model of a keep ratio."""
+    """The ideal model at a keep ratio."""
     return ideal(full, num_keep(full.patch_embed.num_patches, ratio))
 
 
 def forward(build: Callable[[Any], Any], full: Any, images: Tensor) -> Make:
-    """A model that is built of the plain one when its turn has come, on these images."""
+    """Makes the forward pass of ``build(full)`` on these images."""
     return lambda: inference(build(full), images)
 
 
 def pruning(full: Any, batch: int, ratios: Sequence[float], args: argparse.Namespace) -> Methods:
-    """Forward passes of all variants."""
+    """The forward passes of all variants."""
     images = make_images(full, batch, args)
     for (method, ratio), build in variants(ratios).items():
         yield Method({"method": method, "keep_ratio": ratio}, forward(build, full, images))
@@ -80,17 +80,17 @@ def speed(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def graphed(model: Any, images: Tensor) -> Callable[[], Any]:
-    """The model as a captured CUDA graph: K is static. Each call copies the images in.
+    """Capture the model in a CUDA graph, as K is static. Each call copies the images in.
 
     Raises:
-        NotHereError: there is no CUDA.
+        NotHereError: the images are not on a CUDA device.
     """
     if images.device.type != "cuda":
         raise NotHereError("needs CUDA")
     held, stream = images.clone(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.inference_mode():
-        for _ in range(3):  # what is set up by a first call is not captured
+        for _ in range(3):  # first calls set up libraries: not to be captured
             model(held)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -123,7 +123,7 @@ FORMS: dict[str, Callable[[Any, Tensor], Callable[[], Any]]] = {
 
 
 def latency(args: argparse.Namespace) -> Iterator[Case]:
-    """Batch 1, what launches cost left in or out; compiling comes last, it takes longest."""
+    """Batch 1: eager, as a graph, compiled. Compiling takes longest and comes last."""
 
     def build(name: str, forms: Sequence[str]) -> Methods:
         full = new(name, args)
@@ -144,7 +144,7 @@ def latency(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def least_merging(full: Any, attention: str, limit: float, images: Tensor) -> Peer:
-    """The peer that merges least and takes no longer than ``limit`` seconds, by bisection."""
+    """Token merging with the smallest r that takes at most ``limit`` seconds, by bisection."""
     low, high = 0, full.patch_embed.num_patches // 2
     while low < high:
         middle = (low + high) // 2
@@ -154,13 +154,13 @@ def least_merging(full: Any, attention: str, limit: float, images: Tensor) -> Pe
 
 
 def seconds_of(model: Any, images: Tensor) -> float:
-    """A forward pass, outside of a comparison: enough to choose a setting by."""
+    """Seconds of a forward pass, good enough to choose a setting."""
     call = inference(model, images)
     return throughput.measure(call, repeats=5, warmup=2, device=images.device).median
 
 
 def merging_against_dropping(args: argparse.Namespace) -> Iterator[Case]:
-    """Merging in each block, by fused attention, against ranking before the first one."""
+    """Token merging with fused attention against ranking before the first block."""
     name, ratio = pick(args, VIT_B, VIT_TI), 0.5
 
     def build(batch: int, equal: str) -> Methods:
@@ -196,7 +196,7 @@ def _work(method: str, peer: Peer) -> Row:
 
 
 def multiple_of_8(args: argparse.Namespace) -> Iterator[Case]:
-    """The encoder on a token more or less, around multiples of 8."""
+    """The encoder at numbers of tokens around multiples of 8."""
     name, batch = pick(args, (VIT_B, 256), (VIT_TI, 2))
 
     def build() -> Methods:
@@ -212,7 +212,7 @@ def multiple_of_8(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def large_images(args: argparse.Namespace) -> Iterator[Case]:
-    """4096 patches, whose attention takes much of the time."""
+    """4096 patches: attention takes much of the time."""
     name, side = pick(args, ("ltrp_dinov3_large", 1024), ("ltrp_dinov3_small", 64))
 
     def build(batch: int) -> Methods:
@@ -224,14 +224,14 @@ def large_images(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def training(args: argparse.Namespace) -> Iterator[Case]:
-    """Training steps, weights in float32 under autocast; pseudo-scores."""
+    """Training steps (float32 weights, autocast), then pseudo-scores."""
     name, whole = (
         pick(args, VIT_B, VIT_TI),
         argparse.Namespace(**{**vars(args), "dtype": "float32"}),
     )
 
     def step(build: Callable[[Any], Any], batch: int) -> Callable[[], None]:
-        full = new(name, whole)  # each trains weights of its own
+        full = new(name, whole)  # weights are trained: share none
         one = training_step(build(full), make_images(full, batch, whole))
 
         def call() -> None:

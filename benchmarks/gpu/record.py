@@ -1,4 +1,4 @@
-"""Cases of methods that are timed in turns; what fails is a row too, and the next one goes on."""
+"""Time the methods of a case in turns. A method that fails is a row too; the others go on."""
 
 import argparse
 import csv
@@ -23,21 +23,21 @@ class NotHereError(RuntimeError):
 
 
 class Method(NamedTuple):
-    """One line of a comparison: what its row says, and what makes the callable to time."""
+    """One row of a comparison: its columns, and what makes the callable to time."""
 
     columns: Row
     make: Make
 
 
 class Case(NamedTuple):
-    """Methods that are timed in turns, the plain model first; they are built when it begins."""
+    """Methods to time in turns, the baseline first; ``build`` is called when the case begins."""
 
     columns: Row
     build: Callable[[], Iterable[Method]]
 
 
 class Record:
-    """A CSV that has each row as soon as it is known."""
+    """A CSV file; each row is in it as soon as it is added."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, columns
@@ -45,7 +45,7 @@ class Record:
             csv.DictWriter(file, columns).writeheader()
 
     def add(self, row: Row) -> None:
-        """Write a row; what it does not say stays empty."""
+        """Append a row; missing columns stay empty."""
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
@@ -57,21 +57,15 @@ def spread_of(name: str) -> tuple[str, str, str]:
 
 MEASURED = "measured"
 CASE = ("model", "img_size", "batch", "keep_ratio", "method", "form", "setting", "status")
-FIGURES: tuple[str, ...] = (
-    "rounds",
-    "seconds_median",
-    "seconds_low",
-    "seconds_high",
-    "images_per_second",
-)
-FIGURES += ("peak_mib", *spread_of("speedup"), *spread_of("share_of_ideal"))
+TIMES = ("rounds", "seconds_median", "seconds_low", "seconds_high", "images_per_second")
+FIGURES = (*TIMES, "peak_mib", *spread_of("speedup"), *spread_of("share_of_ideal"))
 PLACE = ("runs", "device", "dtype", "depth", *throughput.environment())
 COLUMNS = (*CASE, *FIGURES, *PLACE)
-HELD = ("graph", "compiled")  # forms that hold their memory between calls: a peak says nothing
+HELD = ("graph", "compiled")  # forms that keep their memory between calls: no peak to measure
 
 
 def trouble(error: Exception) -> str:
-    """What a row says in place of figures."""
+    """The status of a method that could not be measured."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, NotHereError):
@@ -82,14 +76,14 @@ def trouble(error: Exception) -> str:
 
 
 def free_memory(device: str) -> None:
-    """Give back what a case that is over held."""
+    """Return the memory of finished cases to the device."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 
 
 def run_case(case: Case, record: Record, args: argparse.Namespace, where: Row) -> None:
-    """Time the methods of a case that run at all, in turns, and write a row for each."""
+    """Time the methods of a case in turns, and write a row for each, measured or not."""
     place = {**where, **case.columns}
     try:
         methods = list(case.build())
@@ -104,6 +98,7 @@ def run_case(case: Case, record: Record, args: argparse.Namespace, where: Row) -
         except Exception as error:  # the other methods may run
             calls.pop(str(i), None)
             status[i] = trouble(error)
+        if status[i] != MEASURED:
             free_memory(args.device)
     try:
         timings = common.compare(calls, args) if calls else {}
@@ -123,7 +118,7 @@ def run_case(case: Case, record: Record, args: argparse.Namespace, where: Row) -
                 row["peak_mib"] = round(peak / 2**20, 1)
             if full := timings.get("0"):
                 row |= common.spread("speedup", throughput.ratio(full, timing))
-            if given := best.get(row["keep_ratio"]):
+            if given := best.get(row.get("keep_ratio")):
                 row |= common.spread("share_of_ideal", throughput.ratio(given, timing))
         record.add(row)
 
@@ -131,7 +126,7 @@ def run_case(case: Case, record: Record, args: argparse.Namespace, where: Row) -
 def run_cases(
     cases: Sequence[Case], record: Record, args: argparse.Namespace, where: Row, end: float
 ) -> None:
-    """All cases; each gets an equal part of the time that is left, half of it for its rounds."""
+    """Run all cases; each gets an equal share of the time left, half of it for its rounds."""
     for i, case in enumerate(cases):
         args.seconds = max(0.1, (end - time.monotonic()) / (len(cases) - i) / 2)
         run_case(case, record, args, where)

@@ -1,4 +1,4 @@
-"""What the README says of a GPU: tables of the CSVs that ``benchmarks/gpu.py`` wrote."""
+"""The README's section on GPUs: tables of the CSVs that ``benchmarks/gpu.py`` writes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,16 +52,16 @@ def _section(file: str, says: str, line: Line, column: Cell, cell: Cell) -> Sect
 GPU = [
     _section(
         "speed",
-        "Images per second of the plain model, and how many times as fast the others are, ranking "
-        "included. *Ideal* is given its patches for nothing and embeds only these; in brackets how "
-        "much of it is reached. Last, the peak memory of a forward pass beside weights and images",
+        "Images per second of the plain model, and the speed-up over it, ranking included. *Ideal* "
+        "is given its patches for nothing and embeds only these; in brackets how much of it is "
+        "reached. Then the peak memory of a forward pass beside weights and images",
         _case,
         lambda row: row["method"],
         _speed,
     ),
     _section(
         "latency",
-        "One image, half of its patches: milliseconds, and times as fast as the plain eager model. "
+        "One image, keep 0.5: milliseconds, and times as fast as the plain eager model. "
         '*Graph* is a captured CUDA graph, *compiled* is `torch.compile(mode="reduce-overhead")`',
         lambda row: {"model": f"`{row['model']}`", "method": row["method"]},
         lambda row: row["form"],
@@ -70,8 +70,8 @@ GPU = [
     _section(
         "merging",
         "Ranking before the first block against token merging in each block, with fused attention: "
-        "milliseconds, and times as fast as the plain model. At *equal time* merging removes just "
-        "as many tokens as make it as fast as `contrast`",
+        "milliseconds, and times as fast as the plain model. At *equal time* the smallest number "
+        "of merges is taken that is as fast as `contrast`",
         lambda row: {
             "batch": row["batch"],
             "matched": row["form"],
@@ -83,23 +83,22 @@ GPU = [
     ),
     _section(
         "multiple_of_8",
-        "The encoder on a token more or less: times as fast as the plain model. A multiple of 8 "
-        "would stand out",
+        "Milliseconds of the encoder by number of tokens, and times as fast as the plain model",
         lambda row: {"model": f"`{row['model']}`", "batch": row["batch"]},
         lambda row: row["setting"].replace(" tokens", "") or "full",
         _milliseconds,
     ),
     _section(
         "large_images",
-        "Large images; as in the first table. The goal is 5 times as fast at keep 0.25",
+        "Large images, columns as in the first table; the goal is 5.00× at keep 0.25",
         lambda row: {**_case(row), "px": row["img_size"]},
         lambda row: row["method"],
         _speed,
     ),
     _section(
         "training",
-        "Training steps at keep 0.5, and exact pseudo-scores of all visible patches in one batch, "
-        "times as fast as one after another (*loop*; the goal is 2)",
+        "Training steps at keep 0.5: speed-up over the plain model. Exact pseudo-scores: speed-up "
+        "of one batch over a loop that removes one patch after another; the goal is 2.00×",
         lambda row: {"what": row["form"], "model": f"`{row['model']}`", "batch": row["batch"]},
         lambda row: row["method"],
         lambda row: (
