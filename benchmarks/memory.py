@@ -5,9 +5,9 @@ ViT-B needs at most 0.7 of what the plain model needs beside weights and images.
 
 Arithmetic. At its peak a block holds its input, the normalised input and the MLP's hidden layer
 twice (before and after the activation): about 10 values of D a token, so 8 · 197 · 10 · 768 · 4
-bytes = 48 MB for a ViT-B in float32, and half of it for half of the tokens. The embedding of all
-patches (8 · 196 · 768 · 4 = 5 MB) and the ranker's maps do not shrink; both come before the blocks
-and are freed.
+bytes = 48 MB for a ViT-B in float32, and half of it for half of the tokens. The grid of
+embedded patches, zeros at dropped places (8 · 196 · 768 · 4 = 5 MB), and the ranker's maps do not
+shrink; both come before the blocks and are freed.
 
 Measured: bytes at the highest point of one call above what was in use before it, after a call that
 warms buffers up: on CUDA the allocator's count, on a Linux CPU the resident set. Median and

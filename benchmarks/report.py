@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairness.compared import labels_of
+from gpu.tables import gpu_text
 from sections import SECTIONS, Cell, Section, images_of, laid_out, number, score_of
 from tables import markdown_table, read_csv
 
@@ -146,6 +147,7 @@ def main() -> None:
     """Write or check."""
     before = {path: path.read_text(encoding="utf-8") for path in (README, DETAILS, CARD, GUIDE)}
     front = with_sections(before[README], RESULTS, SECTIONS[:1])
+    front = with_section(front, "gpu", gpu_text(RESULTS / "gpu"))
     after = {README: with_shortfalls(with_support(front), RESULTS)}
     after[DETAILS] = with_sections(before[DETAILS], RESULTS, SECTIONS[1:])
     after[CARD] = with_held_out(before[CARD], RESULTS)

@@ -18,6 +18,7 @@ Timed, in turns in one process, batch by batch:
                     ranker, the score map to the grid (where the image is larger)
     ranker          `model.patch_scores(images)` alone, resizing included; its share is of full
 Image sizes are rounded down to whole patches: 518 is 512 for patches of 16 pixels.
+The committed rows are older: their ideal model embeds all patches.
 Weights are random: they do not change the time. What low resolution costs in accuracy is not asked.
 """
 

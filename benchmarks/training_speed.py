@@ -12,7 +12,8 @@ once: its share of a step is a third of its share of a forward pass.
 Timed, in turns in one process: whole training steps — forward, cross entropy, backward, AdamW — of
 the plain model and of the same model behind each ranker, the images ready in memory: what the data
 loader adds is the same for all, and hides the gain where it is the bottleneck. `ideal` is given the
-first K patches for nothing. Weights are random, drop path is off: neither changes the time.
+first K patches for nothing; in the committed rows, which are older, it embeds all patches. Weights
+are random, drop path is off: neither changes the time.
 """
 
 import argparse

@@ -3,7 +3,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ltrp_timm import create_ranker, drop_patches
 from ltrp_timm.measure.payoff import (
@@ -84,6 +86,27 @@ def test_the_ideal_model_runs_on_k_patches(name: str, length: int) -> None:
         given = drop_patches(twin(full), "random")(IMAGES, keep_indices=keep)
         torch.testing.assert_close(best(IMAGES), given, atol=1e-5, rtol=0)
         assert (given - every).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_the_ideal_model_embeds_only_what_it_keeps(name: str) -> None:
+    full = small(name)
+    keep = torch.arange(8).expand(2, -1)
+    given = drop_patches(twin(full), "random")
+
+    def flops(model: Any, *inputs: Any) -> int:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+        return int(counter.get_total_flops())
+
+    embed, best = full.patch_embed, ideal(full, 8).patch_embed
+    assert flops(best, IMAGES) == flops(embed, IMAGES) // 2  # 8 of 16 patches
+    assert flops(ideal(full, 8), IMAGES) == flops(given, IMAGES, keep)
+    with torch.inference_mode():
+        found, plain = best(IMAGES).flatten(1, -2), embed(IMAGES).flatten(1, -2)
+    torch.testing.assert_close(found[:, :8], plain[:, :8], atol=1e-5, rtol=0)
+    assert not found[:, 8:].any()
+    assert type(full.patch_embed) is PatchEmbed  # the twin's alone was changed
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_relpos_small_patch16_224"])

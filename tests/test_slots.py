@@ -30,8 +30,8 @@ def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, 
     if isinstance(model, Cait):
         return gathered_reference(model, images, keep)
     prefix, n = model.num_prefix_tokens, math.prod(grid_of(model, images))
-    visible = torch.zeros(images.shape[0], n, dtype=torch.bool).scatter(1, keep, True)
-    visible = torch.cat([torch.ones(images.shape[0], prefix, dtype=torch.bool), visible], dim=1)
+    visible = torch.zeros(images.shape[0], n, dtype=torch.bool, device=keep.device)
+    visible = F.pad(visible.scatter(1, keep, True), (prefix, 0), value=True)
     mask = visible[:, None, None, :]
     column = torch.zeros_like(mask, dtype=torch.float).masked_fill(~mask, -torch.inf)
 

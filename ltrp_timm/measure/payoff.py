@@ -1,7 +1,8 @@
 """Does dropping patches pay? One model in full, at its ceiling, and behind rankers, in turns.
 
-The ceiling ("ideal") is the plain model that is given K patches for nothing. Between it and a
-pruned model lie the ranking, which may cost more than it saves, the selection and the gather.
+The ceiling ("ideal") is the plain model that is given K patches for nothing and embeds only these.
+Between it and a pruned model lie the ranking, which may cost more than it saves, the selection and
+the gather.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ from ltrp_timm.measure.throughput import Ratio, Timing, compare, ratio
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.selection import num_keep
 from ltrp_timm.slots import find_adapter
+from ltrp_timm.slots.base import as_slot
 from ltrp_timm.slots.cait import CaitAdapter
+from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
 from ltrp_timm.slots.patch_drop import EvaAdapter, VitAdapter
 
 FULL, IDEAL, GIVEN = "full", "ideal", "no ranking"
@@ -33,7 +36,7 @@ class Line:
     """One variant of a model beside the full one.
 
     Attributes:
-        method: "full", "ideal" (the plain model on K tokens), "no ranking" (the front-end with
+        method: "full", "ideal" (the plain model on K patches), "no ranking" (the front-end with
             indices that are given), or the name of a ranker.
         keep_ratio: share of the patches; 1 for the full model.
         num_kept: K.
@@ -78,6 +81,17 @@ class FirstTokensWithIndices(FirstTokens):
         return super().forward(x), keep.expand(x.shape[0], -1)
 
 
+class FirstPatchEmbed(KeptPatchEmbed):
+    """Embeds the first ``num_kept`` patches of each image alone."""
+
+    num_kept: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> as timm's, but for the tokens of other patches."""
+        self.keep_indices = torch.arange(self.num_kept, device=x.device).expand(x.shape[0], -1)
+        return super().forward(x)
+
+
 def twin(model: Any) -> Any:
     """Modules of its own, the weights in common with ``model``."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -85,6 +99,9 @@ def twin(model: Any) -> Any:
 
 def ideal(full: Any, kept: int) -> Any:
     """The ceiling: a twin of the plain model that is given K patches for nothing.
+
+    It encodes the first K patches. It embeds only these where a pruned model would, so that all it
+    does is part of what a pruned model does.
 
     Args:
         full: a timm ViT.
@@ -103,6 +120,11 @@ def ideal(full: Any, kept: int) -> Any:
     first = FirstTokensWithIndices(length, prefix) if is_eva else FirstTokens(length)
     model = twin(full)
     setattr(model, adapter.places[0], first)
+    embed = getattr(model, adapter.patch_embed)
+    if can_embed_kept(embed):
+        embed = as_slot(embed, FirstPatchEmbed)
+        embed.num_kept = kept
+        setattr(model, adapter.patch_embed, embed)
     return model
 
 
