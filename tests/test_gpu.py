@@ -20,9 +20,9 @@ from torch import Tensor
 from train_setup import distance, make_photos, run, weights
 
 from ltrp_timm import drop_patches, gather_patches, semantic_density
-from ltrp_timm.pseudo_scores import REMOVALS
+from ltrp_timm.measure.throughput import peak_memory
 from ltrp_timm.teacher import random_visible_indices
-from ltrp_timm.throughput import peak_memory
+from ltrp_timm.teacher.density import REMOVALS
 from ltrp_timm.train.loop import Trainer
 from ltrp_timm.train.state import read_state
 

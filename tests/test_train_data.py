@@ -258,9 +258,7 @@ def test_a_reader_whose_package_is_missing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.delitem(
-        sys.modules, "timm.data.readers.reader_hfds", raising=False
-    )  # or imported
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)  # or imported
     monkeypatch.setattr("timm.data.readers.reader_wds.wds", None)
     error = ImportError if name.startswith("hfds") else ValueError
     with pytest.raises(error, match=r"pip install|Please install webdataset"):

@@ -14,8 +14,9 @@ from training_speed import training_step
 
 import ltrp_timm
 from gpu.record import Case, Make, Method, NotHereError
-from ltrp_timm import num_keep, throughput
-from ltrp_timm.payoff import ideal, twin
+from ltrp_timm import num_keep
+from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import ideal, twin
 from ltrp_timm.teacher import random_visible_indices
 
 RANKERS = ("contrast", "conv")

@@ -13,7 +13,7 @@ import common
 import torch
 from common import Row
 
-from ltrp_timm import throughput
+from ltrp_timm.measure import throughput
 
 Make = Callable[[], Callable[[], Any]]
 
