@@ -129,6 +129,19 @@ def test_each_keep_ratio_is_measured() -> None:
     assert torch.equal(found["top1"], (found["top1@0.25"] + found["top1@1"]) / 2)
 
 
+def test_top_5_counts_five_places() -> None:
+    task = ClassifyTask(small_vit(num_classes=10), KeepPlan(1.0), Augmentation())
+    batch = batch_of(torch.randn(3, 3, 32, 32))  # of classes 0, 1 and 2
+    logits = torch.empty(3, 10)
+    for row, rank in enumerate((0, 4, 5)):
+        order = [c for c in range(10) if c != row]
+        order.insert(rank, row)
+        logits[row, order] = -torch.arange(10.0)
+    found = task.measure(lambda images: logits, batch)
+    assert found["top1"].tolist() == [1, 0, 0]
+    assert found["top5"].tolist() == [1, 1, 0]
+
+
 def rates(model: Any, **changes: Any) -> dict[str, tuple[float, float]]:
     """Learning rate and weight decay of each trained parameter."""
     settings = Settings(weight_decay=0.05, layer_decay=0.75, **changes)
