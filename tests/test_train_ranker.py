@@ -305,7 +305,7 @@ def damaged(folder: Path) -> Path:
         (
             {"init_from": "missing"},
             FileNotFoundError,
-            "missing does not exist; give a ranker",
+            "missing does not exist",
         ),
         ({"distill_from": "conv"}, ValueError, "conv ranker must be trained"),
         ({"distill_from": "contrast", "distill_weight": 1.0}, ValueError, "distill_weight must"),

@@ -25,7 +25,6 @@ from ltrp_timm.share.save import model_config, save_pretrained
 from ltrp_timm.train.distill import Distillation, Student
 from ltrp_timm.train.loop import Task
 from ltrp_timm.train.recipe import Augmentation, KeepPlan
-from ltrp_timm.train.state import digest
 from ltrp_timm.visualize import kept_patches, show_images
 from ltrp_timm.weights.files import save_weights
 
@@ -99,13 +98,11 @@ class ClassifyTask(Task):
         self.mixer = Mixer(augmentation, model.num_classes) if augmentation.mixes else None
         if distillation is None and not augmentation.bce_loss:
             self.chance = math.log(model.num_classes)
-        self.start = digest(model.state_dict())
 
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
         names = (self.model.pretrained_cfg or {}).get("label_names") or ()
         return {
-            "start": self.start,
             "num_classes": self.model.num_classes,
             "classes": sample_seed(0, 0, 0, "\n".join(map(str, names))),
             "selection": self.model.selection if self.pruned else None,

@@ -93,12 +93,28 @@ class Log:
         shown = [f"{name} {_short(value)}" for name, value in row.items() if value is not None]
         say(f"epoch {row['epoch']}/{epochs}: " + ", ".join(shown[1:]))
 
+    def plot(self) -> None:
+        """Plot the rows; see ``plot_curves``."""
+        plot_curves(self.rows, self.path.parent / CURVES_NAME)
+
     def close(self) -> None:
         """Close the bar and flush the events."""
         if self.bar is not None:
             self.bar.close()
         if self.writer:
             self.writer.close()
+
+
+def check_installed(tensorboard: bool, plot: bool) -> None:
+    """Check that what a run asks for is installed.
+
+    Raises:
+        ImportError: TensorBoard or matplotlib is missing.
+    """
+    if plot:
+        require_matplotlib()
+    if tensorboard:
+        find_writer(required=True)
 
 
 def find_writer(required: bool) -> Any:

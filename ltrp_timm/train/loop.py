@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 import signal
-from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,25 +24,19 @@ from ltrp_timm.data.sources import Sources
 from ltrp_timm.runtime.stopping import StopRequests, stop_requests
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
-from ltrp_timm.train.logs import (
-    CURVES_NAME,
-    LOG_NAME,
-    Log,
-    find_writer,
-    plot_curves,
-    require_matplotlib,
-)
+from ltrp_timm.train.logs import Log, check_installed
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.train.state import (
     CHECKPOINT_NAME,
-    FORMER_NAME,
+    check_folder,
     check_same,
-    locked,
+    claimed,
+    digest,
     read_state,
     save_state,
 )
 from ltrp_timm.visualize import row, stack_rows
-from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, write_atomically
+from ltrp_timm.weights.files import write_atomically
 
 BEST = "best"
 PICTURES_NAME = "pictures.png"
@@ -60,6 +53,7 @@ class Task(abc.ABC):
         forward: What is called in training: the model, or a module around it.
         chance: Loss of a model that knows nothing, or None where that is unknown.
         num_graphs: Kinds of updates, each of which is compiled separately.
+        start: Digest of the weights that the run starts from.
     """
 
     name: str
@@ -69,7 +63,7 @@ class Task(abc.ABC):
     num_graphs = 1
 
     def __init__(self, model: Any, forward: nn.Module | None = None) -> None:
-        self.model = model
+        self.model, self.start = model, digest(model.state_dict())
         self.forward: Any = model if forward is None else forward
 
     @abc.abstractmethod
@@ -143,13 +137,11 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
         NonFiniteLossError: The loss is not finite.
         OSError: The disk is full, or cannot be written to.
     """
-    if settings.plot:
-        require_matplotlib()
-    if settings.tensorboard:
-        find_writer(required=True)
+    check_installed(tensorboard=bool(settings.tensorboard), plot=settings.plot)
     trainer = Trainer(task, sources, settings, world, Path(output))
     with contextlib.ExitStack() as stack:
-        world.on_main(lambda: _claim(trainer.folder, settings, stack))
+        resume = settings.resume == "auto"
+        world.on_main(lambda: stack.enter_context(claimed(trainer.folder, resume)))
         trainer.start()
         stack.callback(trainer.close)
         with stop_requests() as requests:
@@ -161,7 +153,7 @@ def rehearse(
 ) -> Summary:
     """Report what ``fit`` would do and write nothing; bad input raises what ``fit`` would raise."""
     folder = Path(output)
-    _check_folder(folder, settings)
+    check_folder(folder, settings.resume == "auto")
     trainer = Trainer(task, sources, settings, world, folder)
     state = "new"
     if trainer.checkpoint.exists():
@@ -179,34 +171,6 @@ def rehearse(
             f"process{'es' if world.size > 1 else ''} on {world.device}"
         )
     return trainer.summary(None)
-
-
-def _check_folder(folder: Path, settings: Settings) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is not a folder.")
-    resumes = settings.resume == "auto"
-    if resumes and (folder / CHECKPOINT_NAME).exists():
-        return
-    if resumes and (folder / FORMER_NAME).exists():
-        raise FileExistsError(
-            f"{folder} holds a run of an earlier version of ltrp-timm, which cannot be resumed; "
-            "finish it with that version, or choose another folder."
-        )
-    names = (CHECKPOINT_NAME, FORMER_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
-    present = [name for name in names if (folder / name).exists()]
-    if present:
-        known = CHECKPOINT_NAME in present
-        hint = "resume='auto' continues it" if known else "choose another folder"
-        raise FileExistsError(f"{folder} already holds {' and '.join(present)}; {hint}.")
-
-
-def _claim(folder: Path, settings: Settings, stack: contextlib.ExitStack) -> None:
-    """Lock the output folder for this run; a refused folder stays as it is."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
-    if folder.is_dir():
-        stack.enter_context(locked(folder))
-    _check_folder(folder, settings)
 
 
 class Trainer:
@@ -237,6 +201,7 @@ class Trainer:
         """What a continuation must not change."""
         return {
             "command": self.task.name,
+            "start": self.task.start,
             **self.task.config(),
             "data": self.sources.fingerprint,
             "images_per_update": self.sources.per_update,
@@ -406,7 +371,7 @@ class Trainer:
         self.save_checkpoint()
 
     def _plot(self, log: Log) -> None:
-        plot_curves(log.rows, self.folder / CURVES_NAME)
+        log.plot()
         with self.engine.measuring() as model:
             panels = self.task.panels(model, self.sources.fixed_batch())
         picture = stack_rows([row(parts) for parts in panels])
@@ -455,7 +420,7 @@ class Trainer:
 
     def summary(self, stopped_by: int | None) -> Summary:
         """How the run ended."""
-        rows: list[Mapping[str, Any]] = [*self.log.rows] if self.log else []
+        rows = self.log.rows if self.log else []
         return Summary(
             output=self.folder,
             epochs=self.progress.epoch,

@@ -33,8 +33,7 @@ from ltrp_timm.train.settings import (
     cropped_sources,
     make_settings,
 )
-from ltrp_timm.train.state import digest
-from ltrp_timm.train.targets import Targets, accepted, open_ranker, saved_name
+from ltrp_timm.train.targets import Targets, accepted, open_ranker
 from ltrp_timm.visualize import kept_patches, score_map, show_images
 
 Loss = Literal["list_mle", "list_net", "rank_net", "focused_rank", "pointwise_mse", "lambda_rank"]
@@ -141,15 +140,13 @@ def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from:
     """Make a ranker to train, on the grid of its targets unless ``args`` differ.
 
     Raises:
+        FileNotFoundError: ``init_from`` does not exist.
         ValueError: The ranker has no weights, or ``init_from`` holds another ranker.
     """
     kind = ranker_class(name)
     if not kind.learned:
         raise ValueError(f"the {name} ranker has no weights to train.")
     if init_from is not None:
-        found = saved_name(init_from)
-        if found != name:
-            raise ValueError(f"init_from {init_from} holds a {found!r} ranker, not {name!r}.")
         return create_ranker(name, pretrained=init_from, **args)
     sizes = accepted(kind, img_size=targets.img_size, patch_size=targets.patch_size)
     return create_ranker(name, **{**sizes, **args})
@@ -195,7 +192,6 @@ class RankerTask(Task):
             equal = torch.zeros(1, targets.list_size)
             ordered = torch.arange(float(targets.list_size)).unsqueeze(0)
             self.chance = float(self.loss_function(equal, ordered))
-        self.start = digest(ranker.state_dict())
 
     def _check_grid(self) -> None:
         """Run the ranker once: it must give a map, and for ``visible_only`` the teacher's grid."""
@@ -221,7 +217,6 @@ class RankerTask(Task):
         """What a continuation must not change."""
         return {
             "ranker": {"name": self.model.name, **self.model.config()},
-            "start": self.start,
             "loss": self.loss_name,
             "visible_only": self.visible_only,
             **self.targets.config(),

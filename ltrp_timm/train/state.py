@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ltrp_timm._text import one_line
-from ltrp_timm.weights.files import write_atomically
+from ltrp_timm.train.logs import LOG_NAME
+from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, write_atomically
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FORMER_NAME = "checkpoint.safetensors"  # of runs that an earlier version began
@@ -34,7 +35,6 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     torch.save({_KEY: dict(state)}, buffer)
     try:
         write_atomically(path, lambda file: file.write_bytes(buffer.getbuffer()))
-        _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or one_line(error)
         kept = "; the checkpoint before it is whole" if path.exists() else ""
@@ -56,16 +56,6 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of a training run.")
     state: dict[str, Any] = found[_KEY]
     return state
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system can open a folder."""
-    with contextlib.suppress(OSError, AttributeError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:
@@ -98,6 +88,47 @@ def digest(state_dict: Mapping[str, Tensor]) -> str:
         total.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Check that a run may use an output folder.
+
+    Args:
+        folder: New or empty, or with a checkpoint to ``resume``.
+        resume: Whether a run in the folder is to be continued.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is not a folder.")
+    if resume and (folder / CHECKPOINT_NAME).exists():
+        return
+    if resume and (folder / FORMER_NAME).exists():
+        raise FileExistsError(
+            f"{folder} holds a run of an earlier version of ltrp-timm, which cannot be resumed; "
+            "finish it with that version, or choose another folder."
+        )
+    names = (CHECKPOINT_NAME, FORMER_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
+    present = [name for name in names if (folder / name).exists()]
+    if present:
+        known = CHECKPOINT_NAME in present
+        hint = "resume='auto' continues it" if known else "choose another folder"
+        raise FileExistsError(f"{folder} already holds {' and '.join(present)}; {hint}.")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Lock an output folder for this run; see ``check_folder`` for the arguments.
+
+    Raises:
+        FileExistsError: The folder holds something else, or another process writes to it.
+    """
+    if not folder.exists():
+        folder.mkdir(parents=True)
+    with locked(folder) if folder.is_dir() else contextlib.nullcontext():
+        check_folder(folder, resume)
+        yield
 
 
 @contextlib.contextmanager

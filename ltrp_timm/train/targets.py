@@ -184,24 +184,6 @@ def _open_teacher(teacher: Any, img_size: Any) -> MAETeacher:
     return create_teacher(teacher, **({} if img_size is None else {"img_size": img_size}))
 
 
-def saved_name(source: Any) -> str:
-    """The name of the ranker that a folder or file holds.
-
-    Raises:
-        FileNotFoundError: ``source`` does not exist.
-        ValueError: It holds no ranker.
-    """
-    if not Path(source).exists():
-        names = ", ".join(list_rankers())
-        raise FileNotFoundError(
-            f"{source} does not exist; give a ranker's folder or file, or one of {names}."
-        )
-    name = (read_weights(source).config or {}).get("ranker")
-    if not isinstance(name, str):
-        raise ValueError(f"{source} holds no ranker.")
-    return name
-
-
 def open_ranker(source: Any, patch_size: tuple[int, int]) -> Any:
     """A frozen ranker: from its folder, or by its name if it needs no weights.
 
@@ -219,7 +201,15 @@ def open_ranker(source: Any, patch_size: tuple[int, int]) -> Any:
             )
         ranker = create_ranker(str(source), **accepted(kind, patch_size=patch_size))
     else:
-        ranker = create_ranker(saved_name(source), pretrained=source)
+        if not Path(source).exists():
+            raise FileNotFoundError(
+                f"{source} does not exist; give the folder of a ranker, or one of "
+                f"{', '.join(list_rankers())}."
+            )
+        name = (read_weights(source).config or {}).get("ranker")
+        if not isinstance(name, str):
+            raise ValueError(f"{source} holds no ranker.")
+        ranker = create_ranker(name, pretrained=source)
     return ranker.requires_grad_(False).eval()
 
 

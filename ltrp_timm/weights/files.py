@@ -5,6 +5,7 @@ runs no code, or a repository of the Hugging Face Hub.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -103,8 +104,19 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk, where the system can open a folder."""
+    with contextlib.suppress(OSError, AttributeError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
