@@ -284,7 +284,7 @@ def damaged(folder: Path) -> Path:
     ("change", "error", "text"),
     [
         ({"data": "missing"}, FileNotFoundError, "missing does not exist"),
-        ({"data": "empty"}, ValueError, "empty cannot be read as a dataset: Found 0 images"),
+        ({"data": "empty"}, ValueError, "empty cannot be read as a data set: Found 0 images"),
         ({"data": "damaged"}, ValueError, r"none of \d images can be read; a.png: is not an image"),
         ({"data": "small"}, ValueError, "4x4 pixels, smaller than a patch of 8"),
         ({"batch_size": 30}, ValueError, "needs more than the 19 training images"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ltrp_timm._text import first_names
 from ltrp_timm.data.images import ImageFiles, Images
 from ltrp_timm.data.label_files import LabelTable, read_labels
-from ltrp_timm.data.labels import listed_names, match_classes, refuse_empty
+from ltrp_timm.data.labels import ClassData, listed_names, match_classes, refuse_empty
 from ltrp_timm.runtime.keyed_rng import sample_seed
 
 
@@ -115,3 +115,51 @@ def open_multi_label(
     if not allow_empty:
         refuse_empty(images.empty, labels)
     return images
+
+
+class MultiLabelData(ClassData):
+    """The training and held-out images of a run, with several classes each.
+
+    Args:
+        data: folder of the training images.
+        labels: label file of the training images, see ``open_multi_label``.
+        val_data: folder of the held-out images (default: ``data``).
+        val_labels: label file of the held-out images (default: no held-out images).
+        num_classes: C (default: counted from ``labels``).
+
+    Raises:
+        ValueError: See ``open_multi_label``; or ``num_classes`` is not the number of classes, or
+            ``val_data`` has no ``val_labels``.
+        FileNotFoundError: A folder or a file does not exist.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        labels: Any,
+        *,
+        val_data: Any = None,
+        val_labels: Any = None,
+        num_classes: int | None = None,
+    ) -> None:
+        if val_data is not None and val_labels is None:
+            raise ValueError("val_data needs val_labels, with multi_label.")
+        self.streaming, self.notes, self.held_out = False, [], None
+        self.train = self._open(data, labels, "training")
+        self.class_names = self.train.class_names
+        self.num_classes = len(self.class_names)
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(
+                f"num_classes is {num_classes}, but {labels} has {self.num_classes} classes."
+            )
+        if val_labels is not None:
+            folder = data if val_data is None else val_data
+            self.held_out = self._open(folder, val_labels, "held-out", allow_empty=True)
+
+    def _open(
+        self, folder: Any, labels: Any, what: str, allow_empty: bool = False
+    ) -> MultiLabelImages:
+        images = open_multi_label(folder, labels, allow_empty=allow_empty)
+        if images.unlabelled:
+            self.notes.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
+        return images

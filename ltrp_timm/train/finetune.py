@@ -11,7 +11,7 @@ from torch import nn
 
 from ltrp_timm._text import say
 from ltrp_timm.data.labels import ClassData
-from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
+from ltrp_timm.data.multi_label import MultiLabelData
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.measure.mean_precision import seen_classes
 from ltrp_timm.models.ltrp import LTRPModel
@@ -78,6 +78,7 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
         )
     with join_world(common.device) as world:
         classes = open_classes(data, common, recipe)
+        seen = seen_classes(recipe.seen_classes, classes.class_names)
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net, notes, new_head = make_network(model, recipe, classes)
         net = net.to(world.device)
@@ -91,8 +92,8 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
             "channels_last": recipe.channels_last,
             "cached": recipe.index_cache is not None,
         }
-        if isinstance(classes, MultiLabelData):
-            loss, seen = recipe.loss or "asymmetric", classes.seen_classes
+        if recipe.multi_label:
+            loss = recipe.loss or "asymmetric"
             task: ClassifyTask = MultiLabelTask(**parts, loss=loss, seen_classes=seen)
         else:
             task = ClassifyTask(**parts)
@@ -124,33 +125,41 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
 
 def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
     """Open training and held-out images with one class each, or several."""
-    if recipe.multi_label:
-        return MultiLabelData(data, common, recipe)
-    return ClassData(
+    if not recipe.multi_label:
+        return ClassData(
+            data,
+            split=common.split,
+            val_data=common.val_data,
+            val_split=common.val_split,
+            root=common.data_root,
+            input_key=common.input_key,
+            target_key=common.target_key,
+            num_classes=recipe.num_classes,
+        )
+    for name in ("data_root", "input_key", "target_key", "num_samples"):
+        if getattr(common, name) is not None:
+            raise ValueError(f"{name} is for named datasets: no multi_label.")
+    return MultiLabelData(
         data,
-        split=common.split,
+        recipe.labels,
         val_data=common.val_data,
-        val_split=common.val_split,
-        root=common.data_root,
-        input_key=common.input_key,
-        target_key=common.target_key,
+        val_labels=recipe.val_labels,
         num_classes=recipe.num_classes,
     )
 
 
 def _with_published_budget(model: Any, recipe: Recipe) -> Recipe:
-    """Images with several classes keep 147 of 196 patches, unless the user, or the model, notes."""
-    if not recipe.multi_label or recipe.keep_ratio is not None:
+    """Keep 147 of 196 patches with several classes, unless the user or a saved model differs."""
+    named = not isinstance(model, nn.Module) and not is_source(str(model))
+    if not recipe.multi_label or recipe.keep_ratio is not None or not named:
         return recipe
-    if not isinstance(model, nn.Module) and not is_source(str(model)):
-        ours = str(model).split(".")[0] in timm.list_models(f"{GENERIC}*")
-        if ours or recipe.front or recipe.head:
-            return dataclasses.replace(recipe, keep_ratio=MULTI_LABEL_KEEP_RATIO)
-    return recipe
+    ours = str(model).split(".")[0] in timm.list_models(f"{GENERIC}*")
+    pruned = ours or recipe.front or recipe.head
+    return dataclasses.replace(recipe, keep_ratio=MULTI_LABEL_KEEP_RATIO) if pruned else recipe
 
 
 def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, list[str], bool]:
-    """The model, ready to be trained; what to say of it; whether its head is new."""
+    """Make the model to train; returns it, notes for the user, and whether its head is new."""
     front, net = recipe.front, model
     if isinstance(model, nn.Module):
         for name in ("pretrained", "checkpoint", "img_size", "model_kwargs"):
@@ -160,16 +169,15 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
             net = with_front_end(model, dict(front))
         notes = []
     else:
-        kwargs = dict(recipe.model_kwargs or {})
-        sizes = {"img_size": recipe.img_size, "drop_path_rate": recipe.drop_path}
-        kwargs |= {name: value for name, value in sizes.items() if value is not None}
-        name = str(model)
         if recipe.pretrained and recipe.checkpoint is not None:
             raise ValueError("pretrained and checkpoint both name weights: give one, not both.")
-        pretrained = recipe.pretrained or is_source(name)
+        kwargs = dict(recipe.model_kwargs or {})
+        for name, value in (("img_size", recipe.img_size), ("drop_path_rate", recipe.drop_path)):
+            if value is not None:
+                kwargs[name] = value
         net, origin = open_model(
-            name,
-            pretrained=pretrained,
+            str(model),
+            pretrained=recipe.pretrained or is_source(str(model)),
             checkpoint=recipe.checkpoint,
             plain=not front,
             **front,
@@ -192,10 +200,10 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
 
 
 def _prepare_ranker(net: Any, recipe: Recipe) -> None:
-    """Check that the ranker can be saved with the model; unfreeze it where it is to learn.
+    """Check that the ranker can be saved with the model; unfreeze it if it is trained.
 
     Raises:
-        ValueError: it has no weights, or none that mean anything.
+        ValueError: The ranker has no weights, or untrained ones.
     """
     if not isinstance(net, LTRPModel):
         if recipe.train_ranker:
@@ -212,7 +220,7 @@ def _prepare_ranker(net: Any, recipe: Recipe) -> None:
 
 
 def make_plan(net: Any, recipe: Recipe, common: Settings) -> KeepPlan:
-    """How many patches are kept when."""
+    """Plan the keep ratio of each update."""
     pruned = isinstance(net, LTRPModel)
     ratio = recipe.keep_ratio
     if ratio is None:
@@ -226,17 +234,17 @@ def make_plan(net: Any, recipe: Recipe, common: Settings) -> KeepPlan:
 def make_distillation(
     net: Any, recipe: Recipe, images: Mapping[str, Any], new_head: bool
 ) -> Distillation | None:
-    """The unpruned model to learn from, if there is one.
+    """Open the unpruned model to learn from, if there is one.
 
     Raises:
-        ValueError: it knows other classes, or takes other images.
+        ValueError: Its classes or its images differ from the student's.
     """
     if recipe.distill is None:
         return None
     if recipe.distill == "self":
         if new_head:
             raise ValueError(
-                "distill='self' learns from the model as it begins, whose head is new here and "
+                "distill='self' learns from the start weights, whose head is new here and "
                 "knows nothing: name a fine-tuned model."
             )
         teacher = copy.deepcopy(net)
@@ -263,56 +271,3 @@ def _describe(task: ClassifyTask, sources: Sources) -> str:
         kept = "a plain model, all patches"
     updates = f"{sources.updates_per_epoch} updates of {sources.per_update} images an epoch"
     return f"{kept}; {updates}, {held_out} images held out"
-
-
-class MultiLabelData(ClassData):
-    """The images of a run and their classes, of label files.
-
-    Args:
-        data: folder of the training images.
-        settings: ``val_data`` is the folder of the held-out ones; that of the training images when
-            there are ``val_labels`` alone.
-        recipe: names the label files.
-
-    Attributes:
-        seen_classes: names of seen classes, or None.
-
-    Raises:
-        ValueError: a label file is wrong, names images that are not there, or has empty classes;
-            one number of classes here and another there; flags that do not go together.
-        FileNotFoundError: a folder or a file is not there.
-    """
-
-    def __init__(self, data: Any, settings: Settings, recipe: Recipe) -> None:
-        _check_settings(settings, recipe)
-        self.streaming = False
-        self.notes: list[str] = []
-        self.train: MultiLabelImages = self._labelled(data, recipe.labels, "training")
-        self.class_names = self.train.class_names
-        self.num_classes = len(self.class_names)
-        if recipe.num_classes not in (None, self.num_classes):
-            raise ValueError(
-                f"num_classes is {recipe.num_classes}, but {recipe.labels} has "
-                f"{self.num_classes} classes."
-            )
-        self.seen_classes = seen_classes(recipe.seen_classes, self.class_names)
-        self.held_out: Any = None
-        if recipe.val_labels is not None:
-            folder = data if settings.val_data is None else settings.val_data
-            self.held_out = self._labelled(folder, recipe.val_labels, "held-out", allow_empty=True)
-
-    def _labelled(
-        self, folder: Any, labels: Any, what: str, allow_empty: bool = False
-    ) -> MultiLabelImages:
-        images = open_multi_label(folder, labels, allow_empty=allow_empty)
-        if images.unlabelled:
-            self.notes.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
-        return images
-
-
-def _check_settings(settings: Settings, recipe: Recipe) -> None:
-    for name in ("data_root", "input_key", "target_key", "num_samples"):
-        if getattr(settings, name) is not None:
-            raise ValueError(f"{name} is for named datasets: no multi_label.")
-    if settings.val_data is not None and recipe.val_labels is None:
-        raise ValueError("val_data needs val_labels, with multi_label.")
