@@ -276,6 +276,7 @@ def test_the_readme_says_what_was_measured(tmp_path: Path) -> None:
         lost = {**dict.fromkeys(COLUMNS, ""), **place, "method": "conv", "status": "out of memory"}
         figures = ("seconds_median", "images_per_second", "peak_mib")
         record.add({**lost, **dict.fromkeys(figures, ""), "keep_ratio": 0.25})
+    record.add({**place, "method": "batch", "form": "pseudo-scores", "speedup": 2.5})
     ended = [{"part": part, "status": "done"} for part in PARTS]
     ended[-1]["status"] = "out of time"
     tables.write_csv(ended, tmp_path / "status.csv")
@@ -285,5 +286,6 @@ def test_the_readme_says_what_was_measured(tmp_path: Path) -> None:
     assert rows[0] == "| `vit` | 1 | 0.5 | 500 images/s, 90 MiB | 1.90× (0.97), 90 MiB |"
     assert "| `vit` | 1 | 0.25 | 500 images/s, 90 MiB | out of memory |" in text
     assert "2.00 ms (1.00×)" in text
+    assert "| pseudo-scores | `vit` | 1 | – | – | 2.50× |" in text
     assert "Not finished: training (out of time)." in text
     assert all(section.says in text for section in GPU)

@@ -100,7 +100,7 @@ GPU = [
         "Training steps at keep 0.5: speed-up over the plain model. Exact pseudo-scores: speed-up "
         "of one batch over a loop that removes one patch after another; the goal is 2.00×",
         lambda row: {"what": row["form"], "model": f"`{row['model']}`", "batch": row["batch"]},
-        lambda row: row["method"],
+        lambda row: {"batch": "one batch"}.get(row["method"], row["method"]),
         lambda row: (
             f"{float(row['images_per_second']):.0f} images/s"
             if row["method"] in ("full", "loop")
