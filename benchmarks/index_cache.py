@@ -6,7 +6,7 @@ far longer, and in front of a ViT-S it eats what dropping half of the patches ga
 
 Arithmetic. A backward costs twice its forward: at keep 0.5 a step of training is half of 3 forwards
 of the plain model, and the `vit_small` ranker in front of a ViT-S adds a whole one, two thirds of
-the step; in evaluation it adds twice the step. What the cache adds is, for each image, 196 bytes
+the step; in evaluation it adds twice the step. What the cache adds is, for each image, 196 floats
 from a memory map, the places of 196 points followed through a crop and a flip, and a share of one
 sort: next to nothing beside 2.3 G multiply-adds.
 
@@ -55,7 +55,8 @@ from ltrp_timm.data.images import Images, open_dataset
 from ltrp_timm.measure import throughput
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import seeded
-from ltrp_timm.scoring.transform import CachedTransform, open_cache, select_cached
+from ltrp_timm.scoring import cached_transform
+from ltrp_timm.scoring.scorer import select_with
 
 NAME = "index_cache"
 TITLE = "A step with cached orders of a slow ranker"
@@ -116,7 +117,7 @@ def make_step(
             keep = torch.arange(ltrp_timm.num_keep(h * w, model.keep_ratio))
             return model(images, keep_indices=keep.expand(len(images), -1))
         if scores is not None:
-            return model(images, keep_indices=select_cached(model, scores, images))
+            return model(images, keep_indices=select_with(model, scores, images))
         return model(images)
 
     def step() -> None:
@@ -155,7 +156,7 @@ def run_case(name: str, batch: int, args: argparse.Namespace, where: Row) -> lis
         pictures = [images.read(i) for i in range(batch)]
         for step, transform in transforms(models["cached"]).items():
             cache = write_cache(folder / step, folder, name, step)
-            cached = CachedTransform(open_cache(cache, models["cached"]), images, transform)
+            cached = cached_transform(cache, models["cached"], images, transform)
             fns: Calls = {
                 method: make_step(
                     method,
@@ -183,8 +184,15 @@ def run(args: argparse.Namespace, where: Row) -> list[Row]:
 
 def write_cache(cache: Path, folder: Path, name: str, step: str) -> Path:
     """Rank the photos as for evaluation, or as whole pictures for training."""
-    command = ["rank", str(folder / "photos"), "--cache", str(cache), "--model", name]
-    command += ["--ranker", RANKER, "--ranker-weights", str(folder / "ranker"), "--workers", "0"]
+    command = ["rank", str(folder / "photos"), "-o", str(cache), "--model", name]
+    command += [
+        "--ranker",
+        RANKER,
+        "--ranker-weights",
+        str(folder / "ranker"),
+        "--num-workers",
+        "0",
+    ]
     if ltrp_timm_cli(command + (["--crop-mode", "squash"] if step == "training" else [])):
         raise SystemExit("the index cache could not be written.")
     return cache

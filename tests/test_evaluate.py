@@ -243,9 +243,9 @@ def test_orders_of_a_cache_give_what_the_ranker_gives(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank = ["rank", "set", "--split", "validation", "--model", "vit_tiny_patch16_224"]
-    rank += ["--img-size", "64", "--workers", "0"]
-    assert main([*rank, "--cache", "exact"]) == 2
-    assert main([*rank, "--cache", "whole", "--crop-mode", "squash"]) == 2
+    rank += ["--img-size", "64", "--num-workers", "0"]
+    assert main([*rank, "-o", "exact"]) == 2
+    assert main([*rank, "-o", "whole", "--crop-mode", "squash"]) == 2
     assert evaluate("-o", "ranked", "--per-image") == 2
     monkeypatch.setattr(LTRPModel, "_rank", no_ranking)
     for name in ("exact", "whole"):
@@ -328,7 +328,7 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--data", "hfds/none"], "datasets|cannot be read"),
         (["--ranker", "best"], "--ranker must be one of"),
         (["--ranker-weights", "nowhere"], "nowhere|no weights"),
-        (["--index-cache", "nowhere"], "nowhere holds no finished index cache"),
+        (["--index-cache", "nowhere"], "nowhere holds no scores"),
         (["--class-map", "nowhere"], "nowhere"),
         (["--class-map", "empty.txt"], "empty.txt names no classes"),
         (["--class-map", "short.txt"], "the model has 3 classes, but names 1"),

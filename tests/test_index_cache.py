@@ -1,9 +1,12 @@
-"""Orders read from a cache are those of the ranker, and move with what a transform moves."""
+"""Scores read from a cache are those of the ranker, and move with what a transform moves."""
 
 import importlib
+import json
 import pickle
 import subprocess
 import sys
+import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,23 +31,21 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.runtime.world import World
-from ltrp_timm.scoring import FollowedTransform, IndexCache, parts, ranks_of, trace
-from ltrp_timm.scoring import cache as cache_command
-from ltrp_timm.scoring import run as command
-from ltrp_timm.scoring.transform import CachedTransform, open_cache, select_cached
+from ltrp_timm.scoring import CachedTransform, IndexCache, cached_transform
+from ltrp_timm.scoring.follow import FollowedTransform, trace
+from ltrp_timm.scoring.scorer import select_with
+from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids, ranker_hash, ranks_of
 from ltrp_timm.train.finetune import finetune
 
 NAME = "vit_tiny_patch16_224"
-SMALL = ("--model", NAME, "--img-size", "64", "--workers", "0")
+SMALL = ("--model", NAME, "--img-size", "64", "--num-workers", "0", "--batch-size", "4")
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nine photos in two folders, one file that is none, and parts of four images."""
+    """Nine photos in two folders, and one file that is none."""
     monkeypatch.chdir(tmp_path)
-    for module in (parts, command, cache_command):
-        monkeypatch.setattr(module, "PART_SIZE", 4)
     make_photos(Path("set/cat"), 5)
     make_photos(Path("set/dog"), 4)
     Path("set/dog/bad.png").write_text("text")
@@ -52,7 +53,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rank(folder: str, *more: str) -> int:
-    return main(["rank", "set", "--cache", folder, *SMALL, *more])
+    return main(["rank", "set", "-o", folder, *SMALL, *more])
 
 
 def make_model(**options: Any) -> Any:
@@ -182,20 +183,20 @@ def test_ranks_are_places_in_the_order() -> None:
 def test_the_cache_chooses_what_the_ranker_chooses(here: Path, selection: str) -> None:
     assert rank("orders") == 2  # bad.png
     model = make_model(ranker="contrast", selection=selection)
-    cache = open_cache("orders", model)
-    assert (len(cache), cache._ranks.dtype, cache._ranks.shape) == (9, np.uint8, (9, 16))
-    assert isinstance(cache._ranks, np.memmap)
     images = Images(open_dataset("set"))
-    transform = CachedTransform(cache, images, eval_transform(model))
+    transform = cached_transform("orders", model, images, eval_transform(model))
     assert transform.exact
+    cache = transform.cache
+    assert (len(cache), cache._scores.dtype, cache._scores.shape) == (10, np.float32, (10, 16))
+    assert isinstance(cache._scores, np.memmap)
     batch = whole_batch(transform, images)
     assert batch.scores is not None
     assert batch.real.tolist() == [True] * 9 + [False]
     for ratio in (0.25, 0.5, 0.8):
         model.keep_ratio = ratio
-        found = select_cached(model, batch.scores[:9], batch.images[:9])
+        found = select_with(model, batch.scores[:9], batch.images[:9])
         assert torch.equal(found, model.keep_indices(batch.images[:9]))
-    turned = select_cached(model, -batch.scores[:9], batch.images[:9])
+    turned = select_with(model, -batch.scores[:9], batch.images[:9])
     assert not torch.equal(found, turned)
 
 
@@ -210,13 +211,10 @@ class Brightness(Ranker, nn.Module):
 
 def write_by_hand(folder: Path, ranker: Any, images: Images, model: Any) -> None:
     """A cache of whole pictures by any ranker."""
-    from ltrp_timm.scoring import finish_cache, ranker_hash
-    from ltrp_timm.scoring.ids import image_ids
-
     config = {**model.data_config(), "crop_mode": "squash", "crop_pct": 1.0}
     transform = create_transform(**config, is_training=False)
     pictures = torch.stack([transform(images.read(i)) for i in range(len(images))])
-    ranks = ranks_of(ranker(pictures).flatten(1)).numpy().astype(np.uint8)
+    scores = ranker(pictures).flatten(1)
     settings = {
         "ranker": ranker.name,
         "ranker_hash": ranker_hash(ranker),
@@ -226,12 +224,12 @@ def write_by_hand(folder: Path, ranker: Any, images: Images, model: Any) -> None
         **{k: config[k] for k in ("interpolation", "crop_pct", "crop_mode", "mean", "std")},
     }
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, ranks)
-
     folder.mkdir()
-    finish_cache(folder, settings, image_ids(images), list(range(len(images))), write)
+    begin(folder, settings, image_ids(images), 16, None, overwrite=False)
+    writer, rows = ScoreWriter(folder), list(range(len(images)))
+    writer.write(rows, scores, torch.zeros(len(rows), 1), [True] * len(rows))
+    writer.close()
+    writer.finish({})
 
 
 def test_scores_follow_the_crops_of_training(here: Path) -> None:
@@ -244,14 +242,13 @@ def test_scores_follow_the_crops_of_training(here: Path) -> None:
     images, ranker = Images(open_dataset("smooth")), Brightness()
     model = make_model(ranker=ranker)
     write_by_hand(here / "orders", ranker, images, model)
-    cache = open_cache("orders", model)
     training = create_transform(
         64, is_training=True, scale=(0.2, 0.8), vflip=0.5, auto_augment="rand-m5-n1-mstd0.5",
         re_prob=0.0,
     )  # fmt: skip
     dull = [op for op in training.transforms[3].ops if op.name in ("Rotate", "ShearX", "ShearY")]
     training.transforms[3].ops = dull
-    transform = CachedTransform(cache, images, training)
+    transform = cached_transform("orders", model, images, training)
     assert not transform.exact
     agreement, unmoved = [], []
     for seed in range(40):
@@ -262,7 +259,7 @@ def test_scores_follow_the_crops_of_training(here: Path) -> None:
             assert torch.equal(image, training(images.read(index)))
         own = ranker(image[None]).flatten(1)
         agreement.append(float(spearman(scores[None], own)))
-        whole = -torch.from_numpy(cache.ranks(index).astype(np.float32))
+        whole = transform.cache.scores(transform.rows[index])
         unmoved.append(float(spearman(whole[None], own)))
     assert np.median(agreement) > 0.8
     assert np.median(unmoved) < 0.5
@@ -271,11 +268,13 @@ def test_scores_follow_the_crops_of_training(here: Path) -> None:
 def test_a_whole_picture_is_exact_and_out_of_the_picture_comes_last(here: Path) -> None:
     assert rank("orders", "--crop-mode", "squash") == 2
     model = make_model(ranker="contrast")
-    cache, images = open_cache("orders", model), Images(open_dataset("set"))
+    images = Images(open_dataset("set"))
     config = {**model.data_config(), "crop_mode": "squash", "crop_pct": 1.0}
-    assert CachedTransform(cache, images, create_transform(**config)).exact
+    assert cached_transform("orders", model, images, create_transform(**config)).exact
     border = create_transform(**{**config, "crop_mode": "border"})
-    transform = CachedTransform(cache, images, border)  # 48x40 pixels: bars above and below
+    transform = cached_transform(
+        "orders", model, images, border
+    )  # 48x40 pixels: bars above and below
     picture = Image.new("RGB", (48, 12))
     picture.save("set/cat/000.png")
     _, scores = transform.with_scores(picture, 0)
@@ -286,115 +285,164 @@ def test_a_whole_picture_is_exact_and_out_of_the_picture_comes_last(here: Path) 
 def test_crops_need_a_cache_of_whole_pictures(here: Path) -> None:
     assert rank("orders") == 2
     cache, images = IndexCache("orders"), Images(open_dataset("set"))
-    with pytest.raises(ValueError, match=r"orders of the images as they are evaluated.*squash"):
+    with pytest.raises(ValueError, match=r"scores of images cropped for evaluation.*squash"):
         CachedTransform(cache, images, create_transform(64, is_training=True))
-    with pytest.raises(ValueError, match="as they are evaluated"):
+    with pytest.raises(ValueError, match="cropped for evaluation"):
         CachedTransform(cache, images, create_transform(64, crop_pct=0.5))
+
+
+def open_cache(model: Any) -> Any:
+    transform = eval_transform(model)
+    return cached_transform("orders", model, Images(open_dataset("set")), transform)
 
 
 def test_a_cache_that_does_not_fit_is_refused(here: Path) -> None:
     assert rank("orders") == 2
-    with pytest.raises(ValueError, match="orders of the contrast ranker, the model has pixel_std"):
-        open_cache("orders", make_model(ranker="pixel_std"))
+    with pytest.raises(ValueError, match="scores of the contrast ranker, the model has pixel_std"):
+        open_cache(make_model(ranker="pixel_std"))
     other = make_model(ranker="contrast", ranker_args={"parts": {"std": 1.0}})
-    with pytest.raises(ValueError, match="another contrast ranker: its weights or arguments"):
-        open_cache("orders", other)
+    with pytest.raises(ValueError, match="another contrast ranker; its weights or arguments"):
+        open_cache(other)
     large = drop_patches(timm.create_model(NAME, img_size=96, depth=1))
     with pytest.raises(ValueError, match=r"input_size = \[64, 64\], the model has \[96, 96\]"):
-        open_cache("orders", large)
+        open_cache(large)
     for selection in ("random", "adaptive"):
-        with pytest.raises(ValueError, match=f"does not go with selection {selection}"):
-            open_cache("orders", make_model(selection=selection))
+        with pytest.raises(ValueError, match=f"selection '{selection}' .* index cache"):
+            open_cache(make_model(selection=selection))
+    with pytest.raises(ValueError, match="an index cache needs a pruned model"):
+        cached_transform("orders", timm.create_model(NAME, depth=1), None, None)
     cache = IndexCache("orders")
     make_photos(Path("set/owl"), 1)
     with pytest.raises(ValueError, match=r"lacks 1 of 11 images, such as owl/000\.png"):
         CachedTransform(cache, Images(open_dataset("set")), eval_transform(make_model()))
     (here / "set/owl/000.png").unlink()
     Image.new("RGB", (50, 40)).save("set/cat/001.png")
-    with pytest.raises(ValueError, match=r"an order of another cat/001\.png: \d+ bytes then"):
+    with pytest.raises(ValueError, match=r"scores of another cat/001\.png: it had \d+ bytes"):
         CachedTransform(cache, Images(open_dataset("set")), eval_transform(make_model()))
     pairs = [(Image.new("RGB", (50, 40)), 0)]
-    with pytest.raises(ValueError, match="orders of another dataset"):
+    with pytest.raises(ValueError, match="scores of another data set"):
         CachedTransform(cache, Images(pairs), eval_transform(make_model()))
 
 
-def test_an_image_without_an_order_counts_as_unreadable(here: Path) -> None:
+def test_an_image_without_scores_counts_as_unreadable(here: Path) -> None:
     assert rank("orders") == 2
     Image.new("RGB", (50, 40)).save("set/dog/bad.png")  # it can be read by now
     model, images = make_model(), Images(open_dataset("set"))
-    transform = CachedTransform(open_cache("orders", model), images, eval_transform(model))
+    transform = cached_transform("orders", model, images, eval_transform(model))
     batch = whole_batch(transform, images)
     assert batch.real.tolist() == [True] * 9 + [False]
-    assert batch.problems == ["dog/bad.png: the index cache has no order of it."]
+    assert batch.problems == ["dog/bad.png: the index cache has no scores of this image."]
 
 
 def test_damage_is_noticed(here: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"orders holds no finished index cache: ltrp-timm"):
+    with pytest.raises(FileNotFoundError, match=r"orders holds no scores; run `ltrp-timm rank"):
         IndexCache("orders")
     assert rank("orders") == 2
-    ranks = np.load("orders/ranks.npy")
-    ranks[3, 0] = ranks[3, 1]
-    np.save("orders/ranks.npy", ranks)
-    cache = IndexCache("orders")
-    cache.ranks(2)
-    with pytest.raises(ValueError, match=r"row 3 of orders/ranks\.npy is damaged"):
-        cache.ranks(3)
-    np.save("orders/ranks.npy", ranks[:5])
-    with pytest.raises(ValueError, match=r"ranks\.npy is damaged: uint8 \[5, 16\] in place of"):
+    files = {path: path.read_bytes() for path in Path("orders").glob("*.*")}
+    scores = np.load("orders/scores.npy")
+
+    def refused(text: str) -> None:
+        with pytest.raises(ValueError, match=text):
+            IndexCache("orders")
+        for path, content in files.items():
+            path.write_bytes(content)
+
+    np.save("orders/scores.npy", scores[:5])
+    refused(r"scores\.npy is damaged: float32 \[5, 16\], expected float32 \[10, 16\]")
+    np.save("orders/scores.npy", scores.astype(np.float64))
+    refused(r"scores\.npy is damaged: float64 \[10, 16\], expected float32")
+    for name in ("scores.npy", "done.npy"):
+        for content in (b"", b"text", files[Path("orders", name)][:-3]):
+            Path("orders", name).write_bytes(content)
+            refused(rf"orders/{name} is damaged")
+        Path("orders", name).unlink()
+        refused(rf"orders/{name} is damaged: .*No such file")
+    np.save("orders/done.npy", np.zeros(9, np.uint8))
+    refused(r"done\.npy is damaged: uint8 \[9\], expected uint8 \[10\]")
+    index = json.loads(Path("orders/index.json").read_text())
+    for name in ("images", "sizes", "grid_size"):
+        changed = {key: value for key, value in index.items() if key != name}
+        Path("orders/index.json").write_text(json.dumps(changed))
+        refused(r"orders/index\.json is damaged")
+    for content in ("{}", '{"format": 7}'):
+        Path("orders/index.json").write_text(content)
+        refused("of another version")
+    Path("orders/index.json").write_text("[")
+    refused("index.json is not JSON")
+    IndexCache("orders")  # as it was
+
+
+def test_a_cache_of_the_former_format_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("orders").mkdir()
+    Path("orders/cache.json").write_text('{"format": 1}')
+    np.save("orders/ranks.npy", np.zeros((9, 16), np.uint8))
+    with pytest.raises(ValueError, match=r"older version; run `ltrp-timm rank DATA -o orders`"):
         IndexCache("orders")
-    Path("orders/ranks.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="is damaged"):
-        IndexCache("orders")
-    Path("orders/cache.json").write_text("{}")
-    with pytest.raises(ValueError, match="of another version"):
-        IndexCache("orders")
+    assert rank("orders") == 2
+    assert len(IndexCache("orders")) == 10
 
 
 def test_another_process_maps_the_file_itself(here: Path) -> None:
     assert rank("orders") == 2
     cache = IndexCache("orders")
     text = pickle.dumps(cache)
-    assert isinstance(pickle.loads(text)._ranks, np.memmap)  # noqa: S301
-    assert np.array_equal(pickle.loads(text).ranks(4), cache.ranks(4))  # noqa: S301
+    assert len(text) < 4096
+    assert isinstance(pickle.loads(text)._scores, np.memmap)  # noqa: S301
+    assert torch.equal(pickle.loads(text).scores(4), cache.scores(4))  # noqa: S301
 
 
-def test_many_patches_take_two_bytes(here: Path) -> None:
-    assert main(["rank", "set", "--cache", "fine", "--img-size", "68", "--patch-size", "4",
-                 "--workers", "0"]) == 2  # fmt: skip
-    cache = IndexCache("fine")
-    assert (cache._ranks.dtype, cache._ranks.shape) == (np.uint16, (9, 289))
-    assert sorted(cache.ranks(0)) == list(range(289))
+def test_one_row_is_read_at_a_time(here: Path) -> None:
+    """256 MB of scores: what is not asked for is not read."""
+    Path("large").mkdir()
+    count, n = 4096, 128 * 128
+    settings = {"grid_size": [128, 128]}
+    ids = ImageIds([str(i) for i in range(count)], [-1] * count, [0] * count, "numbers")
+    begin(Path("large"), settings, ids, n, None, overwrite=False)
+    writer = ScoreWriter(Path("large"))
+    rows = [7, 4000]
+    scores = torch.stack([torch.arange(n), -torch.arange(n)]).float()
+    writer.write(rows, scores, torch.zeros(2, 1), [True, True])
+    writer.close()
+    writer.finish({})
+    tracemalloc.start()
+    cache = IndexCache("large")
+    found = torch.stack([cache.scores(row) for row in cache.rows(ids) if row >= 0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(found, scores)
+    assert peak < 4e6
 
 
-def content(folder: str) -> tuple[bytes, bytes]:
-    return (Path(folder) / "ranks.npy").read_bytes(), (Path(folder) / "cache.json").read_bytes()
+def content(folder: str) -> list[bytes]:
+    return [(Path(folder) / name).read_bytes() for name in ("scores.npy", "done.npy", "index.json")]
 
 
 def test_an_interrupted_cache_goes_on(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert rank("whole") == 2
-    write = parts.Parts.write
+    write = ScoreWriter.write
 
-    def second_fails(self: Any, part: int, arrays: Any) -> None:
-        if part == 1:
+    def second_fails(self: Any, rows: Any, *arguments: Any) -> None:
+        if 4 in rows:
             raise KeyboardInterrupt
-        write(self, part, arrays)
+        write(self, rows, *arguments)
 
-    monkeypatch.setattr(parts.Parts, "write", second_fails)
-    assert rank("orders", "--batch-size", "4") == 130
-    with pytest.raises(FileNotFoundError, match="no finished index cache"):
+    monkeypatch.setattr(ScoreWriter, "write", second_fails)
+    assert rank("orders") == 130
+    with pytest.raises(FileNotFoundError, match="orders holds an unfinished run; run `ltrp-timm"):
         IndexCache("orders")
-    monkeypatch.setattr(parts.Parts, "write", write)
+    monkeypatch.setattr(ScoreWriter, "write", write)
     capsys.readouterr()
     assert rank("orders", "--ranker", "pixel_std") == 2
-    assert "unfinished run with ranker = contrast, now it is pixel_std" in capsys.readouterr().err
+    assert "unfinished run with ranker = contrast, this run has pixel_" in capsys.readouterr().err
     assert rank("orders") == 2
     assert content("orders") == content("whole")
-    assert {path.name for path in Path("orders").iterdir()} == {"ranks.npy", "cache.json"}
     before = content("orders")
     assert rank("orders") == 2
-    assert "orders holds ranks.npy already: --overwrite replaces it" in capsys.readouterr().err
+    assert "orders already holds scores; use --overwrite to replace" in capsys.readouterr().err
     assert content("orders") == before
     assert rank("orders", "--crop-mode", "squash", "--overwrite") == 2
     assert content("orders") != before
@@ -403,29 +451,59 @@ def test_an_interrupted_cache_goes_on(
 def test_two_processes_write_what_one_writes(here: Path) -> None:
     rank("one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node=2", "-m", "ltrp_timm", "rank", "set", "--cache", "two",
-               *SMALL, "--batch-size", "3"]  # fmt: skip
+               "--nproc-per-node=2", "-m", "ltrp_timm", "rank", "set", "-o", "two",
+               *SMALL]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert "ranked 9 images, 1 failed: two" in done.stdout, done.stderr
     assert content("two") == content("one")
 
 
+def test_a_split_and_an_archive_are_data_sets(here: Path) -> None:
+    """Names are those that train and evaluate look for."""
+    Path("parts").mkdir()
+    Path("set").rename("parts/val")
+    with tarfile.open("set.tar", "w") as archive:
+        archive.add("parts/val", "set")
+    for data, more in (("parts", ["--split", "validation"]), ("parts/val", []), ("set.tar", [])):
+        folder = Path(data).name.replace(".", "-") + "-scores"
+        assert main(["rank", data, "-o", folder, *SMALL, *more]) == 2
+        images = Images(open_dataset(data, split="validation"))
+        assert IndexCache(folder).rows(image_ids(images))[:9] == list(range(9))
+    assert main(["rank", "parts", "-o", "all-scores", *SMALL]) == 2
+    with pytest.raises(ValueError, match=r"lacks 10 of 10 images, such as cat/000\.png"):
+        IndexCache("all-scores").rows(image_ids(Images(open_dataset("parts", split="val"))))
+
+
+def test_an_archive_draws_nothing_outside(here: Path) -> None:
+    with tarfile.open("set.tar", "w") as archive:
+        archive.add("set/cat/000.png", "../../outside/000.png")
+    assert main(["rank", "set.tar", "-o", "deep/out", *SMALL, "--overlays"]) == 0
+    assert not list(Path().rglob("outside/*.png")) or Path("deep/out/overlays/outside").is_dir()
+    drawn = [path for path in Path().rglob("*.png") if path.parts[0] != "set"]
+    assert drawn == [Path("deep/out/overlays/outside/000.png.png")]
+
+
+def test_padded_images_keep_what_the_model_keeps(here: Path) -> None:
+    """The clusters of "mixed" are of the padded pixels, as in the model."""
+    torch.manual_seed(0)
+    vit = timm.create_model(NAME, img_size=60, depth=1, dynamic_img_pad=True)
+    model = drop_patches(vit.eval(), selection="mixed")
+    images = torch.randn(4, 3, 60, 60)
+    for ratio in (0.25, 0.5, 0.8):
+        model.keep_ratio = ratio
+        found = select_with(model, model.patch_scores(images), images)
+        assert torch.equal(found, model.keep_indices(images))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["set"], "one of --output DIR and --cache DIR"),
-        (["set", "-o", "a", "--cache", "b"], "one of --output DIR and --cache DIR"),
-        (["set", "cat.png", "--cache", "b"], "--cache is of one data set, got 2"),
-        (["set", "--cache", ""], "--cache must name a folder"),
-        (["set", "--cache", "b", "--keep-ratio", "0.5"], "--keep-ratio goes without --cache"),
-        (["set", "--cache", "b", "--no-overlays"], "--no-overlays goes without --cache"),
-        (["set", "-o", "b", "--crop-mode", "squash"], "--crop-mode goes with --cache"),
-        (["nowhere", "--cache", "b"], "nowhere does not exist"),
-        (["set", "--cache", "b", "--ranker", "random"], "the random ranker looks at nothing"),
-        (["set", "--cache", "b", "--ranker", "conv"], "conv ranker is not trained"),
-        (["set", "--cache", "b", "--img-size", "2048", "--patch-size", "4"], "up to 65536 patches"),
-        (["text", "--cache", "b"], "no image could be read"),
-        (["set", "--cache", "mine"], "mine holds ranks.npy already"),
+        (["set"], "required: -o/--output"),
+        (["set", "cat.png", "-o", "b", "--split", "val"], "a data set is ranked alone, got 2"),
+        (["nowhere", "-o", "b"], "nowhere: No such file or directory"),
+        (["set", "-o", "b", "--ranker", "conv"], "conv ranker is not trained"),
+        (["text", "-o", "b"], "no image could be read"),
+        (["set", "-o", "mine"], "mine already holds scores.npy; use --overwrite"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -434,12 +512,12 @@ def test_wrong_arguments_are_one_line(
     Path("text").mkdir()
     Path("text/a.png").write_text("text")
     Path("mine").mkdir()
-    Path("mine/ranks.npy").write_text("something else")
-    assert main(["rank", *arguments, "--workers", "0"]) == 2
+    Path("mine/scores.npy").write_text("something else")
+    assert main(["rank", *arguments, "--num-workers", "0"]) == 2
     err = capsys.readouterr().err
     assert text in err.splitlines()[-1]
-    assert not Path("b/cache.json").exists()
-    assert Path("mine/ranks.npy").read_text() == "something else"
+    assert not Path("b/index.json").exists()
+    assert Path("mine/scores.npy").read_text() == "something else"
 
 
 TUNE: dict[str, Any] = {
@@ -473,7 +551,7 @@ def square(here: Path) -> Path:
         place = Path("square", path.parent.name)
         place.mkdir(parents=True, exist_ok=True)
         Image.open(path).crop((number, 0, number + 40, 40)).save(place / path.name)
-    arguments = ["rank", "square", "--cache", "orders", *SMALL, "--crop-mode", "squash"]
+    arguments = ["rank", "square", "-o", "orders", *SMALL, "--crop-mode", "squash"]
     assert main(arguments) == 0
     return here
 
@@ -482,15 +560,15 @@ def test_training_by_cached_orders_is_training_by_the_ranker(
     square: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = tune("ranked", **PLAIN)
-    ranks = np.load("orders/ranks.npy")
+    scores = np.load("orders/scores.npy")
     with monkeypatch.context() as patch:
         patch.setattr(LTRPModel, "_rank", lambda *_: pytest.fail("the ranker must not run"))
         module = importlib.import_module("ltrp_timm.train.finetune")
         patch.setattr(module, "check_network", lambda net: None)  # runs it once
         cached = tune("cached", **PLAIN, index_cache="orders")
-        np.save("orders/ranks.npy", 15 - ranks)  # the worst patches first
+        np.save("orders/scores.npy", -scores)  # the worst patches first
         other = tune("other", **PLAIN, index_cache="orders")
-        np.save("orders/ranks.npy", ranks)
+        np.save("orders/scores.npy", scores)
         tune("augmented", index_cache="orders")  # RandAugment, crops, flips
     assert distance(cached, ranked) <= 1e-6
     assert distance(other, ranked) > 1e-3
@@ -499,12 +577,12 @@ def test_training_by_cached_orders_is_training_by_the_ranker(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"mixup": 0.8}, "orders of single images: mixup and cutmix 0"),
-        ({"keep_ratio": None}, "an index cache goes with a pruned model"),
-        ({"index_cache": "nowhere"}, "nowhere holds no finished index cache"),
+        ({"mixup": 0.8}, "scores of single images: mixup and cutmix must be 0"),
+        ({"keep_ratio": None}, "an index cache needs a pruned model"),
+        ({"index_cache": "nowhere"}, "nowhere holds no scores"),
         ({"img_size": 96}, r"input_size = \[64, 64\], the model has \[96, 96\]"),
-        ({"ranker": "pixel_std"}, "orders of the contrast ranker, the model has pixel_std"),
-        ({"data": "set"}, "an order of another|lacks"),
+        ({"ranker": "pixel_std"}, "scores of the contrast ranker, the model has pixel_std"),
+        ({"data": "set"}, "scores of another|lacks"),
         ({"aa": "augmix-m5-w4-d2"}, "an index cache cannot follow AugMixAugment"),
         ({"distill": "self", "distill_features": 1.0}, "goes without gate and distill_features"),
     ],

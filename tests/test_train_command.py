@@ -92,10 +92,18 @@ def test_a_fast_ranker_from_a_slow_one(here: Path) -> None:
 def ranked(weights: str, name: str) -> dict[str, np.ndarray]:
     """What ``ltrp-timm rank`` says with a ranker that was trained here."""
     command = ["rank", "new", "-o", f"of {weights}", "--ranker", name, "--ranker-weights", weights]
-    command += ["--img-size", "32", "--patch-size", "8", "--no-overlays", "--workers", "0"]
+    command += [
+        "--img-size",
+        "32",
+        "--patch-size",
+        "8",
+        "--num-workers",
+        "0",
+        "--keep-ratio",
+        "0.5",
+    ]
     assert main([*command, "--device", "cpu"]) == 0
-    with np.load(f"of {weights}/scores.npz") as results:
-        return dict(results)
+    return {path.stem: np.load(path) for path in Path(f"of {weights}").glob("*.npy")}
 
 
 def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

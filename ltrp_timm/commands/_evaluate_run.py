@@ -49,7 +49,8 @@ from ltrp_timm.measure.throughput import NUM_WORKERS
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
 from ltrp_timm.runtime.world import World, join_world
-from ltrp_timm.scoring.transform import CachedTransform, open_cache, select_cached
+from ltrp_timm.scoring import cached_transform
+from ltrp_timm.scoring.scorer import select_with
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.logs import require_matplotlib
 
@@ -133,8 +134,7 @@ def _keyed(options: EvaluateOptions, subject: Subject) -> KeyedImages:
     images, size = subject.images, subject.config["input_size"]
     transform: Any = create_transform(**subject.config, is_training=False)
     if options.index_cache is not None:
-        cache = open_cache(options.index_cache, subject.model)
-        transform = CachedTransform(cache, images, transform)
+        transform = cached_transform(options.index_cache, subject.model, images, transform)
     keyed = KeyedImages(images, range(len(images)), transform, 0, size)
     keyed.check_readable()
     return keyed
@@ -201,7 +201,7 @@ def _call(model: Any, keep_ratio: float, precision: str, world: World) -> Callab
                 model.keep_ratio = keep_ratio
             if batch.scores is None:
                 return model(batch.images)
-            keep = select_cached(model, batch.scores, batch.images)
+            keep = select_with(model, batch.scores, batch.images)
             return model(batch.images, keep_indices=keep)
 
     return call

@@ -43,7 +43,7 @@ def add_evaluate(commands: Any) -> None:
     add("--ranker", help="what scores the patches (the model's own, or contrast)")
     add("--ranker-weights", metavar="PATH", help="folder or .safetensors file of the ranker")
     add("--selection", choices=SELECTIONS, help="how scores become patches (the model's own)")
-    add("--index-cache", metavar="DIR", help="orders that ltrp-timm rank --cache has written")
+    add("--index-cache", metavar="DIR", help="read scores that ltrp-timm rank has written")
     add("--pretrained", action="store_true", help="download the backbone's weights if need be")
     add("--checkpoint", metavar="FILE", help="weights of the model or of its plain backbone")
     add("--img-size", type=positive, metavar="PIXELS", help="side of the images (the model's)")

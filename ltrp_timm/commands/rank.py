@@ -1,97 +1,93 @@
-"""The flags of ``ltrp-timm rank``."""
+"""``ltrp-timm rank``: flags to plain arguments."""
 
 import argparse
+import os
 from typing import Any
 
-from ltrp_timm.commands._console import CommandError
-from ltrp_timm.commands._flags import keep_ratio, positive
+from ltrp_timm._text import complain, printable, say
+from ltrp_timm.commands._console import CommandError, library_errors
+from ltrp_timm.commands._flags import keep_ratio, not_negative, positive
+from ltrp_timm.commands.train import parse_values
 from ltrp_timm.measure.throughput import NUM_WORKERS
 
 
 def add_rank(commands: Any) -> None:
     """Add the command to the subparsers of ``ltrp-timm``."""
-    from ltrp_timm.scoring.cache import CROP_MODES
-    from ltrp_timm.scoring.parts import FORMATS
+    from ltrp_timm.rankers import list_rankers
+    from ltrp_timm.scoring.scorer import CROP_MODES
     from ltrp_timm.selection import SELECTIONS
 
-    about = (
-        "Rank the patches of images and folders: scores and kept patches, and a picture of each."
-    )
+    about = "Score the patches of images: files, folders, or a data set."
     more = (
-        "An interrupted run goes on where it stopped when the same command is given again. "
-        "torchrun --nproc-per-node N -m ltrp_timm rank … shares the work."
+        "DIR gets scores.npy (images, patches) and index.json; evaluate and finetune read both "
+        "with --index-cache DIR. Run the same command again to continue an interrupted run. Use "
+        "torchrun --nproc-per-node N -m ltrp_timm rank … to share the work among processes."
     )
     parser = commands.add_parser(
         "rank", help=about, description=about, epilog=more, allow_abbrev=False
     )
     parser.set_defaults(run=_run)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="IMAGE|DIR", help="files, and folders with all below them")
-    add("-o", "--output", metavar="DIR", help="where the results go")
-    text = "write an index cache here instead, of one data set as train and evaluate name it"
-    add("--cache", metavar="DIR", help=text)
-    add("--ranker", default="contrast", help="what scores the patches (%(default)s)")
-    add("--ranker-weights", metavar="PATH", help="folder or .safetensors file of a trained ranker")
-    add("--ranker-args", metavar="JSON", help="further arguments of create_ranker")
-    published = "the ranker's published weights (conv, attention, cam, grad_cam)"
-    add("--pretrained", action="store_true", help=published)
-    add("--keep-ratio", type=keep_ratio, metavar="R", help="in (0, 1] (0.5)")
-    fixed = [name for name in SELECTIONS if name != "adaptive"]  # one K for all images
-    add("--selection", choices=fixed, help="(top)")
-    add("--model", help="rank as in front of this timm ViT: its images, its patch grid")
-    add("--img-size", type=positive, metavar="N", help="side of an image (224, or the model's)")
-    add("--patch-size", type=positive, metavar="N", help="side of a patch without --model (16)")
-    text = "of a cache's images: squash shows all of them, so that crops can be followed (center)"
+    text = "image files and folders, searched recursively; or one data set: a .tar or hfds/…, "
+    add("data", nargs="+", metavar="DATA", help=text + "wds/…, torch/… as in timm")
+    add("-o", "--output", metavar="DIR", required=True, help="folder of the results")
+    text = "what scores the patches (default: the ranker of --model, or contrast)"
+    add("--ranker", choices=list_rankers(), help=text)
+    add("--ranker-args", nargs="+", metavar="NAME=VALUE", help="options of the ranker")
+    weights = parser.add_mutually_exclusive_group()
+    text = "weights of the ranker: a folder, a .safetensors file or hf-hub:owner/name"
+    weights.add_argument("--ranker-weights", metavar="PATH", help=text)
+    text = "use the ranker's published weights (conv, attention, cam, grad_cam)"
+    weights.add_argument("--pretrained", action="store_true", help=text)
+    text = "timm model; prepare images and patches as for this model"
+    add("--model", metavar="NAME", help=text)
+    text = "side of the images in pixels (default: 224, or the model's)"
+    add("--img-size", type=positive, metavar="N", help=text)
+    text = "side of a patch in pixels, without --model (default: 16)"
+    add("--patch-size", type=positive, metavar="N", help=text)
+    text = "squash resizes the whole picture, as finetune --index-cache needs (default: center)"
     add("--crop-mode", choices=CROP_MODES, help=text)
-    add("--split", help="of a cache's data (train)")
-    add("--data-root", metavar="DIR", help="folder of a cache's named dataset")
-    add("--input-key", metavar="NAME", help="where a cache's named dataset keeps its images")
-    add("--format", choices=FORMATS, help="of the scores (npz)")
-    add("--no-overlays", action="store_true", help="write no pictures")
-    add("--batch-size", type=positive, default=32, metavar="N", help="(%(default)s)")
-    add("--workers", type=_workers, metavar="N", help="processes that read images (up to 4)")
-    add("--device", help="cpu, cuda, … (a GPU where there is one)")
-    add("--overwrite", action="store_true", help="start anew, replace results that are there")
-
-
-def _workers(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text}.")
-    return int(text)
+    text = "also write keep_indices.npy with this share of the patches, in (0, 1]"
+    add("--keep-ratio", type=keep_ratio, metavar="R", help=text)
+    fixed = [name for name in SELECTIONS if name != "adaptive"]  # one K for all images
+    text = "rule behind keep_indices.npy (default: top)"
+    add("--selection", choices=fixed, help=text)
+    text = "also write a picture of each image with its scores and kept patches"
+    add("--overlays", action="store_true", help=text)
+    add("--split", metavar="NAME", help="split of a data set (default: train)")
+    add("--data-root", metavar="DIR", help="folder of a named data set")
+    add("--input-key", metavar="NAME", help="column of the images in a named data set")
+    text = "images per batch (default: %(default)s)"
+    add("--batch-size", type=positive, default=32, metavar="N", help=text)
+    text = "processes that read images (default: %(default)s)"
+    add("--num-workers", type=not_negative, default=NUM_WORKERS, metavar="N", help=text)
+    add("--device", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
+    add("--overwrite", action="store_true", help="replace existing results")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ltrp_timm.scoring.cache import rank_cache
-    from ltrp_timm.scoring.job import RankOptions
-    from ltrp_timm.scoring.run import rank
+    from ltrp_timm.scoring import rank_images
 
-    if arguments.output == "" or arguments.cache == "":
-        flag = "--output" if arguments.output == "" else "--cache"
-        raise CommandError(f"{flag} must name a folder, got an empty name.")
-    if (arguments.output is None) == (arguments.cache is None):
-        raise CommandError("one of --output DIR and --cache DIR says where the results go.")
-    if arguments.model is not None and arguments.patch_size is not None:
-        raise CommandError("--patch-size goes without --model: a model has its own.")
-    if arguments.pretrained and arguments.ranker_weights is not None:
-        raise CommandError("--pretrained and --ranker-weights exclude each other.")
-    _check_goal(arguments)
-    given = dict(vars(arguments), overlays=not arguments.no_overlays)
-    if given["workers"] is None:
-        given["workers"] = NUM_WORKERS
-    for name in ("command", "run", "no_overlays"):
-        del given[name]
-    options = RankOptions(**{name: value for name, value in given.items() if value is not None})
-    return rank(options) if options.cache is None else rank_cache(options)
-
-
-def _check_goal(arguments: argparse.Namespace) -> None:
-    """Flags of results with a cache, or of a cache without one, would do nothing."""
-    for_results = ("keep_ratio", "selection", "format", "no_overlays")
-    for_cache = ("crop_mode", "split", "data_root", "input_key")
-    names = for_cache if arguments.cache is None else for_results
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
-    if given:
-        word = "without" if arguments.cache is not None else "with"
-        raise CommandError(f"{given[0]} goes {word} --cache.")
-    if arguments.cache is not None and len(arguments.inputs) > 1:
-        raise CommandError(f"--cache is of one data set, got {len(arguments.inputs)}.")
+    if not arguments.output:
+        raise CommandError("--output must name a folder, got an empty name.")
+    values = dict(vars(arguments), ranker_args=parse_values(arguments.ranker_args))
+    if values.pop("pretrained"):
+        values["ranker_weights"] = True
+    for name in ("command", "run"):
+        del values[name]
+    reports = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+    try:
+        with library_errors():
+            ranked = rank_images(**values)
+    except CommandError:
+        if not reports:  # the first process does
+            return 2
+        raise
+    if not reports:
+        return 0
+    for line in ranked.unreadable:
+        complain(line)
+    noun = "image" if ranked.ranked == 1 else "images"
+    count = f"{ranked.ranked} {noun}, {len(ranked.unreadable)} failed"
+    say(f"ranked {count}: {printable(arguments.output)}")
+    return 2 if ranked.unreadable else 0

@@ -14,6 +14,7 @@ from timm.utils.distributed import init_distributed_device_so
 from ltrp_timm.runtime.stopping import signals_handled
 
 T = TypeVar("T")
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
 
 
@@ -100,11 +101,14 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
         patient: see ``World``; processes then communicate on the CPU.
 
     Raises:
-        ValueError: The device cannot be used.
+        ValueError: The device cannot be used, or ``WORLD_SIZE`` is set without what torchrun sets
+            beside it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     mine = not dist.is_initialized()
+    if mine:
+        _check_environment()
     if mine and patient:
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if size > 1:
@@ -121,6 +125,16 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_environment() -> None:
+    size = os.environ.get("WORLD_SIZE", "1")
+    absent = [name for name in _RENDEZVOUS if name not in os.environ]
+    if size != "1" and absent and "SLURM_PROCID" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but {', '.join(absent)} is not set; start several processes "
+            "with torchrun, or unset WORLD_SIZE."
+        )
 
 
 def _check_device(device: str) -> None:

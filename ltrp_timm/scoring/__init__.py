@@ -1,27 +1,7 @@
-"""Orders of patches, computed once for a set of images and read instead of running a ranker."""
+"""Scores of the patches of whole data sets: written once, read in place of a ranker."""
 
-from ltrp_timm.scoring.follow import FollowedTransform, Step, trace
-from ltrp_timm.scoring.store import (
-    CACHE_NAME,
-    RANKS_NAME,
-    ImageIds,
-    IndexCache,
-    finish_cache,
-    rank_type,
-    ranker_hash,
-    ranks_of,
-)
+from ltrp_timm.scoring.run import Ranked, rank_images
+from ltrp_timm.scoring.store import IndexCache
+from ltrp_timm.scoring.transform import CachedTransform, cached_transform
 
-__all__ = [
-    "CACHE_NAME",
-    "RANKS_NAME",
-    "FollowedTransform",
-    "ImageIds",
-    "IndexCache",
-    "Step",
-    "finish_cache",
-    "rank_type",
-    "ranker_hash",
-    "ranks_of",
-    "trace",
-]
+__all__ = ["CachedTransform", "IndexCache", "Ranked", "cached_transform", "rank_images"]

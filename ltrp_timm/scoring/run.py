@@ -1,199 +1,254 @@
-"""``ltrp-timm rank``: rank the patches of whole folders, and go on where it was interrupted.
+"""Rank all images of a data set: resumable, and shared among the processes of torchrun.
 
-Every part of the images is worked on by one process and written as a whole, so that results do not
-depend on how many processes there are or how often they were interrupted.
+Images are ranked in fixed batches of neighbours, each by one process, so that the results do not
+depend on the number of processes or of interruptions.
 """
 
-import hashlib
-import json
+import contextlib
 import os
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
-from ltrp_timm._text import one_line
-from ltrp_timm.commands._console import CommandError
-from ltrp_timm.data.images import ImageFiles, Images, PixelDataset, find_images
-from ltrp_timm.rankers import ranker_class
-from ltrp_timm.runtime.world import World
-from ltrp_timm.scoring import ranker_hash
-from ltrp_timm.scoring.job import Job, RankOptions, Result, name_failures, run_job, say_done
-from ltrp_timm.scoring.parts import OVERLAYS, PART_SIZE, Parts
-from ltrp_timm.scoring.scorer import Scorer, ranker_alone, ranker_of_model
+from ltrp_timm.data.images import (
+    NAMED,
+    ImageFiles,
+    Images,
+    PixelDataset,
+    find_images,
+    open_dataset,
+)
+from ltrp_timm.runtime.stopping import ignore_signals, stop_requests, stopped_by_sigterm
+from ltrp_timm.runtime.world import World, join_world
+from ltrp_timm.scoring.scorer import Scorer, find_device, open_scorer
+from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids, locked
+from ltrp_timm.selection import num_keep
 from ltrp_timm.visualize import kept_patches, row, score_map
 from ltrp_timm.weights.files import write_atomically
 
-IMG_SIZE, PATCH_SIZE = 224, 16  # without a model
+KEEP_RATIO, SELECTION = 0.5, "top"  # of overlays, where none is given
 
 
-def rank(options: RankOptions) -> int:
-    """Rank images and write scores, kept patches and pictures.
+@dataclass(frozen=True)
+class Ranked:
+    """The result of a run.
+
+    Attributes:
+        ranked: number of images with scores.
+        unreadable: one line for each image that could not be read, and for each missing input.
+    """
+
+    ranked: int
+    unreadable: Sequence[str]
+
+
+def rank_images(
+    data: str | Sequence[str],
+    output: str | Path,
+    ranker: str | None = None,
+    ranker_weights: Any = None,
+    ranker_args: Mapping[str, Any] | None = None,
+    *,
+    model: str | None = None,
+    img_size: int | None = None,
+    patch_size: int | None = None,
+    crop_mode: str | None = None,
+    keep_ratio: float | None = None,
+    selection: str | None = None,
+    split: str | None = None,
+    data_root: str | None = None,
+    input_key: str | None = None,
+    overlays: bool = False,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> Ranked:
+    """Write the scores of all patches of all images into a folder; see ``scoring.store``.
 
     Args:
-        options: what was asked for.
+        data: image files and folders, or one data set as ``open_dataset`` takes it.
+        output: the folder; an unfinished run in it is continued.
+        ranker: see ``open_scorer``, like the next arguments.
+        ranker_weights: of the ranker.
+        ranker_args: of the ranker.
+        model: a timm ViT that images and patches are prepared for.
+        img_size: side of the images.
+        patch_size: side of a patch.
+        crop_mode: "center" or "squash".
+        keep_ratio: share of patches in ``keep_indices.npy`` (default: 0.5 with a selection).
+        selection: the rule behind ``keep_indices.npy`` (default: "top" with a keep ratio). If
+            neither is given, that file is not written.
+        split: of a data set.
+        data_root: folder of a named data set.
+        input_key: of the images in a named data set.
+        overlays: also write a picture of each image with its score map and its kept patches.
+        batch_size: images per batch.
+        num_workers: processes that read images.
+        device: of the ranker (default: a GPU if there is one).
+        overwrite: replace existing results.
 
     Returns:
-        0, or 2 when some of the files could not be read.
+        How many images were ranked, and which could not be read.
 
     Raises:
-        CommandError: an argument is wrong, there is nothing to rank, or the output holds other
-            results.
+        ValueError: an argument is out of range, no image can be read, or the folder holds an
+            unfinished run with other settings.
+        TypeError: patches cannot be dropped from the model.
+        FileExistsError: the folder holds results.
+        BlockingIOError: another process writes to the folder.
+        OSError: something is missing, or the folder cannot be written.
     """
-    return run_job(options, _prepare, str(options.output))
+    inputs, output = [data] if isinstance(data, str) else list(data), Path(output)
+    chooses = keep_ratio is not None or selection is not None
+    ratio, rule = keep_ratio or KEEP_RATIO, selection or SELECTION
+    with (
+        stopped_by_sigterm(),
+        join_world("cpu", patient=True) as world,
+        contextlib.ExitStack() as stack,
+    ):
+        device = find_device(device)
+        images, missing = _open_images(inputs, output, split, data_root, input_key, world)
+        scorer = open_scorer(
+            ranker,
+            ranker_weights,
+            ranker_args,
+            model=model,
+            img_size=img_size,
+            patch_size=patch_size,
+            crop_mode=crop_mode,
+            keep_ratio=ratio,
+            selection=rule,
+            device=device,
+        )
+        chosen = {"keep_ratio": ratio, "selection": rule} if chooses or overlays else {}
+        settings = {**scorer.settings(), "model": model, "overlays": overlays, **chosen}
+        n = scorer.grid_size[0] * scorer.grid_size[1]
+
+        def prepare() -> None:
+            stack.enter_context(locked(output))
+            k = num_keep(n, ratio) if chooses else None
+            begin(output, settings, image_ids(images), n, k, overwrite)
+
+        world.on_main(prepare)
+        writer = ScoreWriter(output)
+        if len(writer) != len(images):
+            raise ValueError(f"{output} is for {len(writer)} images, this process found another.")
+        draw = _Overlays(output, images, scorer) if overlays else None
+        failures = _rank(images, scorer, writer, draw, batch_size, num_workers, world)
+        world.barrier()
+        failures = dict(world.gather(list(failures.items())))
+        if world.main:
+            writer.finish(failures)
+        lines = [*missing, *(failures[index] for index in sorted(failures))]
+        return Ranked(len(images) - len(failures), lines)
 
 
-def _prepare(options: RankOptions, world: World) -> Job:
-    device, output = find_device(options.device), str(options.output)
-    root, names, missing = find_images(options.inputs, (output, os.path.join(output, OVERLAYS)))
-    if not names:
-        raise CommandError(missing[0] if missing else "no images were found.")
-    scorer = make_scorer(options, device)
-    settings = {
-        **scorer_settings(options, scorer),
-        "keep_ratio": options.keep_ratio,
-        "selection": options.selection,
-        "overlays": options.overlays,
-        "part_size": PART_SIZE,
-        "images_hash": fingerprint(root, names),
-    }
-    parts = Parts(Path(output), len(names))
-    world.on_main(lambda: parts.begin(settings, options.overwrite))
-    size = settings["input_size"]
-    images = Images(ImageFiles("", [str(root / name) for name in names]))  # whole paths in messages
-    return Job(
-        output,
-        PixelDataset(images, scorer.transform(), (size[0], size[1])),
-        scorer,
-        settings,
-        parts,
-        device,
-        _arrays,
-        partial(_finish, options, parts, names, missing, settings),
-        partial(_draw, Path(output), names, scorer) if options.overlays else None,
+def _open_images(
+    inputs: Sequence[str],
+    output: Path,
+    split: str | None,
+    data_root: str | None,
+    input_key: str | None,
+    world: World,
+) -> tuple[Images, list[str]]:
+    """The images, and a line for each input that does not exist."""
+    if split or data_root or input_key or any(map(_is_dataset, inputs)):
+        if len(inputs) != 1:
+            raise ValueError(f"a data set is ranked alone, got {len(inputs)} inputs.")
+        dataset = open_dataset(
+            inputs[0],
+            root=data_root,
+            split=split or "train",
+            input_key=input_key,
+            training=False,
+        )
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"{inputs[0]} is a stream; its images have no fixed numbers.")
+        missing: list[str] = []
+    else:
+        # one process looks: another one might find other files
+        skipped = (output, output / OVERLAYS)
+        root, names, missing = world.on_main(lambda: find_images(inputs, skipped))
+        dataset = ImageFiles(root, names)
+    if not len(dataset):
+        raise ValueError(missing[0] if missing else "no images were found.")
+    return Images(dataset), missing
+
+
+def _is_dataset(name: str) -> bool:
+    """Whether this is a data set by name or an archive, not a file or folder of images."""
+    if Path(name).exists():
+        return name.endswith(".tar")
+    return name.partition("/")[0].lower() in NAMED
+
+
+class _Overlays:
+    """Draws an image, its score map and its kept patches side by side, into a PNG."""
+
+    def __init__(self, output: Path, images: Images, scorer: Scorer) -> None:
+        self.folder, self.images = output / OVERLAYS, images
+        self.grid, self.patch = scorer.grid_size, scorer.patch_size
+
+    def __call__(self, index: int, pixels: Tensor, scores: Tensor, keep: Tensor) -> None:
+        (h, w), (rows, cols) = self.grid, self.patch
+        photo = Image.fromarray(pixels.permute(1, 2, 0).numpy()).crop((0, 0, w * cols, h * rows))
+        sheet = row(
+            [
+                (photo, f"{photo.width}x{photo.height}"),
+                (score_map(photo, scores, (h, w)), "yellow = keep first"),
+                (kept_patches(photo, keep, (h, w)), f"keeps {len(keep)} of {h * w}"),
+            ]
+        )
+        # an entry of an archive may be called ../x
+        name = os.path.normpath(f"/{self.images.name(index)}.png").lstrip("/")
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda place: sheet.save(place, "PNG"))
+
+
+def _rank(
+    images: Images,
+    scorer: Scorer,
+    writer: ScoreWriter,
+    draw: Callable[[int, Tensor, Tensor, Tensor], None] | None,
+    batch_size: int,
+    num_workers: int,
+    world: World,
+) -> dict[int, str]:
+    """Rank the share of this process; returns why images could not be read, by index."""
+    count = len(images)
+    failures: dict[int, str] = {}
+    starts = range(world.rank * batch_size, count, world.size * batch_size)
+    batches = [list(range(start, min(start + batch_size, count))) for start in starts]
+    batches = [batch for batch in batches if writer.pending(batch)]
+    loader = DataLoader(
+        PixelDataset(images, scorer.transform(), scorer.img_size),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals,
     )
-
-
-def fingerprint(root: Path, names: Sequence[str]) -> str:
-    """A digest of the names, sizes and times of files: another one where an image changed."""
-    digest = hashlib.sha256()
-    for name in names:
-        try:
-            status = os.stat(root / name)
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:  # reported when it is read
-            state = "unreadable"
-        digest.update(f"{name}\0{state}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def make_scorer(options: RankOptions, device: str) -> Scorer:
-    """What the options ask for.
-
-    Raises:
-        CommandError: there is no such thing.
-    """
-    name, weights = options.ranker, options.pretrained or options.ranker_weights
-    try:
-        kind = ranker_class(name)
-        args = json.loads(options.ranker_args or "{}")
-        if not isinstance(args, dict):
-            raise ValueError(f"--ranker-args must be a JSON object, got {options.ranker_args}.")
-        if kind.learned and not weights:
-            raise ValueError(
-                f"the {name} ranker is not trained, its choice would mean nothing: "
-                "--ranker-weights FILE"
-                + (" or --pretrained." if kind.has_published_weights else ".")
-            )
-        if options.model is not None:
-            return ranker_of_model(name, weights, args, options.model, options.img_size, device)
-        img_size, patch_size = options.img_size or IMG_SIZE, options.patch_size or PATCH_SIZE
-        return ranker_alone(name, weights, args, img_size, patch_size, device)
-    except json.JSONDecodeError as error:
-        text = options.ranker_args
-        raise CommandError(f"--ranker-args is not JSON ({error}), got {text}.") from error
-    except Exception as error:  # timm, the Hub's client and file formats: no common type
-        raise CommandError(one_line(error)) from error
-
-
-def find_device(name: str | None) -> str:
-    """The device asked for, or a GPU where there is one; of several GPUs each process takes its.
-
-    Raises:
-        CommandError: it cannot be used.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    local = os.environ.get("LOCAL_RANK")
-    if name == "cuda" and local is not None and torch.cuda.is_available():
-        name = f"cuda:{int(local) % torch.cuda.device_count()}"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
-        raise CommandError(f"--device {name}: {one_line(error)}") from error
-    return name
-
-
-def scorer_settings(options: RankOptions, scorer: Scorer) -> dict[str, Any]:
-    """What scores depend on; it stands beside the results too."""
-    config = scorer.config
-    return {
-        "ranker": options.ranker,
-        "ranker_args": json.dumps(scorer.ranker.config()),
-        "ranker_hash": ranker_hash(scorer.ranker),
-        "model": options.model,
-        "input_size": list(config["input_size"][-2:]),
-        "patch_size": list(scorer.patch_size),
-        "grid_size": list(scorer.grid_size),
-        **{name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")},
-        **{name: list(config[name]) for name in ("mean", "std")},
-    }
-
-
-def _arrays(results: Sequence[Result]) -> dict[str, Any]:
-    """The arrays of a part: of n images that could be read, and why others could not."""
-    good = [result for result in results if not result[3]]
-    bad = [result for result in results if result[3]]
-    shape = (-1, len(results[0][1])), (-1, len(results[0][2]))
-    return {
-        "index": np.array([result[0] for result in good], dtype=np.int64),
-        "scores": np.array([r[1].numpy() for r in good], dtype=np.float32).reshape(shape[0]),
-        "keep_indices": np.array([r[2].numpy() for r in good], dtype=np.int64).reshape(shape[1]),
-        "failed": np.array([result[0] for result in bad], dtype=np.int64),
-        "reasons": np.array([result[3] for result in bad], dtype=np.str_),
-    }
-
-
-def _draw(
-    output: Path, names: Sequence[str], scorer: Scorer, pixels: Tensor, result: Result
-) -> None:
-    """The picture, its score map and its kept patches, side by side, as a PNG."""
-    index, scores, keep, _ = result
-    (h, w), (rows, cols) = scorer.grid_size, scorer.patch_size
-    photo = Image.fromarray(pixels.permute(1, 2, 0).numpy()).crop((0, 0, w * cols, h * rows))
-    panels = [
-        (photo, f"{photo.width}x{photo.height}"),
-        (score_map(photo, scores, (h, w)), "yellow = keep first"),
-        (kept_patches(photo, keep, (h, w)), f"keeps {len(keep)} of {h * w}"),
-    ]
-    path = output / OVERLAYS / f"{names[index]}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet = row(panels)
-    write_atomically(path, lambda place: sheet.save(place, "PNG"))
-
-
-def _finish(
-    options: RankOptions,
-    parts: Parts,
-    names: list[str],
-    missing: Sequence[str],
-    settings: dict[str, Any],
-) -> int:
-    """Put the parts together."""
-    failed = name_failures(parts, missing)
-    path = parts.merge(options.format, names, settings)
-    return say_done(parts.count - failed, failed + len(missing), path)
+    quiet = None if world.main else True  # None: silent where stderr is no terminal
+    with (
+        contextlib.closing(writer),
+        stop_requests() as requests,
+        tqdm(total=sum(map(len, batches)), unit="image", disable=quiet) as bar,
+    ):
+        for index, pixels, reasons in loader:
+            rows, readable = index.tolist(), [not reason for reason in reasons]
+            scores, keep = scorer(pixels)
+            failures.update((i, reason) for i, reason in zip(rows, reasons) if reason)
+            for place, number in enumerate(rows):
+                if draw is not None and readable[place]:
+                    draw(number, pixels[place], scores[place], keep[place])
+            writer.write(rows, scores, keep, readable)
+            bar.update(len(rows))
+            requests.check()
+    return failures

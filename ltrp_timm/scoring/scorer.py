@@ -1,46 +1,64 @@
-"""From pixels to scores and kept patches, with a ranker alone or as in front of a model."""
+"""From pixels to scores and kept patches, with a ranker alone or in front of a model."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor
 
+from ltrp_timm._text import one_line
 from ltrp_timm.layers import InputBridge, resize_score_map
-from ltrp_timm.models.open_model import open_model
+from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.models.open_model import is_source, open_model
 from ltrp_timm.models.timm_interface import pixels_per_token
 from ltrp_timm.rankers import create_ranker, ranker_class
-from ltrp_timm.selection import check_selection_args, choose_keep_indices
+from ltrp_timm.scoring.store import ranker_hash
+from ltrp_timm.selection import check_keep_ratio, check_selection_args, choose_keep_indices
 
+CROP_MODES = ("center", "squash")
+IMG_SIZE, PATCH_SIZE = 224, 16  # without a model
 _PIXELS = ((0.0,), (1.0,))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Scorer:
-    """What turns a batch of images into scores.
+    """Turns a batch of images into scores and kept patches.
 
     Attributes:
-        ranker: the ranker, in eval mode.
+        ranker: in eval mode.
         config: timm's data configuration of the images.
         grid_size: (h, w) in patches.
         patch_size: (height, width) of a patch in pixels.
+        device: of the ranker.
         score: images normalised by ``config`` (B, 3, H, W) -> scores (B, N) float32.
+        select: scores (B, N) and these images -> keep indices (B, K) int64.
     """
 
     ranker: Any
     config: dict[str, Any]
     grid_size: tuple[int, int]
     patch_size: tuple[int, int]
+    device: str
     score: Callable[[Tensor], Tensor]
+    select: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        h, w = self.config["input_size"][-2:]
+        return h, w
 
     def transform(self) -> Any:
-        """timm's evaluation transform up to pixels (3, H, W) uint8: pictures can still be drawn."""
+        """timm's evaluation transform up to pixels (3, H, W) uint8, which can still be drawn."""
         return timm.data.create_transform(**self.config, is_training=False, normalize=False)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) uint8 -> float32, as the rest of timm's transform would."""
+    def images(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 -> normalised float32, as by the rest of timm's transform."""
+        pixels = pixels.to(self.device)
         shape = (1, 3, 1, 1)
         mean, std = (
             torch.tensor(self.config[name], device=pixels.device).expand(3).reshape(shape)
@@ -48,15 +66,102 @@ class Scorer:
         )
         return (pixels.float() / 255.0 - mean) / std
 
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) uint8 -> scores (B, N) and keep indices (B, K), on the CPU."""
+        with torch.inference_mode():
+            images = self.images(pixels)
+            scores = self.score(images)
+            return scores.cpu(), self.select(scores, images).cpu()
 
-def ranker_alone(
-    name: str, weights: Any, args: dict[str, Any], img_size: int, patch_size: int, device: str
+    def settings(self) -> dict[str, Any]:
+        """What the scores depend on, as JSON can hold it."""
+        config = self.config
+        return {
+            "ranker": self.ranker.name,
+            "ranker_args": self.ranker.config(),
+            "ranker_hash": ranker_hash(self.ranker),
+            "input_size": list(self.img_size),
+            "patch_size": list(self.patch_size),
+            "grid_size": list(self.grid_size),
+            **{name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")},
+            **{name: list(config[name]) for name in ("mean", "std")},
+        }
+
+
+def open_scorer(
+    ranker: str | None = None,
+    weights: Any = None,
+    ranker_args: Mapping[str, Any] | None = None,
+    *,
+    model: str | None = None,
+    img_size: int | None = None,
+    patch_size: int | None = None,
+    crop_mode: str | None = None,
+    keep_ratio: float = 0.5,
+    selection: str = "top",
+    device: str = "cpu",
 ) -> Scorer:
-    """A ranker on images of one size, cut into a grid of patches of one size.
+    """Open a ranker by name.
+
+    Args:
+        ranker: one of ``list_rankers()`` (default: the model's own, or contrast).
+        weights: of the ranker: a folder, a file or ``hf-hub:…``; True for published ones.
+        ranker_args: further arguments of ``create_ranker``.
+        model: a timm ViT: the images and patches are those of the ranker in front of it. The ViT
+            itself does not run.
+        img_size: side of the images (default: 224, or the model's).
+        patch_size: side of a patch without a model (default: 16).
+        crop_mode: "center" (default, or the model's), or "squash": the whole picture.
+        keep_ratio: share of patches to keep, in (0, 1].
+        selection: "top", "random", "mixed" or "stratified".
+        device: of the ranker.
 
     Raises:
-        ValueError: the image is smaller than a patch; and all that ``create_ranker`` raises.
+        ValueError: an argument is out of range, or the ranker needs trained weights.
+        TypeError: patches cannot be dropped from the model, or a ranker argument is unknown.
+        OSError: the weights are missing.
     """
+    if selection == "adaptive":
+        raise ValueError("selection 'adaptive' keeps other numbers of patches in each image.")
+    choice = {"keep_ratio": check_keep_ratio(keep_ratio), "selection": selection}
+    if model is None:
+        sizes = img_size or IMG_SIZE, patch_size or PATCH_SIZE
+        scorer = _alone(ranker or "contrast", weights, dict(ranker_args or {}), *sizes, choice, device)
+    elif patch_size is not None:
+        raise ValueError("--patch-size does not go with --model, which has its own patch size.")
+    else:
+        net, _ = open_model(
+            model,
+            pretrained=None if is_source(model) else False,
+            ranker=ranker,
+            ranker_weights=weights,
+            ranker_args=ranker_args or None,
+            img_size=img_size,
+            **choice,
+        )
+        scorer = _of_model(net.to(device), device)
+    if scorer.ranker.learned and not scorer.ranker.trained:
+        published = " or --pretrained" if scorer.ranker.has_published_weights else ""
+        raise ValueError(
+            f"the {scorer.ranker.name} ranker is not trained, its scores mean nothing; give "
+            f"--ranker-weights PATH{published}."
+        )
+    config = {**scorer.config, "crop_mode": crop_mode or scorer.config["crop_mode"]}
+    if crop_mode == "squash":
+        config["crop_pct"] = 1.0  # all of every picture
+    return dataclasses.replace(scorer, config=config)
+
+
+def _alone(
+    name: str,
+    weights: Any,
+    args: dict[str, Any],
+    img_size: int,
+    patch_size: int,
+    choice: Mapping[str, Any],
+    device: str,
+) -> Scorer:
+    """A ranker on images of one size, cut into a grid of patches of one size."""
     side = img_size // patch_size
     if side < 1:
         raise ValueError(f"images of {img_size} pixels are smaller than a patch of {patch_size}.")
@@ -65,63 +170,58 @@ def ranker_alone(
     ranker = create_ranker(name, weights, **args).to(device).eval()
     # the transform normalises as the ranker wants it; only a size of its own is left to bridge
     mean, std = ranker.mean or _PIXELS[0], ranker.std or _PIXELS[1]
-    config = _data_config((img_size, img_size), mean, std)
-    bridge = InputBridge(_PIXELS, _PIXELS, ranker.img_size).to(device)
-
-    def score(images: Tensor) -> Tensor:
-        return resize_score_map(ranker(bridge(images)), side, side)
-
-    return Scorer(ranker, config, (side, side), (patch_size, patch_size), score)
-
-
-def ranker_of_model(
-    name: str,
-    weights: Any,
-    args: dict[str, Any],
-    model_name: str,
-    img_size: int | None,
-    device: str,
-) -> Scorer:
-    """A ranker in front of a timm ViT, on its images and its grid; that ViT itself never runs.
-
-    Raises:
-        TypeError: patches cannot be dropped from the model.
-    """
-    model, _ = open_model(
-        model_name,
-        pretrained=False,
-        ranker=name,
-        ranker_weights=weights,
-        ranker_args=args,
-        img_size=img_size,
-    )
-    model = model.to(device)
-    config = model.data_config()
-    size = tuple(config["input_size"][-2:])
-    grid = model.grid_size(torch.empty(1, 3, *size, device="meta"))
-    return Scorer(model.ranker, config, grid, pixels_per_token(model.backbone), model.patch_scores)
-
-
-def _data_config(size: tuple[int, int], mean: Any, std: Any) -> dict[str, Any]:
-    return {
-        "input_size": (3, *size),
+    config = {
+        "input_size": (3, img_size, img_size),
         "interpolation": "bicubic",
         "mean": tuple(mean),
         "std": tuple(std),
         "crop_pct": 1.0,
         "crop_mode": "center",
     }
+    bridge = InputBridge(_PIXELS, _PIXELS, ranker.img_size).to(device)
+    ratio, rule = choice["keep_ratio"], choice["selection"]
+    options = check_selection_args(rule, None)
+
+    def score(images: Tensor) -> Tensor:
+        return resize_score_map(ranker(bridge(images)), side, side)
+
+    def select(scores: Tensor, images: Tensor) -> Tensor:
+        return choose_keep_indices(scores, None, ratio, rule, options, (side, side), images)
+
+    return Scorer(ranker, config, (side, side), (patch_size, patch_size), device, score, select)
 
 
-def rank_batch(
-    scorer: Scorer, pixels: Tensor, keep_ratio: float, selection: str, device: str
-) -> tuple[Tensor, Tensor]:
-    """Pixels (B, 3, H, W) uint8 -> scores (B, N) float32 and keep indices (B, K), on the CPU."""
-    with torch.inference_mode():
-        images = scorer.normalise(pixels.to(device))
-        scores = scorer.score(images)
-        args = check_selection_args(selection, None)
-        keep = choose_keep_indices(
-            scores, None, keep_ratio, selection, args, scorer.grid_size, images
-        )
-    return scores.cpu(), keep.cpu()
+def _of_model(model: LTRPModel, device: str) -> Scorer:
+    """The ranker of a model, on its images and its grid."""
+    config = model.data_config()
+    empty = torch.empty(1, *config["input_size"], device="meta")
+    grid, patch = model.grid_size(empty), pixels_per_token(model.backbone)
+    select = partial(select_with, model)
+    return Scorer(model.ranker, config, grid, patch, device, model.patch_scores, select)
+
+
+def select_with(model: LTRPModel, scores: Tensor, images: Tensor) -> Tensor:
+    """Keep indices (B, K) as the model chooses them by scores (B, N) of images (B, C, H, W)."""
+    h, w = model.grid_size(images)
+    args = check_selection_args(model.selection, model.selection_args)
+    padded = model._padded(images, h, w)
+    return choose_keep_indices(
+        scores, None, model.keep_ratio, model.selection, args, (h, w), padded
+    )
+
+
+def find_device(name: str | None) -> str:
+    """The device of that name, or a GPU if there is one; each process has its own of several GPUs.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = os.environ.get("LOCAL_RANK")
+    if name == "cuda" and local is not None and torch.cuda.is_available():
+        name = f"cuda:{int(local) % torch.cuda.device_count()}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
+        raise ValueError(f"device {name!r} cannot be used: {one_line(error)}") from error
+    return name

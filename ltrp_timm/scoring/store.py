@@ -1,14 +1,21 @@
-"""The files of an index cache.
+"""The scores of a data set on disk: what ``ltrp-timm rank`` writes and an index cache reads.
 
-``ranks.npy`` has a row for each image: the place of every patch in the order of its scores, 0 the
-best, as uint8 or uint16 on the patch grid; it is read through a memory map. ``cache.json`` comes
-last and says what they are of: ranker, images, and how these were cut into patches.
+A folder holds
+
+- ``scores.npy``: float32 (M, N), one row for each image; a row of NaN is an unreadable image.
+- ``keep_indices.npy``: int64 (M, K), if the run chose patches; -1 in the rows of unreadable images.
+- ``done.npy``: uint8 (M,), the state of each row: 0 pending, 1 ranked, 2 unreadable.
+- ``index.json``: settings of the ranker, names and sizes of the images, reasons of failures.
+
+The arrays are memory maps: several processes write disjoint rows, and a reader loads single rows.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,32 +26,69 @@ import torch
 from torch import Tensor
 
 from ltrp_timm._text import printable
+from ltrp_timm.data.images import Images
 from ltrp_timm.selection import best_first
 from ltrp_timm.weights.files import write_atomically, write_text
 from ltrp_timm.weights.untrusted import parse_json
 
-RANKS_NAME, CACHE_NAME = "ranks.npy", "cache.json"
+INDEX, SCORES, KEEP, DONE = "index.json", "scores.npy", "keep_indices.npy", "done.npy"
+OVERLAYS, LOCK = "overlays", ".lock"
+PENDING, RANKED, FAILED = 0, 1, 2
+FLUSH_SECONDS = 1.0  # a run that is killed repeats at most the work of this time
 _FORMAT = 1
+_EMPTY = {SCORES: float("nan"), KEEP: -1}  # rows of unreadable images
 _Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class ImageIds:
-    """What tells the images of a set from others.
+    """The identity of the images of a data set.
 
     Attributes:
-        names: one for each image: its path below the set's folder, or its number.
-        sizes: bytes of each file, -1 where there is none.
-        dataset: what else identifies the set, where its images have no names; or "".
+        names: the path of each image below the folder of the data set, or its number.
+        sizes: bytes of each file; -1 without a file.
+        times: modification time of each file in nanoseconds; 0 without a file on disk.
+        dataset: identity of a data set without names; "" otherwise.
     """
 
     names: Sequence[str]
     sizes: Sequence[int]
+    times: Sequence[int]
     dataset: str = ""
+
+    def digest(self) -> str:
+        """A digest that changes with any image."""
+        text = json.dumps([self.dataset, *map(list, (self.names, self.sizes, self.times))])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def image_ids(images: Images) -> ImageIds:
+    """The identity of each image: name and size of its file, or its number in a data set."""
+    count, samples = len(images), getattr(images.reader, "samples", None)
+    if samples is not None:
+        names = [images.name(index) for index in range(count)]
+        sizes, times = zip(*map(_size_and_time, samples)) if count else ((), ())
+        return ImageIds(names, sizes, times)
+    table: Any = getattr(images.reader, "dataset", None)
+    mark = getattr(table, "_fingerprint", None)  # Hugging Face's digest of the table
+    identity = f"{mark or type(images.dataset).__name__}, {count} images"
+    return ImageIds([str(index) for index in range(count)], [-1] * count, [0] * count, identity)
+
+
+def _size_and_time(sample: Any) -> tuple[int, int]:
+    """Of a file on disk (path, label) or in an archive (entry, …)."""
+    place = sample[0]
+    if not isinstance(place, (str, os.PathLike)):
+        return int(getattr(place, "size", -1)), 0
+    try:
+        status = os.stat(place)
+    except OSError:  # reading the image reports it
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def ranker_hash(ranker: Any) -> str:
-    """A digest of what a ranker computes: its kind, its arguments, its weights."""
+    """A digest of what determines a ranker's scores: its kind, its arguments, its weights."""
     digest = hashlib.sha256(json.dumps([ranker.name, ranker.config()], sort_keys=True).encode())
     for name, tensor in sorted(ranker.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -52,21 +96,10 @@ def ranker_hash(ranker: Any) -> str:
     return digest.hexdigest()
 
 
-def rank_type(num_patches: int) -> Any:
-    """The smallest numpy type for places 0 … N - 1.
-
-    Raises:
-        ValueError: there are more patches than 16 bits can number.
-    """
-    if num_patches > 2**16:
-        raise ValueError(f"an index cache holds up to {2**16} patches, got {num_patches}.")
-    return np.dtype(np.uint8 if num_patches <= 2**8 else np.uint16)
-
-
 def ranks_of(scores: Tensor) -> Tensor:
-    """Scores (B, N) -> the place of each patch in their order (B, N) int64, 0 the best.
+    """Scores (B, N) -> the place of each patch in their order (B, N) int64; 0 is the best.
 
-    Ties and NaN are as in every selection: the lower index first, NaN last.
+    Ties and NaN are ordered as in every selection: the lower index first, NaN last.
 
     >>> ranks_of(torch.tensor([[0.1, 0.9, 0.5]]))
     tensor([[2, 0, 1]])
@@ -74,94 +107,270 @@ def ranks_of(scores: Tensor) -> Tensor:
     return best_first(scores).argsort(dim=1)
 
 
-def finish_cache(
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it for writing; the system releases it however the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the folder cannot be made.
+    """
+    from filelock import FileLock, Timeout  # a dependency of torch; only writers need it
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{printable(folder)}: {error.strerror}.") from error
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        name = printable(folder)
+        raise BlockingIOError(f"another process is writing {name}; wait for it to end.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def begin(
     folder: Path,
     settings: Mapping[str, Any],
     ids: ImageIds,
-    rows: Sequence[int],
-    write_ranks: Callable[[Path], Any],
+    num_patches: int,
+    num_keep: int | None,
+    overwrite: bool,
 ) -> None:
-    """Write both files, each in one atomic step.
+    """Prepare a locked folder for a ``ScoreWriter``: continue an unfinished run, or start one.
 
     Args:
-        folder: of the cache.
-        settings: what the ranks are of.
-        ids: of all images.
-        rows: numbers of the images that have a row, in their order; the others could not be read.
-        write_ranks: fills a file with the array (rows, N) in npy format.
+        folder: of the scores.
+        settings: everything that the results depend on.
+        ids: of the images.
+        num_patches: N.
+        num_keep: K; None writes no ``keep_indices.npy``.
+        overwrite: replace existing results.
+
+    Raises:
+        FileExistsError: the folder holds finished scores, or files of another origin.
+        ValueError: it holds an unfinished run with other settings.
+        OSError: the disk is full.
     """
-    write_atomically(folder / RANKS_NAME, write_ranks)
-    there = set(rows)
-    content = {
-        "format": _FORMAT,
-        **settings,
-        "dataset": ids.dataset,
-        "images": [ids.names[row] for row in rows],
-        "sizes": [ids.sizes[row] for row in rows],
-        "failed": [name for number, name in enumerate(ids.names) if number not in there],
-    }
-    text = json.dumps(content)
-    write_text(folder / CACHE_NAME, text)
+    name = printable(folder)
+    settings = {**settings, "images_hash": ids.digest()}
+    if overwrite:
+        _remove(folder)
+    if (folder / INDEX).is_file():
+        before = _read_index(folder)
+        if before["finished"]:
+            raise FileExistsError(f"{name} already holds scores; use --overwrite to replace them.")
+        _compare(name, before, json.loads(json.dumps(settings)))
+    else:
+        there = [file for file in (SCORES, KEEP, DONE) if (folder / file).exists()]
+        there += [OVERLAYS] if not overwrite and any((folder / OVERLAYS).glob("*")) else []
+        if there:
+            raise FileExistsError(
+                f"{name} already holds {there[0]}; use --overwrite to replace it."
+            )
+        about = {"dataset": ids.dataset, "images": list(ids.names), "sizes": list(ids.sizes)}
+        _write_index(folder, {"format": _FORMAT, "finished": False, **settings, **about})
+    if (folder / DONE).is_file():
+        done = np.load(folder / DONE, mmap_mode="r+")
+        done[done == FAILED] = PENDING  # they are tried again
+        done.flush()
+        return
+    count = len(ids.names)
+    _create(folder / SCORES, np.float32, (count, num_patches))
+    if num_keep is not None:
+        _create(folder / KEEP, np.int64, (count, num_keep))
+    _create(folder / DONE, np.uint8, (count,))  # the last one: all are there
+
+
+def _compare(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key, new in now.items():
+        if before.get(key) != new:
+            raise ValueError(
+                f"{name} holds an unfinished run with {key} = {before.get(key)}, this run has "
+                f"{new}; use --overwrite to start again."
+            )
+
+
+def _create(path: Path, kind: Any, shape: tuple[int, ...]) -> None:
+    """An array of zeros under a new inode, with its space on the disk reserved."""
+
+    def write(place: Path) -> None:
+        np.lib.format.open_memmap(place, "w+", kind, shape).flush()
+        if hasattr(os, "posix_fallocate"):  # a full disk would kill whoever writes to the map
+            with place.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))
+
+    write_atomically(path, write)
+
+
+def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    index = parse_json(path.read_text(encoding="utf-8", errors="replace"), printable(path))
+    if index.get("format") != _FORMAT:
+        raise ValueError(f"{printable(path)} is of another version of this library.")
+    return index
+
+
+def _remove(folder: Path) -> None:
+    for name in (INDEX, SCORES, KEEP, DONE):
+        (folder / name).unlink(missing_ok=True)
+
+
+class ScoreWriter:
+    """Writes rows of scores; every process of a run has one, for rows of its own.
+
+    Scores reach the disk before their rows are marked as done.
+
+    Args:
+        folder: that ``begin`` has prepared.
+
+    Raises:
+        ValueError: an array is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = [name for name in (SCORES, KEEP) if (folder / name).exists()]
+        self._arrays: dict[str, Any] = {name: _open(folder / name, "r+") for name in names}
+        self._done: Any = _open(folder / DONE, "r+")
+        self._waiting: list[tuple[int, int]] = []
+        self._flushed = time.monotonic()
+        if {len(array) for array in self._arrays.values()} != {len(self._done)}:
+            raise ValueError(f"{printable(folder)} is damaged; use --overwrite to start again.")
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def pending(self, rows: Sequence[int]) -> bool:
+        """Whether one of these rows is not done."""
+        return bool((self._done[list(rows)] == PENDING).any())
+
+    def write(
+        self, rows: Sequence[int], scores: Tensor, keep: Tensor, readable: Sequence[bool]
+    ) -> None:
+        """Write the rows of a batch.
+
+        Args:
+            rows: B numbers of images.
+            scores: (B, N) float32.
+            keep: (B, K) int64; ignored without ``keep_indices.npy``.
+            readable: B flags; the others get an empty row.
+        """
+        good = torch.tensor(readable)
+        for name, values in ((SCORES, scores), (KEEP, keep)):
+            if name in self._arrays:
+                self._arrays[name][list(rows)] = torch.where(good[:, None], values, _EMPTY[name])
+        self._waiting += zip(rows, torch.where(good, RANKED, FAILED).tolist())
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        """Bring what was written to the disk and mark it as done; writing may go on."""
+        for array in self._arrays.values():
+            array.flush()
+        for row, state in self._waiting:
+            self._done[row] = state
+        self._done.flush()
+        self._waiting.clear()
+        self._flushed = time.monotonic()
+
+    def finish(self, failures: Mapping[int, str]) -> None:
+        """Mark the folder as finished.
+
+        Args:
+            failures: the reason for each unreadable image, by row.
+
+        Raises:
+            ValueError: no image could be read; the files are removed.
+        """
+        if len(failures) == len(self):
+            _remove(self.folder)
+            first = failures[min(failures)]
+            raise ValueError(f"no image could be read, nothing was written: {first}")
+        index = _read_index(self.folder)
+        names = index["images"]
+        index["failures"] = {names[row]: failures[row] for row in sorted(failures)}
+        _write_index(self.folder, {**index, "finished": True})
+
+
+def _open(path: Path, mode: Any) -> _Array:
+    try:
+        array: _Array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{printable(path)} is damaged: {error}.") from error
+    return array
 
 
 class IndexCache:
-    """Orders of patches of many images, read from the disk as they are asked for.
+    """Scores of the patches of many images; single rows are read from the disk on demand.
 
     Args:
-        folder: that ``ltrp-timm rank --cache`` has written.
+        folder: that ``ltrp-timm rank`` has written.
 
     Attributes:
-        settings: what they are of: ``ranker``, ``ranker_hash``, ``input_size``, ``grid_size``, ….
+        settings: of the run: ``ranker``, ``ranker_hash``, ``input_size``, ``grid_size``, ….
 
     Raises:
-        FileNotFoundError: it holds no finished cache.
-        ValueError: it is damaged.
+        FileNotFoundError: the folder holds no finished scores.
+        ValueError: it is damaged, or of an older version.
 
-    >>> cache = IndexCache("orders")  # doctest: +SKIP
+    >>> cache = IndexCache("scores")  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder, name = Path(folder), printable(folder)
-        if not (self.folder / CACHE_NAME).is_file():
-            raise FileNotFoundError(
-                f"{name} holds no finished index cache: ltrp-timm rank DATA --cache {name} makes "
-                "or finishes one."
-            )
-        text = (self.folder / CACHE_NAME).read_text(encoding="utf-8", errors="replace")
-        self.settings = parse_json(text, name)
-        if self.settings.get("format") != _FORMAT:
-            raise ValueError(f"{name} is an index cache of another version of this library.")
-        self._names: list[str] = self.settings.pop("images")
-        self._sizes: list[int] = self.settings.pop("sizes")
-        self._failed = set(self.settings.pop("failed"))
-        h, w = self.settings["grid_size"]
-        self.grid_size: tuple[int, int] = (h, w)
-        self._ranks = self._open()
-
-    def _open(self) -> _Array:
-        path = self.folder / RANKS_NAME
+        again = f"run `ltrp-timm rank DATA -o {name}`"
+        if not (self.folder / INDEX).is_file():
+            if (self.folder / "cache.json").is_file():
+                raise ValueError(f"{name} is an index cache of an older version; {again} again.")
+            raise FileNotFoundError(f"{name} holds no scores; {again} first.")
+        self.settings = _read_index(self.folder)
+        if not self.settings.get("finished"):
+            raise FileNotFoundError(f"{name} holds an unfinished run; {again} to finish it.")
         try:
-            ranks: _Array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{printable(path)} is damaged: {error}.") from error
+            self._names: list[str] = list(self.settings.pop("images"))
+            self._sizes: list[int] = list(self.settings.pop("sizes"))
+            h, w = self.settings["grid_size"]
+            self.grid_size: tuple[int, int] = (int(h), int(w))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{printable(self.folder / INDEX)} is damaged: {error!r}.") from error
+        count = len(self._names)
+        self._done = np.array(self._array(DONE, np.uint8, (count,)))
+        self._open_scores()
+
+    def _open_scores(self) -> None:
         shape = (len(self._names), self.grid_size[0] * self.grid_size[1])
-        if ranks.shape != shape or ranks.dtype != rank_type(shape[1]):
-            found = f"{ranks.dtype} {list(ranks.shape)}"
-            raise ValueError(f"{printable(path)} is damaged: {found} in place of {list(shape)}.")
-        return ranks
+        self._scores = self._array(SCORES, np.float32, shape)
+
+    def _array(self, name: str, kind: Any, shape: tuple[int, ...]) -> _Array:
+        array = _open(self.folder / name, "r")
+        if array.shape != shape or array.dtype != kind:
+            raise ValueError(
+                f"{printable(self.folder / name)} is damaged: {array.dtype} {list(array.shape)}, "
+                f"expected {np.dtype(kind)} {list(shape)}."
+            )
+        return array
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ranks": None}  # another process maps the file itself
+        return {**self.__dict__, "_scores": None}  # another process maps the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._ranks = self._open()
+        self._open_scores()
 
     def check(self, ranker: Any, input_size: Sequence[int], grid_size: Sequence[int]) -> None:
-        """Compare with what would be computed.
+        """Compare with a model.
 
         Args:
             ranker: of the model.
@@ -169,58 +378,49 @@ class IndexCache:
             grid_size: (h, w) of its patches.
 
         Raises:
-            ValueError: these are orders by another ranker, or of other patches.
+            ValueError: the scores are of another ranker or of other patches.
         """
         name, own = printable(self.folder), self.settings
         theirs = str(getattr(ranker, "name", type(ranker).__name__))
-        if own["ranker"] != theirs:
+        if own.get("ranker") != theirs:
             raise ValueError(
-                f"{name} has orders of the {own['ranker']} ranker, the model has {theirs}."
+                f"{name} has scores of the {own.get('ranker')} ranker, the model has {theirs}."
             )
-        if own["ranker_hash"] != ranker_hash(ranker):
+        if own.get("ranker_hash") != ranker_hash(ranker):
             raise ValueError(
-                f"{name} has orders of another {theirs} ranker: its weights or arguments differ."
+                f"{name} has scores of another {theirs} ranker; its weights or arguments differ."
             )
         for what, found in (("input_size", input_size), ("grid_size", grid_size)):
-            if list(own[what]) != list(found):
+            if own.get(what) != list(found):
                 raise ValueError(
-                    f"{name} has orders for {what} = {list(own[what])}, the model has "
-                    f"{list(found)}."
+                    f"{name} has scores for {what} = {own.get(what)}, the model has {list(found)}."
                 )
 
     def rows(self, ids: ImageIds) -> list[int]:
-        """The row of each image; -1 for those that could not be read when it was made.
+        """The row of each image; -1 if ``ltrp-timm rank`` could not read it.
 
         Raises:
-            ValueError: it lacks some of the images, or they have changed since.
+            ValueError: an image is missing, or has changed.
         """
         name = printable(self.folder)
-        if ids.dataset != self.settings["dataset"]:
-            raise ValueError(f"{name} has orders of another dataset.")
+        if ids.dataset != self.settings.get("dataset"):
+            raise ValueError(f"{name} has scores of another data set.")
         places = {known: row for row, known in enumerate(self._names)}
-        absent = [n for n in ids.names if n not in places and n not in self._failed]
+        absent = [image for image in ids.names if image not in places]
         if absent:
             raise ValueError(
                 f"{name} lacks {len(absent)} of {len(ids.names)} images, such as "
                 f"{printable(absent[0])}."
             )
-        rows = [places.get(image, -1) for image in ids.names]
+        rows = [places[image] for image in ids.names]
         for image, row, size in zip(ids.names, rows, ids.sizes):
-            if row >= 0 and self._sizes[row] != size:
+            if self._done[row] == RANKED and self._sizes[row] != size:
                 raise ValueError(
-                    f"{name} has an order of another {printable(image)}: {self._sizes[row]} "
-                    f"bytes then, {size} now."
+                    f"{name} has scores of another {printable(image)}: it had {self._sizes[row]} "
+                    f"bytes, now it has {size}."
                 )
-        return rows
+        return [row if self._done[row] == RANKED else -1 for row in rows]
 
-    def ranks(self, row: int) -> _Array:
-        """The places (N,) of an image's patches in their order, 0 the best.
-
-        Raises:
-            ValueError: the row is damaged.
-        """
-        ranks: _Array = np.array(self._ranks[row])
-        count = len(ranks)
-        if int(ranks.sum(dtype=np.int64)) != count * (count - 1) // 2 or ranks.max() >= count:
-            raise ValueError(f"row {row} of {printable(self.folder / RANKS_NAME)} is damaged.")
-        return ranks
+    def scores(self, row: int) -> Tensor:
+        """The scores (N,) float32 of an image."""
+        return torch.from_numpy(np.array(self._scores[row]))

@@ -20,7 +20,7 @@ from ltrp_timm.measure.mean_precision import PrecisionCounter
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import World
-from ltrp_timm.scoring.transform import select_cached
+from ltrp_timm.scoring.scorer import select_with
 from ltrp_timm.share.save import model_config, save_pretrained
 from ltrp_timm.train.distill import Distillation, Student
 from ltrp_timm.train.loop import Task
@@ -125,7 +125,7 @@ class ClassifyTask(Task):
         if batch.scores is None:
             out = forward(images)
         else:
-            out = forward(images, keep_indices=select_cached(self.model, batch.scores, images))
+            out = forward(images, keep_indices=select_with(self.model, batch.scores, images))
         logits, tokens, keep = out if isinstance(out, tuple) else (out, None, None)
         loss: Tensor = self.loss_function(logits, targets)
         if self.distillation is None:

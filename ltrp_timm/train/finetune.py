@@ -19,7 +19,7 @@ from ltrp_timm.models.open_model import is_source, open_model, with_front_end
 from ltrp_timm.models.timm_interface import GENERIC
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import join_world
-from ltrp_timm.scoring.transform import cached_transform
+from ltrp_timm.scoring import cached_transform
 from ltrp_timm.share.save import check_ranker
 from ltrp_timm.train.classify import ClassifyTask, MultiLabelTask
 from ltrp_timm.train.distill import Distillation
@@ -101,7 +101,7 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
         if recipe.index_cache is not None:
             if augmentation.mixes:
                 raise ValueError(
-                    "index_cache holds orders of single images; set mixup and cutmix to 0."
+                    "index_cache holds scores of single images; set mixup and cutmix to 0."
                 )
             train = cached_transform(recipe.index_cache, net, classes.train, train)
         common = dataclasses.replace(common, val_data=classes.held_out)
