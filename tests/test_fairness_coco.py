@@ -314,7 +314,7 @@ SQUARE = box(0, 0, 9, 9)
         ({}, ["--ranker-args", '{{"conv": {{}}}}'], "for none of the --rankers: conv"),
         ({}, ["--img-size", "8"], "smaller than a patch"),
         ({}, ["--output", "{}/other.txt"], "other.txt cannot be written: File exists."),
-        ({}, ["--model", "vit_tiny_patch16_224"], "--patch-size goes without --model"),
+        ({}, ["--model", "vit_tiny_patch16_224"], "--patch-size does not go with --model"),
     ],
 )
 def test_one_line_on_what_is_wrong(

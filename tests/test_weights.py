@@ -133,7 +133,7 @@ def test_the_command_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
     pixels = (255 * torch.rand(3, 64, 64, generator=draw)).to(torch.uint8)
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     command = ["rank", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--ranker", "conv"]
-    command += ["--img-size", "64", "--workers", "0", "--device", "cpu"]
+    command += ["--img-size", "64", "--num-workers", "0", "--device", "cpu"]
     assert main([*command, "--pretrained"]) == 0
     assert "ranked 1 image, 0 failed" in capsys.readouterr().out
 

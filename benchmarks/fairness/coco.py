@@ -63,9 +63,7 @@ from ltrp_timm.data.label_files import read_coco
 from ltrp_timm.measure.mean_precision import seen_classes
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment
 from ltrp_timm.runtime.stopping import ignore_signals
-from ltrp_timm.scoring.cache import CROP_MODES
-from ltrp_timm.scoring.run import find_device
-from ltrp_timm.scoring.scorer import Scorer
+from ltrp_timm.scoring.scorer import CROP_MODES, Scorer, find_device
 from ltrp_timm.selection import num_keep
 
 DEFAULT_SEEN = Path(__file__).with_name("coco_imagenet.csv")
@@ -158,7 +156,7 @@ def open_images(args: argparse.Namespace, found: Annotated, scorer: Scorer) -> O
 
 
 def measure(
-    args: argparse.Namespace, found: Annotated, seen: Tensor, entries: Sequence[Entry], device: str
+    args: argparse.Namespace, found: Annotated, seen: Tensor, entries: Sequence[Entry]
 ) -> tuple[Measured, tables.Row]:
     """Rank all images, batch by batch; unreadable ones are named and counted.
 
@@ -186,7 +184,7 @@ def measure(
             if len(batch.row):
                 size = batch.pixels.shape[-2] * batch.pixels.shape[-1]
                 share = batch.areas.sum(dim=1) / size
-                recall = kept_shares(batch, entries, args.keep_ratios, device)
+                recall = kept_shares(batch, entries, args.keep_ratios)
                 parts.append((batch.image, batch.category, share, recall))
             bar.update(len(batch.pixels) + len(batch.reasons))
     if not parts:
@@ -219,9 +217,8 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("skimage") is None:
         raise CommandError("polygons need scikit-image: pip install 'ltrp-timm[demo]'")
     load_pyplot()
-    if args.model is not None and args.patch_size is not None:
-        raise CommandError("--patch-size goes without --model: a model has its own.")
-    device = find_device(args.device)
+    with library_errors():
+        device = find_device(args.device)
     args.keep_ratios = list(dict.fromkeys(args.keep_ratios))
     with library_errors():
         found = find_objects(read_coco(args.annotations), args.crowds)
@@ -231,7 +228,7 @@ def run(args: argparse.Namespace) -> int:
     entries = open_rankers(args, device)
     open_images(args, found, entries[0].scorer)  # says what is missing before a folder is made
     check_output(args)
-    measured, count = measure(args, found, seen, entries, device)
+    measured, count = measure(args, found, seen, entries)
     check_both(measured.category, seen)
     scorer = entries[0].scorer
     facts = {

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,7 @@ from fairness.coco_objects import Batch
 from ltrp_timm._text import first_names
 from ltrp_timm.commands._console import CommandError, library_errors
 from ltrp_timm.rankers import ranker_class
-from ltrp_timm.scoring.job import RankOptions
-from ltrp_timm.scoring.run import make_scorer
-from ltrp_timm.scoring.scorer import Scorer, rank_batch
+from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.selection import num_keep, select_top
 
 RANDOM = "random"
@@ -59,34 +57,26 @@ def _open_ranker(label: str, further: Any, args: argparse.Namespace, device: str
         raise CommandError(f"--rankers {label} names no weights behind the =.")
     with library_errors():
         published = args.pretrained and not weights and ranker_class(name).has_published_weights
-    options = RankOptions(
-        inputs=(),
-        ranker=name,
-        ranker_weights=weights or None,
-        ranker_args=None if further is None else json.dumps(further),
-        pretrained=published,
-        model=args.model,
-        img_size=args.img_size,
-        patch_size=args.patch_size,
-    )
-    scorer = make_scorer(options, device)
+        scorer = open_scorer(
+            name,
+            True if published else weights or None,
+            further,
+            model=args.model,
+            img_size=args.img_size,
+            patch_size=args.patch_size,
+            crop_mode=args.crop_mode,
+            device=device,
+        )
     if name == RANDOM:  # one draw for all images would like some places of the picture
         scorer.ranker.generator = torch.Generator().manual_seed(args.seed)
-    if args.crop_mode is None:
-        return scorer
-    config = {**scorer.config, "crop_mode": args.crop_mode}
-    if args.crop_mode == "squash":
-        config["crop_pct"] = 1.0  # all of every picture
-    return replace(scorer, config=config)
+    return scorer
 
 
-def kept_shares(
-    batch: Batch, entries: Sequence[Entry], ratios: Sequence[float], device: str
-) -> Tensor:
+def kept_shares(batch: Batch, entries: Sequence[Entry], ratios: Sequence[float]) -> Tensor:
     """Of each object the share of its area in kept patches (M, R), by ranker and keep ratio."""
     shares = []
     for entry in entries:
-        scores, _ = rank_batch(entry.scorer, batch.pixels, 1.0, "top", device)
+        scores, _ = entry.scorer(batch.pixels)
         for ratio in ratios:
             keep = select_top(scores, num_keep(scores.shape[1], ratio))
             kept = torch.zeros_like(scores).scatter(1, keep, 1.0)

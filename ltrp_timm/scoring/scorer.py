@@ -123,10 +123,11 @@ def open_scorer(
     """
     if selection == "adaptive":
         raise ValueError("selection 'adaptive' keeps other numbers of patches in each image.")
-    choice = {"keep_ratio": check_keep_ratio(keep_ratio), "selection": selection}
+    check_keep_ratio(keep_ratio)
     if model is None:
         sizes = img_size or IMG_SIZE, patch_size or PATCH_SIZE
-        scorer = _alone(ranker or "contrast", weights, dict(ranker_args or {}), *sizes, choice, device)
+        args = dict(ranker_args or {})
+        scorer = _alone(ranker or "contrast", weights, args, *sizes, keep_ratio, selection, device)
     elif patch_size is not None:
         raise ValueError("--patch-size does not go with --model, which has its own patch size.")
     else:
@@ -137,8 +138,8 @@ def open_scorer(
             ranker_weights=weights,
             ranker_args=ranker_args or None,
             img_size=img_size,
-            **choice,
         )
+        net.selection, net.keep_ratio = selection, keep_ratio
         scorer = _of_model(net.to(device), device)
     if scorer.ranker.learned and not scorer.ranker.trained:
         published = " or --pretrained" if scorer.ranker.has_published_weights else ""
@@ -158,7 +159,8 @@ def _alone(
     args: dict[str, Any],
     img_size: int,
     patch_size: int,
-    choice: Mapping[str, Any],
+    keep_ratio: float,
+    selection: str,
     device: str,
 ) -> Scorer:
     """A ranker on images of one size, cut into a grid of patches of one size."""
@@ -179,14 +181,14 @@ def _alone(
         "crop_mode": "center",
     }
     bridge = InputBridge(_PIXELS, _PIXELS, ranker.img_size).to(device)
-    ratio, rule = choice["keep_ratio"], choice["selection"]
-    options = check_selection_args(rule, None)
+    options = check_selection_args(selection, None)
 
     def score(images: Tensor) -> Tensor:
         return resize_score_map(ranker(bridge(images)), side, side)
 
     def select(scores: Tensor, images: Tensor) -> Tensor:
-        return choose_keep_indices(scores, None, ratio, rule, options, (side, side), images)
+        grid = (side, side)
+        return choose_keep_indices(scores, None, keep_ratio, selection, options, grid, images)
 
     return Scorer(ranker, config, (side, side), (patch_size, patch_size), device, score, select)
 
