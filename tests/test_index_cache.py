@@ -577,14 +577,14 @@ def test_training_by_cached_orders_is_training_by_the_ranker(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"mixup": 0.8}, "scores of single images: mixup and cutmix must be 0"),
+        ({"mixup": 0.8}, "scores of single images; set mixup and cutmix to 0"),
         ({"keep_ratio": None}, "an index cache needs a pruned model"),
         ({"index_cache": "nowhere"}, "nowhere holds no scores"),
         ({"img_size": 96}, r"input_size = \[64, 64\], the model has \[96, 96\]"),
         ({"ranker": "pixel_std"}, "scores of the contrast ranker, the model has pixel_std"),
         ({"data": "set"}, "scores of another|lacks"),
         ({"aa": "augmix-m5-w4-d2"}, "an index cache cannot follow AugMixAugment"),
-        ({"distill": "self", "distill_features": 1.0}, "goes without gate and distill_features"),
+        ({"distill": "self", "distill_features": 1.0}, "gate and distill_features run it"),
     ],
 )
 def test_training_that_cannot_go_by_a_cache(

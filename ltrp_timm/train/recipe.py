@@ -64,8 +64,8 @@ class Recipe:
             gets a ``keep_ratio``).
         ranker_weights: Weights of the ranker: a folder, a file or ``hf-hub:owner/name``.
         selection: How scores become patches (default: the model's own).
-        index_cache: Folder that ``ltrp-timm rank --crop-mode squash`` has written, with scores of the
-            training images, used in training in place of the ranker.
+        index_cache: Folder of ``ltrp-timm rank --crop-mode squash`` with scores of the training
+            images, used in training in place of the ranker.
         keep_ratio: Share of patches to keep, in (0, 1]; with several, one is drawn for each update
             and each is measured (default: the model's own; a plain timm model keeps all).
         keep_schedule: Go from all patches down to ``keep_ratio``, epoch by epoch.
