@@ -221,7 +221,11 @@ class Handler(BaseHTTPRequestHandler):
         repository, oid = self.at(name, revision)
         return reply(
             [
-                {"type": "file", "path": file, "size": len(content), "oid": digest(content)[:40]}
+                {
+                    **{"type": "file", "path": file, "size": len(content)},
+                    "oid": digest(content)[:40],
+                    **({"lfs": large(content)} if file.endswith(LARGE) else {}),
+                }
                 for file, content in repository.commits[oid].items()
             ]
         )
@@ -302,6 +306,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def large(content: bytes) -> dict[str, Any]:
+    return {"oid": digest(content), "size": len(content), "pointerSize": 134}
 
 
 def size(content: bytes) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Weights over real HTTP: a small Hub on loopback, and the real client in a process of its own."""
 
+import io
 import json
 import os
 import subprocess
@@ -148,7 +149,7 @@ print(torch.equal(back(images), model(images)), back.selection)
     stored = hub.repositories["me/model"].commits[hub.repositories["me/model"].branches["main"]]
     assert set(stored) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
     card = stored["README.md"].decode()
-    assert 'license: "mit"' in card
+    assert "license: mit" in card
     assert 'timm.create_model("hf-hub:me/model", pretrained=True)' in card
     assert json.loads(stored["config.json"])["model_args"]["keep_ratio"] == 0.4
     assert "authorization" in hub.asked("HEAD", "me/model/resolve")[0]
@@ -180,8 +181,8 @@ for name in ("facebook/vit-mae-base", "hf-hub:facebook/vit-mae-base@main"):
     lines = client(hub, home, offline, tmp_path, first, HF_HUB_OFFLINE="1")
     assert lines == [
         *["True"] * 5,
-        "FileNotFoundError: the config.json of me/other@v2 is not in the cache and HF_HUB_OFFLINE "
-        "is set: unset it once to download.",
+        "FileNotFoundError: me/other@v2 is not in the cache and HF_HUB_OFFLINE is set: unset it "
+        "once to download.",
     ]
     assert len(hub.log) == asked
     # a dead network with a warm cache: as huggingface_hub, go on with what is there
@@ -189,6 +190,38 @@ for name in ("facebook/vit-mae-base", "hf-hub:facebook/vit-mae-base@main"):
         dead = other.endpoint
     lines = client(hub, home, source, tmp_path, first, HF_ENDPOINT=dead)
     assert lines == ["True"] * 5
+
+
+def test_sharded_and_pickled_weights_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    """Only what is read is downloaded: shards if there is an index, a pickle if nothing else."""
+    ranker = create_ranker("conv", width=8, depth=1)
+    ranker.save(tmp_path / "ranker")
+    config = {"config.json": (tmp_path / "ranker" / "config.json").read_bytes()}
+    names = sorted(ranker.state_dict())
+    parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    places = {name: file for file, part in parts.items() for name in part}
+    shards = {
+        file: save({name: ranker.state_dict()[name] for name in part})
+        for file, part in parts.items()
+    }
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": places}).encode()}
+    buffer = io.BytesIO()
+    torch.save(ranker.state_dict(), buffer)
+    pickled, other = {"pytorch_model.bin": buffer.getvalue()}, {"tf_model.bin": b"x" * 1000}
+    hub.add("me/sharded", {**config, **shards, **index, **pickled, **other})
+    hub.add("me/pickled", {**config, **pickled, **other})
+    source = """
+for name in ("sharded", "pickled"):
+    ranker = create_ranker("conv", pretrained=f"hf-hub:me/{name}")
+    print(same(ranker, create_ranker("conv", pretrained=sys.argv[1])))
+"""
+    home = tmp_path / "home"
+    assert client(hub, home, source, tmp_path / "ranker") == ["True", "True"]
+    assert len(hub.asked("GET", "/cdn/")) == 3
+    asked = len(hub.log)
+    lines = client(hub, home, source, tmp_path / "ranker", HF_HUB_OFFLINE="1")
+    assert lines == ["True", "True"]
+    assert len(hub.log) == asked
 
 
 def test_errors_are_one_sentence(hub: Hub, tmp_path: Path) -> None:
@@ -226,19 +259,19 @@ print(error(push_to_hub, ranker, "me/new"))
     )
     shows = "FileNotFoundError: the Hub shows no repository {}: check the name, or set HF_TOKEN or "
     shows += "run `hf auth login` if it is private."
-    refused = "PermissionError: the Hub wants a token that is valid for {} (401): set HF_TOKEN or "
+    refused = "PermissionError: the Hub wants a valid token for {} (401): set HF_TOKEN or "
     refused += "run `hf auth login`."
     login = "then set HF_TOKEN or run `hf auth login`."
-    right = "PermissionError: this account or token has no right to do that with {} (403): use a "
-    right += "token that has (https://huggingface.co/settings/tokens)."
+    right = "PermissionError: the token lacks the right to do this with {} (403): use one that has "
+    right += "it (https://huggingface.co/settings/tokens)."
     name = "ValueError: a repository is hf-hub:owner/name[@revision], got 'hf-hub:{}'."
     assert lines == [
         shows.format("me/none"),
         "FileNotFoundError: me/ranker has no revision 'v9': name a branch, tag or commit.",
         shows.format("me/hidden"),
         f"PermissionError: me/gated is gated: accept its terms at {hub.endpoint}/me/gated, {login}",
-        "FileNotFoundError: me/empty on the Hub holds no model.safetensors or pytorch_model.bin: "
-        "check that it is what you want to load.",
+        "FileNotFoundError: me/empty on the Hub holds no model.safetensors or "
+        "model.safetensors.index.json or pytorch_model.bin: check its name.",
         "ValueError: hf-hub:me/whole holds a whole model, not a conv ranker alone.",
         name.format("me"),
         name.format("../a/b"),
@@ -249,8 +282,8 @@ print(error(push_to_hub, ranker, "me/new"))
         shows.format(BACKBONE),
         shows.format("timm/vit_tiny_patch16_224.augreg_in21k"),
         shows.format("me/none"),
-        "ConnectionError: the Hub has a fault of its own at me/ranker (500): try again later.",
-        "ConnectionError: the Hub asks to slow down at me/ranker (429): try again in 7 s.",
+        "ConnectionError: the Hub has an internal error for me/ranker (500): try again later.",
+        "ConnectionError: the Hub is busy with requests for me/ranker (429): try again in 7 s.",
         refused.format("me/ranker"),
         "FileExistsError: me/ranker already holds config.json and model.safetensors; pass "
         "overwrite=True (--overwrite) to replace.",
@@ -265,7 +298,7 @@ print(error(push_to_hub, ranker, "me/new"))
 def test_a_broken_download_is_resumed_and_a_busy_hub_asked_again(hub: Hub, tmp_path: Path) -> None:
     add_ranker(hub, tmp_path / "ranker", width=1100)  # the client writes chunks of 10 MiB
     hub.fault("/cdn/", times=2, cut=True)
-    hub.fault("resolve/main/config.json", "HEAD", times=2, status=429, headers={"Retry-After": "0"})
+    hub.fault(r"resolve/\w+/config.json", "HEAD", times=2, status=429, headers={"Retry-After": "0"})
     source = """
 ranker = create_ranker("conv", pretrained="hf-hub:me/ranker")
 print(same(ranker, create_ranker("conv", pretrained=sys.argv[1])))
@@ -273,7 +306,7 @@ print(same(ranker, create_ranker("conv", pretrained=sys.argv[1])))
     assert client(hub, tmp_path / "home", source, tmp_path / "ranker") == ["True"]
     ranges = [headers.get("range") for headers in hub.asked("GET", "/cdn/")]
     assert ranges == [None, f"bytes={20 * 2**20}-", f"bytes={30 * 2**20}-"]
-    assert len(hub.asked("HEAD", "resolve/main/config.json")) == 3
+    assert len(hub.asked("HEAD", r"resolve/\w+/config.json")) == 3
     hub.fault("/cdn/", times=1, status=500)
     lines = client(
         hub,
@@ -282,7 +315,7 @@ print(same(ranker, create_ranker("conv", pretrained=sys.argv[1])))
         tmp_path / "ranker",
     )
     assert lines == [
-        "ConnectionError: the Hub has a fault of its own at me/ranker (500): try again later.",
+        "ConnectionError: the Hub has an internal error for me/ranker (500): try again later.",
         "True",
     ]
     assert not list((tmp_path / "other").rglob("*incomplete*"))
@@ -296,12 +329,12 @@ def test_a_hub_that_stays_broken(hub: Hub, tmp_path: Path) -> None:
     source = 'print(error(create_ranker, "conv", pretrained="hf-hub:me/ranker"))\n'
     home = tmp_path / "home"
     assert client(hub, home, source)[0].startswith(
-        "ConnectionError: the transfer of me/ranker broke off, nothing half-written is left"
+        "ConnectionError: the transfer of me/ranker broke off and left no partial file"
     )
     assert not list(home.rglob("*incomplete*"))
     hub.fault("resolve", "HEAD", times=100, status=503)
     assert client(hub, tmp_path / "new", source) == [
-        "ConnectionError: the Hub has a fault of its own at me/ranker (503): try again later."
+        "ConnectionError: the Hub has an internal error for me/ranker (503): try again later."
     ]
     with Hub() as other:
         dead = other.endpoint
@@ -321,6 +354,7 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         f"{folder}: config.json, model.safetensors, README.md",
+        f"backbone weights: read from {tmp_path / 'last.pth.tar'}",
         "the card states no training data: --training-data does",
     ]
     done = command(hub, home, "push", folder, "--repo-id", "me/model", "--token", "writer")
@@ -332,12 +366,12 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
     assert torch.equal(twin.backbone.head.weight, vit.head.weight)
     for args, message in (
         (("push", folder, "--repo-id", "me/model"), "me/model already holds config.json and"),
-        (("push", folder, "--repo-id", "me/new"), "wants a token that is valid for me/new (401)"),
+        (("push", folder, "--repo-id", "me/new"), "wants a valid token for me/new (401)"),
         (("push", folder, "--repo-id", "../x"), "cannot name a repository"),
         ((*save_it, "--pretrained"), "the Hub shows no repository timm/vit_tiny_patch16_224"),
         (save_it, "save needs weights: either --pretrained or --checkpoint FILE"),
         (
-            (*save_it[:4], "--checkpoint", tmp_path / "last.pth.tar"),
+            (*save_it[:4], "--num-classes", 5, "--checkpoint", tmp_path / "last.pth.tar"),
             "fit the model: mismatched backbone.head",
         ),
         (("push", tmp_path / "no", "--repo-id", "me/x"), "holds no config.json and no model"),

@@ -129,7 +129,7 @@ def check_card(text: str, run: Path, repository: str) -> None:
     assert "Trained for 2 epochs, 8 updates of 4 images (mask_ratio 0.5, removal full" in text
     assert f"the order of the pseudo-scores of {TEACHER}" in text
     assert "- **Training data:** twenty photos" in text
-    assert f'base_model: "{TEACHER}"' in text
+    assert f"base_model: {TEACHER}" in text
     assert f"hf-hub:{repository}" in text
 
 

@@ -110,10 +110,20 @@ def test_the_card_states_what_was_told_and_no_more(tmp_path: Path) -> None:
     assert "| 0.3 (as saved) | 5 | 71.5 |  |" in text
     assert "| 1 | 16 | 80 | 12 |" in text
     assert "top-1 \\| %" in text
+    assert "model-index" not in head  # no data set is stated
+    save_pretrained(model, tmp_path / "results", {**told, "evaluation_data": "My garden, June"})
+    text = (tmp_path / "results" / "README.md").read_text()
+    results = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
+    found = [(r["dataset"]["name"], m["name"], m["value"]) for r in results for m in r["metrics"]]
+    assert sorted(found, key=str) == [
+        ("My garden, June", "images/s at keep_ratio 1", 12),
+        ("My garden, June", "top-1 | % at keep_ratio 0.3", 71.5),
+        ("My garden, June", "top-1 | % at keep_ratio 1", 80),
+    ]
     save_pretrained(model, tmp_path / "silent")
     text = (tmp_path / "silent" / "README.md").read_text()
     assert text.count("not stated") == 3
-    assert "Nothing was measured at these ratios." in text
+    assert "No measurements at these ratios." in text
     assert set(yaml.safe_load(text.split("---")[1])) == {"library_name", "tags"}
     save_pretrained(trained_conv(), tmp_path / "ranker")
     assert "create_model" in (tmp_path / "ranker" / "README.md").read_text()

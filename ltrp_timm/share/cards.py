@@ -1,35 +1,46 @@
-"""Model cards: what a saved model is, where its parts come from, how to use it.
+"""Model cards: what a saved model is, where its parts are from, how to use it.
 
-Nothing is claimed that was not told or computed here: no figure, licence or data set is guessed.
+A card states what its author gives and what the model shows: no figure, licence or data set is
+guessed.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from ltrp_timm.selection import check_keep_ratio, num_keep
 
-UNNAMED = "owner/name"  # stands for the repository until there is one
+UNNAMED = "owner/name"  # the repository in cards that are not on the Hub
 NOT_STATED = "not stated"
-_UNMEASURED = "Nothing was measured at these ratios."
 _RATIOS = (1.0, 0.75, 0.5, 0.25)
-_TEXTS = ("license", "training_data", "ranker", "base_model", "description", "results_note")
+_STATED = {
+    "Licence": "license",
+    "Training data": "training_data",
+    "Weights of the ranker": "ranker",
+}
+_TEXTS = (
+    *("license", "training_data", "ranker", "base_model", "description"),
+    *("evaluation_data", "results_note"),
+)
 _TABLES = {"measured": "{keep_ratio: {what: value}}", "results": "{who: {what: value}}"}
+_TAGS = ["image-classification", "timm", "ltrp", "token-pruning"]
 
 
 def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check what a user tells for the card.
+    """Check what a user states for the card.
 
     Args:
-        card: "license" (an identifier such as "apache-2.0"), "training_data", "ranker" (where its
-            weights come from), "base_model" (the repository it was trained from), "description":
-            texts; "measured": ``{keep_ratio: {what: value}}``; "results": ``{who: {what: value}}``,
-            a table of its own, with "results_note" below it.
+        card: texts: "license" (an identifier such as "apache-2.0"), "training_data", "ranker"
+            (where its weights are from), "base_model" (the repository it was trained from),
+            "description", "evaluation_data" (what "measured" is of), "results_note" (below
+            "results"); tables: "measured" ``{keep_ratio: {what: value}}`` and "results"
+            ``{who: {what: value}}``.
 
     Raises:
-        ValueError: another field, or a value that cannot stand there.
-        TypeError: no mapping.
+        ValueError: a field is unknown, or its value is of another kind.
+        TypeError: ``card`` is not a mapping.
     """
     if card is not None and not isinstance(card, Mapping):
         raise TypeError(f"model_card must be a mapping, got {type(card).__name__}.")
@@ -44,106 +55,95 @@ def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
         raise ValueError(f"model_card['license'] must be an identifier, got {out['license']!r}.")
     for name, form in _TABLES.items():
         table = out.setdefault(name, {})
-        if not isinstance(table, Mapping) or not all(
-            isinstance(row, Mapping) for row in table.values()
-        ):
+        rows = table.values() if isinstance(table, Mapping) else [None]
+        if not all(isinstance(row, Mapping) for row in rows):
             raise ValueError(f"model_card[{name!r}] must be {form}, got {table!r}.")
-    measured = out["measured"]
-    out["measured"] = {check_keep_ratio(ratio): dict(row) for ratio, row in measured.items()}
+    out["measured"] = {check_keep_ratio(ratio): row for ratio, row in out["measured"].items()}
     return out
 
 
 def write_card(
     title: str,
     card: Mapping[str, Any],
-    facts: Sequence[tuple[str, str]],
+    facts: Mapping[str, str],
     usage: str,
-    num_patches: int,
-    grid: str,
+    img_size: Sequence[int],
+    patch_size: Sequence[int],
     keep_ratio: float | None = None,
 ) -> str:
-    """The text of a README.md for the Hub.
+    """Write the README.md of a model.
 
     Args:
         title: what the model is.
         card: as ``check_card`` returns it.
-        facts: (what, how) of the model.
+        facts: what the model shows.
         usage: lines of Python.
-        num_patches: N at ``grid``.
-        grid: the size of image and patch, in words.
-        keep_ratio: the one that the model was saved with.
+        img_size: (height, width) in pixels.
+        patch_size: (height, width) in pixels.
+        keep_ratio: the model's.
     """
-    told = [
-        ("Licence", card.get("license") or NOT_STATED),
-        ("Training data", card.get("training_data") or NOT_STATED),
-        ("Weights of the ranker", card.get("ranker") or NOT_STATED),
-    ]
-    lines = [
-        *_front_matter(card.get("license"), card.get("base_model")),
+    (height, width), (rows, cols) = img_size, patch_size
+    count, measured = (height // rows) * (width // cols), card["measured"]
+    ratios = sorted({*_RATIOS, *measured, *filter(None, [keep_ratio])}, reverse=True)
+    kept = {
+        f"{ratio:g}{' (as saved)' * (ratio == keep_ratio)}": {
+            "K": num_keep(count, ratio),
+            **measured.get(ratio, {}),
+        }
+        for ratio in ratios
+    }
+    stated = {name: card.get(key) or NOT_STATED for name, key in _STATED.items()}
+    results = ["## Results", _table("", card["results"]), card.get("results_note")]
+    measurements = "Values are the author's." if measured else "No measurements at these ratios."
+    parts = [
+        f"---\n{_metadata(title, card).to_yaml()}\n---",
         f"# {title}",
-        "",
-        *([card["description"], ""] if card.get("description") else []),
+        card.get("description"),
         "Made with ltrp_timm: a ranker scores the patches of an image, the ViT encodes the best.",
-        "",
-        *[f"- **{name}:** {_one_line(text)}" for name, text in (*facts, *told)],
-        "",
-        *_results(card),
+        "\n".join(f"- **{name}:** {_one_line(t)}" for name, t in {**facts, **stated}.items()),
+        *(results if card["results"] else []),
         "## Keep ratios",
-        "",
-        *_table(card["measured"], num_patches, keep_ratio),
-        "",
-        f"K patches of N = {num_patches} ({grid}) are encoded. "
-        + ("Values are those of the author." if card["measured"] else _UNMEASURED),
-        "",
+        _table("keep_ratio", kept),
+        f"K patches of N = {count} (images of {height}×{width}, patches of {rows}×{cols}) are "
+        f"encoded. {measurements}",
         "## Use",
-        "",
-        "```python",
-        usage.rstrip(),
-        "```",
+        f"```python\n{usage.rstrip()}\n```",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(licence: str | None, base_model: str | None) -> list[str]:
-    tags = ["image-classification", "timm", "ltrp", "token-pruning"]
-    fields = {"license": licence, "base_model": base_model, "library_name": "timm"}
-    return [
-        "---",
-        *[f"{name}: {json.dumps(value)}" for name, value in fields.items() if value],
-        f"tags: {json.dumps(tags)}",
-        "---",
-        "",
+def _metadata(title: str, card: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads: results only where the data set is stated."""
+    data = card.get("evaluation_data")
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=re.sub(r"[^\w.-]+", "-", data.lower()),
+            dataset_name=data,
+            metric_type=what,
+            metric_name=f"{what} at keep_ratio {ratio:g}",
+            metric_value=value,
+        )
+        for ratio, row in card["measured"].items()
+        for what, value in row.items()
+        if data
     ]
+    return ModelCardData(
+        license=card.get("license") or None,
+        base_model=card.get("base_model"),
+        library_name="timm",
+        tags=_TAGS,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
 
 
-def _results(card: Mapping[str, Any]) -> list[str]:
-    rows = card.get("results") or {}
-    if not rows:
-        return []
+def _table(corner: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Rows of values as a Markdown table."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["## Results", "", " | ".join(["|", *map(_cell, columns)]) + " |"]
-    lines.append("|" + " --- |" * (1 + len(columns)))
-    for who, row in rows.items():
-        cells = [f"| {_cell(who)}", *(_cell(row.get(name, "")) for name in columns)]
-        lines.append(" | ".join(cells) + " |")
-    return [*lines, "", *([card["results_note"], ""] if card.get("results_note") else [])]
-
-
-def _table(
-    measured: Mapping[float, Mapping[str, Any]], num_patches: int, own: float | None
-) -> list[str]:
-    ratios = sorted({*_RATIOS, *measured, *([] if own is None else [own])}, reverse=True)
-    columns = list(dict.fromkeys(name for row in measured.values() for name in row))
-    lines = [
-        " | ".join(["| keep_ratio", "K", *map(_cell, columns)]) + " |",
-        "|" + " --- |" * (2 + len(columns)),
-    ]
-    for ratio in ratios:
-        mark = " (as saved)" if ratio == own else ""
-        values = [_cell(measured.get(ratio, {}).get(name, "")) for name in columns]
-        cells = [f"| {ratio:g}{mark}", str(num_keep(num_patches, ratio)), *values]
-        lines.append(" | ".join(cells) + " |")
-    return lines
+    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
 def _cell(value: Any) -> str:

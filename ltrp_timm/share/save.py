@@ -1,4 +1,4 @@
-"""Save a model or a ranker in timm's layout, and push it to the Hugging Face Hub."""
+"""Save a model or a ranker in timm's layout, and upload it to the Hugging Face Hub."""
 
 import json
 import os
@@ -37,24 +37,24 @@ def save_pretrained(
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and a model card ``README.md`` into a folder.
 
-    A model comes back by ``timm.create_model("local-dir:…", pretrained=True)``, a ranker by
-    ``create_ranker(name, pretrained=folder)``.
+    ``timm.create_model("local-dir:…", pretrained=True)`` loads a model, and ``create_ranker(name,
+    pretrained=folder)`` a ranker.
 
     Args:
         model: an LTRPModel with a ranker of ``list_rankers()``, or such a ranker alone.
-        directory: made when missing.
-        model_card: what the card shall say: "license", "training_data", "ranker" (where its weights
-            come from), "base_model" (the repository it was trained from), "description", and
-            "measured": ``{keep_ratio: {what: value}}``, or "results": ``{who: {what: value}}`` with
-            "results_note".
-        overwrite: replace these three files where the folder holds them.
+        directory: created if it is missing.
+        model_card: what the card states: "license", "training_data", "ranker" (where its weights
+            are from), "base_model" (the repository it was trained from), "description", "measured"
+            ``{keep_ratio: {what: value}}`` on "evaluation_data", "results" ``{who: {what: value}}``
+            with a "results_note".
+        overwrite: replace these three files.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: neither a pruned model nor a ranker.
-        ValueError: a ranker without a name or without trained weights, or a wrong ``model_card``.
+        TypeError: ``model`` is neither a pruned model nor a ranker.
+        ValueError: the ranker has no name or no trained weights, or ``model_card`` is wrong.
         FileExistsError: the folder holds one of the files and ``overwrite`` is False.
 
     >>> import tempfile, timm
@@ -74,48 +74,41 @@ def push_to_hub(
     model_card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Put a model or a ranker on the Hub, in one commit; the repository is created when missing.
+    """Upload a model or a ranker to the Hub in one commit.
 
-    It comes back by ``timm.create_model("hf-hub:owner/name", pretrained=True)``, a ranker by
-    ``create_ranker(name, pretrained="hf-hub:owner/name")``. A card that the repository has stays,
+    ``timm.create_model("hf-hub:owner/name", pretrained=True)`` loads a model, and
+    ``create_ranker(name, pretrained="hf-hub:owner/name")`` a ranker. An existing card stays,
     unless ``overwrite``.
 
     Args:
         model: as in ``save_pretrained``.
-        repo_id: ``owner/name``; a name alone is one of yours.
-        private: whether a new repository is hidden.
-        token: with the right to write; None takes that of ``hf auth login`` or HF_TOKEN.
-        revision: the branch, created when missing; None is the main branch.
+        repo_id: ``owner/name``, created if it is missing; a name alone is in your account.
+        private: whether a new repository is private.
+        token: with the right to write; None is that of ``hf auth login`` or HF_TOKEN.
+        revision: the branch, created if it is missing; None is the main branch.
         model_card: as in ``save_pretrained``.
-        overwrite: replace the files that the branch holds.
+        overwrite: replace the files of the branch.
 
     Returns:
         The name to load it by: ``hf-hub:owner/name``, with ``@revision`` when given.
 
     Raises:
-        TypeError: neither a pruned model nor a ranker.
-        ValueError: a ranker without a name or without trained weights, or a wrong ``model_card``.
+        TypeError: ``model`` is neither a pruned model nor a ranker.
+        ValueError: the ranker has no name or no trained weights, or ``model_card`` is wrong.
         FileExistsError: the branch holds such files and ``overwrite`` is False.
         OSError: the Hub refuses or does not answer; the message says what to do.
     """
     with tempfile.TemporaryDirectory() as folder:
         _save(model, Path(folder), model_card, True, repo_id)
-        return _upload(Path(folder), repo_id, private, token, revision, overwrite)
+        return _upload(folder, repo_id, private, token, revision, overwrite)
 
 
-def push_folder(
-    directory: PathLike,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
-) -> str:
-    """Put what ``save_pretrained`` wrote on the Hub; arguments and errors as in ``push_to_hub``.
+def push_folder(directory: PathLike, repo_id: str, **options: Any) -> str:
+    """Upload what ``save_pretrained`` wrote; ``options``, result and errors as in ``push_to_hub``.
 
     Raises:
         FileNotFoundError: the folder lacks a file.
-        ValueError: a file cannot be read as what it should be.
+        ValueError: a file is damaged.
     """
     folder = Path(directory)
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -124,27 +117,26 @@ def push_folder(
             f"{folder} holds no {' and no '.join(missing)}: write it with save_pretrained or "
             "`ltrp-timm save`."
         )
-    read_weights(folder)  # nothing damaged goes out
+    read_weights(folder)  # nothing damaged is uploaded
     card = (folder / CARD_NAME).read_text(encoding="utf-8", errors="replace")
     with tempfile.TemporaryDirectory() as staged:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             os.symlink((folder / name).resolve(), Path(staged) / name)
         text = card.replace(f"hf-hub:{UNNAMED}", f"hf-hub:{repo_id}")
         (Path(staged) / CARD_NAME).write_text(text, encoding="utf-8")
-        return _upload(Path(staged), repo_id, private, token, revision, overwrite)
+        return _upload(staged, repo_id, **options)
 
 
 def _upload(
-    folder: Path,
+    folder: str,
     repo_id: str,
-    private: bool | None,
-    token: str | None,
-    revision: str | None,
-    overwrite: bool,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
 ) -> str:
-    name = hub.upload(
-        folder, FILES, repo_id, private, token, revision, overwrite, keep=(CARD_NAME,)
-    )
+    settings = (repo_id, private, token, revision, overwrite)
+    name = hub.upload(Path(folder), FILES, *settings, keep=(CARD_NAME,))
     return f"{hub.PREFIX}{name}" + (f"@{revision}" if revision else "")
 
 
@@ -155,13 +147,14 @@ def _save(
     overwrite: bool,
     repo_id: str,
 ) -> Path:
-    told = check_card(model_card)
+    stated = check_card(model_card)
     whole = isinstance(model, LTRPModel)
     ranker = model.ranker if isinstance(model, LTRPModel) else model
     check_ranker(ranker, whole)
-    card = {**_origin(ranker), **told}
+    origin = ranker.origin if ranker.learned else "none: it has no weights"
+    card = {"ranker": origin, **stated}
     config = model_config(model) if whole else {"ranker": ranker.name, "args": ranker.config()}
-    text = _model_text(model, card, repo_id) if whole else _ranker_text(model, card, repo_id)
+    text = _model_card(model, card, repo_id) if whole else _ranker_card(ranker, card, repo_id)
     if (folder / CARD_NAME).exists() and not overwrite:
         raise FileExistsError(
             f"{folder} already holds {CARD_NAME}; pass overwrite=True (--overwrite) to replace."
@@ -172,11 +165,11 @@ def _save(
 
 
 def check_ranker(ranker: Any, whole: bool) -> None:
-    """Check that a ranker can be saved: with a whole model, or alone.
+    """Check that a ranker can be saved, with a whole model or alone.
 
     Raises:
-        TypeError: alone, and no ranker of this library.
-        ValueError: a ranker without a name, without weights, or without trained ones.
+        TypeError: a ranker alone that is not one of this library.
+        ValueError: the ranker has no name, no weights, or no trained weights.
     """
     name = getattr(ranker, "name", None)
     if name not in list_rankers() or not isinstance(ranker, ranker_class(str(name))):
@@ -185,22 +178,22 @@ def check_ranker(ranker: Any, whole: bool) -> None:
             raise TypeError(f"expected an LTRPModel or a ranker of this library, got {kind}.")
         raise ValueError(
             f"the ranker {type(ranker).__name__} cannot be saved: it is none of "
-            f"{', '.join(list_rankers())}. Save model.restore() and the ranker on their own."
+            f"{', '.join(list_rankers())}. Save model.restore() and the ranker separately."
         )
     if not whole and not ranker.learned:
-        raise ValueError(f"the {name} ranker has no weights: its name is all that one needs.")
+        raise ValueError(f"the {name} ranker has no weights: its name is enough to create it.")
     if ranker.learned and not ranker.trained:
         raise ValueError(
-            f"the {name} ranker has no trained weights, its choice means nothing: train it first "
-            "(a training of your own sets ranker.trained = True)."
+            f"the {name} ranker has no trained weights, so its choice means nothing: train it "
+            "first (your own training sets ranker.trained = True)."
         )
 
 
 def model_config(model: Any) -> dict[str, Any]:
-    """timm's configuration of a model, ours or a plain one, as it is now.
+    """timm's configuration of a pruned or plain model in its present state.
 
     Raises:
-        ValueError: it was built of something that cannot be written down.
+        ValueError: an argument of the model cannot be written as JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG_NAME
@@ -213,74 +206,39 @@ def model_config(model: Any) -> dict[str, Any]:
     return config
 
 
-def _model_text(model: LTRPModel, card: dict[str, Any], repo_id: str) -> str:
+def _model_card(model: LTRPModel, card: Mapping[str, Any], repo_id: str) -> str:
     args, cfg = model._model_args, model.pretrained_cfg or {}
     backbone = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("architecture")
-    rows, cols = pixels_per_token(model.backbone)
-    height, width = _image_size(model)
-    facts: list[tuple[str, str]] = [
-        ("Backbone", f"`{backbone}`"),
-        ("Ranker", f"`{model.ranker.name}`"),
-        ("Selection", f"`{model.selection}`" + _options(args.get("selection_args"))),
-        ("Classes", str(model.num_classes)),
-        (
-            "Images",
-            f"{model.in_chans} × {height} × {width}, mean {cfg.get('mean')}, std {cfg.get('std')}",
-        ),
-    ]
-    usage = (
-        "import timm, ltrp_timm  # the import registers the models\n\n"
-        f'model = timm.create_model("{hub.PREFIX}{repo_id}", pretrained=True).eval()\n'
-        f"model.keep_ratio = {model.keep_ratio:g}  # any in (0, 1]\n"
-    )
-    return write_card(
-        f"{args.get('backbone') or cfg.get('architecture')} with a ranker of patches",
-        card,
-        facts,
-        usage,
-        (height // rows) * (width // cols),
-        f"images of {height}×{width}, patches of {rows}×{cols}",
-        model.keep_ratio,
-    )
+    size = model.data_config()["input_size"][-2:]
+    options = args.get("selection_args")
+    options = f" with {json.dumps(dict(options))}" if options else ""
+    pixels = f"{size[0]} × {size[1]}, mean {cfg.get('mean')}, std {cfg.get('std')}"
+    facts = {
+        "Backbone": f"`{backbone}`",
+        "Ranker": f"`{model.ranker.name}`",
+        "Selection": f"`{model.selection}`{options}",
+        "Classes": str(model.num_classes),
+        "Images": f"{model.in_chans} × {pixels}",
+    }
+    title = f"{args.get('backbone') or cfg.get('architecture')} with a ranker of patches"
+    usage = f"""import timm, ltrp_timm  # the import registers the models
+
+model = timm.create_model("{hub.PREFIX}{repo_id}", pretrained=True).eval()
+model.keep_ratio = {model.keep_ratio:g}  # any in (0, 1]"""
+    patch = pixels_per_token(model.backbone)
+    return write_card(title, card, facts, usage, size, patch, model.keep_ratio)
 
 
-def _image_size(model: LTRPModel) -> tuple[int, int]:
-    size = getattr(getattr(model.backbone, "patch_embed", None), "img_size", None)
-    cfg = model.pretrained_cfg or {}
-    height, width = size if size is not None else cfg.get("input_size", (3, 224, 224))[-2:]
-    return int(height), int(width)
-
-
-def _options(options: Any) -> str:
-    return f" with {json.dumps(dict(options))}" if options else ""
-
-
-def _origin(ranker: Any) -> dict[str, Any]:
-    """Where the ranker's weights are from, as a card says it, when that is known."""
-    if not ranker.learned:
-        return {"ranker": "none: it has no weights"}
-    return {"ranker": ranker.origin} if ranker.origin else {}
-
-
-def _ranker_text(ranker: Any, card: dict[str, Any], repo_id: str) -> str:
-    height, width = ranker.img_size or (224, 224)
-    rows, cols = ranker.patch_size
+def _ranker_card(ranker: Any, card: Mapping[str, Any], repo_id: str) -> str:
     weights = sum(parameter.numel() for parameter in ranker.parameters())
-    facts = [
-        ("Ranker", f"`{ranker.name}`, {weights / 1e6:.2f} M parameters"),
-        ("Images", f"{ranker.in_chans} channels, mean {ranker.mean}, std {ranker.std}"),
-    ]
-    usage = (
-        "import timm, ltrp_timm\n\n"
-        "vit = timm.create_model('vit_base_patch16_224', pretrained=True).eval()\n"
-        f'weights = "{hub.PREFIX}{repo_id}"\n'
-        f'model = ltrp_timm.drop_patches(vit, "{ranker.name}", ranker_weights=weights)\n'
-    )
-    return write_card(
-        f"A {ranker.name} ranker of patches",
-        card,
-        facts,
-        usage,
-        (height // rows) * (width // cols),
-        f"images of {height}×{width}, patches of {rows}×{cols}",
-    )
+    facts = {
+        "Ranker": f"`{ranker.name}`, {weights / 1e6:.2f} M parameters",
+        "Images": f"{ranker.in_chans} channels, mean {ranker.mean}, std {ranker.std}",
+    }
+    usage = f"""import timm, ltrp_timm
+
+vit = timm.create_model('vit_base_patch16_224', pretrained=True).eval()
+weights = "{hub.PREFIX}{repo_id}"
+model = ltrp_timm.drop_patches(vit, "{ranker.name}", ranker_weights=weights)"""
+    title, size = f"A {ranker.name} ranker of patches", ranker.img_size or (224, 224)
+    return write_card(title, card, facts, usage, size, ranker.patch_size)

@@ -159,10 +159,12 @@ def locate(
         if not named:
             raise FileNotFoundError(f"{source} does not exist.")
         raise ValueError(f"a repository is hf-hub:owner/name[@revision], got {text!r}.")
-    wanted = [(CONFIG_NAME,), (WEIGHTS_NAME, "pytorch_model.bin")]
+    patterns = [CONFIG_NAME, *WEIGHT_NAMES[:2], "model-*.safetensors", *optional]
     cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
-        return hub.download(found[0], wanted, optional, found[1], cache, token)
+        return hub.download(
+            found[0], patterns, [(CONFIG_NAME,), WEIGHT_NAMES], found[1], cache, token
+        )
     except OSError as error:
         if named:
             raise
