@@ -10,16 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from train_setup import QUIET, TEACHER_ARGS, make_photos, run, same_bits, tiny_teacher, weights
 
-from ltrp_timm.train import NonFiniteLossError, train_teacher
+from ltrp_timm.train import Augmentation, NonFiniteLossError, Recipe, Settings, train_teacher
 from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.loop import Trainer
+from ltrp_timm.train.settings import _RANGES
 from ltrp_timm.train.state import check_same, digest, locked, read_state, save_state
 
 # on a machine of one core
@@ -68,6 +69,8 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert equal(read_state(tmp_path / "state"), state)
     state["tensors"][0] += 1
     assert not equal(read_state(tmp_path / "state"), state)
+    with pytest.raises(TypeError, match=r"a checkpoint cannot hold pathlib.*Path\."):
+        save_state(tmp_path / "state", {"a": tmp_path})
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -310,6 +313,14 @@ def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
     assert not list(folder.glob(".*.tmp"))
     with locked(folder):
         pass
+
+
+@pytest.mark.parametrize("kind", [Settings, Recipe, Augmentation])
+def test_every_annotated_range_is_known(kind: type) -> None:
+    for hint in get_type_hints(kind, include_extras=True).values():
+        for part in (hint, *get_args(hint)):
+            if get_origin(part) is Annotated:
+                assert part.__metadata__[0] in _RANGES
 
 
 def test_equal_weights_have_one_digest() -> None:

@@ -25,7 +25,7 @@ from ltrp_timm.share.save import model_config, save_pretrained
 from ltrp_timm.train.distill import Distillation, Student
 from ltrp_timm.train.loop import Task
 from ltrp_timm.train.recipe import Augmentation, KeepPlan
-from ltrp_timm.visualize import kept_patches, show_images
+from ltrp_timm.visualize import keeping, kept_patches, show_images
 from ltrp_timm.weights.files import save_weights
 
 _MAX_NAMES = 3  # classes in a caption
@@ -120,12 +120,12 @@ class ClassifyTask(Task):
             images, targets = self.mixer(batch, targets)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        given = {}
         if self.pruned:
             self.model.keep_ratio = self.plan.ratio(batch.epoch, batch.update)
-        if batch.scores is None:
-            out = forward(images)
-        else:
-            out = forward(images, keep_indices=select_with(self.model, batch.scores, images))
+        if batch.scores is not None:
+            given["keep_indices"] = select_with(self.model, batch.scores, images)
+        out = forward(images, **given)
         logits, tokens, keep = out if isinstance(out, tuple) else (out, None, None)
         loss: Tensor = self.loss_function(logits, targets)
         if self.distillation is None:
@@ -158,11 +158,9 @@ class ClassifyTask(Task):
         if not self.pruned:
             yield ""
             return
-        before = model.keep_ratio
         for ratio, name in zip(self.plan.ratios, self.budget_names):
-            model.keep_ratio = ratio
-            yield name
-        model.keep_ratio = before
+            with keeping(model, ratio):
+                yield name
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """Loss and hits of each image at each keep ratio; with several, top1 is their mean."""

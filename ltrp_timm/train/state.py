@@ -30,9 +30,14 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: The file cannot be written; the former one at ``path`` is intact.
+        TypeError: The tree holds what ``read_state`` would refuse.
     """
     buffer = io.BytesIO()
     torch.save({_KEY: dict(state)}, buffer)
+    buffer.seek(0)
+    unreadable = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+    if unreadable:
+        raise TypeError(f"a checkpoint cannot hold {', '.join(sorted(unreadable))}.")
     try:
         write_atomically(path, lambda file: file.write_bytes(buffer.getbuffer()))
     except OSError as error:
