@@ -110,7 +110,7 @@ def test_the_teacher_of_stage_1_is_read_as_it_is(tmp_path: Path, told: dict[str,
         ("score_net.blocks.1.norm1.bias", r"missing     blocks\.1\.norm1\.bias$"),
         ("mim.blocks.0.mlp.fc1.bias", r"missing     blocks\.0\.mlp\.fc1"),
         ("mim.decoder_blocks.1.norm2.bias", r"missing     decoder_blocks\.1\.norm2\.bias"),
-        ("mim.mask_token", r"is no whole MAE: it lacks mask_token\."),
+        ("mim.mask_token", r"is not a whole MAE: it lacks mask_token\."),
     ],
 )
 def test_anything_missing_is_refused(tmp_path: Path, without: str, message: str) -> None:
@@ -247,7 +247,7 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
     tuned, vit = stage_2(tmp_path / "tuned.pth", fine_tuned()), fine_tuned().state_dict()
     refused(ValueError, "holds no ranker: pass --ranker", tuned)
     refused(ValueError, "the vit_small ranker must be trained", tuned, "vit_small")
-    refused(FileNotFoundError, "no is no folder or file of a ranker", tuned, "no")
+    refused(FileNotFoundError, "no does not exist; give the folder of a ranker", tuned, "no")
     refused(ValueError, r"keep_ratio must be in \(0, 1\]", tuned, "contrast", keep_ratio=2)
     refused(FileNotFoundError, "no.pth does not exist", tmp_path / "no.pth")
     refused(RuntimeError, r"missing     patch_embed\.proj\.weight", stage_1(tmp_path / "1.pth"))

@@ -235,7 +235,7 @@ def test_an_index_that_is_wrong(
 )
 def test_only_numbers_of_numpy_are_read(here: Path, value: Any) -> None:
     torch.save({"model": written("ranker"), "x": value}, "odd.pth")
-    with pytest.raises(ValueError, match="no readable pickle of weights alone"):
+    with pytest.raises(ValueError, match="cannot be read as a pickle of weights only"):
         read_weights("odd.pth")
 
 

@@ -406,7 +406,7 @@ def test_wrong_arguments() -> None:
         ({"visible_indices": visible[:, :1]}, "1 of 16 patches are visible"),
         ({"visible_indices": torch.arange(16).repeat(2, 1)}, "16 of 16 patches are visible"),
         ({"visible_indices": None, "mask_ratio": 1.5}, r"mask_ratio must be in \(0, 1\), got 1.5"),
-        ({"generator": [torch.Generator()], "num_removed": 2}, "2 images need as many generators"),
+        ({"generator": [torch.Generator()], "num_removed": 2}, "2 images need 2 generators"),
         ({"images": images[:0]}, r"takes images \(B, 3, 32, 32\), got \[0, 3, 32, 32\]"),
         ({"images": images[0]}, r"takes images \(B, 3, 32, 32\), got \[3, 32, 32\]"),
         ({"images": images[:, :, :16]}, r"takes images \(B, 3, 32, 32\), got \[2, 3, 16, 32\]"),

@@ -132,7 +132,7 @@ def test_damaged_safetensors_are_never_loaded_as_something_else(
     attack()
     assert len(refused) > amount
     assert any("is damaged: its content is not what was saved" in text for text in refused)
-    assert any("is no readable safetensors file" in text for text in refused)
+    assert any("cannot be read as a safetensors file" in text for text in refused)
     path.write_bytes(content)
     assert same(create_ranker("conv", pretrained=path).state_dict(), expected)
 
@@ -391,11 +391,11 @@ def test_malicious_pickles_run_nothing(kind: str, tmp_path: Path) -> None:
     malicious(kind, target, folder / "pytorch_model.bin")
     shutil.copy(folder / "pytorch_model.bin", tmp_path / "weights.pth")
     for source in (folder, tmp_path / "weights.pth"):
-        with pytest.raises(ValueError, match="is no readable pickle of weights alone"):
+        with pytest.raises(ValueError, match="cannot be read as a pickle of weights only"):
             create_ranker("conv", pretrained=source, **RANKER)
-        with pytest.raises(ValueError, match="is no readable pickle of weights alone"):
+        with pytest.raises(ValueError, match="cannot be read as a pickle of weights only"):
             create_teacher(source)
-        with pytest.raises(ValueError, match="is no readable pickle of weights alone"):
+        with pytest.raises(ValueError, match="cannot be read as a pickle of weights only"):
             convert_ltrp.convert(source, tmp_path / "converted", "contrast")
     assert not target.exists()
     if kind != "plain pickle":
@@ -494,7 +494,7 @@ def test_what_is_no_plain_tensor(tmp_path: Path, odd: Callable[[Tensor], Tensor]
     name = next(iter(weights))
     weights[name] = odd(weights[name])
     torch.save(weights, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match=f"holds tensors that are no plain weights: {name}"):
+    with pytest.raises(ValueError, match=f"holds tensors that are not plain weights: {name}"):
         create_ranker("conv", pretrained=tmp_path / "odd.pth", **RANKER)
 
 
@@ -510,10 +510,10 @@ def test_a_teacher_of_gigantic_shapes(tmp_path: Path) -> None:
     weights["decoder_embed.weight"] = torch.zeros(1).expand(2**20, 2**20)
     torch.save(weights, tmp_path / "view.pth")  # a view of one number has any shape
     assert (tmp_path / "view.pth").stat().st_size < 10**6
-    with pytest.raises(ValueError, match="are no plain weights: decoder_embed"):
+    with pytest.raises(ValueError, match="are not plain weights: decoder_embed"):
         create_teacher(tmp_path / "view.pth", **heads)
     save_file({"x": torch.zeros(0)}, tmp_path / "empty.safetensors")
-    with pytest.raises(ValueError, match=r"is an encoder only|is no whole MAE"):
+    with pytest.raises(ValueError, match=r"is an encoder only|is not a whole MAE"):
         create_teacher(tmp_path / "empty.safetensors", **heads)
 
 

@@ -10,9 +10,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names, training_args
-from ltrp_timm.teacher.mae import MAETeacher
-from ltrp_timm.teacher.masking import (
+from ltrp_timm.teacher.mae import (
     Generators,
+    MAETeacher,
     draw_uniform,
     masked_indices,
     num_visible,
@@ -84,7 +84,7 @@ def create_teacher(
 
 
 def _normalisation(path: Path) -> dict[str, Any]:
-    """Mean and std from the preprocessor's file that lies beside Hugging Face weights."""
+    """Mean and std from the preprocessor file beside Hugging Face weights."""
     file = path / PREPROCESSOR_NAME
     if not path.is_dir() or not file.is_file():
         return {}
@@ -101,7 +101,7 @@ def _fit_positions(state_dict: Mapping[str, Tensor], teacher: MAETeacher) -> dic
     for name in ("pos_embed", "decoder_pos_embed"):
         table, own = out[name], getattr(teacher, name)
         if table.dim() != 3 or table.shape[0] != 1 or table.shape[1] < 2:
-            continue  # named with its shape in the table of differences
+            continue  # the table of differences names its shape
         side = math.isqrt(table.shape[1] - 1)
         if table.shape[1] != own.shape[1] and side * side == table.shape[1] - 1:
             grid = list(teacher.grid_size)

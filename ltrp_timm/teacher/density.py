@@ -1,8 +1,8 @@
-"""What a patch is worth: how much a teacher's picture of the rest changes without it.
+"""Semantic density: how much a teacher's reconstruction changes without a patch.
 
 Axes: B images, N patches, V visible, M = N - V masked, R removed one at a time, C pixel values of a
 patch, n variants of a chunk. A variant is an image without one of its visible patches; all B * R of
-them are one batch, cut into chunks that fit into memory.
+them form one batch, cut into chunks that fit into memory.
 """
 
 import math
@@ -28,7 +28,7 @@ REMOVALS: tuple[str, ...] = get_args(Removal)
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 ImageChange = Callable[[Tensor, Tensor], Tensor]
 
-# what the activations of a chunk may take: on a CPU they should stay in the caches
+# memory for the activations of a chunk: on a CPU they should stay in the caches
 _CPU_BYTES = 32 * 2**20
 _DEVICE_SHARE = 0.5
 
@@ -46,10 +46,10 @@ def semantic_density(
     chunk: int | None = None,
     generator: Generators | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score visible patches by what the teacher's reconstruction of the masked ones loses.
+    """Score visible patches by how much the reconstruction of the masked ones depends on them.
 
-    The teacher paints the M masked patches from the V visible ones, and once more without each of
-    these. The score of a patch is the change of the painting: the paper's pseudo-label.
+    The teacher predicts the M masked patches from the V visible ones, and again without each of
+    these. The score of a patch is the change of the prediction: the paper's pseudo-label.
 
     Args:
         teacher: an MAE, see ``create_teacher``.
@@ -60,24 +60,24 @@ def semantic_density(
         removal: "full": the patch is absent from the encoder, and a mask token stands at its place
             in the decoder. "decoder" (of the published code): the encoder sees all V, the token is
             deleted from the decoder's sequence; its neighbours' latents still hold it. "encoder"
-            (likewise): the token is isolated in every block of the encoder, the decoder gets it.
-        metric: "l1" or "mse" of the predicted values; "ssim" or "psnr" of the pixels, a patch as
-            window; "lpips" of whole pictures; or a function of two batches of pictures
+            (published too): the token is isolated in every encoder block; the decoder gets it.
+        metric: "l1" or "mse" of the predicted values; "ssim" or "psnr" of the pixels of a
+            patch; "lpips" of whole pictures; or a function of two batches of pictures
             (n, channels, H, W), pixels about in [0, 1], that returns their distances (n,).
         aggregate: over the masked patches. "mean" is the paper's; "max", the strongest local
             change, rewards local information instead of a faint shift of the whole picture.
-        num_removed: R, score only so many of the visible patches, drawn per image before anything
-            is reconstructed: the cost is (R + 1) / (V + 1). None for all.
-        chunk: variants that are computed at a time; None fits it to the memory, for encoder and
-            decoder each. The result does not depend on it.
-        generator: draws what is to be drawn: one, or one an image; None for torch's global state.
+        num_removed: R, score only this many visible patches, drawn per image before anything is
+            reconstructed: the cost is (R + 1) / (V + 1). None scores all.
+        chunk: variants per forward pass; None fits encoder and decoder to the memory. The result
+            does not depend on it.
+        generator: draws patches: one, or one per image; None is torch's global state.
 
     Returns:
-        Scores (B, R) float32, larger = more change = keep first, and the patches that they belong
-        to, (B, R) int64, in the order of ``visible_indices``.
+        Scores (B, R) float32, larger = more change = keep first, and their patches (B, R) int64,
+        in the order of ``visible_indices``.
 
     Raises:
-        ValueError: an argument is out of its range, or does not fit the teacher.
+        ValueError: an argument is out of its range or does not fit the teacher.
         ImportError: metric="lpips" without torchmetrics.
 
     Source: LTRP (CVPR 2024, arXiv 2404.00680), semantic density.
@@ -109,7 +109,7 @@ def semantic_density(
     for row, column in zip(rows.split(encoded), columns.flatten().split(encoded)):
         shown = variants.show(row, column)
         scores += [
-            change(variants.paint(tokens, image), image)
+            change(variants.predict(tokens, image), image)
             for tokens, image in zip(shown.split(decoded), row.split(decoded))
         ]
     return torch.cat(scores).reshape(columns.shape), visible_indices.gather(1, columns)
@@ -147,10 +147,10 @@ def _columns_to_remove(
 
 
 def _chunks(teacher: MAETeacher, visible: int, rows: Tensor, chunk: int | None) -> tuple[int, int]:
-    """Variants at a time for the encoder and for the decoder, by what their layers take.
+    """Variants per pass of the encoder and of the decoder, by the memory of their activations.
 
-    The encoder's variants are short: many of them are needed to be worth reading its weights, and
-    many fit. The decoder's are as long as an image.
+    The encoder's variants are short: many fit, and many share one read of its weights. The
+    decoder's are as long as an image.
     """
     if chunk is not None:
         return chunk, chunk
@@ -169,12 +169,12 @@ def _chunks(teacher: MAETeacher, visible: int, rows: Tensor, chunk: int | None) 
 
 
 def _even(total: int, size: int) -> int:
-    """The size of as few chunks as ``size`` allows, all about equal."""
+    """The chunk size for the fewest chunks up to ``size``, all about equal."""
     return math.ceil(total / math.ceil(total / max(1, size)))
 
 
 class _Variants:
-    """Paints the masked patches: all visible ones given, or one of them removed."""
+    """Predicts the masked patches from all visible ones, or from all but one."""
 
     def __init__(
         self, teacher: MAETeacher, images: Tensor, visible_indices: Tensor, removal: str
@@ -185,11 +185,11 @@ class _Variants:
         self.mask_tokens = teacher.mask_tokens(self.masked)
         self.placed = teacher.place(teacher.encode_tokens(self.tokens), visible_indices)
         every = torch.arange(len(images), device=images.device)
-        self.anchor = self.paint(self.placed, every)
+        self.anchor = self.predict(self.placed, every)
         self.isolated = _isolate(teacher, self.tokens) if removal == "encoder" else None
 
     def show(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What the decoder knows of image rows (n,) without their visible patch of columns (n,).
+        """The decoder's input for image rows (n,) without their visible patches at columns (n,).
 
         Tokens (n, L, D'): the class token and those of the V places.
         """
@@ -208,7 +208,7 @@ class _Variants:
         latents, places = torch.cat([latents, lonely], dim=1), torch.cat([places, gone], dim=1)
         return self.teacher.place(latents, places)
 
-    def paint(self, shown: Tensor, rows: Tensor) -> Tensor:
+    def predict(self, shown: Tensor, rows: Tensor) -> Tensor:
         """Tokens (n, L, D') of image rows (n,) -> their masked patches (n, M, C) float32."""
         tokens = torch.cat([shown, self.mask_tokens[rows].to(shown.dtype)], dim=1)
         return self.teacher.predict(tokens, self.masked.shape[1]).float()
@@ -217,8 +217,8 @@ class _Variants:
 def _isolate(teacher: MAETeacher, tokens: Tensor) -> Tensor:
     """Tokens (B, V, D) that neither attend nor are attended to -> their latents (B, V, D).
 
-    What attention gives such a token is the bias of its projection. No token sees another, so that
-    all of them are computed at once.
+    Attention adds the bias of its projection to such a token. No token sees another, so one pass
+    computes all of them.
     """
     for block in teacher.blocks:
         tokens = tokens + block.attn.proj.bias
@@ -227,7 +227,7 @@ def _isolate(teacher: MAETeacher, tokens: Tensor) -> Tensor:
 
 
 class _Change:
-    """Compares what was painted with the anchor: (n, M, C) of image rows (n,) -> scores (n,)."""
+    """Compares predictions with the anchor: (n, M, C) of image rows (n,) -> scores (n,)."""
 
     def __init__(
         self,
@@ -243,13 +243,13 @@ class _Change:
         self.of_pixels = PIXEL_CHANGES.get(metric) if isinstance(metric, str) else None
         self.of_images: ImageChange = lpips_change if isinstance(metric, str) else metric
 
-    def __call__(self, painted: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, predicted: Tensor, rows: Tensor) -> Tensor:
         anchor, channels = self.anchor[rows], self.teacher.in_chans
         if self.of_patches is not None:
-            return self._over_patches(self.of_patches(painted, anchor, channels))
+            return self._over_patches(self.of_patches(predicted, anchor, channels))
         true, masked = self.patches[rows], self.masked[rows]
         hidden = gather_patches(true, masked)
-        pixels = [self.teacher.to_pixels(values, hidden) for values in (painted, anchor)]
+        pixels = [self.teacher.to_pixels(values, hidden) for values in (predicted, anchor)]
         if self.of_pixels is not None:
             return self._over_patches(self.of_pixels(pixels[0], pixels[1], channels))
         seen, places = self.teacher.denormalise(true), masked.unsqueeze(2).expand_as(hidden)

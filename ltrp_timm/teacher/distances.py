@@ -37,8 +37,8 @@ def psnr_change(a: Tensor, b: Tensor, num_channels: int = 3) -> Tensor:
 def ssim_change(a: Tensor, b: Tensor, num_channels: int = 3) -> Tensor:
     """One minus the structural similarity of pixels with the range [0, 1]; a patch is the window.
 
-    Patches a and b (…, M, C) -> (…, M) in [0, 2], the mean over the channels. The window weighs all
-    pixels alike, the variances are those of a population.
+    Patches a and b (…, M, C) -> (…, M) in [0, 2], the mean over the channels. All
+    pixels of the window weigh the same; variances are those of a population.
 
     Source: Wang et al. (2004), Image quality assessment: from error visibility to structural
     similarity; K1 = 0.01, K2 = 0.03.
@@ -55,7 +55,7 @@ def ssim_change(a: Tensor, b: Tensor, num_channels: int = 3) -> Tensor:
     return 1.0 - (luminance * structure).mean(dim=-1)
 
 
-# these compare what the decoder predicts, those need pixels
+# the first compare predictions, the second need pixels
 PREDICTION_CHANGES: dict[str, PatchChange] = {"l1": l1_change, "mse": mse_change}
 PIXEL_CHANGES: dict[str, PatchChange] = {"ssim": ssim_change, "psnr": psnr_change}
 Metric = Literal["l1", "mse", "ssim", "psnr", "lpips"]
@@ -65,7 +65,7 @@ METRICS: tuple[str, ...] = get_args(Metric)
 def lpips_change(a: Tensor, b: Tensor) -> Tensor:
     """LPIPS distance (AlexNet) of images a and b (n, 3, H, W) with pixels in [0, 1] -> (n,).
 
-    The network's weights are torchvision's, downloaded when they are first needed.
+    torchvision's weights of the network are downloaded at the first call.
 
     Raises:
         ImportError: torchmetrics is not installed; the message has the command to type.
@@ -75,7 +75,7 @@ def lpips_change(a: Tensor, b: Tensor) -> Tensor:
     """
     network = _lpips_network(a.device)
     values: Tensor = network(a.clamp(0.0, 1.0), b.clamp(0.0, 1.0))
-    network.reset()  # it would keep every value it has ever given
+    network.reset()  # it keeps all its values otherwise
     return values.reshape(-1)
 
 

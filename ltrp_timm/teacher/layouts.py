@@ -1,4 +1,4 @@
-"""The names that MAE weights have in different files, and what sizes they tell."""
+"""Names of MAE weights in different files, and the sizes that their shapes give."""
 
 import argparse
 import math
@@ -49,20 +49,20 @@ _CONFIG_ARGS = {
 
 
 def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights of any known layout -> the names of the authors, which are ``MAETeacher``'s.
+    """Weights of any known layout -> the authors' names, which are those of ``MAETeacher``.
 
     Raises:
-        ValueError: a part of the MAE is not there at all, and is named; or some are there twice.
+        ValueError: a part of the MAE is missing, or a tensor is present in two layouts.
     """
     inner = {name[4:]: t for name, t in state_dict.items() if name.startswith("mim.")}
     renamed = {name: _rename(name) for name in inner or state_dict}
     if len(set(renamed.values())) < len(renamed):
-        raise ValueError(f"{source} names some weights of the MAE twice, in two layouts.")
+        raise ValueError(f"{source} holds some weights of the MAE twice, in two layouts.")
     out = _fuse_qkv({renamed[name]: t for name, t in (inner or state_dict).items()})
     present = {name.split(".")[0] for name in out} - {name for name in _TENSORS if name not in out}
     missing = [part for part in (*_PARTS, *_DECODER_PARTS) if part not in present]
     if missing:
-        kind = "is an encoder only" if set(_DECODER_PARTS) <= set(missing) else "is no whole MAE"
+        kind = "is an encoder only" if set(_DECODER_PARTS) <= set(missing) else "is not a whole MAE"
         raise ValueError(
             f"{source} {kind}: it lacks {', '.join(missing)}. A teacher needs encoder and decoder, "
             "as in facebook/vit-mae-base or mae_visualize_vit_base.pth."
@@ -77,7 +77,7 @@ def _rename(name: str) -> str:
 
 
 def _fuse_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Separate query, key and value -> one qkv; a part without its companions keeps its name."""
+    """Separate query, key and value -> one qkv; incomplete triples keep their names."""
     out: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         found = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
@@ -93,10 +93,10 @@ def _fuse_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A saved configuration, ours or that of Hugging Face -> arguments of ``MAETeacher``.
+    """A saved configuration, ours or Hugging Face's -> arguments of ``MAETeacher``.
 
     Raises:
-        ValueError: it describes another model, or one with another activation than GELU.
+        ValueError: the activation is not GELU, or an argument is refused.
     """
     if config.get("teacher") == "mae":
         return check_saved_args(config.get("args"), source)
@@ -105,7 +105,7 @@ def config_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
         raise ValueError(f"{source} uses hidden_act={activation!r}; only 'gelu' is supported.")
-    defaults = {"norm_eps": 1e-12, "norm_pix_loss": False}  # what that class takes when silent
+    defaults = {"norm_eps": 1e-12, "norm_pix_loss": False}  # the defaults of that class
     stated = {ours: config[name] for ours, name in _CONFIG_ARGS.items() if name in config}
     return {**defaults, **stated}
 
@@ -121,15 +121,15 @@ def training_args(beside: Mapping[str, Any]) -> dict[str, Any]:
 def infer_args(
     state_dict: Mapping[str, Tensor], given: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-    """Complete the arguments of ``MAETeacher`` by what shapes tell; ``given`` ones win.
+    """Complete the arguments of ``MAETeacher`` from the shapes; ``given`` ones take precedence.
 
     Raises:
-        ValueError: a shape that no MAE has, or something that shapes do not tell is not given.
+        ValueError: a shape does not fit an MAE, or an argument is neither in shapes nor given.
     """
     kernel, table = state_dict.get("patch_embed.proj.weight"), state_dict["pos_embed"]
     embed = state_dict.get("decoder_embed.weight")
     if kernel is None or kernel.dim() != 4 or table.dim() != 3 or embed is None or embed.dim() != 2:
-        raise ValueError(f"{source} is no MAE: its embeddings have shapes of something else.")
+        raise ValueError(f"{source} is not an MAE: its embeddings have other dimensions.")
     width, decoder_width = kernel.shape[0], embed.shape[0]
     args: dict[str, Any] = {
         "patch_size": tuple(kernel.shape[2:]),
@@ -152,15 +152,17 @@ def infer_args(
             args.setdefault(name, heads)
     unknown = [name for name in ("img_size", *known) if name not in args]
     if unknown:
-        raise ValueError(f"{source} does not tell {' and '.join(unknown)}: pass them as arguments.")
+        raise ValueError(
+            f"{source} does not state {' and '.join(unknown)}: pass them as arguments."
+        )
     return args
 
 
 def count_blocks(state_dict: Mapping[str, Tensor], stem: str, source: str) -> int:
-    """The number of blocks that names like ``blocks.11.…`` tell; 0 when there is none.
+    """Number of blocks in names like ``blocks.11.…``; 0 if there is none.
 
     Raises:
-        ValueError: a number that no model has.
+        ValueError: a block's number is too large.
     """
     found = (re.match(rf"{stem}\.([0-9]{{1,18}})\.", name) for name in state_dict)
     count = 1 + max((int(match[1]) for match in found if match), default=-1)

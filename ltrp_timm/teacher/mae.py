@@ -1,8 +1,8 @@
-"""The masked autoencoder, of timm's blocks.
+"""The masked autoencoder, made of timm's blocks, and the choice of visible patches.
 
 Axes: B images, N patches, V visible and M = N - V masked ones, C = p * q * channels pixel values of
-a patch, D widths. Sequences are [class token, visible patches, mask tokens]: attention does not
-care for the order, each token carries its position.
+a patch, D widths. Sequences are [class token, visible patches, mask tokens]: attention ignores the
+order, and each token carries its position.
 """
 
 from collections.abc import Sequence
@@ -23,42 +23,43 @@ from ltrp_timm.selection import (
     check_keep_indices,
     gather_patches,
     patch_pixels,
+    select_top,
     validate_keep_indices,
 )
-from ltrp_timm.teacher.masking import Generators, masked_indices, random_visible_indices
 from ltrp_timm.weights.files import PathLike, save_weights
+
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class MAETeacher(nn.Module):
-    """A masked autoencoder: sees V patches, paints the others.
+    """A masked autoencoder: sees V patches and predicts the others.
 
     Its state dict has the plain names of the authors' files (``blocks.0.attn.qkv.weight``,
-    ``decoder_blocks.0…``, ``mask_token``). As a teacher it is frozen: no parameter takes a
-    gradient, and it stays in eval mode also after ``.train()``. Images come normalised by its own
-    ``mean`` and ``std``.
+    ``decoder_blocks.0…``, ``mask_token``). As a teacher it is frozen: its parameters take no
+    gradient, and it stays in eval mode after ``.train()``. Images are normalised by its ``mean``
+    and ``std``.
 
     Args:
         img_size: side of an image in pixels, or (height, width): a multiple of the patch size.
         patch_size: side of a patch in pixels, or (height, width).
         embed_dim: width of the encoder, a multiple of 4 and of ``num_heads``.
-        depth: its number of blocks.
-        num_heads: its attention heads.
+        depth: number of blocks of the encoder.
+        num_heads: attention heads of the encoder.
         decoder_embed_dim: width of the decoder.
-        decoder_depth: its number of blocks.
-        decoder_num_heads: its attention heads.
+        decoder_depth: number of blocks of the decoder.
+        decoder_num_heads: attention heads of the decoder.
         mlp_ratio: hidden width of the encoder's MLPs over ``embed_dim``.
-        decoder_mlp_ratio: the same of the decoder.
+        decoder_mlp_ratio: the same for the decoder.
         qkv_bias: whether query, key and value have a bias.
         in_chans: channels of an image.
         norm_eps: eps of the LayerNorms.
-        norm_pix_loss: it was, or will be, trained to paint each patch normalised by its own mean
-            and standard deviation.
+        norm_pix_loss: predict each patch normalised by its mean and standard deviation.
         mean: normalisation of the images, in units of pixels in [0, 1].
-        std: likewise.
+        std: the same.
         frozen: False makes it an ordinary module that can be trained.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes do not divide.
 
     Source: He et al. (2022), Masked autoencoders are scalable vision learners.
     """
@@ -97,35 +98,27 @@ class MAETeacher(nn.Module):
         self.in_chans, self.norm_eps, self.norm_pix_loss = in_chans, norm_eps, bool(norm_pix_loss)
         self.mean, self.std = fit_channels(mean, in_chans), fit_channels(std, in_chans)
         self.frozen = frozen
-        self.mlp_ratio, self.decoder_mlp_ratio, self.qkv_bias = (
-            mlp_ratio,
-            decoder_mlp_ratio,
-            qkv_bias,
-        )
+        self.mlp_ratio, self.decoder_mlp_ratio = mlp_ratio, decoder_mlp_ratio
+        self.qkv_bias = qkv_bias
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._build_encoder(embed_dim, depth, num_heads, dd)
-        self._build_decoder(embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads, dd)
-        self._init_weights()
-        if frozen:
-            self.requires_grad_(False).eval()
-
-    def _build_encoder(self, width: int, depth: int, num_heads: int, dd: dict[str, Any]) -> None:
-        self.patch_embed = PatchEmbed(self.img_size, self.patch_size, self.in_chans, width, **dd)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width, **dd))
-        self.register_buffer("pos_embed", sincos_pos_embed(width, self.grid_size).to(**dd))
-        self.blocks = self._blocks(width, depth, num_heads, self.mlp_ratio, dd)
-        self.norm = LayerNorm(width, eps=self.norm_eps, **dd)
-
-    def _build_decoder(
-        self, embed_dim: int, width: int, depth: int, num_heads: int, dd: dict[str, Any]
-    ) -> None:
+        norm = partial(LayerNorm, eps=norm_eps, **dd)
+        self.patch_embed = PatchEmbed(self.img_size, self.patch_size, in_chans, embed_dim, **dd)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
+        self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size).to(**dd))
+        self.blocks = self._blocks(embed_dim, depth, num_heads, mlp_ratio, dd)
+        self.norm = norm(embed_dim)
+        width, values = decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans
         self.decoder_embed = nn.Linear(embed_dim, width, **dd)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width, **dd))
         self.register_buffer("decoder_pos_embed", sincos_pos_embed(width, self.grid_size).to(**dd))
-        self.decoder_blocks = self._blocks(width, depth, num_heads, self.decoder_mlp_ratio, dd)
-        self.decoder_norm = LayerNorm(width, eps=self.norm_eps, **dd)
-        values = self.patch_size[0] * self.patch_size[1] * self.in_chans
+        self.decoder_blocks = self._blocks(
+            width, decoder_depth, decoder_num_heads, decoder_mlp_ratio, dd
+        )
+        self.decoder_norm = norm(width)
         self.decoder_pred = nn.Linear(width, values, **dd)
+        self._init_weights()
+        if frozen:
+            self.requires_grad_(False).eval()
 
     def _blocks(
         self, width: int, depth: int, num_heads: int, mlp_ratio: float, dd: dict[str, Any]
@@ -140,7 +133,7 @@ class MAETeacher(nn.Module):
         return nn.ModuleList([Block(width, num_heads, **args) for _ in range(depth)])
 
     def _init_weights(self) -> None:
-        """Initial values as the paper trains from."""
+        """Initialise as the paper does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -156,7 +149,7 @@ class MAETeacher(nn.Module):
         return self
 
     def config(self) -> dict[str, Any]:
-        """Arguments that rebuild this teacher, frozen, as JSON can hold them."""
+        """Arguments that rebuild this teacher, as values that JSON can hold."""
         names = ["mlp_ratio", "decoder_mlp_ratio", "qkv_bias", "in_chans", "norm_eps"]
         names += ["norm_pix_loss", "mean", "std"]
         return {
@@ -184,7 +177,7 @@ class MAETeacher(nn.Module):
         """images (B, channels, H, W) -> (B, N, C), a patch by rows, columns, channels.
 
         Raises:
-            ValueError: images of another size than the teacher's.
+            ValueError: the images have another size than the teacher's.
         """
         self.check_images(images)
         return patch_pixels(images, self.grid_size)
@@ -193,7 +186,7 @@ class MAETeacher(nn.Module):
         """patches (B, N, C) -> images (B, channels, H, W), the inverse of ``patchify``.
 
         Raises:
-            ValueError: another number of patches or values.
+            ValueError: the number of patches or values differs.
         """
         (h, w), (p, q) = self.grid_size, self.patch_size
         expected = (h * w, p * q * self.in_chans)
@@ -207,7 +200,7 @@ class MAETeacher(nn.Module):
         """images (B, channels, H, W), visible_indices (B, V) -> tokens with positions (B, V, D).
 
         Raises:
-            ValueError: images of another size, or indices that do not fit them.
+            ValueError: the images have another size, or the indices do not fit them.
         """
         self.check_images(images)
         tokens: Tensor = self.patch_embed(images) + self.pos_embed[:, 1:]
@@ -232,7 +225,7 @@ class MAETeacher(nn.Module):
             Latents (B, 1 + V, D), the class token first, patches in the order of the indices.
 
         Raises:
-            ValueError: images of another size, or indices that do not fit them.
+            ValueError: the images have another size, or the indices do not fit them.
         """
         if visible_indices is not None:
             self.check_visible(visible_indices, images.shape[0])
@@ -255,23 +248,23 @@ class MAETeacher(nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens[:, -num_predicted:]))
 
     def decode(self, latents: Tensor, visible_indices: Tensor) -> Tensor:
-        """Paint all patches.
+        """Predict all patches.
 
         Args:
             latents: (B, 1 + V, D) from ``encode``.
-            visible_indices: (B, V) the places that they belong to.
+            visible_indices: (B, V), the places of the latents.
 
         Returns:
             Predictions (B, N, C), in the order of the grid.
 
         Raises:
-            ValueError: indices that do not fit the latents.
+            ValueError: the indices do not fit the latents.
         """
         self.check_visible(visible_indices, latents.shape[0])
         if latents.shape[1] != 1 + visible_indices.shape[1]:
             raise ValueError(
-                f"{visible_indices.shape[1]} visible_indices need a class token and as many "
-                f"latents, got {latents.shape[1]} tokens."
+                f"{visible_indices.shape[1]} visible_indices need one more latent, "
+                f"got {latents.shape[1]} tokens."
             )
         tokens = self.place(latents, visible_indices)
         places = visible_indices
@@ -288,19 +281,19 @@ class MAETeacher(nn.Module):
         mask_ratio: float = 0.75,
         generator: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Paint all patches of images of which some are visible.
+        """Predict all patches of images from their visible ones.
 
         Args:
             images: (B, channels, H, W).
             visible_indices: (B, V); when None they are drawn.
-            mask_ratio: share of patches to mask, when they are drawn.
-            generator: draws them: one, or one an image; None for torch's global state.
+            mask_ratio: share of patches to mask when indices are drawn.
+            generator: draws the indices: one, or one per image; None is torch's global state.
 
         Returns:
             Predictions (B, N, C) and visible_indices (B, V).
 
         Raises:
-            ValueError: images of another size, or indices or a ratio that do not fit.
+            ValueError: the images have another size, or indices or ratio do not fit them.
         """
         if visible_indices is None:
             visible_indices = random_visible_indices(
@@ -311,9 +304,9 @@ class MAETeacher(nn.Module):
     def reconstruction_loss(
         self, images: Tensor, predictions: Tensor, visible_indices: Tensor
     ) -> Tensor:
-        """Mean squared error of predictions (B, N, C) over the masked patches: what an MAE learns.
+        """Mean squared error of predictions (B, N, C) over the masked patches, MAE's loss.
 
-        With ``norm_pix_loss`` each true patch is normalised by its own mean and standard deviation.
+        With ``norm_pix_loss`` each true patch is normalised by its mean and standard deviation.
         """
         target = self.patchify(images).float()
         if self.norm_pix_loss:
@@ -323,11 +316,11 @@ class MAETeacher(nn.Module):
         return error.gather(1, masked_indices(visible_indices, self.num_patches)).mean()
 
     def to_pixels(self, predictions: Tensor, patches: Tensor) -> Tensor:
-        """Predictions (…, C) -> pixel values (…, C), in [0, 1] where they are those of an image.
+        """Predictions (…, C) -> pixel values (…, C), about in [0, 1].
 
         Args:
-            predictions: what the decoder gives.
-            patches: the true patches there, from ``patchify``; read with ``norm_pix_loss`` only.
+            predictions: the decoder's.
+            patches: the true patches at these places, used with ``norm_pix_loss`` only.
         """
         if self.norm_pix_loss:
             mean, std = patch_statistics(patches)
@@ -341,11 +334,11 @@ class MAETeacher(nn.Module):
         return patches * scale + shift
 
     def check_visible(self, visible_indices: Tensor, batch_size: int) -> None:
-        """Check (B, V) int64 indices, in range and without duplicates; reads from the device.
+        """Check (B, V) int64 indices, in range and without duplicates; waits for the device.
 
         Raises:
-            ValueError: they are not.
-            TypeError: another dtype.
+            ValueError: the indices do not fit.
+            TypeError: the dtype is another one.
         """
         check_keep_indices(visible_indices, batch_size, self.num_patches, "visible_indices")
         validate_keep_indices(visible_indices, self.num_patches, "visible_indices")
@@ -354,7 +347,7 @@ class MAETeacher(nn.Module):
         """Check images (B, channels, H, W): at least one, of the teacher's size.
 
         Raises:
-            ValueError: they are not.
+            ValueError: the shape differs.
         """
         expected = (self.in_chans, *self.img_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected or images.shape[0] < 1:
@@ -374,3 +367,71 @@ def _grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, 
     if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
         raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}.")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Number of visible patches at a mask ratio, ``int(N * (1 - mask_ratio))``.
+
+    Raises:
+        ValueError: ``mask_ratio`` is not in (0, 1), or leaves no patch visible or none masked.
+
+    >>> num_visible(196, 0.9)
+    19
+    """
+    number = isinstance(mask_ratio, (int, float)) and not isinstance(mask_ratio, bool)
+    if not number or not 0.0 < mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio must be in (0, 1), got {mask_ratio}.")
+    visible = int(num_patches * (1 - mask_ratio))
+    if visible < 1 or visible == num_patches:
+        raise ValueError(f"mask_ratio = {mask_ratio} leaves {visible} of {num_patches} visible.")
+    return visible
+
+
+def draw_uniform(
+    batch_size: int, num_items: int, generator: Generators | None, device: Any = None
+) -> Tensor:
+    """Uniform numbers (B, n) in [0, 1).
+
+    Args:
+        batch_size: B.
+        num_items: n.
+        generator: one for the batch, or one per image, so that an image's numbers do not depend on
+            its place in the batch; None is torch's global state.
+        device: of the result.
+
+    Raises:
+        ValueError: the number of generators is not B.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        where = device if generator is None else generator.device
+        return torch.rand(batch_size, num_items, generator=generator, device=where).to(device)
+    if len(generator) != batch_size:
+        raise ValueError(f"{batch_size} images need {batch_size} generators, got {len(generator)}.")
+    rows = [torch.rand(num_items, generator=g, device=g.device).to(device) for g in generator]
+    return torch.stack(rows)
+
+
+def random_visible_indices(
+    batch_size: int,
+    num_patches: int,
+    mask_ratio: float,
+    generator: Generators | None = None,
+    device: Any = None,
+) -> Tensor:
+    """Draw the visible patches of each image, those with the V smallest of N random numbers.
+
+    Returns:
+        (B, V) int64, ascending.
+
+    Raises:
+        ValueError: as for ``num_visible`` and ``draw_uniform``.
+    """
+    visible = num_visible(num_patches, mask_ratio)
+    return select_top(-draw_uniform(batch_size, num_patches, generator, device), visible)
+
+
+def masked_indices(visible_indices: Tensor, num_patches: int) -> Tensor:
+    """visible_indices (B, V), without duplicates -> the other indices (B, M), ascending."""
+    batch, visible = visible_indices.shape
+    masked = torch.ones(batch, num_patches, device=visible_indices.device)
+    return select_top(masked.scatter(1, visible_indices, 0.0), num_patches - visible)

@@ -1,7 +1,6 @@
-"""Weights and their configuration: safetensors and JSON, atomic, loaded strictly.
+"""Weights and their configuration: written atomically, read without running code, loaded strictly.
 
-What is written here is safetensors. What is read may also be a pickle of weights, by a reader that
-runs no code, or a repository of the Hugging Face Hub.
+It writes safetensors and JSON. It also reads pickles of weights and repositories of the Hub.
 """
 
 import argparse
@@ -32,11 +31,7 @@ CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "model.safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
-WEIGHT_NAMES = (
-    WEIGHTS_NAME,
-    f"model{_INDEX_SUFFIX}",
-    "pytorch_model.bin",
-)  # in this order
+WEIGHT_NAMES = (WEIGHTS_NAME, f"model{_INDEX_SUFFIX}", "pytorch_model.bin")  # in this order
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -55,12 +50,11 @@ def save_weights(
 ) -> Path:
     """Write ``config.json`` and ``model.safetensors`` into a folder, each in one atomic step.
 
-    The configuration also stands in the header of the safetensors file, so that the file alone can
-    be loaded.
+    The header of the safetensors file repeats the configuration, so that the file alone loads.
 
     Args:
-        directory: made when missing.
-        config: what JSON can hold.
+        directory: created if it is missing.
+        config: values that JSON can hold.
         state_dict: tensors by name.
         overwrite: replace files of an earlier save.
 
@@ -77,22 +71,18 @@ def save_weights(
             f"{folder} already holds {' and '.join(present)}; pass overwrite=True to replace."
         )
     text = json.dumps(dict(config), indent=2) + "\n"
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()
-    }
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items()}
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(dict(config))}
     metadata[_DIGEST_KEY] = _digest(tensors, metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / WEIGHTS_NAME,
-        lambda path: safetensors.torch.save_file(tensors, path, metadata=metadata),
-    )
+    save = safetensors.torch.save_file
+    write_atomically(folder / WEIGHTS_NAME, lambda path: save(tensors, path, metadata=metadata))
     write_text(folder / CONFIG_NAME, text)
     return folder / WEIGHTS_NAME
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` fill a temporary neighbour, then rename it: ``path`` is whole or untouched."""
+    """Let ``write`` fill a temporary file beside ``path``, then rename it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -131,20 +121,20 @@ def locate(
     cache_dir: PathLike | None = None,
     token: str | None = None,
 ) -> Path:
-    """A local file or folder as it is; a repository as the folder that its files come to.
+    """Find a local file or folder, or download a repository to a folder.
 
     Args:
         source: a path, or ``hf-hub:owner/name[@revision]``.
-        bare: a repository may also be named without ``hf-hub:``, if no such path exists.
-        optional: further files that the repository may have.
+        bare: ``owner/name`` without ``hf-hub:`` is a repository too, if it is not a path.
+        optional: further files of a repository.
         cache_dir: as in huggingface_hub.
         token: as in huggingface_hub.
 
     Raises:
-        FileNotFoundError: nothing is there, and the Hub has or gives nothing by that name.
+        FileNotFoundError: the path or the repository does not exist, or lacks a file.
         PermissionError: the Hub wants another token.
-        ConnectionError: the Hub does not answer as it should.
-        ValueError: what follows ``hf-hub:`` names no repository.
+        ConnectionError: the Hub does not answer properly.
+        ValueError: the text after ``hf-hub:`` cannot name a repository.
     """
     text, path = os.fspath(source), Path(source)
     named = text.startswith(hub.PREFIX)
@@ -215,31 +205,28 @@ def read_weights(
         OSError: the Hub does not provide the files (see ``locate``).
     """
     path = locate(source, bare, optional, cache_dir, token)
-    if not path.is_dir():
-        tensors, metadata, beside, averaged = _read_file(path)
-        text = metadata.get(_METADATA_KEY)
-        config = None if text is None else parse_json(text, path)
-        return Weights(_without_wrappers(tensors), config, beside, averaged, path)
-    file = next((path / name for name in WEIGHT_NAMES if (path / name).is_file()), None)
-    missing = [WEIGHTS_NAME] if file is None else []
-    missing += [] if (path / CONFIG_NAME).is_file() else [CONFIG_NAME]
-    if file is None or missing:
-        raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
-    config = read_json(path / CONFIG_NAME)
-    tensors, _, beside, averaged = _read_file(file)
+    file, config = path, None
+    if path.is_dir():
+        there = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+        missing = [WEIGHTS_NAME] * (not there)
+        missing += [CONFIG_NAME] * (not (path / CONFIG_NAME).is_file())
+        if missing:
+            raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
+        file, config = there[0], read_json(path / CONFIG_NAME)
+    beside: dict[str, Any] = {}
+    averaged = False
+    if file.name.endswith(_INDEX_SUFFIX):
+        tensors = _read_shards(file)
+    elif file.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(file)
+        if config is None and _METADATA_KEY in metadata:
+            config = parse_json(metadata[_METADATA_KEY], file)
+    elif file.suffix in PICKLE_SUFFIXES:
+        tensors, beside, averaged = _read_pickle(file)
+    else:
+        kinds = ", ".join((*WEIGHT_SUFFIXES, _INDEX_SUFFIX))
+        raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
     return Weights(_without_wrappers(tensors), config, beside, averaged, path)
-
-
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any], bool]:
-    if path.name.endswith(_INDEX_SUFFIX):
-        return _read_shards(path), {}, {}, False
-    if path.suffix == ".safetensors":
-        return (*_read_safetensors(path), {}, False)
-    if path.suffix in PICKLE_SUFFIXES:
-        tensors, beside, averaged = _read_pickle(path)
-        return tensors, {}, beside, averaged
-    kinds = ", ".join((*WEIGHT_SUFFIXES, _INDEX_SUFFIX))
-    raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -301,7 +288,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make the unpickler raise anything
         raise ValueError(
-            f"{path} is no readable pickle of weights alone: {first_line(error)}"
+            f"{path} cannot be read as a pickle of weights only: {first_line(error)}"
         ) from error
     beside: dict[str, Any] = {}
     averaged = False
@@ -317,14 +304,14 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
         raise ValueError(f"{path} holds more than tensors: {', '.join(others[:5])}.")
     odd = [str(name) for name, tensor in content.items() if not _is_plain(tensor)]
     if odd:
-        raise ValueError(f"{path} holds tensors that are no plain weights: {', '.join(odd[:5])}.")
+        raise ValueError(f"{path} holds tensors that are not plain weights: {', '.join(odd[:5])}.")
     return {str(name): tensor for name, tensor in content.items()}, beside, averaged
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it has real numbers of its own: not sparse, quantised, complex or without data.
+    """Whether a tensor is dense, real, not quantised, and stored in full.
 
-    Nor a view that shows the same few numbers many times: it may claim any shape.
+    A view that repeats a few numbers could claim any shape.
     """
     whole = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
     if not whole or tensor.is_nested or tensor.is_complex():
@@ -338,14 +325,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # a damaged header may also name types and sizes that torch refuses
-        raise ValueError(f"{path} is no readable safetensors file: {error}.") from error
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error}.") from error
     if _DIGEST_KEY in metadata and metadata[_DIGEST_KEY] != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content is not what was saved.")
     return tensors, metadata
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over names, shapes, types, bytes: the format itself notices no flipped bit."""
+    """SHA-256 over names, shapes, types and bytes: safetensors itself does not detect damage."""
     out = hashlib.sha256(metadata.get(_METADATA_KEY, "").encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -365,12 +352,11 @@ def check_keys(
     Args:
         expected: the model's state dict.
         found: the file's, under the model's names.
-        source: named in the error.
-        optional: names that may be missing or have another shape (a head for another number of
-            classes).
+        source: what the error calls the file.
+        optional: names that may be missing or have another shape, such as a new head's.
 
     Raises:
-        RuntimeError: a table of what is missing, unexpected or of another shape.
+        RuntimeError: names or shapes differ; the message is a table of all differences.
     """
     free = set(optional)
     lines: list[str] = []
@@ -398,21 +384,21 @@ def build_and_load(
     source: str,
     fit: Callable[[Mapping[str, Tensor], Any], Mapping[str, Tensor]],
 ) -> Any:
-    """Build a model of saved arguments, and load all its weights.
+    """Build a model from saved arguments and load all its weights.
 
-    Its shapes are compared with those of the file before any memory is taken for it.
+    Shapes are compared with those of the file before memory is allocated.
 
     Args:
         make: the model's constructor.
         args: its arguments.
         state_dict: the file's tensors.
-        source: named in the errors.
-        fit: (tensors, model) -> the tensors in the shapes of the model, as far as that can be.
+        source: what the errors call the file.
+        fit: (tensors, model) -> the tensors, resampled to the model's shapes where possible.
 
     Raises:
-        ValueError: the arguments describe no model.
-        TypeError: an argument is of another type, or unknown.
-        RuntimeError: a table of what is missing, unexpected or of another shape.
+        ValueError: the arguments do not describe a model.
+        TypeError: an argument is unknown or of another type.
+        RuntimeError: names or shapes differ; the message is a table of all differences.
     """
     sizes = {name: value for name, value in args.items() if name != "device"}
     outline = shapes_of(lambda: make(**sizes), source, _stored_bytes(state_dict))
@@ -423,6 +409,6 @@ def build_and_load(
 
 
 def _stored_bytes(state_dict: Mapping[str, Tensor]) -> int:
-    """Bytes behind all tensors, each once: many may be views of the same."""
+    """Bytes of all storages, each counted once: tensors may share one."""
     storages = (tensor.untyped_storage() for tensor in state_dict.values())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -33,7 +33,7 @@ _LOGIN = "set HF_TOKEN or run `hf auth login`"
 
 
 def split_repository(name: str) -> tuple[str, str | None] | None:
-    """``owner/name[@revision]`` -> (repository, revision); None for anything else.
+    """``owner/name[@revision]`` -> (repository, revision); None for any other text.
 
     >>> split_repository("me/ranker@v1")
     ('me/ranker', 'v1')
@@ -184,44 +184,36 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
 def _meaning(error: BaseException, name: str, revision: str | None) -> Exception | None:
     """The error to raise instead; None for one that is not the Hub's."""
     at = name if revision is None else f"{name}@{revision}"
-    cause = error.__cause__
+    cause, said, hub = error.__cause__, first_line(error), constants.ENDPOINT
     if cause is not None and isinstance(error, (LocalEntryNotFoundError, RuntimeError)):
         return _meaning(cause, name, revision)
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return FileNotFoundError(_not_cached(at))
     if isinstance(error, GatedRepoError):
-        page = f"{constants.ENDPOINT}/{name}"
-        return PermissionError(f"{name} is gated: accept its terms at {page}, then {_LOGIN}.")
+        text = f"{name} is gated: accept its terms at {hub}/{name}, then {_LOGIN}."
+        return PermissionError(text)
     if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(
-            f"{name} has no revision {revision!r}: name a branch, tag or commit."
-        )
+        text = f"{name} has no revision {revision!r}: name a branch, tag or commit."
+        return FileNotFoundError(text)
     if isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"the Hub shows no repository {name}: check the name, or {_LOGIN} if it is private."
-        )
+        text = f"the Hub shows no repository {name}: check the name, or {_LOGIN} if it is private."
+        return FileNotFoundError(text)
     if isinstance(error, EntryNotFoundError):
-        return FileNotFoundError(f"{at} on the Hub does not hold this file: {first_line(error)}")
+        return FileNotFoundError(f"{at} on the Hub does not hold this file: {said}")
     if isinstance(error, HFValidationError):
-        return ValueError(f"{name!r} cannot name a repository: {first_line(error)}")
+        return ValueError(f"{name!r} cannot name a repository: {said}")
     if isinstance(error, HfHubHTTPError):
         return _meaning_of_status(error, name)
     broken = str(error).startswith("Consistency check failed")
     if not broken and type(error).__module__.split(".")[0] not in _TRANSPORT:
         return None
+    text = f"the transfer of {name} broke off and left no partial file; run it again: {said}"
     if isinstance(error, FileMetadataError):
-        return ConnectionError(
-            f"the server at {constants.ENDPOINT} is not a Hub: check HF_ENDPOINT ({name})."
-        )
-    if type(error).__name__ in _UNREACHED:
-        return ConnectionError(
-            f"the Hub at {constants.ENDPOINT} cannot be reached for {name}: check the connection, "
-            "or set HF_HUB_OFFLINE=1 to use what is in the cache."
-        )
-    return ConnectionError(
-        f"the transfer of {name} broke off and left no partial file; run it again: "
-        f"{first_line(error)}"
-    )
+        text = f"the server at {hub} is not a Hub: check HF_ENDPOINT ({name})."
+    elif type(error).__name__ in _UNREACHED:
+        text = f"the Hub at {hub} cannot be reached for {name}: check the connection, or set "
+        text += "HF_HUB_OFFLINE=1 to use what is in the cache."
+    return ConnectionError(text)
 
 
 def _meaning_of_status(error: HfHubHTTPError, name: str) -> Exception:
@@ -230,16 +222,13 @@ def _meaning_of_status(error: HfHubHTTPError, name: str) -> Exception:
     if status == 401:
         return PermissionError(f"the Hub wants a valid token for {name} (401): {_LOGIN}.")
     if status == 403:
-        return PermissionError(
-            f"the token lacks the right to do this with {name} (403): use one that has it "
-            "(https://huggingface.co/settings/tokens)."
-        )
+        text = f"the token lacks the right to do this with {name} (403): use one that has it "
+        return PermissionError(f"{text}(https://huggingface.co/settings/tokens).")
+    text = f"the Hub refused a request for {name} ({status}): {first_line(error)}"
     if status == 429:
         wait = response.headers.get("Retry-After")
         when = f"in {wait} s" if wait else "later"
-        return ConnectionError(f"the Hub is busy with requests for {name} (429): try again {when}.")
-    if status >= 500:
-        return ConnectionError(
-            f"the Hub has an internal error for {name} ({status}): try again later."
-        )
-    return ConnectionError(f"the Hub refused a request for {name} ({status}): {first_line(error)}")
+        text = f"the Hub is busy with requests for {name} (429): try again {when}."
+    elif status >= 500:
+        text = f"the Hub has an internal error for {name} ({status}): try again later."
+    return ConnectionError(text)

@@ -1,4 +1,4 @@
-"""What a saved configuration may say. It comes from strangers: it is read as data, and bounded."""
+"""Checks of saved configurations. They may be hostile: they are read as data and bounded."""
 
 import json
 import math
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-MAX_BYTES = 4 * 2**20  # class names of the largest data sets take one of them
+MAX_BYTES = 4 * 2**20  # class names of the largest data sets take 1 MiB
 _MAX_INT = 2**31
 MAX_DEPTH = 1024  # blocks are built one by one
 _MAX_ITEMS = 64
 _GROWTH = 4  # weights of one byte fill a model of float32
 _SPARE = 2**30  # for a new head, other channels, position tables of larger images
-# arguments that name files, reach the Hub or say where a model lies: the caller's alone
+# only the caller may name files, repositories and devices
 NEVER_SAVED = (
     "ranker_weights",
     "checkpoint_path",
@@ -33,10 +33,10 @@ _WORD = re.compile(r"[\w +,.-]{0,128}")  # no separators of paths, drives or sou
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object from a file.
 
     Raises:
-        ValueError: it is none, or too large for one.
+        ValueError: the file is too large or not a JSON object.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -48,7 +48,7 @@ def parse_json(text: str, source: object) -> dict[str, Any]:
     """Read a JSON object from a text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a JSON object.
     """
     try:
         config = json.loads(text)
@@ -67,20 +67,20 @@ def check_saved_args(
     known: Collection[str] | None = None,
     refused: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Check saved arguments of a model before anything is built of them.
+    """Check saved arguments of a model before anything is built from them.
 
     Args:
-        args: what stands in the file.
-        source: named in the errors.
-        known: the names that there are; None knows them not.
-        refused: names that no saved configuration may use.
+        args: the arguments in the file.
+        source: what the errors call the file.
+        known: all valid names; None accepts any name.
+        refused: names that a saved configuration must not set.
 
     Returns:
         The same arguments.
 
     Raises:
-        ValueError: no mapping, a name that is unknown or refused, a text that could be a path, a
-            number that is none or that no model has.
+        ValueError: ``args`` is not a mapping, a name is unknown or refused, a text could be a path,
+            or a number is not finite or too large for a model.
     """
     if not isinstance(args, Mapping):
         kind = type(args).__name__
@@ -98,7 +98,7 @@ def check_saved_args(
 
 
 def _is_statistic(name: str, value: Any) -> bool:
-    """Whether it is a mean or standard deviation of pixels, one number a channel."""
+    """Whether a value can be a mean or standard deviation of pixels, one number per channel."""
     if value is None:
         return True
     if not isinstance(value, (list, tuple)) or not value:
@@ -126,27 +126,29 @@ def _harmless(name: str, value: Any, level: int) -> bool:
 def shapes_of(
     make: Callable[[], nn.Module], source: object, weights: int | None = None
 ) -> nn.Module:
-    """Build a model of a saved configuration on the meta device: its shapes, no memory.
+    """Build a model of a saved configuration on the meta device, without memory for its weights.
 
     Args:
-        make: builds it.
-        source: named in the errors.
-        weights: bytes of the weights that are to fill it, if it is known.
+        make: builds the model.
+        source: what the errors call the file.
+        weights: size of the file's weights in bytes, if it is known.
 
     Raises:
-        ValueError: no model comes of it, or one that is far larger than its weights or than the
-            memory of this machine.
-        TypeError: an argument is of another type, or unknown.
+        ValueError: the configuration does not describe a model, or one that is far larger than its
+            weights or than the memory of this machine.
+        TypeError: an argument is unknown or of another type.
     """
     try:
         with torch.device("meta"):
             model = make()
-    except (TypeError, ValueError) as error:  # they repeat the argument, not where it stands
+    except (TypeError, ValueError) as error:  # they name the argument, not the file
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{source}: {error}") from error
-    except Exception as error:  # whatever a constructor says to sizes that fit nothing
+    except Exception as error:  # constructors raise anything for impossible sizes
         reason = first_line(error)
-        raise ValueError(f"the configuration in {source} describes no model: {reason}") from error
+        raise ValueError(
+            f"the configuration in {source} does not describe a model: {reason}"
+        ) from error
     tensors = [*model.parameters(), *model.buffers()]
     size = sum(t.numel() * t.element_size() for t in tensors)
     text = f"the configuration in {source} describes a model of {size / 2**30:.0f} GiB; "
@@ -158,13 +160,13 @@ def shapes_of(
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The first line of an error's text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def _memory() -> float:
-    """Bytes of this machine; without bound where the system does not tell."""
+    """Bytes of memory of this machine; infinite if they are unknown."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
