@@ -106,7 +106,9 @@ def from_wds(folder: Path, place: Path) -> Pictures:
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     options = {"root": str(place), "split": "shard-0.tar", "training": False}
-    return of_stream(open_dataset("wds/any", num_samples=len(names(folder)), **options), folder)
+    stream = open_dataset("wds/any", num_samples=len(names(folder)), **options)
+    assert {picture.mode for picture, _ in stream} == {"RGB"}  # whoever reads it
+    return of_stream(stream, folder)
 
 
 def as_table(folder: Path, place: Path) -> str:

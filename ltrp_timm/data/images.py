@@ -35,8 +35,8 @@ def open_dataset(
 ) -> Any:
     """Open a data set by its name in timm; a data set that is given comes back as it is.
 
-    Images stay undecoded, or in their own mode, wherever the reader allows it, so that
-    ``load_image`` sees their orientation, bit depth and transparency (``tfds/`` decodes them).
+    ``load_image`` sees the orientation, bit depth and transparency of every image; only ``tfds/``
+    drops them when it decodes.
 
     Args:
         data: a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
@@ -64,7 +64,7 @@ def open_dataset(
     if named and num_samples:
         extra["num_samples"] = num_samples
     try:
-        return create_dataset(
+        dataset = create_dataset(
             text if named else "",
             root=root if named else text,
             split=split,
@@ -73,6 +73,9 @@ def open_dataset(
             input_img_mode="",  # no conversion: load_image converts
             **extra,
         )
+        if hasattr(dataset, "reader"):  # one of timm's
+            dataset.transform = load_image
+        return dataset
     except ImportError as error:
         raise ImportError(
             f"{text} needs a package that is not installed ({one_line(error)}): "

@@ -27,10 +27,8 @@ class ClassData:
         val_data: held-out images, see ``open_labelled`` (default: those of ``data``, if it is a
             folder that has some beside its training images).
         val_split: split of the held-out images.
-        root: see ``open_labelled``.
-        input_key: see ``open_labelled``.
-        target_key: see ``open_labelled``.
         num_classes: C (default: counted from the data).
+        **named: ``root``, ``input_key`` and ``target_key`` of ``open_labelled``.
 
     Attributes:
         train: images to train on, or the stream.
@@ -51,12 +49,9 @@ class ClassData:
         split: str = "train",
         val_data: Any = None,
         val_split: str = "validation",
-        root: str | None = None,
-        input_key: str | None = None,
-        target_key: str | None = None,
         num_classes: int | None = None,
+        **named: Any,
     ) -> None:
-        named: dict[str, Any] = {"root": root, "input_key": input_key, "target_key": target_key}
         self.notes: list[str] = []
         self.streaming = is_stream(data)
         self.train: Any = data

@@ -105,7 +105,11 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
             beside it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
     mine = not dist.is_initialized()
     if mine:
         _check_environment()
@@ -135,11 +139,3 @@ def _check_environment() -> None:
             f"WORLD_SIZE is {size}, but {', '.join(absent)} is not set; start several processes "
             "with torchrun, or unset WORLD_SIZE."
         )
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
