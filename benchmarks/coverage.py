@@ -35,7 +35,7 @@ from ltrp_timm.selection import (
     gather_patches,
     mean_rank,
     patch_pixels,
-    select_patches,
+    select,
 )
 from ltrp_timm.selection.coverage import squared_distances
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, where: Row) -> list[Row]:
         for label, (name, changes) in SELECTIONS.items():
             options = check_selection_args(name, changes)
             tokens = patch_pixels(images, GRID, int(options.get("pixels", 0)))
-            keep = select_patches(scores, k, name, options, GRID, tokens)
+            keep = select(scores, k, name, options, GRID, tokens)
             found[label] = cover(keep, scores, pixels)
             row: Row = {"keep_ratio": ratio, "patches_kept": k, "method": label}
             row |= {"images": len(images)}

@@ -56,7 +56,6 @@ from ltrp_timm.measure import throughput
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.scoring import cached_transform
-from ltrp_timm.scoring.scorer import select_with
 
 NAME = "index_cache"
 TITLE = "A step with cached orders of a slow ranker"
@@ -117,7 +116,7 @@ def make_step(
             keep = torch.arange(ltrp_timm.num_keep(h * w, model.keep_ratio))
             return model(images, keep_indices=keep.expand(len(images), -1))
         if scores is not None:
-            return model(images, keep_indices=select_with(model, scores, images))
+            return model(images, keep_indices=model.select(scores, images))
         return model(images)
 
     def step() -> None:

@@ -11,6 +11,7 @@ from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import create_ranker, list_rankers
 from ltrp_timm.selection import (
+    AdaptiveBudget,
     PatchSelector,
     dpc_knn,
     gather_patches,
@@ -28,6 +29,7 @@ from ltrp_timm.teacher.density import semantic_density
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveBudget",
     "LTRPModel",
     "MAETeacher",
     "PatchSelector",

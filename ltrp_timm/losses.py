@@ -5,15 +5,14 @@ earlier, and give one value per list before ``reduction``. Half precision is com
 sum of exponentials overflows in it.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Literal, Optional, Tuple, get_args  # as TorchScript reads them
 
 import torch
 import torch.nn.functional as F
-from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor
 
+from ltrp_timm._timm import asymmetric_loss
 from ltrp_timm.metrics import (
     check_lists,
     check_top,
@@ -270,10 +269,7 @@ def multi_label_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     if name == "bce":
         return _binary_cross_entropy
     if name == "asymmetric":
-        # older versions of timm always sum, and do not know the argument
-        known = inspect.signature(AsymmetricLossMultiLabel).parameters
-        how = {"reduction": "sum"} if "reduction" in known else {}
-        loss = AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=0, clip=0.05, **how)
+        loss = asymmetric_loss(gamma_neg=4, gamma_pos=0, clip=0.05)
         return lambda logits, targets: loss(logits.float(), targets.float()) / len(logits)
     raise ValueError(f"loss must be one of {', '.join(MULTI_LABEL_LOSSES)}, got {name!r}.")
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.timm_interface import pixels_per_token
 from ltrp_timm.selection import mean_rank, num_keep
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)
@@ -186,7 +185,7 @@ def overview(
     parameter = next(model.backbone.parameters())
     on_device = x.to(device=parameter.device, dtype=parameter.dtype)
     h, w = grid = model.grid_size(x)
-    rows, cols = pixels_per_token(model.backbone)
+    rows, cols = model.patch_size
     photo = to_image(x, model).crop((0, 0, w * cols, h * rows))  # whole patches, as they are cut
     name = getattr(model.ranker, "name", "") or type(model.ranker).__name__
     scores = model.patch_scores(on_device)

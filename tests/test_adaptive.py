@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm import PatchSelector, drop_patches
-from ltrp_timm.selection.adaptive import asked_for, bucket_sizes, snapped
+from ltrp_timm import AdaptiveBudget, PatchSelector, drop_patches
+from ltrp_timm.selection.adaptive import bucket_sizes, patches_needed, round_up
 from ltrp_timm.visualize import keeping
 
 
@@ -27,27 +27,37 @@ def adaptive(backbone_of: Callable[..., Any]) -> tuple[Any, Tensor]:
     images = torch.randn(7, 3, 96, 96)
     for i, image in enumerate(images):  # i bright rows of patches
         image[:, : 16 * i] += 5.0
-    model = drop_patches(backbone, Brightness(), 0.5, selection="adaptive").eval()
-    model.selection_args = {"threshold": 2.5, "mass": 0.0, "buckets": 6}
-    return model, images
+    budget = AdaptiveBudget("threshold", 2.5, buckets=6, mean_keep_ratio=0.5)
+    return drop_patches(backbone, Brightness(), budget=budget).eval(), images
 
 
 def test_what_scores_ask_for_by_hand() -> None:
     scores = torch.tensor([[1.0, 5.0, 3.0, 1.0], [9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 8.0, 0.0]])
-    assert asked_for(scores, "threshold", 3.0).tolist() == [2, 4, 1]
-    assert asked_for(scores, "threshold", 99.0).tolist() == [1, 1, 1]
+    assert patches_needed(scores, "threshold", 3.0).tolist() == [2, 4, 1]
+    assert patches_needed(scores, "threshold", 99.0).tolist() == [1, 1, 1]
     # above the lowest: 4 2 0 0, nothing, 8 0 0 0
-    assert asked_for(scores, "mass", 0.5).tolist() == [1, 1, 1]
-    assert asked_for(scores, "mass", 4 / 6).tolist() == [1, 1, 1]
-    assert asked_for(scores, "mass", 0.7).tolist() == [2, 1, 1]
-    assert torch.equal(asked_for(scores * 7 - 3, "mass", 0.7), asked_for(scores, "mass", 0.7))
+    assert patches_needed(scores, "mass", 0.5).tolist() == [1, 1, 1]
+    assert patches_needed(scores, "mass", 4 / 6).tolist() == [1, 1, 1]
+    assert patches_needed(scores, "mass", 0.7).tolist() == [2, 1, 1]
+    assert torch.equal(
+        patches_needed(scores * 7 - 3, "mass", 0.7), patches_needed(scores, "mass", 0.7)
+    )
     odd = torch.tensor([[torch.nan, 4.0, 0.0, torch.nan], [-torch.inf, 4.0, 3.0, 0.0]])
-    assert asked_for(odd, "mass", 0.9).tolist() == [1, 2]
+    assert patches_needed(odd, "mass", 0.9).tolist() == [1, 2]
     assert bucket_sizes(36, 6) == [6, 12, 18, 24, 30, 36]
     assert bucket_sizes(3, 8) == [1, 2, 3]
-    assert snapped(torch.tensor([1, 6, 7, 36]), bucket_sizes(36, 6)).tolist() == [6, 6, 12, 36]
-    with pytest.raises(ValueError, match="rule must be one of mass, threshold, got 'most'"):
-        asked_for(scores, "most", 0.5)
+    assert round_up(torch.tensor([1, 6, 7, 36]), bucket_sizes(36, 6)).tolist() == [6, 6, 12, 36]
+    for bad, words in (
+        ({"rule": "most"}, "rule must be one of mass, threshold, got 'most'"),
+        ({"level": 1.5}, "level must be a number from 0.0 to 1.0, got 1.5"),
+        ({"level": "a"}, "level must be a number"),
+        ({"buckets": 2.5}, "buckets must be a whole number from 1, got 2.5"),
+        ({"mean_keep_ratio": 0.0}, r"mean_keep_ratio must be in \(0, 1\], got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            AdaptiveBudget(
+                **{"rule": "mass", "level": 0.5, "buckets": 4, "mean_keep_ratio": 0.5, **bad}
+            )
 
 
 @torch.no_grad()
@@ -65,7 +75,7 @@ def test_a_batch_equals_each_image_alone(adaptive: tuple[Any, Tensor]) -> None:
         assert torch.equal(alone, model(image, keep_indices=keep))
         assert (logits[place] - alone[0]).abs().max() <= 1e-5
     assert (logits[2] - model.backbone(images[6:])[0]).abs().max() <= 1e-5  # all of its patches
-    model.selection = "top"
+    model.budget = None
     assert (model(images[shuffled]) - logits).abs().max() > 1e-2
 
 
@@ -113,14 +123,14 @@ def test_calibration_reaches_its_mean(backbone_of: Callable[..., Any], rule: str
         counts = model.keep_counts(images)
         assert counts.float().mean() / 36 == pytest.approx(reached[target])
         assert counts.unique().numel() > 1
-        assert model.selection == "adaptive"
-        assert model.keep_ratio == target
+        assert model.budget.rule == rule
+        assert model.keep_ratio == model.budget.mean_keep_ratio == target
     assert reached[0.3] < reached[0.6]
 
 
 def test_calibration_refuses_nonsense(adaptive: tuple[Any, Tensor]) -> None:
     model, images = adaptive
-    before = model.selection_args
+    before = model.budget
     for bad, words in (
         ({"images": [], "mean_keep_ratio": 0.5}, "needs images"),
         ({"images": images, "mean_keep_ratio": 1.0}, "needs images and mean_keep_ratio < 1"),
@@ -130,9 +140,11 @@ def test_calibration_refuses_nonsense(adaptive: tuple[Any, Tensor]) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             model.calibrate(**bad)
-    assert model.selection_args == before
+    assert model.budget is before
     own, counts = model.keep_ratio, model.keep_counts(images)
-    with pytest.raises(ValueError, match="an adaptive budget has no keep_ratio to set"):
+    with pytest.raises(
+        ValueError, match=r"keep_ratio may be 1 or the mean 0\.5 of the adaptive budget, got 0\.7"
+    ):
         model.keep_ratio = 0.7
     model.keep_ratio = 1.0
     assert model.keep_counts(images).tolist() == [36] * 7
@@ -141,11 +153,41 @@ def test_calibration_refuses_nonsense(adaptive: tuple[Any, Tensor]) -> None:
     with keeping(model, 1.0):
         assert model.keep_counts(images).tolist() == [36] * 7
     assert torch.equal(model.keep_counts(images), counts)
-    model.selection = "top"
-    with pytest.raises(ValueError, match="only 'adaptive' counts by image, not 'top'"):
+    with pytest.raises(TypeError, match="budget must be an AdaptiveBudget or None, got float"):
+        model.budget = 0.5
+    model.budget = None
+    assert model.keep_ratio == own
+    with pytest.raises(ValueError, match="keep_counts needs an adaptive budget"):
         model.keep_counts(images)
-    with pytest.raises(ValueError, match="for whole models"):
+    with pytest.raises(ValueError, match=r"'adaptive' needs a budget: call model\.calibrate"):
         PatchSelector(selection="adaptive")
+    with pytest.raises(ValueError, match=r"'adaptive' needs a budget: call model\.calibrate"):
+        model.selection = "adaptive"
+
+
+def test_no_argument_means_nothing(backbone_of: Callable[..., Any]) -> None:
+    budget = AdaptiveBudget("threshold", 2.5, 6, mean_keep_ratio=0.4)
+    with pytest.raises(ValueError, match=r"'adaptive' needs a budget: call model\.calibrate"):
+        drop_patches(backbone_of("vit")[0], Brightness(), 0.5, "adaptive")
+    with pytest.raises(ValueError, match=r"or the mean 0\.4 of the adaptive budget, got 0\.5"):
+        drop_patches(backbone_of("vit")[0], Brightness(), 0.5, budget=budget)
+    for ratio in (None, 0.4, 1.0):
+        model = drop_patches(backbone_of("vit")[0], Brightness(), ratio, budget=budget)
+        assert model.keep_ratio == (ratio or 0.4)
+
+
+@torch.no_grad()
+def test_a_budget_goes_with_every_selection(adaptive: tuple[Any, Tensor]) -> None:
+    model, images = adaptive
+    counts, top = model.keep_counts(images), model(images)
+    for selection in ("random", "mixed", "stratified"):
+        model.selection = selection
+        assert torch.equal(model.keep_counts(images), counts)
+        logits = model(images)
+        assert (logits - top)[1:-1].abs().max() > 1e-3
+        for i, image in enumerate(images.split(1)):
+            assert model.keep_indices(image).shape[1] == counts[i]
+            assert (model(image)[0] - logits[i]).abs().max() <= 1e-5
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "ltrp_timm"
 
 # a room imports from rooms on the lines above it, and from itself
 ROOMS = [
-    ["_text"],
+    ["_text", "_timm"],
     ["selection", "layers", "weights", "runtime"],
     ["slots", "metrics", "teacher"],
     ["losses", "rankers", "data"],

@@ -298,7 +298,7 @@ def test_another_pooling_is_followed_and_said(
             pretrained_cfg_overlay={"file": str(path), "num_classes": 10},
             **args,
         )
-    assert "Leaving out the checkpoint's attention pool" in caplog.text
+    assert "Ignoring the checkpoint's attention pool" in caplog.text
 
 
 @records_arguments

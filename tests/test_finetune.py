@@ -390,7 +390,7 @@ def test_a_stream_with_labels(tmp_path: Path) -> None:
         ),
         ({"ranker": "conv"}, ValueError, "the conv ranker has no trained weights"),
         ({"ranker": "nonsense"}, ValueError, "ranker must be one of"),
-        ({"selection": "adaptive"}, ValueError, "calibrated on a trained model"),
+        ({"selection": "adaptive"}, ValueError, "on a trained model"),
         ({"train_ranker": True}, ValueError, "passes no gradient to the ranker"),
         ({"gate": "straight-through"}, ValueError, "gate goes with train_ranker"),
         ({"gate": "soft"}, ValueError, "gate must be one of straight-through, got 'soft'"),

@@ -33,7 +33,6 @@ from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import CachedTransform, IndexCache, cached_transform
 from ltrp_timm.scoring.follow import FollowedTransform, trace
-from ltrp_timm.scoring.scorer import select_with
 from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids, ranker_hash, ranks_of
 from ltrp_timm.train.finetune import finetune
 
@@ -194,9 +193,9 @@ def test_the_cache_chooses_what_the_ranker_chooses(here: Path, selection: str) -
     assert batch.real.tolist() == [True] * 9 + [False]
     for ratio in (0.25, 0.5, 0.8):
         model.keep_ratio = ratio
-        found = select_with(model, batch.scores[:9], batch.images[:9])
+        found = model.select(batch.scores[:9], batch.images[:9])
         assert torch.equal(found, model.keep_indices(batch.images[:9]))
-    turned = select_with(model, -batch.scores[:9], batch.images[:9])
+    turned = model.select(-batch.scores[:9], batch.images[:9])
     assert not torch.equal(found, turned)
 
 
@@ -491,7 +490,7 @@ def test_padded_images_keep_what_the_model_keeps(here: Path) -> None:
     images = torch.randn(4, 3, 60, 60)
     for ratio in (0.25, 0.5, 0.8):
         model.keep_ratio = ratio
-        found = select_with(model, model.patch_scores(images), images)
+        found = model.select(model.patch_scores(images), images)
         assert torch.equal(found, model.keep_indices(images))
 
 

@@ -191,7 +191,7 @@ def test_a_plain_checkpoint_leaves_the_head_new(
         blocks = model.backbone.blocks.state_dict()
         assert all(torch.equal(t, blocks[n]) for n, t in plain.blocks.state_dict().items())
         assert model(images()).shape == (3, classes)
-        assert "Leaving out the checkpoint's classifier" in caplog.text
+        assert "Ignoring the checkpoint's classifier" in caplog.text
     torch.save(tiny().state_dict(), tmp_path / "plain.pth")
     with pytest.raises(RuntimeError, match=r"unexpected  backbone\.head\.query_embed"):
         tiny(pretrained=True, pretrained_cfg_overlay=overlay, head=None, head_args=None)

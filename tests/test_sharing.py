@@ -1,5 +1,6 @@
 """Folders in timm's layout: what is written, what comes back, what is refused."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -189,3 +190,55 @@ def test_a_config_is_plain_json(tmp_path: Path) -> None:
     assert config["model_args"]["backbone"] == "vit_small_patch16_dinov3"
     assert config["model_args"]["ranker_args"] == {"patch_size": [16, 16], "seed": 5}
     assert str(tmp_path) not in json.dumps(config)
+
+
+def calibrated() -> LTRPModel:
+    vit = timm.create_model("vit_tiny_patch16_224", **TINY)
+    model = drop_patches(vit, ranker="pixel_std").eval()
+    pixels = torch.rand(16, *images(3).shape[1:]) * torch.arange(1, 17).reshape(-1, 1, 1, 1)
+    model.calibrate(pixels, mean_keep_ratio=0.4)
+    return model
+
+
+@records_arguments
+@torch.no_grad()
+def test_a_budget_comes_back(tmp_path: Path) -> None:
+    model = calibrated()
+    pixels = images() * torch.tensor([0.1, 30.0]).reshape(-1, 1, 1, 1)
+    save_pretrained(model, tmp_path)
+    assert "adaptive with" in (tmp_path / "README.md").read_text()
+    twin = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert twin.budget == model.budget
+    assert twin.keep_ratio == 0.4
+    assert len(model.keep_counts(pixels).unique()) > 1
+    assert torch.equal(twin(pixels), model(pixels))
+    fixed = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, keep_ratio=0.7)
+    assert (fixed.budget, fixed.keep_ratio) == (None, 0.7)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["budget"] = {"rule": "mass", "level": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="a saved budget must have rule, level, buckets, mean"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+@records_arguments
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["mass", "threshold"])
+def test_a_folder_saved_with_adaptive_as_a_selection_loads(tmp_path: Path, rule: str) -> None:
+    model = calibrated()
+    model.budget = dataclasses.replace(model.budget, rule=rule, level=0.25)
+    save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    budget = config["model_args"].pop("budget")
+    other = {"mass": "threshold", "threshold": "mass"}[rule]
+    args = {rule: budget["level"], other: 0.0, "buckets": budget["buckets"]}
+    config["model_args"].update(selection="adaptive", selection_args=args)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = f"local-dir:{tmp_path}"
+    twin = timm.create_model(source, pretrained=True).eval()
+    assert (twin.budget, twin.selection) == (model.budget, "top")
+    assert torch.equal(twin(images(3)), model(images(3)))
+    plain = timm.create_model(source, pretrained=True, selection="random")
+    assert (plain.budget, plain.selection, plain.keep_ratio) == (None, "random", 0.4)
+    with pytest.raises(ValueError, match="'adaptive' needs a budget"):
+        timm.create_model("ltrp_vit_tiny", selection="adaptive")

@@ -159,7 +159,8 @@ def test_restore_gives_the_same_object_back(backbone_of: Callable[..., Any], fam
 
 
 MODELS = [(kind, name, why) for why, of in REFUSED_MODELS.items() for kind, name in of.items()]
-MODELS += [("ResNet", "resnet18", "none of the timm families"), ("VGG", "vgg11", "none of the")]
+UNKNOWN = "not one of the supported timm families"
+MODELS += [("ResNet", "resnet18", UNKNOWN), ("VGG", "vgg11", UNKNOWN)]
 
 
 @pytest.mark.parametrize(("kind", "name", "reason"), MODELS)

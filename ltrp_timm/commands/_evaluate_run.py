@@ -50,7 +50,6 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
 from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring import cached_transform
-from ltrp_timm.scoring.scorer import select_with
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.logs import require_matplotlib
 
@@ -201,7 +200,7 @@ def _call(model: Any, keep_ratio: float, precision: str, world: World) -> Callab
                 model.keep_ratio = keep_ratio
             if batch.scores is None:
                 return model(batch.images)
-            keep = select_with(model, batch.scores, batch.images)
+            keep = model.select(batch.scores, batch.images)
             return model(batch.images, keep_indices=keep)
 
     return call

@@ -176,7 +176,7 @@ def _label_names(options: EvaluateOptions, model: Any) -> Any:
 def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:
     if not isinstance(model, LTRPModel):
         return [1.0]
-    adaptive = model.selection == "adaptive"
+    adaptive = model.budget is not None
     own = [1.0, model.keep_ratio]
     given = options.keep_ratio or (own if adaptive else KEEP_RATIOS)
     if adaptive and not set(given) <= set(own):
@@ -189,10 +189,9 @@ def mean_kept(subject: Subject, keep_ratio: float, images: Tensor | None) -> flo
     model = subject.model
     if not isinstance(model, LTRPModel):
         return None
-    if model.selection == "adaptive" and keep_ratio < 1.0 and images is not None:
+    if model.budget is not None and keep_ratio < 1.0 and images is not None:
         return float(model.keep_counts(images).double().mean())
-    h, w = model.grid_size(torch.empty(1, *subject.config["input_size"], device="meta"))
-    return float(num_keep(h * w, keep_ratio))
+    return float(num_keep(model.num_patches, keep_ratio))
 
 
 def competing(options: EvaluateOptions, subject: Subject) -> Sequence[int] | None:

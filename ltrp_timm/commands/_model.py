@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._console import CommandError
 from ltrp_timm.models.ltrp import LTRPModel
@@ -55,8 +53,8 @@ def describe_model(
 ) -> None:
     """Print a model's size, its ranker, how many patches it keeps, and its weights."""
     size = model.data_config()["input_size"][-2:]
-    h, w = model.grid_size(torch.empty(1, model.in_chans, *size, device="meta"))
-    kept = ", ".join(f"{num_keep(h * w, r)} of {h * w} at {r:g}" for r in keep_ratios)
+    n = model.num_patches
+    kept = ", ".join(f"{num_keep(n, r)} of {n} at {r:g}" for r in keep_ratios)
     backbone = f"{_millions(model.backbone)}, images of {size[0]}x{size[1]}"
     say(f"model       {printable(name)}, {backbone}")
     say(f"ranker      {model.ranker.name}: {_about_ranker(model.ranker)}")

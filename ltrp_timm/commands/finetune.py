@@ -54,7 +54,7 @@ def _add_recipe(add: Any) -> None:
     add("ranker", metavar="NAME")
     add("ranker_weights", metavar="SOURCE")
     add("index_cache", metavar="DIR")
-    add("selection", choices=[name for name in SELECTIONS if name != "adaptive"])
+    add("selection", choices=SELECTIONS)
     add("keep_ratio", type=keep_ratio, nargs="+", metavar="R")
     add("keep_schedule")
     add("model_kwargs", nargs="+", metavar="NAME=VALUE")

@@ -49,9 +49,8 @@ def add_rank(commands: Any) -> None:
     add("--crop-mode", choices=CROP_MODES, help=text)
     text = "also write keep_indices.npy with this share of the patches, in (0, 1]"
     add("--keep-ratio", type=keep_ratio, metavar="R", help=text)
-    fixed = [name for name in SELECTIONS if name != "adaptive"]  # one K for all images
     text = "rule behind keep_indices.npy (default: top)"
-    add("--selection", choices=fixed, help=text)
+    add("--selection", choices=SELECTIONS, help=text)
     text = "also write a picture of each image with its scores and kept patches"
     add("--overlays", action="store_true", help=text)
     add("--split", metavar="NAME", help="split of a data set (default: train)")

@@ -168,7 +168,7 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
     from ltrp_timm import __version__
 
     config, (channels, h, w) = model.data_config(), input_size(model)
-    rows, cols = model.grid_size(torch.empty(1, channels, h, w, device="meta"))
+    rows, cols = model.patch_grid
     cfg = getattr(model.backbone, "pretrained_cfg", None) or {}
     classes: Any = model.num_classes
     return {

@@ -1,4 +1,4 @@
-"""From a backbone's images to a ranker's, and from a ranker's score map to the backbone's grid."""
+"""Images for a ranker from those of a backbone, and score maps on the backbone's patch grid."""
 
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -12,17 +12,17 @@ from ltrp_timm.layers.sizes import to_pair
 def resize_images(
     images: Tensor, scale: Tensor, shift: Tensor, size: Optional[List[int]]
 ) -> Tensor:
-    """images (B, C, H, W), resized to (H', W') where ``size`` differs, * scale + shift."""
+    """images (B, C, H, W) -> (B, C, H', W'): resized if ``size`` differs, * scale + shift."""
     if size is not None and (images.shape[-2] != size[0] or images.shape[-1] != size[1]):
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     return torch.addcmul(shift, images, scale)  # one pass, one temporary
 
 
 def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:
-    """Score map (B, h', w') -> scores (B, h * w) float32, resized when the grids differ.
+    """Score map (B, h', w') -> scores (B, h * w) float32, resized if the grids differ.
 
     Raises:
-        ValueError: it is no map of real numbers (B, h, w).
+        ValueError: `scores` is not a map (B, h, w) of real numbers.
     """
     if not torch.jit.is_scripting():
         if not isinstance(scores, Tensor) or scores.is_complex():
@@ -43,16 +43,16 @@ torch.fx.wrap("resize_images")
 
 
 class InputBridge(nn.Module):
-    """Images normalised for a backbone -> the same images normalised, and sized, for a ranker.
+    """Images normalised for a backbone -> the same images normalised and sized for a ranker.
 
     Args:
-        source: (mean, std) of the images that arrive, in units of pixels in [0, 1].
-        target: (mean, std) that the ranker wants.
-        img_size: (H, W) that the ranker wants; None leaves the size.
-        in_chans: C; RGB values for another number of channels are averaged to one, as timm does.
+        source: (mean, std) of the incoming images, for pixels in [0, 1].
+        target: (mean, std) for the ranker.
+        img_size: (H, W) for the ranker; None keeps the size.
+        in_chans: C; for C other than 3, RGB values are averaged to one, as in timm.
 
     Raises:
-        ValueError: a mean or std of any other length.
+        ValueError: A mean or std has another length.
     """
 
     scale: Tensor
@@ -72,7 +72,7 @@ class InputBridge(nn.Module):
         (mean, std), (new_mean, new_std) = (
             [fit_channels(values, in_chans) for values in stats] for stats in (source, target)
         )
-        # x * std + mean are pixels; (pixels - new_mean) / new_std is what the ranker wants
+        # x * std + mean gives pixels, (pixels - new_mean) / new_std the ranker's input
         self._scale = [s / n for s, n in zip(std, new_std)]
         self._shift = [(m - c) / n for m, c, n in zip(mean, new_mean, new_std)]
         empty = torch.empty(1, in_chans, 1, 1, device=device, dtype=dtype)
@@ -82,10 +82,10 @@ class InputBridge(nn.Module):
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self, device: Any = None) -> None:
-        """Fill the buffers anew, as timm asks of a model that leaves the meta device.
+        """Fill the buffers again; timm calls this on a model that leaves the meta device.
 
         Args:
-            device: where buffers that are still on the meta device go; None leaves them.
+            device: device for buffers that are still on the meta device; None leaves them there.
         """
         for name, values in (("scale", self._scale), ("shift", self._shift)):
             buffer = getattr(self, name)
@@ -101,10 +101,10 @@ class InputBridge(nn.Module):
 
 
 def fit_channels(values: Sequence[float], in_chans: int) -> List[float]:
-    """A mean or std for another number of channels: RGB values are averaged to one, as timm does.
+    """A mean or std for ``in_chans`` channels; RGB values are averaged to one, as in timm.
 
     Raises:
-        ValueError: neither 1, nor 3, nor ``in_chans`` values.
+        ValueError: `values` does not have 1, 3 or ``in_chans`` values.
     """
     if len(values) == in_chans:
         return list(values)
@@ -114,10 +114,10 @@ def fit_channels(values: Sequence[float], in_chans: int) -> List[float]:
 
 
 def make_bridge(ranker: Any, backbone: Any) -> nn.Module:
-    """The module between a backbone's images and a ranker: an Identity where they agree.
+    """The module between a backbone's images and a ranker; an Identity where they agree.
 
-    A ranker without ``mean`` and ``std`` takes images as they come; so does any ranker when the
-    backbone has no ``pretrained_cfg`` that tells its own.
+    Images keep their normalisation if the ranker has no ``mean`` and ``std``, or if the backbone
+    has no ``pretrained_cfg`` with them.
     """
     cfg = getattr(backbone, "pretrained_cfg", None) or {}
     source: List[Any] = [cfg.get("mean"), cfg.get("std")]

@@ -1,4 +1,4 @@
-"""ML-Decoder: a classifier whose classes look at the tokens themselves, for images of many labels.
+"""ML-Decoder: a multi-label classifier with class queries that attend to the tokens.
 
 Axes: B images, L tokens (prefix and kept patches), D their width, E that of the decoder, C classes,
 G queries. The names of the weights are the published ones.
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltrp_timm._timm import reset_to_tokens
+
 Head = Literal["ml_decoder"]
 HEADS: Tuple[str, ...] = get_args(Head)
 BY_CLASS = ("query_embed.weight", "duplicate_pooling", "duplicate_pooling_bias")
@@ -19,20 +21,20 @@ BY_CLASS = ("query_embed.weight", "duplicate_pooling", "duplicate_pooling_bias")
 class MLDecoder(nn.Module):
     """Tokens (B, L, D) -> logits (B, C), by one layer of cross attention.
 
-    Each query stands for one class, or for a group of them; queries are drawn once and not trained.
-    How many tokens there are is free, so it goes with any keep ratio.
+    Each query stands for one class or a group of classes; queries are random and not trained. The
+    number of tokens is free, so it works at any keep ratio.
 
     Args:
         num_classes: C.
         in_features: D.
         embed_dim: E.
-        num_groups: G at most; there are no more queries than classes.
-        num_heads: of the attention; divides E.
+        num_groups: largest G; there are at most as many queries as classes.
+        num_heads: attention heads; must divide E.
         mlp_dim: hidden width of the layer.
         drop: dropout rate in training.
 
     Raises:
-        ValueError: a size below 1, E that the heads do not divide, or a rate outside [0, 1).
+        ValueError: A size is below 1, `num_heads` does not divide E, or `drop` is not in [0, 1).
 
     Source: Ridnik et al. (2023), ML-Decoder: scalable and versatile classification head.
 
@@ -75,7 +77,7 @@ class MLDecoder(nn.Module):
 
     @torch.jit.ignore
     def config(self) -> Dict[str, Any]:
-        """Arguments that make such a head again, without those that follow from model and data."""
+        """Arguments that rebuild this head, without those that depend on model and data."""
         return {**self._config, "drop": self._drop}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class MLDecoder(nn.Module):
 
 
 class _CrossAttention(nn.Module):
-    """Queries (B, G, E) look at memory (B, L, E), not at each other: linear in G."""
+    """Queries (B, G, E) attend to memory (B, L, E), not to each other: linear in G."""
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, drop: float) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class _CrossAttention(nn.Module):
         self.dropout = nn.Dropout(drop)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
-        x = self.norm1(queries + self.dropout(queries))  # where self attention would stand
+        x = self.norm1(queries + self.dropout(queries))  # instead of self attention
         seen = self.multihead_attn(x, memory, memory, need_weights=False)[0]
         x = self.norm2(x + self.dropout(seen))
         hidden = self.dropout(F.relu(self.linear1(x)))
@@ -110,7 +112,7 @@ class _CrossAttention(nn.Module):
 
 
 def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None) -> MLDecoder:
-    """A head of that name for a backbone's classes and tokens; the backbone stays as it is.
+    """A head for a backbone's classes and tokens; the backbone is not changed.
 
     Args:
         name: one of ``HEADS``.
@@ -118,8 +120,8 @@ def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None
         args: of the head: ``embed_dim``, ``num_groups``, ``num_heads``, ``mlp_dim``, ``drop``.
 
     Raises:
-        TypeError: the backbone hands no tokens to its classifier, or an argument is unknown.
-        ValueError: no such head, no classes, or an argument out of its range.
+        TypeError: The backbone passes no tokens to its classifier, or an argument is unknown.
+        ValueError: `name` is unknown, the backbone has no classes, or a value is out of range.
     """
     if name not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}.")
@@ -138,11 +140,9 @@ def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None
 
 
 def put_head(backbone: Any, head: MLDecoder) -> None:
-    """Make a head the classifier of a backbone, and have all tokens handed to it."""
+    """Make a head the classifier of a backbone; the backbone then passes it all tokens."""
     name = classifier_name(backbone)
-    backbone.reset_classifier(head.num_classes, "")
-    if getattr(backbone, "attn_pool", None) is not None:  # an older timm's Eva keeps it
-        backbone.attn_pool = None
+    reset_to_tokens(backbone, head.num_classes)
     setattr(backbone, name, head)
 
 
@@ -154,47 +154,27 @@ def classifier_name(backbone: Any) -> str:
 
 
 def _token_width(backbone: Any, name: str) -> int:
-    """D of the tokens that the classifier is given when nothing is pooled: tried out.
-
-    Raises:
-        TypeError: it is given none.
-    """
-    seen = _shape_at_classifier(backbone)
-    if len(seen) != 3:
+    """D of the tokens that an unpooled ``forward_head`` passes to its classifier: runs it once."""
+    attribute, shapes = classifier_name(backbone), []
+    if attribute:
+        hook = getattr(backbone, attribute).register_forward_pre_hook(
+            lambda _, args: shapes.append(args[0].shape)
+        )
+        unpooled = {"attn_pool": None, "global_pool": ""}
+        own = {each: getattr(backbone, each) for each in unpooled if hasattr(backbone, each)}
+        parameter = next(backbone.parameters())
+        length = getattr(backbone, "num_prefix_tokens", 1) + 2
+        devices = [parameter.device] if parameter.device.type == "cuda" else []
+        try:
+            for each in own:
+                setattr(backbone, each, unpooled[each])
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                backbone.forward_head(parameter.new_zeros(1, length, backbone.num_features))
+        finally:
+            hook.remove()
+            for each, value in own.items():
+                setattr(backbone, each, value)
+    if not shapes or len(shapes[-1]) != 3:
         kind = type(backbone).__name__
-        raise TypeError(f"{kind} cannot have an {name} head: its forward_head hands on no tokens.")
-    return seen[-1]
-
-
-def _shape_at_classifier(backbone: Any) -> Tuple[int, ...]:
-    """Shape of what an unpooled ``forward_head`` gives its classifier, for (1, P + 2, D) tokens."""
-    attribute = classifier_name(backbone)
-    if not attribute:
-        return ()
-    parameter, witness = next(backbone.parameters()), _Witness()
-    count = getattr(backbone, "num_prefix_tokens", 1) + 2
-    tokens = parameter.new_zeros(1, count, backbone.num_features)
-    # modules and settings by their dictionaries: nothing is registered, and all comes back
-    before = (dict(backbone.__dict__), dict(backbone._modules))
-    devices = [parameter.device] if parameter.device.type == "cuda" else []
-    try:
-        backbone._modules[attribute] = witness
-        if backbone._modules.get("attn_pool") is not None:
-            backbone._modules["attn_pool"] = None
-        backbone.__dict__["global_pool"] = ""
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            backbone.forward_head(tokens)
-    finally:
-        backbone.__dict__["global_pool"] = before[0].get("global_pool", "")
-        backbone._modules.update(before[1])
-    return witness.shape
-
-
-class _Witness(nn.Module):
-    """Notes the shape of what it is given."""
-
-    shape: Tuple[int, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.shape = tuple(x.shape)
-        return x
+        raise TypeError(f"{kind} cannot have an {name} head: its classifier receives no tokens.")
+    return int(shapes[-1][-1])

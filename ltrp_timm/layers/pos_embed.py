@@ -17,10 +17,10 @@ def sincos_pos_embed(
         num_prefix_tokens: rows of zeros in front.
 
     Returns:
-        (1, P + N, D) float32; the first half of D codes the column, the second the row.
+        (1, P + N, D) float32; the first half of D encodes the column, the second the row.
 
     Raises:
-        ValueError: D is no multiple of 4.
+        ValueError: `embed_dim` is not a multiple of 4.
     """
     if embed_dim % 4:
         raise ValueError(

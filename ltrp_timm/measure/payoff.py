@@ -23,9 +23,7 @@ from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.selection import num_keep
 from ltrp_timm.slots import find_adapter
 from ltrp_timm.slots.base import as_slot
-from ltrp_timm.slots.cait import CaitAdapter
 from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
-from ltrp_timm.slots.patch_drop import EvaAdapter, VitAdapter
 
 FULL, IDEAL, GIVEN = "full", "ideal", "no ranking"
 COMPILE_MODES = ("default", "freezing", "reduce-overhead", "max-autotune")
@@ -54,31 +52,6 @@ class Line:
     speedup: Ratio
     achieved: Ratio | None = None
     ranking: float | None = None
-
-
-class FirstTokens(nn.Module):
-    """Stands where a backbone lets go of tokens: the patches to keep are known, the first ones."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, P + N, D) -> (B, P + K, D)."""
-        return x[:, : self.length].contiguous()
-
-
-class FirstTokensWithIndices(FirstTokens):
-    """The same for an Eva, whose rotary embedding follows the indices."""
-
-    def __init__(self, length: int, num_prefix_tokens: int) -> None:
-        super().__init__(length)
-        self.num_kept = length - num_prefix_tokens
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Tokens (B, P + N, D) -> (B, P + K, D), and the indices (B, K)."""
-        keep = torch.arange(self.num_kept, device=x.device)
-        return super().forward(x), keep.expand(x.shape[0], -1)
 
 
 class FirstPatchEmbed(KeptPatchEmbed):
@@ -112,15 +85,12 @@ def ideal(full: Any, kept: int) -> Any:
         position bias, NaFlexViT): there is no plain model on K tokens.
     """
     adapter = find_adapter(full)
-    if not isinstance(adapter, (VitAdapter, CaitAdapter)):
+    first = adapter.first_tokens(full, kept)
+    if first is None:
         return None
-    prefix = adapter.make_slot(full).num_prefix_tokens  # at that place: CaiT's joins later
-    length = prefix + kept
-    is_eva = isinstance(adapter, EvaAdapter)
-    first = FirstTokensWithIndices(length, prefix) if is_eva else FirstTokens(length)
     model = twin(full)
     setattr(model, adapter.places[0], first)
-    embed = getattr(model, adapter.patch_embed)
+    embed = adapter.embed_of(model)
     if can_embed_kept(embed):
         embed = as_slot(embed, FirstPatchEmbed)
         embed.num_kept = kept

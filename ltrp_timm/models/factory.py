@@ -1,41 +1,26 @@
-"""How arguments of ``timm.create_model`` become an LTRPModel: backbone, cfg, weights."""
+"""From arguments of ``timm.create_model`` to an LTRPModel: backbone, cfg, weights."""
 
 import dataclasses
-import importlib
 import inspect
-import logging
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import timm
 from timm.models import PretrainedCfg, build_model_with_cfg
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._features import FeatureGetterNet
-from torch import Tensor, nn
+from torch import nn
 
-from ltrp_timm.layers.ml_decoder import BY_CLASS, MLDecoder, classifier_name
+from ltrp_timm import _timm
+from ltrp_timm.models.checkpoint_filter import checkpoint_filter_fn
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
-from ltrp_timm.rankers import adapt_channels
-from ltrp_timm.weights.files import WEIGHT_SUFFIXES, check_keys, locate
+from ltrp_timm.models.timm_interface import GENERIC, wrap_pretrained_cfg
+from ltrp_timm.selection import AdaptiveBudget
+from ltrp_timm.weights.files import WEIGHT_SUFFIXES, locate
 from ltrp_timm.weights.hub import PREFIX, hub_errors
 from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args, shapes_of
 
-_logger = logging.getLogger(__name__)
-
-_FRONT_END = (
-    "ranker",
-    "keep_ratio",
-    "selection",
-    "selection_args",
-    "validate",
-    "fill",
-    "ranker_weights",
-    "ranker_args",
-    "head",
-    "head_args",
-)
+# arguments of drop_patches, without the model and the cache_dir that timm has too
+_FRONT_END = list(set(inspect.signature(drop_patches).parameters) - {"model", "cache_dir"})
 _FEATURES = ("features_only", "out_indices", "feature_cls")
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
 _PREFIX = "backbone."
@@ -98,7 +83,7 @@ def create_ltrp(
         return _assemble(net, variant, False, cfg, front, features, rest, cache_dir)
     base = _plain(pretrained_cfg or (wrap_pretrained_cfg(_cfg_of(backbone)) if generic else None))
     saved = _check_saved(base, kwargs.get("pretrained_model_args"))
-    cfg = resolve_pretrained_cfg(variant, base, overlay).to_dict()
+    cfg = _timm.resolve_pretrained_cfg(variant, base, overlay).to_dict()
     if saved and "device" not in rest:
         own = {name: value for name, value in front.items() if name != "ranker_weights"}
         weights = _weights_size(cfg, cache_dir) if pretrained else None
@@ -194,15 +179,26 @@ def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any
     features = {name: kwargs[name] for name in _FEATURES if name in kwargs}
     rest = {name: kwargs[name] for name in kwargs if name not in (*_FRONT_END, *_FEATURES)}
     wrapper = features.get("feature_cls", "getter")
-    if wrapper != "getter" and wrapper is not FeatureGetterNet:
+    if wrapper != "getter" and wrapper is not _timm.FeatureGetterNet:
         raise ValueError(f"features of a pruned model need feature_cls='getter', got {wrapper!r}.")
     saved = kwargs.get("pretrained_model_args") or {}
-    for part in ("ranker", "selection"):
-        options = f"{part}_args"
+    if front.get("selection") == "adaptive" == saved.get("selection"):
+        budget = _budget_of(saved)
+        saved, front = {**saved, **budget}, {**front, **budget}
+    pairs = (("ranker", "ranker_args"), ("selection", "selection_args"), ("keep_ratio", "budget"))
+    for part, options in pairs:
         if saved and front.get(part) != saved.get(part):
             if front.get(options) == saved.get(options):
-                front.pop(options, None)  # those that were saved do not fit another one
+                front.pop(options, None)  # saved for another one
     return front, features, rest
+
+
+def _budget_of(saved: Mapping[str, Any]) -> Dict[str, Any]:
+    """The budget of a model that was saved when "adaptive" was a selection."""
+    args, mean = saved.get("selection_args") or {}, saved.get("keep_ratio", 0.5)
+    rule = "mass" if args.get("mass") else "threshold"
+    budget = AdaptiveBudget(rule, args.get(rule, 0.0), args.get("buckets", 8), mean)
+    return {"selection": "top", "selection_args": None, "budget": budget}
 
 
 def _cfg_of(backbone: str) -> Dict[str, Any]:
@@ -237,109 +233,4 @@ def _unwrap_cfg(cfg: Mapping[str, Any], backbone: str) -> Dict[str, Any]:
             out[name] = value.removeprefix(_PREFIX)
         elif value is not None:
             out[name] = tuple(part.removeprefix(_PREFIX) for part in value)
-    return out
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Tensor]:
-    """Weights of a plain backbone or of a whole model -> names and shapes of ``model``.
-
-    The backbone's part goes through timm's own filter (other layouts, position embeddings of
-    another size). A plain file leaves the ranker's weights as they are. Nothing is left out in
-    silence.
-
-    Raises:
-        RuntimeError: a table of what is missing, unexpected or of another shape.
-    """
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-    plain = is_plain(state_dict)
-    inner = state_dict if plain else _with_prefix(state_dict, _PREFIX)
-    inner = _fit_backbone(backbone_filter(inner, model.backbone), model.backbone)
-    inner = _fit_head(inner, model)
-    own = model.ranker.state_dict()
-    ranker = own if plain else adapt_channels(_with_prefix(state_dict, "ranker."), own)
-    if ranker and not own:
-        _logger.warning("Leaving out the checkpoint's ranker: this model's has no weights.")
-        ranker = {}
-    out = {f"ranker.{name}": tensor for name, tensor in ranker.items()}
-    out.update({f"{_PREFIX}{name}": tensor for name, tensor in inner.items()})
-    if not plain:  # names that belong to neither are named below
-        known = (_PREFIX, "ranker.")
-        out.update({name: state_dict[name] for name in state_dict if not name.startswith(known)})
-    _check_complete(model, out)
-    return out
-
-
-def _fit_head(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Any]:
-    """A new ML-Decoder stays new where the file has another classifier, or other classes."""
-    classifier = model.backbone.get_classifier()
-    if not isinstance(classifier, MLDecoder):
-        return state_dict
-    prefix = f"{classifier_name(model.backbone)}."
-    own = {f"{prefix}{name}": tensor for name, tensor in classifier.state_dict().items()}
-    queries = state_dict.get(f"{prefix}{BY_CLASS[0]}")
-    out = dict(state_dict)
-    if queries is None:
-        _logger.warning("Leaving out the checkpoint's classifier: this model's ML-Decoder is new.")
-        return {**{name: out[name] for name in out if not name.startswith(prefix)}, **own}
-    if (model.pretrained_cfg or {}).get("num_classes") != model.num_classes:
-        out.update({f"{prefix}{name}": own[f"{prefix}{name}"] for name in BY_CLASS})
-    return out
-
-
-def _check_complete(model: LTRPModel, found: Dict[str, Tensor]) -> None:
-    """Check keys; what timm adapts later may differ: a stem in channels, a head in classes."""
-    cfg, expected = model.pretrained_cfg or {}, dict(model.state_dict())
-    for name in _names(cfg, "first_conv"):
-        stem, own = found.get(f"{name}.weight"), expected.get(f"{name}.weight")
-        if stem is not None and own is not None and stem.dim() == own.dim() == 4:
-            if stem.shape[0] == own.shape[0] and stem.shape[2:] == own.shape[2:]:
-                expected[f"{name}.weight"] = stem
-    heads = _names(cfg, "classifier") if cfg.get("num_classes") != model.num_classes else []
-    optional = [f"{name}.{part}" for name in heads for part in ("weight", "bias")]
-    check_keys(expected, found, "the checkpoint", optional=optional)
-
-
-def _names(cfg: Mapping[str, Any], key: str) -> List[str]:
-    value = cfg.get(key)
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def _with_prefix(state_dict: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
-    return {
-        name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
-    }
-
-
-def backbone_filter(state_dict: Dict[str, Any], backbone: nn.Module) -> Dict[str, Any]:
-    """timm's filter of a model's family: other layouts, position tables of another size."""
-    for kind in type(backbone).__mro__:
-        fn = getattr(importlib.import_module(kind.__module__), "checkpoint_filter_fn", None)
-        if fn is not None:
-            # DeiT-3 files name LayerScale otherwise; the option touches no other names
-            named = "adapt_layer_scale" in inspect.signature(fn).parameters
-            out: Dict[str, Any] = fn(
-                state_dict, backbone, **({"adapt_layer_scale": True} if named else {})
-            )
-            return out
-    return state_dict
-
-
-def _fit_backbone(state_dict: Dict[str, Any], backbone: Any) -> Dict[str, Any]:
-    """Follow a changed ``global_pool``, and say so: the norm moves, an attention pool goes."""
-    wanted = backbone.state_dict()
-    out = dict(state_dict)
-    for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
-        for part in ("weight", "bias"):
-            before, after = f"{old}.{part}", f"{new}.{part}"
-            if before in out and before not in wanted and after in wanted and after not in out:
-                out[after] = out.pop(before)
-                _logger.warning(
-                    "Loading %s of the checkpoint as %s: the pooling differs.", before, after
-                )
-    unused = [name for name in out if name.startswith("attn_pool.") and name not in wanted]
-    if unused and getattr(backbone, "attn_pool", None) is None:
-        _logger.warning("Leaving out the checkpoint's attention pool: global_pool is another one.")
-        out = {name: value for name, value in out.items() if name not in unused}
     return out

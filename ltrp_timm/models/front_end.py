@@ -6,8 +6,8 @@ from torch import nn
 
 from ltrp_timm.layers.ml_decoder import make_head
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.timm_interface import pixels_per_token
 from ltrp_timm.rankers import create_ranker, ranker_class
+from ltrp_timm.selection import AdaptiveBudget
 from ltrp_timm.slots import find_adapter
 from ltrp_timm.weights.files import PathLike
 
@@ -15,7 +15,7 @@ from ltrp_timm.weights.files import PathLike
 def drop_patches(
     model: nn.Module,
     ranker: Union[str, nn.Module] = "contrast",
-    keep_ratio: float = 0.5,
+    keep_ratio: Optional[float] = None,
     selection: str = "top",
     validate: bool = False,
     fill: str = "zeros",
@@ -25,38 +25,41 @@ def drop_patches(
     cache_dir: Optional[PathLike] = None,
     head: Optional[str] = None,
     head_args: Optional[Mapping[str, Any]] = None,
+    budget: Optional[AdaptiveBudget] = None,
 ) -> LTRPModel:
     """Put an LTRP front-end on a timm ViT: rank its patches, drop the weak ones, encode the rest.
 
-    Works in place, copies no weights; ``model.restore()`` gives the backbone back.
+    Works in place and copies no weights; ``model.restore()`` returns the backbone.
 
     Args:
         model: a timm ViT (ViT, DeiT, DINOv2, CLIP, SigLIP, FlexiViT, hybrids, AIMv2, EVA-02,
             DINOv3, RoPE ViTs, BEiT, CaiT, ViT-RelPos, NaFlexVit; see the README).
         ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
-        keep_ratio: share of patches to encode, in (0, 1].
+        keep_ratio: share of patches to encode, in (0, 1] (default: 0.5, or the budget's mean).
         selection: "top", "random", "mixed" or "stratified" (see ``LTRPModel``).
         validate: also check values (see ``LTRPModel``).
         fill: "zeros" or "nearest" at dropped places of dense features.
         ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
-            ``hf-hub:owner/name[@revision]``; True takes those that are published: the conv
-            ranker's, which come along with this package and are experimental, the attention
-            ranker's backbone from the Hub. They never come by ``pretrained=True`` of a model.
+            ``hf-hub:owner/name[@revision]``. True loads published weights: the conv ranker's
+            experimental ones from this package, the attention ranker's backbone from the Hub.
+            ``pretrained=True`` of a model does not load them.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
-        cache_dir: where downloaded weights of the ranker lie; as in huggingface_hub.
-        head: None keeps the classifier; "ml_decoder" puts a new one in its place, for images of
-            many labels, that looks at all encoded tokens. It stays on the backbone.
+        cache_dir: folder for downloaded weights of the ranker; as in huggingface_hub.
+        head: None keeps the classifier; "ml_decoder" replaces it by a new one for multi-label
+            images, which attends to all encoded tokens. It stays on the backbone.
         head_args: options of that head (see ``MLDecoder``), such as ``{"embed_dim": 384}``.
+        budget: how many patches each image keeps, instead of ``keep_ratio`` of each (see
+            ``LTRPModel.calibrate``).
 
     Returns:
         An LTRPModel around the same backbone object.
 
     Raises:
-        TypeError: patches cannot be dropped from this model; the message says why and nothing was
+        TypeError: Patches cannot be dropped from this model; the message says why. Nothing was
             changed.
-        ValueError: an argument is out of its range.
-        OSError: the weights of the ranker are not there, or the Hub does not give them.
+        ValueError: An argument is out of range.
+        OSError: The weights of the ranker do not exist, or the Hub does not return them.
 
     >>> import timm
     >>> model = drop_patches(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.25)
@@ -73,7 +76,8 @@ def drop_patches(
     if head_args and head is None:
         raise ValueError("head_args go with a head: head='ml_decoder'.")
     classifier = None if head is None else make_head(head, model, head_args)
-    pruned = LTRPModel(ranker, model, keep_ratio, selection, validate, fill, selection_args)
+    settings = (keep_ratio, selection, validate, fill, selection_args, budget)
+    pruned = LTRPModel(ranker, model, *settings)
     if classifier is not None:
         pruned.set_classifier(classifier)
     return pruned
@@ -86,11 +90,11 @@ def make_ranker(
     args: Optional[Dict[str, Any]] = None,
     cache_dir: Optional[PathLike] = None,
 ) -> nn.Module:
-    """Create a ranker by name to go with a backbone: its channels, patch size, device and dtype."""
+    """Create a ranker that matches a backbone: its channels, patch size, device and dtype."""
     kind = ranker_class(name)
     defaults: Dict[str, Any] = {}
     if not weights and kind.follows_patch_size:
-        defaults["patch_size"] = pixels_per_token(backbone)
+        defaults["patch_size"] = find_adapter(backbone).patch_pixels(backbone)
     channels = {"in_chans": getattr(backbone, "in_chans", 3)} if kind.learned else {}
     parameter = next(backbone.parameters())
     args = {**defaults, **(args or {}), **channels}

@@ -1,118 +1,187 @@
-"""LTRPModel: ranker + selection + backbone behind timm's model interface."""
+"""LTRPModel: rank the patches of an image, choose the best, encode only those."""
 
+import dataclasses
 import warnings
-from typing import Any, Dict, Mapping, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from ltrp_timm.layers import make_bridge, resize_score_map
-from ltrp_timm.models.adaptive import AdaptiveBudget
-from ltrp_timm.models.dense import DenseFeatures
-from ltrp_timm.models.timm_interface import TimmInterface, wrap_pretrained_cfg
+from ltrp_timm.layers import resize_score_map
+from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.selection import (
-    SelectsPatches,
+    AdaptiveBudget,
+    SelectionSettings,
+    as_budget,
+    buckets_of,
     check_fill,
     check_keep_indices,
     check_keep_ratio,
-    check_selection,
-    check_selection_args,
-    choose_keep_indices,
     num_keep,
+    scatter_features,
+    select,
     validate_keep_indices,
 )
-from ltrp_timm.slots import (
-    find_adapter,
-    install_kept_embed,
-    patch_embed_of,
-    restore_kept_embed,
-    run_with_slots,
-)
+from ltrp_timm.slots import ScriptedSlots, install_slots, run_with_slots, swap_back
 
-torch.fx.wrap("choose_keep_indices")
+
+def given_or_chosen(given: Optional[Tensor], chosen: Tensor, num_patches: int) -> Tensor:
+    """A leaf of torch.fx, whose proxies are never None: decides when the graph runs."""
+    if given is None:
+        return chosen
+    check_keep_indices(given, chosen.shape[0], num_patches)
+    return given
+
+
+def check_eager(x: Any) -> None:
+    """Raise ValueError where the number of kept patches must not depend on values."""
+    if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(
+            "an adaptive budget reads scores to know how many patches to encode: it runs in eager "
+            "mode only. Set model.budget = None, or pass keep_indices."
+        )
+
+
+torch.fx.wrap("given_or_chosen")
+torch.fx.wrap("num_keep")
 torch.fx.wrap("resize_score_map")
+torch.fx.wrap("select")
 
 
-class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn.Module):
+class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     """A timm ViT that ranks the patches of an image and encodes only the best.
 
-    Made by ``drop_patches`` or ``timm.create_model("ltrp…")``. One instance is for one thread: keep
-    indices lie in the backbone while it runs. Calling ``model.backbone`` itself is always the plain
-    model.
+    ``drop_patches`` and ``timm.create_model("ltrp…")`` build it. Use one instance per thread: keep
+    indices lie in the backbone while it runs. Calling ``model.backbone`` runs the plain model.
 
     Args:
         ranker: images (B, C, H, W) -> score map (B, h, w), higher = keep first. It is frozen and
-            stays in eval.
-        backbone: a timm ViT; changed in place, ``restore`` gives it back.
-        keep_ratio: share of patches to encode, in (0, 1]; may be set between calls.
+            stays in eval mode.
+        backbone: a timm ViT; changed in place, ``restore`` returns it.
+        keep_ratio: share of patches to encode, in (0, 1] (default: 0.5, or the budget's mean); may
+            be set between calls.
         selection: "top", "random", "mixed" (best scores, and centres of the largest clusters of
-            pixels), "stratified" (the best of each cell of the grid first) or "adaptive" (each
-            image as many as its scores ask for; see ``calibrate``).
+            pixels) or "stratified" (the best of each grid cell first).
         selection_args: options of the selection: "seed" of random; "ratio", "neighbours" and
-            "pixels" of mixed; "cell" of stratified; "mass" or "threshold", and "buckets", of
-            adaptive.
+            "pixels" of mixed; "cell" of stratified.
         validate: also check the values of given ``keep_indices`` and that scores are finite (eager
             only; reads from the device).
-        fill: what stands at dropped places of dense features: "zeros" or "nearest".
+        fill: what dropped places of dense features hold: "zeros" or "nearest".
+        budget: how many patches each image keeps, instead of ``keep_ratio`` of each; ``calibrate``
+            makes one.
 
     Raises:
-        TypeError: patches cannot be dropped from the backbone; the message says why.
-        ValueError: an argument is out of its range.
+        TypeError: Patches cannot be dropped from the backbone; the message says why.
+        ValueError: An argument is out of range.
     """
 
-    __jit_unused_properties__ = (*SelectsPatches.__jit_unused_properties__, "fill", "_model_args")
+    __jit_unused_properties__ = (
+        *SelectionSettings.__jit_unused_properties__,
+        *("budget", "fill", "patch_size", "patch_grid", "num_patches", "_model_args"),
+    )
 
     def __init__(
         self,
         ranker: nn.Module,
         backbone: nn.Module,
-        keep_ratio: float = 0.5,
+        keep_ratio: Optional[float] = None,
         selection: str = "top",
         validate: bool = False,
         fill: str = "zeros",
         selection_args: Optional[Mapping[str, Any]] = None,
+        budget: Optional[AdaptiveBudget] = None,
     ) -> None:
-        super().__init__()
         if not isinstance(ranker, nn.Module):
             raise TypeError(f"ranker must be an nn.Module or a name, got {type(ranker).__name__}.")
-        self._keep_ratio = check_keep_ratio(keep_ratio)
-        self._selection = check_selection(selection)
-        self._selection_args = check_selection_args(selection, selection_args)
-        self._fill = check_fill(fill)
+        super().__init__(ranker, backbone)
+        self._keep_ratio = 0.5
+        self.budget = as_budget(budget)
+        if keep_ratio is not None:
+            self.keep_ratio = keep_ratio
+        self._set_selection(selection, selection_args)
+        self.fill = fill
         self.validate = bool(validate)
-        self._adapter = find_adapter(backbone)
-        _check_disjoint(ranker, backbone)
-        self.ranker = ranker
-        self.bridge = make_bridge(ranker, backbone).eval()
-        self.backbone = backbone
         self._warned = False
-        self._build_args = {}
-        self._copy_from_backbone()
-        self.pretrained_cfg = wrap_pretrained_cfg(getattr(backbone, "pretrained_cfg", None))
-        self.default_cfg = self.pretrained_cfg
-        self.training = backbone.training
-        # nothing was changed before and nothing fails from here on; tuples hide their modules
+        # nothing was changed before, and nothing fails from here on
         self.ranker.requires_grad_(False).eval()
-        slot = self._adapter.install(backbone)
-        self._originals = (slot, install_kept_embed(backbone, self._adapter))
-        self._slots = tuple(self._adapter.slots(backbone))
+        self._swaps = install_slots(backbone, self._adapter)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of patches to keep, in (0, 1]. ``torch.compile`` makes one graph for each K.
+
+        With a budget: its mean, or 1 to keep all patches for a while.
+        """
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float) -> None:
+        value = check_keep_ratio(value)
+        if self._budget is not None and value not in (1.0, self._budget.mean_keep_ratio):
+            raise ValueError(
+                f"keep_ratio may be 1 or the mean {self._budget.mean_keep_ratio:g} of the adaptive "
+                f"budget, got {value}: call calibrate(images, mean_keep_ratio=…), or set budget = "
+                "None first."
+            )
+        self._keep_ratio = value
+
+    @property
+    def budget(self) -> Optional[AdaptiveBudget]:
+        """How many patches each image keeps by its scores; None keeps ``keep_ratio`` of each."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: Optional[AdaptiveBudget]) -> None:
+        self._budget, self._has_budget = as_budget(value), value is not None
+        if self._budget is not None:
+            self._keep_ratio = self._budget.mean_keep_ratio
 
     @property
     def fill(self) -> str:
-        """What stands at dropped places of dense features: "zeros" or "nearest"."""
+        """What dropped places of dense features hold: "zeros" or "nearest"."""
         return self._fill
 
     @fill.setter
     def fill(self, value: str) -> None:
         self._fill = check_fill(value)
 
+    @property
+    def patch_size(self) -> Tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return self._patch_pixels
+
+    @property
+    def patch_grid(self) -> Tuple[int, int]:
+        """The patch grid (h, w) at the present image size."""
+        size = self.data_config()["input_size"][-2:]
+        return self.grid_size(torch.empty(1, self.in_chans, *size, device="meta"))
+
+    @property
+    def num_patches(self) -> int:
+        """N at the present image size."""
+        h, w = self.patch_grid
+        return h * w
+
+    def _settings(self) -> Dict[str, Any]:
+        settings: Dict[str, Any] = {
+            "keep_ratio": self._keep_ratio,
+            "selection": self._selection,
+            "selection_args": self.selection_args,
+            "fill": self._fill,
+        }
+        if self._budget is not None:
+            settings["budget"] = dataclasses.asdict(self._budget)
+        return settings
+
     def grid_size(self, x: Tensor) -> Tuple[int, int]:
         """The backbone's patch grid (h, w) for images x (B, C, H, W)."""
         if torch.jit.is_scripting():
             embed = self.backbone.patch_embed
         else:
-            embed = patch_embed_of(self.backbone)
+            embed = getattr(self.backbone, self._adapter.patch_embed)
         if hasattr(embed, "strict_img_size"):
             if embed.strict_img_size and embed.grid_size is not None:
                 return embed.grid_size[0], embed.grid_size[1]
@@ -126,34 +195,27 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
             x: (B, C, H, W).
 
         Returns:
-            (B, N) float32, higher = keep first. Only their order means anything; it carries no
-            gradient.
+            (B, N) float32, higher = keep first. Only the order matters; no gradient.
 
         Raises:
-            ValueError: images that the backbone would refuse, a ranker whose map is not (B, h, w),
-                or (with ``validate``) scores that are not finite.
+            ValueError: The backbone would refuse the images, the ranker's map is not (B, h, w), or
+                (with ``validate``) scores are not finite.
         """
         if not torch.jit.is_scripting():
             self._check_images(x)
-        h, w = self.grid_size(x)
-        return self._rank(x, h, w)
-
-    def _rank(self, x: Tensor, h: int, w: int) -> Tensor:
-        """Scores (B, h * w) of images that were checked."""
-        if not torch.jit.is_scripting():
             self._warn_if_untrained()
+        h, w = self.grid_size(x)
         scores = self.ranker_scores(x, h, w).detach()
         if not torch.jit.is_scripting():
             self._check_scores(scores, x)
         return scores
 
     def ranker_scores(self, x: Tensor, h: int, w: int) -> Tensor:
-        """What the ranker says to images (B, C, H, W) on the grid (h, w): (B, h * w), unchecked.
+        """The ranker's scores (B, h * w) of images x on the grid (h, w), unchecked.
 
-        It carries a gradient where the ranker has one: for who trains it.
+        Differentiable if the ranker is.
         """
-        images = self.bridge(self._padded(x, h, w))
-        return resize_score_map(self.ranker(images), h, w)
+        return resize_score_map(self.ranker(self.bridge(self._padded(x, h, w))), h, w)
 
     def _padded(self, x: Tensor, h: int, w: int) -> Tensor:
         """Images padded as the backbone does, so that h x w patches cover the same places."""
@@ -162,16 +224,39 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         rows, cols = self._patch_pixels
         return F.pad(x, (0, w * cols - x.shape[-1], 0, h * rows - x.shape[-2]))
 
+    def select(self, scores: Tensor, images: Tensor) -> Tensor:
+        """Choose patches by their scores, with the model's selection and keep ratio or budget.
+
+        Args:
+            scores: (B, N), higher = keep first.
+            images: (B, C, H, W); "mixed" clusters their pixels.
+
+        Returns:
+            keep_indices (B, K) int64, ascending.
+
+        Raises:
+            ValueError: By its budget, the images of the batch keep different numbers of patches.
+        """
+        h, w = self.grid_size(images)
+        images = self._padded(images, h, w)
+        k = num_keep(h * w, self._keep_ratio)
+        if self._has_budget and self._keep_ratio < 1.0:
+            if torch.jit.is_scripting():
+                raise ValueError("an adaptive budget runs in eager mode only: pass keep_indices.")
+            else:
+                k = self._common_count(scores)
+        return select(scores, k, self._selection, self._selection_args, (h, w), images)
+
     def keep_indices(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, K) int64, ascending: the patches that ``forward`` encodes."""
         keep = self._choose(x, None)
-        h, w = self.grid_size(x)
         if keep is None:
+            h, w = self.grid_size(x)
             keep = torch.arange(h * w, device=x.device).expand(x.shape[0], -1)
         return keep
 
     def _choose(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[Tensor]:
-        """Given or ranked keep indices (B, K); None when all stay: nothing is ranked then."""
+        """Given or chosen keep indices (B, K); None if all patches stay, without ranking."""
         if not torch.jit.is_scripting():
             self._check_images(x)
         elif x.dim() != 4 or x.shape[1] != self.in_chans:  # before the slot is filled
@@ -179,42 +264,30 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         h, w = self.grid_size(x)
         n = h * w
         if not torch.jit.is_scripting():
-            if isinstance(x, torch.fx.Proxy):  # a proxy is never None: the leaf asks when it runs
-                return self._select(x, h, w, keep_indices)
+            if isinstance(x, torch.fx.Proxy):
+                return given_or_chosen(keep_indices, self._rank_and_select(x, n), n)
         if keep_indices is None:
             if num_keep(n, self._keep_ratio) == n:
                 return None
+            keep_indices = self._rank_and_select(x, n)
+        else:
+            check_keep_indices(keep_indices, x.shape[0], n)
             if not torch.jit.is_scripting():
-                if self._selection == "adaptive":
-                    keep_indices = self._one_bucket(x)
-                    return None if keep_indices.shape[1] == n else keep_indices
-            return self._select(x, h, w, None)
-        check_keep_indices(keep_indices, x.shape[0], n)
-        if not torch.jit.is_scripting():
-            if keep_indices.device != x.device:
-                places = f"{keep_indices.device}, the images on {x.device}"
-                raise ValueError(f"keep_indices are on {places}: move them.")
-            if self.validate and not torch.compiler.is_compiling():
-                validate_keep_indices(keep_indices, n)
+                if keep_indices.device != x.device:
+                    places = f"{keep_indices.device}, the images on {x.device}"
+                    raise ValueError(f"keep_indices are on {places}: move them.")
+                if self.validate and not torch.compiler.is_compiling():
+                    validate_keep_indices(keep_indices, n)
         if keep_indices.shape[1] == n:
             return None
         return keep_indices
 
-    def _select(self, x: Tensor, h: int, w: int, keep_indices: Optional[Tensor]) -> Tensor:
-        """Rank the patches of checked images and choose; given keep indices (B, K) pass."""
-        if self._selection == "random":  # nobody needs to look at the images
-            scores = x.new_zeros(x.shape[0], h * w)
+    def _rank_and_select(self, x: Tensor, n: int) -> Tensor:
+        if self._reads_scores or self._has_budget:
+            scores = self.patch_scores(x)
         else:
-            scores = self._rank(x, h, w)
-        return choose_keep_indices(
-            scores,
-            keep_indices,
-            self._keep_ratio,
-            self._selection,
-            self._selection_args,
-            (h, w),
-            self._padded(x, h, w),
-        )
+            scores = x.new_zeros(x.shape[0], n)
+        return self.select(scores, x)
 
     @torch.jit.unused
     def _check_images(self, x: Tensor) -> None:
@@ -223,7 +296,7 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans:
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {shape}.")
-        embed = patch_embed_of(self.backbone)
+        embed = getattr(self.backbone, self._adapter.patch_embed)
         strict = getattr(embed, "strict_img_size", False)
         size = tuple(x.shape[-2:])
         if strict and embed.img_size is not None and size != tuple(embed.img_size):
@@ -255,10 +328,12 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
             return
         if getattr(self.ranker, "learned", False) and not getattr(self.ranker, "trained", True):
             self._warned = True
+            brings = getattr(self.ranker, "brings_weights", False)
+            own = "True (experimental weights of this package), " if brings else ""
             warnings.warn(
                 f"the {getattr(self.ranker, 'name', '')} ranker has no trained weights: its choice "
-                f"means nothing. Pass ranker_weights={_sources(self.ranker)}, or use "
-                "ranker='contrast'.",
+                f"means nothing. Pass ranker_weights={own}<folder, file or hf-hub:owner/name>, or "
+                "use ranker='contrast'.",
                 stacklevel=2,
             )
 
@@ -267,29 +342,29 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
 
         Args:
             x: images (B, C, H, W), normalised for the backbone.
-            keep_indices: (B, K) int64 patches to encode instead of the ranked ones, 1 <= K <= N.
-                Tokens come in their order; with K = N the plain model runs.
+            keep_indices: (B, K) int64 patches to encode instead of ranked ones, 1 <= K <= N.
+                Tokens keep their order; with K = N the plain model runs.
 
         Returns:
-            (B, num_classes) logits, or what the backbone's head gives.
+            (B, num_classes) logits, or the output of the backbone's head.
 
         Raises:
-            ValueError: images or keep_indices of a wrong shape.
-            TypeError: keep_indices of another dtype.
+            ValueError: The shape of images or keep_indices is wrong.
+            TypeError: `keep_indices` has another dtype.
         """
         if torch.jit.is_scripting():
-            self._put(self._choose(x, keep_indices))
+            self._fill_slots(self._choose(x, keep_indices))
             out = self.backbone(x)
-            self._put(None)
+            self._fill_slots(None)
             return out
-        elif self._is_adaptive(keep_indices):
+        elif self._counts_vary(keep_indices):
             return self._by_bucket(self.forward, x)
         else:
-            return self._run("forward", x, self._choose(x, keep_indices))
+            return self._run(self.backbone, x, keep_indices)[0]
 
     def forward_features(self, x: Tensor, keep_indices: Optional[Tensor] = None) -> Tensor:
-        """Images (B, C, H, W) -> tokens (B, P + K, D), prefix and kept, after the final norm."""
-        out: Tensor = self._run("forward_features", x, self._choose(x, keep_indices))
+        """Images (B, C, H, W) -> prefix and kept tokens (B, P + K, D) after the final norm."""
+        out: Tensor = self._run(self.backbone.forward_features, x, keep_indices)[0]
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -297,39 +372,156 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         out: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
         return out
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        keep_indices: Optional[Tensor] = None,
+        fill: Optional[str] = None,
+    ) -> Any:
+        """Features of intermediate blocks; kept tokens go back to their places on the grid.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: the last n blocks for an int, all for None, else these blocks.
+            return_prefix_tokens: also return prefix tokens (B, P, D) with each feature.
+            norm: apply the final norm to every feature.
+            stop_early: stop after the last block in ``indices``.
+            output_fmt: "NCHW" for (B, D, h, w), "NLC" for (B, N, D).
+            intermediates_only: return the list of features only.
+            output_dict: return a dict with timm's names instead.
+            keep_indices: (B, K) int64 patches to encode instead of ranked ones.
+            fill: what dropped places hold: "zeros" or "nearest" (default: ``self.fill``).
+
+        Returns:
+            As in timm: (final tokens (B, P + K, D), features), features, or a dict.
+
+        Raises:
+            ValueError: `output_fmt` or `fill` is unknown.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
+        fill = self._fill if fill is None else check_fill(fill)
+        options: Dict[str, Any] = {"indices": indices, "norm": norm, "stop_early": stop_early}
+        options["intermediates_only"] = intermediates_only
+        if intermediates_only and self._counts_vary(keep_indices):
+            options.update(return_prefix_tokens=return_prefix_tokens, output_fmt=output_fmt)
+            options.update(output_dict=output_dict, fill=fill)
+            return self._by_bucket(partial(self.forward_intermediates, **options), x)
+        with_prefix = self.num_prefix_tokens > 0 and self._adapter.prefix_in_blocks
+        if with_prefix:
+            options["return_prefix_tokens"] = True
+        call = self.backbone.forward_intermediates
+        out, keep = self._run(call, x, keep_indices, output_fmt="NLC", **options)
+        final, raw = (None, out) if intermediates_only else out
+        features = [pair[0] for pair in raw] if with_prefix else list(raw)
+        features = scatter_features(features, keep, self.grid_size(x), fill, output_fmt)
+        prefix = [pair[1] for pair in raw] if with_prefix and return_prefix_tokens else None
+        if output_dict:
+            found = {"image_intermediates": features, "image_intermediates_prefix": prefix}
+            found["image_features"] = final
+            return {name: value for name, value in found.items() if value is not None}
+        pairs = features if prefix is None else list(zip(features, prefix))
+        return pairs if intermediates_only else (final, pairs)
+
     @torch.jit.unused
     def _run(
-        self,
-        method: str,
-        x: Tensor,
-        keep: Optional[Tensor],
-        kwargs: Optional[Dict[str, Any]] = None,
-    ) -> Any:
-        slots = self._adapter.slots(self.backbone)
-        if not slots or not all(hasattr(slot, "keep_indices") for slot in slots):
-            raise RuntimeError(
-                "this LTRPModel gave its backbone back (restore), or its patch_drop was changed."
-            )
-        call = self.backbone if method == "forward" else getattr(self.backbone, method)
-        return run_with_slots(slots, keep, call, x, **(kwargs or {}))
+        self, call: Callable[..., Any], x: Tensor, keep_indices: Optional[Tensor], **kwargs: Any
+    ) -> Tuple[Any, Optional[Tensor]]:
+        """Choose patches and run the backbone with them: its output, and the keep indices."""
+        keep = self._choose(x, keep_indices)
+        return run_with_slots(self._adapter.slots(self.backbone), keep, call, x, **kwargs), keep
 
-    def _put(self, keep: Optional[Tensor]) -> None:
-        """Fill the slots, through the backbone alone; for TorchScript, which has no finally."""
-        if hasattr(self.backbone, "patch_drop"):
-            self.backbone.patch_drop.keep_indices = keep
-        elif hasattr(self.backbone, "shared_rel_pos"):
-            self.backbone.patch_embed.norm.keep_indices = keep
-            self.backbone.shared_rel_pos.keep_indices = keep
-        else:
-            self.backbone.pos_drop.keep_indices = keep
-            if hasattr(self.backbone, "rel_pos_bias"):
-                if self.backbone.rel_pos_bias is not None:
-                    self.backbone.rel_pos_bias.keep_indices = keep
-        if hasattr(self.backbone.patch_embed, "keep_indices"):
-            self.backbone.patch_embed.keep_indices = keep
+    def keep_counts(self, x: Tensor) -> Tensor:
+        """How many patches each image keeps by the budget.
+
+        Args:
+            x: images (B, C, H, W), normalised for the backbone.
+
+        Returns:
+            (B,) int64.
+
+        Raises:
+            ValueError: The model has no budget, or the shape of the images is wrong.
+        """
+        return self._counts(self.patch_scores(x))
+
+    def _counts(self, scores: Tensor) -> Tensor:
+        if self._budget is None:
+            raise ValueError("keep_counts needs an adaptive budget: call calibrate(images, …).")
+        if self._keep_ratio == 1.0:
+            return torch.full((scores.shape[0],), scores.shape[1], device=scores.device)
+        return self._budget.counts(scores)
+
+    def calibrate(
+        self,
+        images: Union[Tensor, Iterable[Tensor]],
+        mean_keep_ratio: float,
+        rule: str = "threshold",
+        buckets: int = 8,
+    ) -> float:
+        """Set a budget with which images keep a given share of their patches on average.
+
+        A batch then runs in buckets of images that keep equally many patches, without padding or
+        masks; results come in the order of the images. Each call waits for the device once.
+
+        Args:
+            images: (B, C, H, W), or batches of them, like those that the model will see.
+            mean_keep_ratio: share of patches to keep, averaged over the images, in (0, 1).
+            rule: "threshold" or "mass", see ``AdaptiveBudget``. "threshold" needs scores that are
+                comparable between images; those of ``contrast`` are not.
+            buckets: number of sizes: the multiples of N / buckets.
+
+        Returns:
+            The mean share that these images keep: at most ``mean_keep_ratio``, if the sizes allow.
+
+        Raises:
+            ValueError: An argument is out of range, or there are no images.
+        """
+        budget = AdaptiveBudget(rule, 0.0, buckets, mean_keep_ratio)
+        batches = [images] if isinstance(images, Tensor) else images
+        budget, reached = budget.calibrated([self.patch_scores(batch).cpu() for batch in batches])
+        self.budget = budget
+        return reached
+
+    def _counts_vary(self, keep_indices: Optional[Tensor]) -> bool:
+        """Whether images may keep different numbers of patches in this call."""
+        return self._has_budget and keep_indices is None and self._keep_ratio < 1.0
+
+    @torch.jit.unused
+    def _by_bucket(self, call: Callable[..., Any], x: Tensor) -> Any:
+        """Call with each bucket's images and ``keep_indices``; one batch in the images' order."""
+        check_eager(x)
+        scores = self.patch_scores(x)
+        buckets, places = buckets_of(self._counts(scores))
+        rule, args, grid = self._selection, self._selection_args, self.grid_size(x)
+        images, outs = self._padded(x, *grid), []
+        for k, rows in buckets:
+            keep = select(scores[rows], k, rule, args, grid, images[rows])
+            outs.append(call(x[rows], keep_indices=keep))
+        return tree_map(lambda *parts: torch.cat(parts)[places], *outs)
+
+    @torch.jit.unused
+    def _common_count(self, scores: Tensor) -> int:
+        """K of images that keep equally many patches."""
+        check_eager(scores)
+        sizes = sorted(set(self._counts(scores).tolist()))
+        if len(sizes) > 1:
+            counts = ", ".join(str(k) for k in sizes)
+            raise ValueError(
+                f"the images of this batch keep different numbers of patches ({counts}): call the "
+                "model itself, forward_intermediates(intermediates_only=True), or give one image."
+            )
+        return int(sizes[0])
 
     def train(self, mode: bool = True) -> "LTRPModel":
-        """Set training mode; the frozen ranker stays in eval."""
+        """Set training mode; the frozen ranker stays in eval mode."""
         super().train(mode)
         self.ranker.eval()
         return self
@@ -340,27 +532,10 @@ class LTRPModel(SelectsPatches, AdaptiveBudget, DenseFeatures, TimmInterface, nn
         return self
 
     def restore(self) -> nn.Module:
-        """Give the backbone back: the same object with its own modules, weights as they are now.
+        """Return the backbone: the same object with its own modules and its present weights.
 
-        Returns:
-            The backbone. This model cannot run afterwards.
+        This model cannot run afterwards.
         """
-        if self._adapter.slots(self.backbone)[:1] == list(self._slots[:1]):
-            self._adapter.restore(self.backbone, self._originals[0])
-            restore_kept_embed(self.backbone, self._adapter, self._originals[1])
+        swap_back(self.backbone, self._swaps)
         backbone: nn.Module = self.backbone
         return backbone
-
-
-def _check_disjoint(ranker: nn.Module, backbone: nn.Module) -> None:
-    """The ranker gets frozen: it must not hold parameters of the backbone."""
-    own = {id(parameter) for parameter in backbone.parameters()}
-    if any(id(parameter) in own for parameter in ranker.parameters()):
-        raise ValueError("the ranker shares parameters with the backbone: give it a copy.")
-
-
-def _sources(ranker: Any) -> str:
-    """What ``ranker_weights`` may be, for a message."""
-    brings = getattr(ranker, "brings_weights", False)
-    own = "True (experimental ones that come along), " if brings else ""
-    return f"{own}<folder, file or hf-hub:owner/name>"

@@ -1,10 +1,10 @@
-"""The registered names and the weights timm publishes for their backbones, default first.
+"""The registered models, and the weights that timm publishes for their backbones.
 
-timm keys its registry by the last part of this module's name; it must not be that of a module of
-timm's.
+timm keys its registry by the last part of this module's name, which must not be that of a module of
+timm.
 """
 
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Tuple
 
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -13,86 +13,65 @@ from ltrp_timm.models.factory import GENERIC, backbone_cfg, create_ltrp
 
 _GENERIC_BACKBONE = "vit_base_patch16_224"
 
-# registered name -> its backbone, and the backbones' published weights
-_SOURCES = {
-    "ltrp_vit_tiny": ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
-    "ltrp_vit_small": (
-        "vit_small_patch16_224",
-        "vit_small_patch16_224.augreg_in21k_ft_in1k",
-        "vit_small_patch16_224.dino",
+# registered name -> what its backbone is, its name in timm, and the tags of its published weights
+_BACKBONES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
+    "ltrp_vit_tiny": ("ViT-Ti/16", "vit_tiny_patch16_224", ("augreg_in21k_ft_in1k",)),
+    "ltrp_vit_small": ("ViT-S/16", "vit_small_patch16_224", ("augreg_in21k_ft_in1k", "dino")),
+    "ltrp_vit_base": ("ViT-B/16", "vit_base_patch16_224", ("augreg2_in21k_ft_in1k", "mae", "dino")),
+    "ltrp_vit_large": ("ViT-L/16", "vit_large_patch16_224", ("augreg_in21k_ft_in1k", "mae")),
+    "ltrp_vit_huge": ("ViT-H/14", "vit_huge_patch14_224", ("mae",)),
+    "ltrp_deit3_small": ("DeiT-3 S/16", "deit3_small_patch16_224", ("fb_in22k_ft_in1k", "fb_in1k")),
+    "ltrp_deit3_base": ("DeiT-3 B/16", "deit3_base_patch16_224", ("fb_in22k_ft_in1k", "fb_in1k")),
+    "ltrp_dinov2_small": (
+        "DINOv2 S/14 with 4 registers",
+        "vit_small_patch14_reg4_dinov2",
+        ("lvd142m",),
     ),
-    "ltrp_vit_base": (
-        "vit_base_patch16_224",
-        "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-        "vit_base_patch16_224.mae",
-        "vit_base_patch16_224.dino",
+    "ltrp_dinov2_base": (
+        "DINOv2 B/14 with 4 registers",
+        "vit_base_patch14_reg4_dinov2",
+        ("lvd142m",),
     ),
-    "ltrp_vit_large": (
-        "vit_large_patch16_224",
-        "vit_large_patch16_224.augreg_in21k_ft_in1k",
-        "vit_large_patch16_224.mae",
-    ),
-    "ltrp_vit_huge": ("vit_huge_patch14_224", "vit_huge_patch14_224.mae"),
-    "ltrp_deit3_small": (
-        "deit3_small_patch16_224",
-        "deit3_small_patch16_224.fb_in22k_ft_in1k",
-        "deit3_small_patch16_224.fb_in1k",
-    ),
-    "ltrp_deit3_base": (
-        "deit3_base_patch16_224",
-        "deit3_base_patch16_224.fb_in22k_ft_in1k",
-        "deit3_base_patch16_224.fb_in1k",
-    ),
-    "ltrp_dinov2_small": ("vit_small_patch14_reg4_dinov2", "vit_small_patch14_reg4_dinov2.lvd142m"),
-    "ltrp_dinov2_base": ("vit_base_patch14_reg4_dinov2", "vit_base_patch14_reg4_dinov2.lvd142m"),
-    "ltrp_dinov3_small": ("vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"),
-    "ltrp_dinov3_base": ("vit_base_patch16_dinov3", "vit_base_patch16_dinov3.lvd1689m"),
-    "ltrp_dinov3_large": (
-        "vit_large_patch16_dinov3",
-        "vit_large_patch16_dinov3.lvd1689m",
-        "vit_large_patch16_dinov3.sat493m",
-    ),
+    "ltrp_dinov3_small": ("DINOv3 S/16", "vit_small_patch16_dinov3", ("lvd1689m",)),
+    "ltrp_dinov3_base": ("DINOv3 B/16", "vit_base_patch16_dinov3", ("lvd1689m",)),
+    "ltrp_dinov3_large": ("DINOv3 L/16", "vit_large_patch16_dinov3", ("lvd1689m", "sat493m")),
     "ltrp_clip_base": (
+        "CLIP ViT-B/16 image tower",
         "vit_base_patch16_clip_224",
-        "vit_base_patch16_clip_224.laion2b_ft_in12k_in1k",
-        "vit_base_patch16_clip_224.openai",
+        ("laion2b_ft_in12k_in1k", "openai"),
     ),
-    "ltrp_siglip2_base": ("vit_base_patch16_siglip_224", "vit_base_patch16_siglip_224.v2_webli"),
-    "ltrp_beitv2_base": (
-        "beitv2_base_patch16_224",
-        "beitv2_base_patch16_224.in1k_ft_in22k_in1k",
+    "ltrp_siglip2_base": (
+        "SigLIP-2 ViT-B/16 image tower",
+        "vit_base_patch16_siglip_224",
+        ("v2_webli",),
     ),
+    "ltrp_beitv2_base": ("BEiT v2 B/16", "beitv2_base_patch16_224", ("in1k_ft_in22k_in1k",)),
     "ltrp_eva02_tiny": (
+        "EVA-02 Ti/14",
         "eva02_tiny_patch14_224",
-        "eva02_tiny_patch14_224.mim_in22k",
-        "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
+        ("mim_in22k", "eva02_tiny_patch14_336.mim_in22k_ft_in1k"),
     ),
     "ltrp_eva02_base": (
+        "EVA-02 B/14",
         "eva02_base_patch14_224",
-        "eva02_base_patch14_224.mim_in22k",
-        "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k",
+        ("mim_in22k", "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k"),
     ),
 }
 
 
 def _default_cfgs() -> Dict[str, Any]:
+    """timm's cfgs by ``name.tag``, the default tag of a name first."""
     cfgs: Dict[str, Any] = {}
-    for name, (_, *sources) in _SOURCES.items():
-        for source in sources:
-            cfg = backbone_cfg(source)
-            if cfg is not None:  # an older timm may lack a tag
-                cfgs[f"{name}.{source.split('.', 1)[1]}"] = cfg
+    for name, (_, backbone, tags) in _BACKBONES.items():
+        for tag in tags:
+            cfg = backbone_cfg(tag if "." in tag else f"{backbone}.{tag}")
+            if cfg is not None:  # older versions of timm lack some tags
+                cfgs[f"{name}.{tag.rpartition('.')[2]}"] = cfg
     cfgs[GENERIC] = backbone_cfg(_GENERIC_BACKBONE, hf_hub_id=None)
     return cfgs
 
 
 default_cfgs = generate_default_cfgs(_default_cfgs())
-
-
-def _registered(name: str, pretrained: bool, kwargs: Dict[str, Any]) -> nn.Module:
-    if "backbone" in kwargs:
-        raise TypeError(f"the backbone of {name} is fixed: timm.create_model('ltrp', backbone=…).")
-    return create_ltrp(name, pretrained, backbone=_SOURCES[name][0], **kwargs)
 
 
 @register_model
@@ -101,103 +80,21 @@ def ltrp(pretrained: bool = False, backbone: str = _GENERIC_BACKBONE, **kwargs: 
     return create_ltrp(GENERIC, pretrained, backbone=backbone, **kwargs)
 
 
-@register_model
-def ltrp_vit_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on ViT-Ti/16."""
-    return _registered("ltrp_vit_tiny", pretrained, kwargs)
+def _entry_point(name: str) -> Callable[..., nn.Module]:
+    """The function that timm registers under a name."""
+    what, backbone, _ = _BACKBONES[name]
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if "backbone" in kwargs:
+            raise TypeError(
+                f"the backbone of {name} is fixed: timm.create_model('ltrp', backbone=…)."
+            )
+        return create_ltrp(name, pretrained, backbone=backbone, **kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"LTRP front-end on {what}."
+    return build
 
 
-@register_model
-def ltrp_vit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on ViT-S/16."""
-    return _registered("ltrp_vit_small", pretrained, kwargs)
-
-
-@register_model
-def ltrp_vit_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on ViT-B/16."""
-    return _registered("ltrp_vit_base", pretrained, kwargs)
-
-
-@register_model
-def ltrp_vit_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on ViT-L/16."""
-    return _registered("ltrp_vit_large", pretrained, kwargs)
-
-
-@register_model
-def ltrp_vit_huge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on ViT-H/14."""
-    return _registered("ltrp_vit_huge", pretrained, kwargs)
-
-
-@register_model
-def ltrp_deit3_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on DeiT-3 S/16."""
-    return _registered("ltrp_deit3_small", pretrained, kwargs)
-
-
-@register_model
-def ltrp_deit3_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on DeiT-3 B/16."""
-    return _registered("ltrp_deit3_base", pretrained, kwargs)
-
-
-@register_model
-def ltrp_dinov2_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on DINOv2 S/14 with 4 registers."""
-    return _registered("ltrp_dinov2_small", pretrained, kwargs)
-
-
-@register_model
-def ltrp_dinov2_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on DINOv2 B/14 with 4 registers."""
-    return _registered("ltrp_dinov2_base", pretrained, kwargs)
-
-
-@register_model
-def ltrp_dinov3_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on DINOv3 S/16."""
-    return _registered("ltrp_dinov3_small", pretrained, kwargs)
-
-
-@register_model
-def ltrp_dinov3_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on DINOv3 B/16."""
-    return _registered("ltrp_dinov3_base", pretrained, kwargs)
-
-
-@register_model
-def ltrp_dinov3_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on DINOv3 L/16."""
-    return _registered("ltrp_dinov3_large", pretrained, kwargs)
-
-
-@register_model
-def ltrp_clip_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on CLIP ViT-B/16 image tower."""
-    return _registered("ltrp_clip_base", pretrained, kwargs)
-
-
-@register_model
-def ltrp_siglip2_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on SigLIP-2 ViT-B/16 image tower."""
-    return _registered("ltrp_siglip2_base", pretrained, kwargs)
-
-
-@register_model
-def ltrp_beitv2_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on BEiT v2 B/16."""
-    return _registered("ltrp_beitv2_base", pretrained, kwargs)
-
-
-@register_model
-def ltrp_eva02_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on EVA-02 Ti/14."""
-    return _registered("ltrp_eva02_tiny", pretrained, kwargs)
-
-
-@register_model
-def ltrp_eva02_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """LTRP front-end on EVA-02 B/14."""
-    return _registered("ltrp_eva02_base", pretrained, kwargs)
+for _name in _BACKBONES:
+    globals()[_name] = register_model(_entry_point(_name))

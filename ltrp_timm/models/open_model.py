@@ -10,7 +10,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from ltrp_timm._text import one_line, printable
-from ltrp_timm.models.factory import backbone_filter, checkpoint_filter_fn
+from ltrp_timm._timm import backbone_filter
+from ltrp_timm.models.checkpoint_filter import checkpoint_filter_fn
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.timm_interface import GENERIC

@@ -1,68 +1,72 @@
-"""What timm's tools ask of a model, answered for a backbone that lies inside another module."""
+"""timm's model interface for a backbone inside another module, with a ranker beside it."""
 
 import copy
 import re
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from ltrp_timm import _timm
+from ltrp_timm.layers import make_bridge
 from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head, put_head
 from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers import list_rankers, ranker_class
-from ltrp_timm.slots import patch_embed_of
+from ltrp_timm.slots import find_adapter
 
 GENERIC = "ltrp"  # the registered name of a model around any backbone
 
-# mirrored from the backbone whenever it may have changed
-_MIRRORED = (
-    "num_classes",
-    "num_features",
-    "head_hidden_size",
-    "embed_dim",
-    "in_chans",
-    "num_prefix_tokens",
-)
+# attributes mirrored from the backbone whenever they may have changed
+_MIRRORED = ("num_classes", "num_features", "head_hidden_size", "embed_dim", "in_chans")
 
-# what a model knows of itself, or what is not kept, however it was asked for
+# arguments that a model reports as they are now, or that are not saved
 _NOT_RECORDED = (
     *("backbone", "ranker", "ranker_args", "ranker_weights", "validate"),
     *("head", "head_args"),
 )
 
 
-class TimmInterface:
-    """A mixin for a module with ``ranker`` and ``backbone``: timm's model interface."""
+class TimmInterface(nn.Module):
+    """A ranker and a backbone that answer timm's tools as one model.
 
-    _fixed_backbone: bool = False  # whether the registered name says which backbone it is
+    Args:
+        ranker: see ``LTRPModel``.
+        backbone: a timm ViT; it is not changed.
 
-    if TYPE_CHECKING:  # torch.jit.script would take these for attributes of its own types
-        ranker: Any
-        backbone: Any
-        bridge: Any
-        in_chans: int
-        num_classes: int
-        global_pool: str
-        num_prefix_tokens: int
-        selection_args: Dict[str, float]
-        _keep_ratio: float
-        _selection: str
-        _fill: str
-        _build_args: Dict[str, Any]
+    Raises:
+        TypeError: Patches cannot be dropped from the backbone; the message says why.
+        ValueError: The ranker shares parameters with the backbone.
+    """
+
+    in_chans: int
+    num_classes: int
+    _fixed_backbone: bool = False  # whether the registered name implies the backbone
+
+    def __init__(self, ranker: nn.Module, backbone: Any) -> None:
+        super().__init__()
+        self._adapter = find_adapter(backbone)
+        _check_disjoint(ranker, backbone)
+        self.ranker: Any = ranker
+        self.bridge = make_bridge(ranker, backbone).eval()
+        self.backbone = backbone
+        self._build_args: Any = {}
+        self._copy_from_backbone()
+        self.pretrained_cfg = wrap_pretrained_cfg(getattr(backbone, "pretrained_cfg", None))
+        self.default_cfg = self.pretrained_cfg
+        self.training = backbone.training
 
     def _copy_from_backbone(self) -> None:
         for name in _MIRRORED:
             if hasattr(self.backbone, name):
                 setattr(self, name, getattr(self.backbone, name))
-            elif name == "num_prefix_tokens":
-                self.num_prefix_tokens = 1  # an older timm's CaiT does not tell of its class token
+        self.num_prefix_tokens = _timm.num_prefix_tokens(self.backbone)
         self.global_pool = getattr(self.backbone, "global_pool", "")
-        self._patch_pixels: Tuple[int, int] = pixels_per_token(self.backbone)
-        self._pads = bool(patch_embed_of(self.backbone).dynamic_img_pad)
+        self._patch_pixels = self._adapter.patch_pixels(self.backbone)
+        self._pads = bool(self._adapter.embed_of(self.backbone).dynamic_img_pad)
         infos = getattr(self.backbone, "feature_info", [])
         self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
-        traits = getattr(self.backbone, "_traits", None)
+        traits = _timm.traits(self.backbone)
         if traits is not None:
             self._traits = dict(traits, first_conv=_prefixed(traits.get("first_conv")))
 
@@ -70,10 +74,11 @@ class TimmInterface:
     def _model_args(self) -> Dict[str, Any]:
         """Arguments of ``timm.create_model`` that rebuild this model as it is now; timm saves them.
 
-        What has no name (a module of somebody else's) stands there itself: timm refuses to save it.
+        A part without a name (a module that is not ours) stands there itself, which timm refuses to
+        save.
         """
         cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
-        args = {**self._build_args, **getattr(self.backbone, "_model_args", {})}
+        args = {**self._build_args, **_timm.recorded_args(self.backbone)}
         now = {"num_classes": self.num_classes, "global_pool": self.global_pool}
         args.update({name: value for name, value in now.items() if name in args})
         if not self._fixed_backbone:
@@ -86,24 +91,22 @@ class TimmInterface:
         classifier = self.backbone.get_classifier()
         if isinstance(classifier, MLDecoder):
             args.update(head=HEADS[0], head_args=classifier.config())
-        settings = {
-            "keep_ratio": self._keep_ratio,
-            "selection": self._selection,
-            "selection_args": self.selection_args,
-            "fill": self._fill,
-        }
-        return {**args, **settings}
+        return {**args, **self._settings()}
 
     @_model_args.setter
     def _model_args(self, args: Mapping[str, Any]) -> None:
-        """Take the arguments that the factory was called with; those of the front-end are known."""
+        """Record the arguments of the factory's call."""
         self._build_args = {name: args[name] for name in args if name not in _NOT_RECORDED}
+
+    def _settings(self) -> Dict[str, Any]:
+        """Arguments that a subclass adds to ``_model_args``."""
+        return {}
 
     @torch.jit.ignore
     def data_config(self) -> Dict[str, Any]:
         """timm's data configuration (input_size, mean, std, …) at the present image size."""
         config: Dict[str, Any] = resolve_model_data_config(self)
-        size = getattr(patch_embed_of(self.backbone), "img_size", None)
+        size = getattr(self._adapter.embed_of(self.backbone), "img_size", None)
         if size is not None:  # the cfg keeps the published size after img_size=… and set_input_size
             config["input_size"] = (config["input_size"][0], *size)
         return config
@@ -116,9 +119,9 @@ class TimmInterface:
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give the backbone a new classifier; None keeps the pooling, and an ML-Decoder one.
+        """Give the backbone a new classifier; None keeps the pooling, or an ML-Decoder head.
 
-        Without classes a model that had an ML-Decoder gives its tokens, unpooled.
+        With ``num_classes=0`` a model with an ML-Decoder returns its tokens, unpooled.
         """
         head = self.backbone.get_classifier()
         if isinstance(head, MLDecoder) and not global_pool and num_classes > 0:
@@ -132,7 +135,7 @@ class TimmInterface:
 
     @torch.jit.ignore
     def set_classifier(self, head: MLDecoder) -> None:
-        """Put a head that ``make_head`` made in place of the backbone's classifier."""
+        """Replace the backbone's classifier by a head from ``make_head``."""
         put_head(self.backbone, head)
         self._copy_from_backbone()
 
@@ -142,7 +145,7 @@ class TimmInterface:
         img_size: Optional[Union[int, Tuple[int, int]]] = None,
         patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
-        """Change the backbone's image or patch size; the ranker follows, or is bridged."""
+        """Change the backbone's image or patch size; the ranker follows, or images are resized."""
         sizes = {
             "img_size": None if img_size is None else to_pair(img_size),
             "patch_size": None if patch_size is None else to_pair(patch_size),
@@ -157,17 +160,22 @@ class TimmInterface:
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Drop the backbone's layers behind the last of ``indices``; returns the indices taken."""
+        """Remove the backbone's layers behind the last of ``indices``; returns the used indices."""
         taken: List[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         self._copy_from_backbone()
         return taken
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Any:
-        """timm's layer groups of the backbone, the ranker in a group of its own in front."""
+        """timm's layer groups of the backbone; the ranker is a group of its own in front."""
         matcher = self.backbone.group_matcher(coarse=coarse)
         if callable(matcher):
-            return lambda name: _group_behind(matcher, name)
+
+            def group(name: str) -> float:
+                ranks = name.startswith("ranker.")
+                return -1.0 if ranks else float(matcher(name.removeprefix("backbone.")))
+
+            return group
         groups: Dict[str, Any] = {"ranker": r"^ranker\."}
         for name, spec in matcher.items():
             if isinstance(spec, str):
@@ -178,7 +186,7 @@ class TimmInterface:
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters that take no weight decay."""
+        """Names of parameters that are excluded from weight decay."""
         names: Set[str] = set()
         for part in ("ranker", "backbone"):
             listed = getattr(getattr(self, part), "no_weight_decay", None)
@@ -207,16 +215,15 @@ class TimmInterface:
             assign: as in ``nn.Module``.
 
         Raises:
-            RuntimeError: names or shapes do not fit (``strict``).
+            RuntimeError: Names or shapes do not match (``strict``).
         """
         own = {f"ranker.{name}": tensor for name, tensor in self.ranker.state_dict().items()}
         if is_plain(state_dict):
             given = {f"backbone.{name}": tensor for name, tensor in state_dict.items()}
             state_dict = {**own, **given}
-        load: Any = super().load_state_dict  # type: ignore[misc]  # nn.Module's, behind this mixin
-        result = load(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         refill = getattr(self.bridge, "init_non_persistent_buffers", None)
-        if refill is not None:  # they are in no checkpoint, and empty after to_empty()
+        if refill is not None:  # checkpoints do not hold them, and to_empty() leaves them empty
             refill(next(self.backbone.parameters()).device)
         if hasattr(self.ranker, "trained"):
             new = (name for name in own if name in state_dict)
@@ -227,10 +234,11 @@ class TimmInterface:
         return result
 
 
-def pixels_per_token(backbone: Any) -> Tuple[int, int]:
-    """(height, width) of a patch, also where a convolutional stem stands in front (hybrids)."""
-    rows, cols = patch_embed_of(backbone).feat_ratio(as_scalar=False)
-    return int(rows), int(cols)
+def _check_disjoint(ranker: nn.Module, backbone: nn.Module) -> None:
+    """The ranker gets frozen: it must not hold parameters of the backbone."""
+    own = {id(parameter) for parameter in backbone.parameters()}
+    if any(id(parameter) in own for parameter in ranker.parameters()):
+        raise ValueError("the ranker shares parameters with the backbone: give it a copy.")
 
 
 def is_plain(state_dict: Mapping[str, Any]) -> bool:
@@ -254,15 +262,7 @@ def _prefixed(names: Any) -> Any:
     return tuple(f"backbone.{name}" for name in names)
 
 
-def _group_behind(matcher: Any, name: str) -> float:
-    """The backbone's own ordinal for its parameters, the ranker in front of all."""
-    if name.startswith("ranker."):
-        return -1.0
-    group: float = matcher(name.removeprefix("backbone."))
-    return group
-
-
 def _prefix_pattern(pattern: str) -> str:
-    """Anchors inside a pattern go, its groups keep their numbers."""
+    """Move a pattern behind the prefix: its anchors go, its groups keep their numbers."""
     free = re.sub(r"(?<!\[)\^", "", pattern)
     return rf"^backbone\.(?:{free})"

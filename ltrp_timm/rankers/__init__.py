@@ -3,19 +3,17 @@
 import inspect
 from functools import partial
 from importlib.resources import as_file, files
-from typing import Any, Callable, Dict, List, Optional, Set, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 from torch import nn
 
-from ltrp_timm.layers.bridge import InputBridge, make_bridge, resize_score_map
 from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import Ranker, adapt_channels
 from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
 from ltrp_timm.rankers.clusters import DpcKnnRanker
-from ltrp_timm.rankers.contrast import ContrastRanker
+from ltrp_timm.rankers.contrast import STATISTICS, ContrastRanker, StatisticRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.random import RandomRanker
-from ltrp_timm.rankers.statistic import STATISTICS, StatisticRanker
 from ltrp_timm.rankers.vit import VitRanker
 from ltrp_timm.weights.files import PathLike, build_and_load, read_weights
 from ltrp_timm.weights.hub import hub_errors
@@ -28,7 +26,6 @@ __all__ = [
     "ConvRanker",
     "DpcKnnRanker",
     "GradCamRanker",
-    "InputBridge",
     "RandomRanker",
     "Ranker",
     "StatisticRanker",
@@ -36,9 +33,7 @@ __all__ = [
     "adapt_channels",
     "create_ranker",
     "list_rankers",
-    "make_bridge",
     "ranker_class",
-    "resize_score_map",
 ]
 
 PUBLISHED = "score_net."  # prefix of the ranker in checkpoints of the paper's authors
@@ -58,7 +53,7 @@ _RANKERS: Dict[str, Callable[..., Any]] = {
 
 
 def list_rankers() -> List[str]:
-    """Names that ``create_ranker`` takes.
+    """Names that ``create_ranker`` accepts.
 
     >>> list_rankers()[:4]
     ['attention', 'cam', 'centre', 'colour']
@@ -67,17 +62,16 @@ def list_rankers() -> List[str]:
 
 
 def ranker_class(name: str) -> Any:
-    """The class behind a name.
+    """The class of a ranker.
 
     Raises:
-        ValueError: no ranker has that name.
+        ValueError: `name` is unknown.
     """
     if name not in _RANKERS:
         raise ValueError(
             f"ranker must be one of {', '.join(list_rankers())} or an nn.Module, got {name!r}."
         )
-    factory = _RANKERS[name]
-    return factory.func if isinstance(factory, partial) else factory
+    return getattr(_RANKERS[name], "func", _RANKERS[name])
 
 
 def create_ranker(
@@ -87,27 +81,27 @@ def create_ranker(
     token: Optional[str] = None,
     **kwargs: Any,
 ) -> Any:
-    """Make a ranker.
+    """Create a ranker.
 
     Args:
         name: one of ``list_rankers()``.
         pretrained: a folder written by ``ranker.save``, a file with weights of this ranker (also a
             checkpoint of the paper's authors), or ``hf-hub:owner/name[@revision]``. True loads the
-            experimental weights of conv, which are part of this package, and the backbones of
-            attention, cam and grad_cam, which timm publishes.
-        cache_dir: where downloads lie; as in huggingface_hub.
+            conv ranker's experimental weights from this package, or the weights that timm publishes
+            for the backbone of attention, cam and grad_cam.
+        cache_dir: folder for downloads; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.
-        **kwargs: arguments of the ranker's class; they override those of a saved configuration.
+        **kwargs: arguments of the ranker's class; they override a saved configuration.
 
     Returns:
         The ranker, an ``nn.Module`` images -> (B, h, w).
 
     Raises:
-        ValueError: unknown name, weights for a ranker without any, True for one of which none are
-            published, or a saved configuration of another ranker.
-        FileNotFoundError: ``pretrained`` names nothing.
-        OSError: the Hub refuses or does not answer; the message says what to do.
-        RuntimeError: the weights do not fit; every name that is missing or too much is listed.
+        ValueError: `name` is unknown, the ranker has no weights or none are published, or the saved
+            configuration is of another ranker.
+        FileNotFoundError: ``pretrained`` does not exist.
+        OSError: The Hub refuses or does not answer; the message says what to do.
+        RuntimeError: The weights do not fit; every missing or unexpected name is listed.
 
     >>> create_ranker("contrast", patch_size=14).patch_size
     (14, 14)
@@ -129,16 +123,12 @@ def create_ranker(
     if not kind.brings_weights:
         with hub_errors(str(kwargs.get("backbone", name))):
             return _named(name, {**kwargs, "pretrained": True})
-    with as_file(files("ltrp_timm") / "weights" / f"{name}.safetensors") as path:
-        ranker = _load(name, path, kwargs)
-    ranker.origin = _own_origin()
-    return ranker
-
-
-def _own_origin() -> str:
     from ltrp_timm import __version__
 
-    return f"experimental, part of ltrp_timm {__version__}"
+    with as_file(files("ltrp_timm") / "weights" / f"{name}.safetensors") as path:
+        ranker = _load(name, path, kwargs)
+    ranker.origin = f"experimental, part of ltrp_timm {__version__}"
+    return ranker
 
 
 def _load(
@@ -163,7 +153,7 @@ def _load(
 
 def _named(name: str, kwargs: Dict[str, Any]) -> nn.Module:
     ranker: nn.Module = _RANKERS[name](**kwargs)
-    ranker.name = name  # type: ignore[assignment]  # vit_tiny, vit_small and vit_base are one class
+    ranker.name = name  # type: ignore[assignment]  # several names may have one class
     return ranker
 
 
@@ -175,12 +165,7 @@ def _saved_args(name: str, config: Any, source: PathLike) -> Dict[str, Any]:
         raise ValueError(f"{source} holds a whole model, not a {name} ranker alone.")
     if saved != name:
         raise ValueError(f"{source} holds a {saved!r} ranker, not {name!r}.")
-    return check_saved_args(config.get("args"), source, _saved_names(name), NEVER_SAVED)
-
-
-def _saved_names(name: str) -> Optional[Set[str]]:
-    """The arguments that a saved configuration of a ranker may have; None where timm knows them."""
     parameters = inspect.signature(ranker_class(name).__init__).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return set(parameters) - {"self", "generator", *NEVER_SAVED}
+    known = set(parameters) - {"self", "generator", *NEVER_SAVED}
+    takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return check_saved_args(config.get("args"), source, None if takes_more else known, NEVER_SAVED)

@@ -1,45 +1,39 @@
-"""The ranker that takes a ViT's word for it: what its class token attends to."""
+"""The ranker by the attention of a ViT's class token."""
 
-import copy
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
+from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ltrp_timm.layers.sizes import to_pair
-from ltrp_timm.rankers.class_token import ClassTokenAttention, check_class_token
-from ltrp_timm.rankers.on_model import ModelRanker, check_backbone, is_integer
+from ltrp_timm.rankers.on_model import ModelRanker, is_integer
+
+_PRE_NORM = ("Block", "EvaBlock")
+_POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")
+_PARALLEL = ("ParallelScalingBlock",)  # one projection makes q, k, v and the MLP's input
+_ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
 
 
-class AttentionRanker(ModelRanker, nn.Module):
+class AttentionRanker(ModelRanker):
     """The class token's attention to the patches in one block of a ViT, averaged over heads.
 
-    The blocks in front of the chosen one run as they are. Of that block only the norm and the
-    projections of q and k are left; what lies behind is not stored. It takes one image size: other
+    The blocks in front of the chosen one run unchanged. Of that block only the norm and the
+    projections of q and k remain; nothing behind it is stored. It takes one image size: other
     images, and the maps, are resized.
 
     Args:
-        backbone: name of a timm ViT with a class token (``VisionTransformer`` or ``Eva``), with a
-            tag or a source as in timm; or such a model, of which the needed part is copied.
+        backbone: see ``ModelRanker``; a ``VisionTransformer`` or ``Eva`` with a class token.
         block: which block, from 0, or from -1 backwards.
-        heads: the heads to average, one or several, from 0; None takes all.
-        img_size: the one image size it takes; None is the backbone's own.
-        in_chans: channels of an image; None is the backbone's own.
-        mean: normalisation that the images come in, in units of pixels in [0, 1]; None takes that
-            of the backbone's ``pretrained_cfg``.
-        std: likewise.
-        pretrained: load the backbone's weights, through timm's own loader. A backbone that comes as
-            a module counts as trained.
-        device: as in ``timm.create_model``.
-        dtype: likewise.
-        **kwargs: further arguments of ``timm.create_model`` for the backbone.
+        heads: the heads to average, one or several, from 0 (default: all).
+        **kwargs: further arguments of ``ModelRanker``.
 
     Raises:
-        TypeError: the backbone has no class token, or one whose attention is not known here; the
-            message says why.
-        ValueError: an argument is out of its range.
+        TypeError: The backbone has no class token, or its attention is of an unknown kind.
+        ValueError: An argument is out of range.
 
     Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers (ICCV 2021).
 
@@ -48,7 +42,7 @@ class AttentionRanker(ModelRanker, nn.Module):
     """
 
     name = "attention"
-    own_args = ("block", "heads", "in_chans", "mean", "std")
+    own_args = ("block", "heads")
     not_recorded = (*ModelRanker.not_recorded, "num_classes")  # the backbone ends before its head
 
     def __init__(
@@ -56,28 +50,34 @@ class AttentionRanker(ModelRanker, nn.Module):
         backbone: Union[str, nn.Module] = "vit_small_patch16_224.dino",
         block: int = -1,
         heads: Union[int, Sequence[int], None] = None,
-        img_size: Union[int, Sequence[int], None] = None,
-        in_chans: Optional[int] = None,
-        mean: Optional[Sequence[float]] = None,
-        std: Optional[Sequence[float]] = None,
-        pretrained: bool = False,
-        device: Any = None,
-        dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
-        size = None if img_size is None else to_pair(img_size)
-        check_backbone(backbone, pretrained, kwargs)
-        if isinstance(backbone, nn.Module):
-            net = _copy_up_to(backbone, block, size, in_chans).to(device=device, dtype=dtype)
-        else:
-            given = {"img_size": size, "in_chans": in_chans, "device": device, "dtype": dtype}
-            net = _build(backbone, pretrained, {"num_classes": 0, **given, **kwargs})
-        self.block = _block_index(block, len(net.blocks))
-        self.heads = _head_indices(heads, net.blocks[self.block])
-        self.img_size: Optional[Tuple[int, int]] = to_pair(net.patch_embed.img_size)
-        self.describe(backbone, net, pretrained, kwargs, mean, std)
-        self.backbone = _cut(net, self.block, self.heads or ())
+        super().__init__(backbone, **kwargs)
+        self.block = _block_index(block, len(self.backbone.blocks))
+        self.heads = _head_indices(heads, self.backbone.blocks[self.block])
+        _cut(self.backbone, self.block, self.heads or ())
+
+    def create(
+        self, name: str, pretrained: bool, size: Optional[Tuple[int, int]], kwargs: Dict[str, Any]
+    ) -> Any:
+        """A backbone by its name, of that size and without a head."""
+        kwargs = {"num_classes": 0, "img_size": size, **kwargs}
+        try:
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
+        except TypeError:  # a model without img_size: its refusal is the better message
+            with torch.device("meta"):
+                self.check(timm.create_model(name))
+            raise
+
+    def check(self, net: Any) -> None:
+        """Raise TypeError if the class token's attention of a model is not known."""
+        check_class_token(net)
+
+    def fit_size(self, net: Any, size: Optional[Tuple[int, int]]) -> Optional[Tuple[int, int]]:
+        """Set the backbone to a size; returns the one size that it takes."""
+        if size is not None and size != to_pair(net.patch_embed.img_size):
+            net.set_input_size(img_size=size)
+        return to_pair(net.patch_embed.img_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) of ``img_size`` -> score map (B, h, w) float32, its sum below 1."""
@@ -89,38 +89,10 @@ class AttentionRanker(ModelRanker, nn.Module):
         return f"block={self.block}, heads={self.heads}, img_size={self.img_size}"
 
 
-def _build(name: str, pretrained: bool, kwargs: Dict[str, Any]) -> Any:
-    """A backbone by name, checked."""
-    try:
-        net = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError:  # a model that knows no img_size is refused for what it is
-        with torch.device("meta"):
-            check_class_token(timm.create_model(name))
-        raise
-    check_class_token(net)
-    return net
-
-
-def _copy_up_to(
-    backbone: Any, block: int, size: Optional[Tuple[int, int]], in_chans: Optional[int]
-) -> Any:
-    """A copy of a model for its own use; blocks behind the chosen one are not copied."""
-    check_class_token(backbone)
-    if in_chans is not None and in_chans != backbone.in_chans:
-        raise ValueError(
-            f"the ranker's backbone takes {backbone.in_chans} channels, the images have {in_chans}."
-        )
-    behind = backbone.blocks[_block_index(block, len(backbone.blocks)) + 1 :]
-    net = copy.deepcopy(backbone, {id(module): nn.Identity() for module in behind})
-    net.patch_drop = None if isinstance(net, Eva) else nn.Identity()  # may be somebody's slot
-    net.set_grad_checkpointing(False)
-    if size is not None and size != to_pair(net.patch_embed.img_size):
-        net.set_input_size(img_size=size)
-    return net
-
-
-def _cut(backbone: Any, block: int, heads: Sequence[int]) -> Any:
-    """End a model at a block: its ``forward_features`` gives the class token's attention there."""
+def _cut(backbone: Any, block: int, heads: Sequence[int]) -> None:
+    """End a model at a block: ``forward_features`` then returns the class token's attention."""
+    backbone.patch_drop = None if isinstance(backbone, Eva) else nn.Identity()  # may be a slot
+    backbone.set_grad_checkpointing(False)
     end = ClassTokenAttention(backbone.blocks[block], backbone.num_prefix_tokens, heads)
     backbone.blocks = backbone.blocks[: block + 1]
     backbone.blocks[block] = end.train(backbone.training)
@@ -128,7 +100,6 @@ def _cut(backbone: Any, block: int, heads: Sequence[int]) -> Any:
         if getattr(backbone, name, None) is not None:
             setattr(backbone, name, nn.Identity())
     backbone.attn_pool = None
-    return backbone
 
 
 def _block_index(block: int, depth: int) -> int:
@@ -146,3 +117,110 @@ def _head_indices(heads: Union[int, Sequence[int], None], block: Any) -> Optiona
     if not listed or not all(inside) or len(set(listed)) < len(listed):
         raise ValueError(f"heads must be different ones of 0 … {count - 1}, got {heads!r}.")
     return listed
+
+
+class ClassTokenAttention(nn.Module):
+    """Replaces a block: the class token's attention in it.
+
+    It holds copies of the block's norm and of its projections of q and k only.
+
+    Args:
+        block: a block of a timm ViT or Eva.
+        num_prefix_tokens: P, the class token first.
+        heads: the heads to average, from 0; all if empty.
+    """
+
+    heads: List[int]
+
+    def __init__(self, block: Any, num_prefix_tokens: int, heads: Sequence[int] = ()) -> None:
+        super().__init__()
+        kind = type(block).__name__
+        attn = block if kind in _PARALLEL else block.attn
+        norm = block.in_norm if kind in _PARALLEL else block.norm1
+        self.norm = nn.Identity() if kind in _POST_NORM else norm
+        self.q, self.k = _query_and_key(attn)
+        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
+        self.num_prefix_tokens = num_prefix_tokens
+        self.num_heads: int = attn.num_heads
+        self.num_kv_heads: int = getattr(attn, "num_kv_heads", attn.num_heads)
+        self.scale: float = attn.scale
+        self.rotate_half = bool(getattr(attn, "rotate_half", False))
+        self.heads = list(heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Tokens (B, P + N, D) -> (B, N) float32: the class token's attention to the patches.
+
+        Args:
+            x: the block's input.
+            rope: rotary embedding of the patches, as timm passes it to a block.
+            attn_mask: part of a block's interface; not used.
+            is_causal: part of a block's interface; not used.
+        """
+        x = self.norm(x)
+        batch, length = x.shape[0], x.shape[1]
+        q = self.q(x[:, :1]).reshape(batch, 1, self.num_heads, -1).transpose(1, 2)
+        k = self.k(x).reshape(batch, length, self.num_kv_heads, -1).transpose(1, 2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        p = self.num_prefix_tokens
+        if rope is not None:  # prefix tokens have no position: the class token's q stays unchanged
+            patches = apply_rot_embed_cat(k[:, :, p:], rope, half=self.rotate_half)
+            k = torch.cat([k[:, :, :p], patches.to(k.dtype)], dim=2)
+        if self.num_kv_heads != self.num_heads:
+            k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+        logits = (q * self.scale) @ k.transpose(2, 3)  # (B, H, 1, P + N)
+        attention = logits.softmax(dim=3, dtype=torch.float32)[:, :, 0, p:]
+        if len(self.heads) > 0:
+            attention = torch.stack([attention[:, head] for head in self.heads], dim=1)
+        return attention.mean(dim=1)
+
+
+def check_class_token(backbone: Any) -> None:
+    """Raise TypeError, with the reason, if the class token's attention of a model is not known."""
+    kind = type(backbone).__name__
+    reason = ""
+    if not isinstance(backbone, (VisionTransformer, Eva)):
+        reason = "it is no VisionTransformer or Eva of timm"
+        if getattr(backbone, "cls_token", None) is None:
+            reason += ", and it has no class token"
+    elif backbone.cls_token is None:
+        pool = backbone.global_pool
+        reason = f"it has no class token (it pools its patches, global_pool={pool!r})"
+    else:
+        block = backbone.blocks[-1]
+        known = type(block).__name__ in (*_PRE_NORM, *_POST_NORM, *_PARALLEL)
+        attn = getattr(block, "attn", None)
+        if not known or (attn is not None and type(attn).__name__ not in _ATTENTIONS):
+            what = type(block if attn is None else attn).__name__
+            reason = f"the attention of its {what} is not a single softmax over all tokens"
+    if reason:
+        raise TypeError(f"cannot rank by the class token of {kind}: {reason}.")
+
+
+def _query_and_key(attn: Any) -> Tuple[nn.Linear, nn.Linear]:
+    """Copies of an attention's projections to q and k, in any of timm's forms."""
+    if getattr(attn, "q_proj", None) is not None:
+        q, k = attn.q_proj, attn.k_proj
+        return _linear(q.weight, q.bias), _linear(k.weight, k.bias)
+    if hasattr(attn, "in_proj"):
+        joint, sizes = attn.in_proj, attn.in_split
+    else:
+        joint, sizes = attn.qkv, [0, *[attn.qkv.weight.shape[0] // 3] * 3]
+    _, q_weight, k_weight, _ = joint.weight.split(sizes)
+    _, q_bias, k_bias, _ = (None,) * 4 if joint.bias is None else joint.bias.split(sizes)
+    if getattr(attn, "q_bias", None) is not None:  # of Eva: k has no bias
+        q_bias = attn.q_bias
+    return _linear(q_weight, q_bias), _linear(k_weight, k_bias)
+
+
+def _linear(weight: Tensor, bias: Optional[Tensor]) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer

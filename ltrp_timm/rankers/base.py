@@ -1,24 +1,30 @@
 """What all rankers share."""
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from timm.models import adapt_input_conv
-from torch import Tensor
+from torch import Tensor, nn
 
-from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.layers.sizes import to_img_size, to_pair
 from ltrp_timm.weights.files import PathLike, save_weights
 
 
 class Ranker:
     """A mixin for modules images (B, C, H, W) -> score map (B, h, w), higher = keep first.
 
-    A ranker needs none of this: any ``nn.Module`` with that mapping will do. What it declares is
-    used: ``mean`` and ``std`` of the pixels it wants (None: as the backbone gets them), and
-    ``img_size`` when it looks at one size only: images are resized to it, its map to the grid.
-    ``trained`` says that its weights mean something: set when weights are loaded, and by whoever
-    trains it. ``has_published_weights`` says that ``create_ranker`` takes ``pretrained=True``, and
-    ``brings_weights`` that they lie in this package; ``origin`` is where its weights are from, in
-    words for a model card, where that is known.
+    Any ``nn.Module`` with that mapping is a ranker; this class is optional. Attributes that are
+    used where they exist:
+
+    Attributes:
+        learned: whether it has weights to train.
+        has_published_weights: whether ``create_ranker`` accepts ``pretrained=True``.
+        brings_weights: whether those weights are part of this package.
+        follows_patch_size: whether it follows the backbone's patch size.
+        mean: normalisation of its images; None keeps the backbone's.
+        std: see ``mean``.
+        img_size: its only image size; images and its map are resized. None accepts any size.
+        trained: whether its weights are trained; loading weights and training set it.
+        origin: where its weights are from, in words for a model card.
     """
 
     name: str = ""
@@ -46,7 +52,7 @@ class Ranker:
         """Write ``config.json`` and ``model.safetensors`` for ``create_ranker(pretrained=…)``.
 
         Raises:
-            FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
+            FileExistsError: The folder holds a saved model and ``overwrite`` is False.
         """
         config = {"ranker": self.name, "args": self.config()}
         save_weights(directory, config, self.state_dict(), overwrite=overwrite)
@@ -59,25 +65,49 @@ class Ranker:
         """Follow a backbone to another image or patch size; a ranker with a fixed grid stays."""
 
 
-class PatchSizeRanker(Ranker):
-    """A ranker without weights on a grid of its own: it follows the backbone's patch size."""
+class PatchSizeRanker(Ranker, nn.Module):
+    """A ranker without weights that follows the backbone's patch size; pixels are in [0, 1].
 
-    patch_size: Tuple[int, int]
+    Args:
+        patch_size: side of a patch in pixels, or (height, width).
+        img_size: its image size, (H, W) or one side; None accepts any size.
+
+    Raises:
+        ValueError: `img_size` is smaller than a patch.
+    """
+
+    def __init__(
+        self,
+        patch_size: Union[int, Sequence[int]] = 16,
+        img_size: Union[int, Sequence[int], None] = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = to_pair(patch_size)
+        self.img_size = to_img_size(img_size, self.patch_size)
+        self.mean, self.std = [0.0], [1.0]
+
+    def config(self) -> Dict[str, Any]:
+        """Arguments of ``create_ranker`` that rebuild this ranker."""
+        return self.sizes()
 
     def set_input_size(
         self,
         img_size: Optional[Tuple[int, int]] = None,
         patch_size: Optional[Tuple[int, int]] = None,
     ) -> None:
-        """Take over the patch size; any image size is taken as it comes."""
+        """Take over the patch size; it accepts any image size."""
         if patch_size is not None:
             self.patch_size = to_pair(patch_size)
+
+    def extra_repr(self) -> str:
+        """Arguments for ``print(module)``."""
+        return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
 
 def adapt_channels(
     state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> Dict[str, Tensor]:
-    """Fit a first convolution for RGB to images of ``own``'s channels, as timm does for a ViT's."""
+    """Fit a first convolution for RGB to the number of channels in ``own``, as timm does."""
     out = dict(state_dict)
     for name, tensor in own.items():
         found = out.get(name)

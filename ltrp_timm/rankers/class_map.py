@@ -1,87 +1,79 @@
-"""Rankers that have seen labels: where a classifier finds what it takes an image for.
+"""Rankers trained with labels: the places that make a classifier choose its class.
 
-They are what LTRP is compared with: a selector trained on some classes keeps what these classes
-need, and may drop the rest.
+LTRP is compared with them: a selector trained on some classes keeps what these classes need, and
+may drop the rest.
 """
 
-import copy
 from abc import ABC, abstractmethod
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltrp_timm.layers.sizes import to_pair
-from ltrp_timm.rankers.on_model import ModelRanker, check_backbone, is_integer
+from ltrp_timm.rankers.on_model import ModelRanker, is_integer
 
 
-class ClassMapRanker(ModelRanker, nn.Module, ABC):
-    """A classifier of timm and the map of its highest classes; see the two kinds of it.
+class ClassMapRanker(ModelRanker, ABC):
+    """A timm classifier and the map of its highest classes.
 
     Args:
-        backbone: name of a timm classifier, with a tag or a source as in timm; or such a model,
-            which is copied.
+        backbone: see ``ModelRanker``; a classifier.
         top: how many of an image's highest classes count; their maps are combined by maximum.
         blur: average the map over 3 x 3 places, as some published comparisons do.
-        img_size: the size it looks at, (H, W) or one side; None takes images as they come, or the
-            one size of a model that has one.
-        in_chans: channels of an image; None is the backbone's own.
-        mean: normalisation that the images come in, in units of pixels in [0, 1]; None takes that
-            of the backbone's ``pretrained_cfg``.
-        std: likewise.
-        pretrained: load the backbone's weights, through timm's own loader. A backbone that comes as
-            a module counts as trained.
-        device: as in ``timm.create_model``.
-        dtype: likewise.
-        **kwargs: further arguments of ``timm.create_model`` for the backbone.
+        **kwargs: further arguments of ``ModelRanker``; ``img_size=None`` accepts any size, unless
+            the backbone has one size.
 
     Raises:
-        TypeError: no such map is known of this model; the message says why.
-        ValueError: an argument is out of its range.
+        TypeError: This model has no such map; the message says why.
+        ValueError: An argument is out of range.
     """
 
-    own_args = ("top", "blur", "in_chans", "mean", "std")
+    own_args = ("top", "blur")
 
     def __init__(
         self,
         backbone: Union[str, nn.Module] = "resnet50.a1_in1k",
         top: int = 1,
         blur: bool = False,
-        img_size: Union[int, Sequence[int], None] = None,
-        in_chans: Optional[int] = None,
-        mean: Optional[Sequence[float]] = None,
-        std: Optional[Sequence[float]] = None,
-        pretrained: bool = False,
-        device: Any = None,
-        dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
-        check_backbone(backbone, pretrained, kwargs)
-        size = None if img_size is None else to_pair(img_size)
-        if isinstance(backbone, nn.Module):
-            net: Any = _copy(backbone, in_chans).to(device=device, dtype=dtype)
-        else:
-            given = {"in_chans": in_chans, "device": device, "dtype": dtype}
-            given = {name: value for name, value in given.items() if value is not None}
-            net = timm.create_model(backbone, pretrained=pretrained, **given, **kwargs)
-        self.img_size = _fit_size(net, size)
-        self._check(net)
-        if not is_integer(top) or not 1 <= top <= net.num_classes:
-            raise ValueError(f"top must lie in 1 … {net.num_classes}, got {top!r}.")
+        super().__init__(backbone, **kwargs)
+        self.backbone.eval().requires_grad_(False)
+        self.check_map()
+        classes = self.backbone.num_classes
+        if not is_integer(top) or not 1 <= top <= classes:
+            raise ValueError(f"top must lie in 1 … {classes}, got {top!r}.")
         self.top, self.blur = top, bool(blur)
-        self.describe(backbone, net, pretrained, kwargs, mean, std)
-        self.backbone = net.eval().requires_grad_(False)
 
-    def _check(self, net: Any) -> None:
-        """Raise TypeError where there is no such map."""
+    def check(self, net: Any) -> None:
+        """Raise TypeError if the backbone is not a classifier of timm's form."""
         for name in ("forward_features", "forward_head", "get_classifier"):
             if not hasattr(net, name):
-                raise _refusal(self.name, net, f"it has no {name}, as timm's classifiers have")
+                raise self.refusal(net, f"it has no {name}, as timm's classifiers have")
         if not getattr(net, "num_classes", 0):
-            raise _refusal(self.name, net, "it has no classes (num_classes=0)")
+            raise self.refusal(net, "it has no classes (num_classes=0)")
+
+    def check_map(self) -> None:
+        """Raise TypeError if the backbone has no such map."""
+
+    def refusal(self, net: Any, reason: str) -> TypeError:
+        """An error with the reason why a model has no such map."""
+        return TypeError(f"cannot rank by the {self.name} of {type(net).__name__}: {reason}.")
+
+    def fit_size(self, net: Any, size: Optional[Tuple[int, int]]) -> Optional[Tuple[int, int]]:
+        """Set a backbone of one size to another; returns the ranker's ``img_size``."""
+        embed = _embedding(net)
+        strict = getattr(embed, "strict_img_size", True)
+        fixed = getattr(embed, "img_size", None) if strict else None
+        if fixed is None or size is None or to_pair(fixed) == size:
+            return to_pair(fixed) if fixed is not None else size
+        if not hasattr(net, "set_input_size"):
+            kind = type(net).__name__
+            raise ValueError(f"a {kind} takes images of {to_pair(fixed)}, got img_size={size}.")
+        net.set_input_size(img_size=size)
+        return size
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w) float32, on the grid of the features."""
@@ -103,8 +95,8 @@ class ClassMapRanker(ModelRanker, nn.Module, ABC):
 class CamRanker(ClassMapRanker):
     """Class activation maps: the logit that each place alone would give to the highest class.
 
-    For models that pool places and then apply one linear layer (ResNets and their like). Places
-    that speak against the class come last, they are not cut off at zero: there are no ties.
+    For models that pool places and then apply one linear layer, such as ResNets. Negative values
+    are not cut off at zero, so that places against the class come last without ties.
     Cost: one pass of the classifier.
 
     Source: Zhou et al., Learning Deep Features for Discriminative Localization (CVPR 2016).
@@ -115,24 +107,22 @@ class CamRanker(ClassMapRanker):
 
     name = "cam"
 
-    def _check(self, net: Any) -> None:
+    def check_map(self) -> None:
         """Raise TypeError unless the logits are a linear layer on pooled places."""
-        super()._check(net)
-        classifier = net.get_classifier()
-        images = torch.zeros(1, *_probe_size(net, self.img_size))
-        parameter = next(net.parameters())
-        images = images.to(device=parameter.device, dtype=parameter.dtype)
+        net = self.backbone
+        classifier, parameter = net.get_classifier(), next(net.parameters())
+        shape = (1, getattr(net, "in_chans", 3), *(self.img_size or (64, 64)))
+        images = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
         with torch.no_grad():
-            features = net.eval().forward_features(images)
+            features = net.forward_features(images)
         places = to_map(net, features, images)
         linear = isinstance(classifier, nn.Linear) or (
             isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1)
         )
-        reason = "its logits are not a linear layer on pooled places; grad_cam takes it"
-        if not linear or classifier.weight.shape[1] != places.shape[1]:
-            raise _refusal(self.name, net, reason)
-        if not places.is_meta and not _pools_places(net, features, images):
-            raise _refusal(self.name, net, reason)
+        fits = linear and classifier.weight.shape[1] == places.shape[1]
+        if not fits or not (places.is_meta or _pools_places(net, features, images)):
+            reason = "its logits are not a linear layer on pooled places; grad_cam takes it"
+            raise self.refusal(net, reason)
 
     def class_maps(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> (B, top, h, w) float32, the highest class first."""
@@ -147,10 +137,10 @@ class CamRanker(ClassMapRanker):
 class GradCamRanker(ClassMapRanker):
     """Grad-CAM: features weighted by the mean gradient of the highest class, in any classifier.
 
-    The features are those in front of the head; in a ViT that reads its class token, the tokens
-    that enter the last block. As in ``cam``, places with a negative value are ordered, not cut off.
-    Cost: one pass of the classifier, and a backward pass behind the features. It needs autograd, so
-    that it cannot be scripted, traced or exported.
+    The features are those in front of the head; in a ViT that reads its class token, the input of
+    the last block. As in ``cam``, negative values are not cut off.
+    Cost: one pass of the classifier, and a backward pass to the features. It needs autograd, so it
+    cannot be scripted, traced or exported.
 
     Source: Selvaraju et al., Grad-CAM (ICCV 2017).
 
@@ -164,7 +154,7 @@ class GradCamRanker(ClassMapRanker):
         """images (B, C, H, W) -> (B, top, h, w) float32, the highest class first.
 
         Raises:
-            RuntimeError: it is being scripted, traced or exported.
+            RuntimeError: The ranker is traced or exported.
         """
         traced = isinstance(images, torch.fx.Proxy) or torch.jit.is_tracing()
         if traced or torch.compiler.is_exporting():
@@ -187,7 +177,7 @@ class GradCamRanker(ClassMapRanker):
         return torch.einsum("btc,bchw->bthw", torch.stack(maps, 1).float(), places.float())
 
     def _features_and_logits(self, images: Tensor) -> Tuple[Tensor, Tensor]:
-        """Features that need a gradient, though nothing in front of them does, and the logits."""
+        """Features that require a gradient, though nothing before them does, and the logits."""
         if not _reads_prefix(self.backbone):
             features = self.backbone.forward_features(images).detach().requires_grad_()
             return features, self.backbone.forward_head(features)
@@ -206,10 +196,10 @@ class GradCamRanker(ClassMapRanker):
 
 
 def to_map(net: Any, features: Tensor, images: Tensor) -> Tensor:
-    """Features of a timm model, in whatever layout, -> (B, C, h, w); prefix tokens are left out.
+    """Features of a timm model, in any layout -> (B, C, h, w), without prefix tokens.
 
     Raises:
-        TypeError: they are on no grid.
+        TypeError: The features are not on a grid.
     """
     if features.dim() == 4:
         nhwc = getattr(net, "output_fmt", "NCHW") == "NHWC"
@@ -217,7 +207,7 @@ def to_map(net: Any, features: Tensor, images: Tensor) -> Tensor:
     embed = _embedding(net)
     if features.dim() != 3 or embed is None:
         raise TypeError(
-            f"{type(net).__name__} gives features {tuple(features.shape)} that are on no grid."
+            f"{type(net).__name__} gives features {tuple(features.shape)} that are not on a grid."
         )
     if hasattr(embed, "dynamic_feat_size"):
         h, w = embed.dynamic_feat_size(tuple(images.shape[-2:]))
@@ -227,38 +217,14 @@ def to_map(net: Any, features: Tensor, images: Tensor) -> Tensor:
     return patches.transpose(1, 2).reshape(features.shape[0], -1, h, w)
 
 
-def _copy(backbone: nn.Module, in_chans: Optional[int]) -> nn.Module:
-    own = getattr(backbone, "in_chans", in_chans)
-    if in_chans is not None and in_chans != own:
-        raise ValueError(f"the ranker's backbone takes {own} channels, the images have {in_chans}.")
-    return copy.deepcopy(backbone)
-
-
 def _embedding(net: Any) -> Any:
-    """The patch embedding, which knows the grid; a mixer calls it its stem."""
+    """The patch embedding, which knows the grid; it is the stem of a mixer."""
     found = [getattr(net, name, None) for name in ("patch_embed", "stem")]
     return next((module for module in found if hasattr(module, "grid_size")), None)
 
 
-def _fit_size(net: Any, size: Optional[Tuple[int, int]]) -> Optional[Tuple[int, int]]:
-    """The size that the ranker looks at; a model of one size is set to it."""
-    embed = _embedding(net)
-    fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
-    if fixed is None or size is None or to_pair(fixed) == size:
-        return to_pair(fixed) if fixed is not None else size
-    if not hasattr(net, "set_input_size"):
-        kind = type(net).__name__
-        raise ValueError(f"a {kind} takes images of {to_pair(fixed)}, got img_size={size}.")
-    net.set_input_size(img_size=size)
-    return size
-
-
-def _probe_size(net: Any, size: Optional[Tuple[int, int]]) -> Tuple[int, int, int]:
-    return (getattr(net, "in_chans", 3), *(size or (64, 64)))
-
-
 def _pools_places(net: Any, like: Tensor, images: Tensor) -> bool:
-    """Whether the logits are the pooled logits of the places, on features made up."""
+    """Whether the logits are the pooled logits of the places, for random features."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(like.shape, generator=generator).to(like)
     classifier = net.get_classifier()
@@ -273,9 +239,5 @@ def _pools_places(net: Any, like: Tensor, images: Tensor) -> bool:
 
 
 def _reads_prefix(net: Any) -> bool:
-    """Whether the head of a ViT takes more than its patches: they have no gradient at the end."""
+    """Whether a ViT's head reads prefix tokens; patches then have no gradient at the end."""
     return hasattr(net, "blocks") and getattr(net, "global_pool", None) in ("token", "")
-
-
-def _refusal(ranker: str, net: Any, reason: str) -> TypeError:
-    return TypeError(f"cannot rank by the {ranker} of {type(net).__name__}: {reason}.")

@@ -1,31 +1,30 @@
-"""Rankers by clusters: patches that stand for many, far from others that do, come first."""
+"""Rankers by clusters: patches that represent many, far from other such patches, come first."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Sequence, Tuple, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ltrp_timm.layers.sizes import grid_of, to_img_size, to_pair
 from ltrp_timm.rankers.base import PatchSizeRanker
+from ltrp_timm.rankers.contrast import grid_of
 from ltrp_timm.selection import density_peaks, patch_pixels
 
 
-class DpcKnnRanker(PatchSizeRanker, nn.Module):
+class DpcKnnRanker(PatchSizeRanker):
     """The centres of density-peak clusters of the patches' pixels: no weights, no labels.
 
-    The K best patches are the K centres of ``dpc_knn`` with K clusters, whatever K is. It keeps one
-    of each kind, so it covers an image; it does not look for objects.
+    For any K, the K best patches are the centres of ``dpc_knn`` with K clusters. It keeps one patch
+    of each kind and so covers an image; it does not look for objects.
     Cost: the distances of all pairs of patches.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
-        neighbours: that make the density, the patch itself included.
-        side: average each patch to so many pixels a side first; 0 takes all of them.
-        img_size: the size it looks at, (H, W) or one side, whatever the backbone's is; None takes
-            images as they come.
+        neighbours: number of neighbours for the density, the patch itself included.
+        side: average each patch to side x side pixels first; 0 keeps its pixels.
+        img_size: its image size, (H, W) or one side; None accepts any size.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: An argument is out of range.
 
     Source: Du, Ding, Jia (2016), density peaks clustering based on k nearest neighbours.
 
@@ -40,16 +39,12 @@ class DpcKnnRanker(PatchSizeRanker, nn.Module):
         side: int = 0,
         img_size: Union[int, Sequence[int], None] = None,
     ) -> None:
-        super().__init__()
+        super().__init__(patch_size, img_size)
         if neighbours < 1 or side < 0:
             raise ValueError(
                 f"neighbours must be at least 1 and side at least 0, got {neighbours} and {side}."
             )
-        self.patch_size = to_pair(patch_size)
         self.neighbours, self.side = neighbours, side
-        self.img_size: Optional[Tuple[int, int]] = to_img_size(img_size, self.patch_size)
-        self.mean: Optional[List[float]] = [0.0]
-        self.std: Optional[List[float]] = [1.0]
 
     def config(self) -> Dict[str, Any]:
         """Arguments of ``create_ranker`` that rebuild this ranker."""
@@ -59,15 +54,11 @@ class DpcKnnRanker(PatchSizeRanker, nn.Module):
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""
         return cluster_scores(images, self.patch_size, self.neighbours, self.side)
 
-    def extra_repr(self) -> str:
-        """Arguments for ``print(module)``."""
-        return f"patch_size={self.patch_size}, neighbours={self.neighbours}, side={self.side}"
-
 
 def cluster_scores(
     images: Tensor, patch_size: Tuple[int, int], neighbours: int, side: int
 ) -> Tensor:
-    """images (B, C, H, W) -> (B, h, w) float32: how well each patch stands for a cluster."""
+    """images (B, C, H, W) -> (B, h, w) float32: how well each patch represents a cluster."""
     h, w = grid_of(images, patch_size)
     rows, cols = h * patch_size[0], w * patch_size[1]
     tokens = patch_pixels(images[:, :, :rows, :cols], (h, w), side)

@@ -1,32 +1,32 @@
-"""The weight-free ranker: texture, colour contrast to the border, nearness to the centre."""
+"""Weight-free rankers from statistics of patches: one statistic, or ranks of three combined."""
 
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Sequence, Tuple, Union
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from ltrp_timm.layers.sizes import grid_of, to_img_size, to_pair
 from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.selection import mean_rank
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
+STATISTICS = ("pixel_std", "gradient", "colour", "centre")
 
 
-class ContrastRanker(PatchSizeRanker, nn.Module):
+class ContrastRanker(PatchSizeRanker):
     """rank(patch std) + rank(colour contrast to the border) + 0.7 * rank(nearness to the centre).
 
-    No weights, no training, no labels; ranks are taken within an image, ties share their mean rank.
-    It knows nothing about content, and its scores do not compare between images.
+    No weights, no training, no labels. Ranks are taken within an image, ties share their mean rank;
+    so scores are not comparable between images.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         parts: which of "std", "colour" and "centre" count; a mapping sets their weights.
-        img_size: the size it looks at, (H, W) or one side, whatever the backbone's is; None takes
-            images as they come.
+        img_size: its image size, (H, W) or one side; None accepts any size.
 
     Raises:
-        ValueError: no part, one of another name, or an ``img_size`` smaller than a patch.
+        ValueError: `parts` is empty or unknown, or `img_size` is smaller than a patch.
     """
 
     name = "contrast"
@@ -37,27 +37,19 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
         parts: Union[Sequence[str], Dict[str, float]] = ("std", "colour", "centre"),
         img_size: Union[int, Sequence[int], None] = None,
     ) -> None:
-        super().__init__()
-        weights = (
-            dict(parts)
-            if isinstance(parts, dict)
-            else {part: PARTS.get(part, 0.0) for part in parts}
-        )
+        super().__init__(patch_size, img_size)
+        weights = parts if isinstance(parts, dict) else {part: PARTS.get(part) for part in parts}
         if not weights or any(part not in PARTS for part in weights):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {parts!r}.")
-        self.patch_size = to_pair(patch_size)
-        self.img_size: Optional[Tuple[int, int]] = to_img_size(img_size, self.patch_size)
-        self.mean: Optional[List[float]] = [0.0]  # it works on pixels in [0, 1]
-        self.std: Optional[List[float]] = [1.0]
-        self.std_weight = float(weights.get("std", 0.0))
-        self.colour_weight = float(weights.get("colour", 0.0))
-        self.centre_weight = float(weights.get("centre", 0.0))
+        self.std_weight = float(weights.get("std") or 0.0)
+        self.colour_weight = float(weights.get("colour") or 0.0)
+        self.centre_weight = float(weights.get("centre") or 0.0)
         total = abs(self.std_weight) + abs(self.colour_weight) + abs(self.centre_weight)
         if not 0.0 < total < math.inf:
             raise ValueError(f"the weights of parts must be finite and not all 0, got {parts!r}.")
 
     def config(self) -> Dict[str, Any]:
-        """Arguments that rebuild this ranker."""
+        """Arguments of ``create_ranker`` that rebuild this ranker."""
         parts = {"std": self.std_weight, "colour": self.colour_weight, "centre": self.centre_weight}
         return {**self.sizes(), "parts": parts}
 
@@ -67,9 +59,47 @@ class ContrastRanker(PatchSizeRanker, nn.Module):
             images, self.patch_size, self.std_weight, self.colour_weight, self.centre_weight
         )
 
+
+class StatisticRanker(PatchSizeRanker):
+    """One statistic of each patch: no weights, no training, no labels.
+
+    Unlike those of ``contrast``, its scores are comparable between images, so that an adaptive
+    budget can tell a busy image from an empty one.
+
+    Args:
+        statistic: "pixel_std", the standard deviation of the pixels within a channel; "gradient",
+            the mean length of the step to the next pixels, right and below; "colour", the distance
+            of the mean colour from that of the outermost patches; "centre", minus the squared
+            distance from the middle of the grid, in half grids.
+        patch_size: side of a patch in pixels, or (height, width).
+        img_size: its image size, (H, W) or one side; None accepts any size.
+
+    Raises:
+        ValueError: `statistic` is unknown, or `img_size` is smaller than a patch.
+
+    >>> StatisticRanker("gradient", patch_size=8)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 4, 4])
+    """
+
+    def __init__(
+        self,
+        statistic: str,
+        patch_size: Union[int, Sequence[int]] = 16,
+        img_size: Union[int, Sequence[int], None] = None,
+    ) -> None:
+        super().__init__(patch_size, img_size)
+        if statistic not in STATISTICS:
+            known = ", ".join(STATISTICS)
+            raise ValueError(f"statistic must be one of {known}, got {statistic!r}.")
+        self.statistic = statistic
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""
+        return statistic_scores(images, self.patch_size, self.statistic)
+
     def extra_repr(self) -> str:
         """Arguments for ``print(module)``."""
-        return ", ".join(f"{name}={value}" for name, value in self.config().items())
+        return f"statistic={self.statistic!r}, {super().extra_repr()}"
 
 
 def contrast_scores(
@@ -83,8 +113,8 @@ def contrast_scores(
     h, w = grid_of(images, patch_size)
     batch = images.shape[0]
     mean, variance = patch_statistics(images, patch_size, h, w)
-    seen = in_levels(torch.cat([variance.mean(1).sqrt(), border_contrast(mean)]))
-    parts = torch.cat([seen, centre_distance(h, w, images.device).expand(batch, -1, -1)])
+    pixels = in_levels(torch.cat([variance.mean(1).sqrt(), border_contrast(mean)]))
+    parts = torch.cat([pixels, centre_distance(h, w, images.device).expand(batch, -1, -1)])
     # all parts in one sort; NaN comes lowest
     ranks = mean_rank(torch.nan_to_num(parts.flatten(1), nan=-1.0)).reshape(3, batch, h, w)
     std, colour, centre = ranks.unbind(0)
@@ -92,7 +122,34 @@ def contrast_scores(
     return torch.sub(scores, centre, alpha=centre_weight)
 
 
+def statistic_scores(images: Tensor, patch_size: Tuple[int, int], statistic: str) -> Tensor:
+    """images (B, C, H, W) -> (B, h, w) float32: that statistic of each patch."""
+    h, w = grid_of(images, patch_size)
+    if statistic == "centre":
+        return -centre_distance(h, w, images.device).expand(images.shape[0], -1, -1)
+    if statistic == "gradient":
+        return gradient_length(images, patch_size, h, w)
+    mean, variance = patch_statistics(images, patch_size, h, w)
+    if statistic == "colour":
+        return border_contrast(mean)
+    return variance.mean(1).sqrt()
+
+
 torch.fx.wrap("contrast_scores")
+torch.fx.wrap("statistic_scores")
+
+
+def grid_of(images: Tensor, patch_size: Tuple[int, int]) -> Tuple[int, int]:
+    """images (B, C, H, W) -> (h, w), the number of whole patches.
+
+    Raises:
+        ValueError: The image is smaller than a patch.
+    """
+    h, w = images.shape[-2] // patch_size[0], images.shape[-1] // patch_size[1]
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and (h < 1 or w < 1):
+        size = f"{images.shape[-2]}x{images.shape[-1]}"
+        raise ValueError(f"images of {size} are smaller than a patch {patch_size}.")
+    return h, w
 
 
 def patch_statistics(
@@ -103,7 +160,7 @@ def patch_statistics(
     pixels = images[:, :, : h * rows, : w * cols].float()
     pixels = pixels.reshape(images.shape[0], images.shape[1], h, rows, w, cols)
     mean = pixels.mean(5, keepdim=True).mean(3, keepdim=True)
-    # in place and axis by axis: memory traffic is what this costs
+    # in place and axis by axis: memory traffic dominates the cost
     variance = (pixels - mean).square_().mean(5).mean(3)
     return mean.reshape(images.shape[0], images.shape[1], h, w), variance
 
@@ -123,9 +180,19 @@ def centre_distance(h: int, w: int, device: torch.device) -> Tensor:
     return rows.square().reshape(1, h, 1) + cols.square()
 
 
-def in_levels(values: Tensor) -> Tensor:
-    """Pixel values in [0, 1] as whole sixteenths of a grey level.
+def gradient_length(images: Tensor, patch_size: Tuple[int, int], h: int, w: int) -> Tensor:
+    """images (B, C, H, W) -> (B, h, w): mean length over C of the step to the next pixels."""
+    rows, cols = patch_size
+    pixels = F.pad(images[:, :, : h * rows, : w * cols].float(), [0, 1, 0, 1], mode="replicate")
+    inner = pixels[:, :, :-1, :-1]
+    squares = (pixels[:, :, :-1, 1:] - inner).square() + (pixels[:, :, 1:, :-1] - inner).square()
+    length = squares.sum(1).sqrt()
+    return length.reshape(-1, h, rows, w, cols).mean(4).mean(2)
 
-    Differences below that are rounding noise: flat patches must tie, not race.
+
+def in_levels(values: Tensor) -> Tensor:
+    """Pixel values in [0, 1] in whole sixteenths of a grey level.
+
+    Smaller differences are rounding noise: flat patches must tie.
     """
     return (values * 4080.0).round()  # 255 * 16

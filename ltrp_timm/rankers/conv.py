@@ -1,6 +1,6 @@
 """The small learned ranker: straight to the patch grid, then a few large-kernel blocks."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Sequence, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import GroupNorm1, trunc_normal_
@@ -14,10 +14,10 @@ from ltrp_timm.rankers.base import Ranker
 class ConvRanker(Ranker, nn.Module):
     """A patch embedding, timm's ConvNeXt blocks on the patch grid, and a 1x1 head.
 
-    Its cost is below 1 % of a ViT-B: no map is larger than the patch grid. Any image size will do.
-    GroupNorm over one group is a single operator and does not mix the images of a batch.
-    ``create_ranker("conv", pretrained=True)`` has experimental weights, trained at small scale; the
-    card beside them, ``weights/conv.md``, has data, command and what they reach.
+    It costs less than 1 % of a ViT-B, since no map is larger than the patch grid, and accepts any
+    image size. GroupNorm over one group is a single operator and does not mix images of a batch.
+    ``create_ranker("conv", pretrained=True)`` loads experimental weights, trained at small scale;
+    their card, ``weights/conv.md``, describes data, training command and results.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
@@ -25,13 +25,12 @@ class ConvRanker(Ranker, nn.Module):
         depth: number of blocks.
         kernel_size: side of the depthwise kernels, in patches.
         in_chans: channels of an image.
-        mean: normalisation that the images come in, in units of pixels in [0, 1].
-        std: likewise.
-        img_size: the size it looks at, (H, W) or one side, whatever the backbone's is; None takes
-            images as they come.
+        mean: normalisation of its images, for pixels in [0, 1].
+        std: see ``mean``.
+        img_size: its image size, (H, W) or one side; None accepts any size.
 
     Raises:
-        ValueError: a size that is none, an ``img_size`` smaller than a patch, or an even kernel.
+        ValueError: A size is invalid, `img_size` is smaller than a patch, or the kernel is even.
     """
 
     name = "conv"
@@ -57,29 +56,14 @@ class ConvRanker(Ranker, nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
         dd: Dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = to_pair(patch_size)
-        self.img_size: Optional[Tuple[int, int]] = to_img_size(img_size, self.patch_size)
-        self.width, self.depth, self.kernel_size, self.in_chans = (
-            width,
-            depth,
-            kernel_size,
-            in_chans,
-        )
-        self.mean: Optional[List[float]] = list(mean)
-        self.std: Optional[List[float]] = list(std)
+        self.img_size = to_img_size(img_size, self.patch_size)
+        self.width, self.depth = width, depth
+        self.kernel_size, self.in_chans = kernel_size, in_chans
+        self.mean, self.std = list(mean), list(std)
         self.stem = nn.Conv2d(in_chans, width, self.patch_size, stride=self.patch_size, **dd)
-        self.blocks = nn.Sequential(
-            *[
-                ConvNeXtBlock(
-                    width,
-                    kernel_size=kernel_size,
-                    conv_mlp=True,
-                    norm_layer=GroupNorm1,
-                    ls_init_value=None,
-                    **dd,
-                )
-                for _ in range(depth)
-            ]
-        )
+        block = {"conv_mlp": True, "norm_layer": GroupNorm1, "ls_init_value": None, **dd}
+        blocks = [ConvNeXtBlock(width, kernel_size=kernel_size, **block) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = GroupNorm1(width, **dd)
         self.head = nn.Conv2d(width, 1, 1, **dd)
         self.apply(_init_weights)

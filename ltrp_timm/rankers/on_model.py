@@ -1,113 +1,142 @@
-"""What rankers share that run a timm model: how it is told, described, saved and built again."""
+"""What rankers on a timm model share: how it is built, described, saved and rebuilt."""
 
+import copy
 from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 from torch import nn
 
+from ltrp_timm import _timm
+from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.weights.files import PathLike
 
 
-class ModelRanker(Ranker):
-    """A ranker on a timm model, given by its name or as a module, which is copied.
+class ModelRanker(Ranker, nn.Module):
+    """A ranker on a timm model.
 
-    ``own_args`` are its arguments beside ``backbone`` and ``img_size``; ``not_recorded`` are those
-    of ``timm.create_model`` that a saved ranker does not need.
+    Args:
+        backbone: name of a timm model, with a tag or a source as in timm; or such a model, which is
+            copied.
+        img_size: its image size, (H, W) or one side (default: the backbone's own).
+        in_chans: channels of an image (default: the backbone's own).
+        mean: normalisation of its images, for pixels in [0, 1] (default: that of the backbone's
+            ``pretrained_cfg``).
+        std: see ``mean``.
+        pretrained: load the backbone's weights through timm. A model counts as trained.
+        device: as in ``timm.create_model``.
+        dtype: as in ``timm.create_model``.
+        **kwargs: further arguments of ``timm.create_model`` for the backbone.
+
+    Raises:
+        TypeError: This ranker cannot use the backbone; the message says why.
+        ValueError: An argument is out of range.
     """
 
     learned = True
     has_published_weights = True
     follows_patch_size = False
-    own_args: ClassVar[Tuple[str, ...]] = ()
+    own_args: ClassVar[Tuple[str, ...]] = ()  # arguments of a subclass, for ``config``
+    # arguments of timm.create_model that a saved ranker does not need
     not_recorded: ClassVar[Tuple[str, ...]] = (
-        "img_size",
-        "in_chans",
-        "checkpoint_path",
-        "pretrained_cfg_overlay",
+        *("img_size", "in_chans", "checkpoint_path", "pretrained_cfg_overlay"),
     )
 
-    def describe(
-        self: Any,
-        given: Union[str, nn.Module],
-        net: Any,
-        pretrained: bool,
-        kwargs: Mapping[str, Any],
-        mean: Optional[Sequence[float]],
-        std: Optional[Sequence[float]],
+    def __init__(
+        self,
+        backbone: Union[str, nn.Module],
+        img_size: Union[int, Sequence[int], None] = None,
+        in_chans: Optional[int] = None,
+        mean: Optional[Sequence[float]] = None,
+        std: Optional[Sequence[float]] = None,
+        pretrained: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Note what ``net``, built of ``given`` and ``kwargs``, wants and how to build it again.
-
-        A module counts as trained, and so does one with weights.
-        """
-        self.trained = bool(
-            pretrained or isinstance(given, nn.Module) or "checkpoint_path" in kwargs
-        )
+        super().__init__()
+        size = None if img_size is None else to_pair(img_size)
+        if isinstance(backbone, nn.Module):
+            if pretrained or kwargs:
+                raise ValueError(
+                    "pretrained and arguments of timm.create_model go with a backbone's name; this "
+                    f"one is a {type(backbone).__name__}."
+                )
+            own = getattr(backbone, "in_chans", in_chans)
+            if in_chans not in (None, own):
+                raise ValueError(
+                    f"the ranker's backbone takes {own} channels, the images have {in_chans}."
+                )
+            net: Any = copy.deepcopy(backbone).to(device=device, dtype=dtype)
+        elif isinstance(backbone, str):
+            given = {"in_chans": in_chans, "device": device, "dtype": dtype}
+            given = {name: value for name, value in given.items() if value is not None}
+            net = self.create(backbone, pretrained, size, {**given, **kwargs})
+        else:
+            kind = type(backbone).__name__
+            raise TypeError(
+                f"backbone must be the name of a timm model or such a model, got {kind}."
+            )
+        self.check(net)
+        self.img_size = self.fit_size(net, size)
+        self.in_chans: int = getattr(net, "in_chans", 3)
         cfg = getattr(net, "pretrained_cfg", None) or {}
-        self.in_chans = getattr(net, "in_chans", 3)
-        self.mean: Optional[List[float]] = _floats(cfg.get("mean") if mean is None else mean)
-        self.std: Optional[List[float]] = _floats(cfg.get("std") if std is None else std)
-        recorded = {**kwargs, **getattr(net, "_model_args", {})}
+        self.mean = _floats(cfg.get("mean") if mean is None else mean)
+        self.std = _floats(cfg.get("std") if std is None else std)
+        named = isinstance(backbone, str)
+        self.trained = bool(pretrained or not named or "checkpoint_path" in kwargs)
+        recorded: Mapping[str, Any] = {**kwargs, **_timm.recorded_args(net)}
         self._backbone_args = {n: recorded[n] for n in recorded if n not in self.not_recorded}
+        self.backbone: Any = net
 
-    def config(self: Any) -> Dict[str, Any]:
-        """Arguments that rebuild this ranker; a backbone that timm has no name for stands there."""
+    def create(
+        self, name: str, pretrained: bool, size: Optional[Tuple[int, int]], kwargs: Dict[str, Any]
+    ) -> Any:
+        """A backbone by its name; ``fit_size`` sets its size."""
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+    def check(self, net: Any) -> None:
+        """Raise TypeError if this ranker cannot use the backbone."""
+
+    def fit_size(self, net: Any, size: Optional[Tuple[int, int]]) -> Optional[Tuple[int, int]]:
+        """Set the backbone to a size; returns the ranker's ``img_size``."""
+        return size
+
+    def config(self) -> Dict[str, Any]:
+        """Arguments that rebuild this ranker; a backbone without a name in timm is there itself."""
         return {
             **self._backbone_args,
             "backbone": timm_name(self.backbone) or self.backbone,
             "img_size": None if self.img_size is None else list(self.img_size),
-            **{name: getattr(self, name) for name in self.own_args},
+            **{name: getattr(self, name) for name in (*self.own_args, "in_chans", "mean", "std")},
         }
 
-    def save(self: Any, directory: PathLike, overwrite: bool = False) -> None:
+    def save(self, directory: PathLike, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` for ``create_ranker(pretrained=…)``.
 
         Raises:
-            FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
-            ValueError: timm has no name for the backbone, so that it could not be built again.
+            FileExistsError: The folder holds a saved model and ``overwrite`` is False.
+            ValueError: timm has no name for the backbone, so it could not be rebuilt.
         """
         if timm_name(self.backbone) is None:
+            article = "an" if self.name[:1] in "aeiou" else "a"
             kind = type(self.backbone).__name__
-            raise ValueError(
-                f"cannot save {_article(self.name)} ranker on a {kind} not made by timm."
-            )
+            raise ValueError(f"cannot save {article} {self.name} ranker on a {kind} not from timm.")
         super().save(directory, overwrite)
 
 
-def check_backbone(backbone: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> None:
-    """Check that a backbone is a name, or a module and nothing is said about building it.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: it is a module, and arguments of ``timm.create_model`` come with it.
-    """
-    if isinstance(backbone, nn.Module):
-        if pretrained or kwargs:
-            raise ValueError(
-                "pretrained and arguments of timm.create_model go with a backbone's name; this "
-                f"one is a {type(backbone).__name__}."
-            )
-    elif not isinstance(backbone, str):
-        kind = type(backbone).__name__
-        raise TypeError(f"backbone must be the name of a timm model or such a model, got {kind}.")
-
-
 def is_integer(value: Any) -> bool:
-    """Whether it is a whole number, and no truth value."""
+    """Whether a value is a whole number, not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def timm_name(backbone: Any) -> Optional[str]:
-    """The name timm builds a model by, with its tag where timm publishes that."""
+    """timm's name of a model, with its tag where timm publishes that."""
     cfg = getattr(backbone, "pretrained_cfg", None) or {}
     name = cfg.get("architecture")
     tagged = f"{name}.{cfg.get('tag')}"
     known = name is not None and timm.models.is_model_pretrained(tagged)
     return tagged if known else name
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
 
 
 def _floats(values: Optional[Sequence[float]]) -> Optional[List[float]]:

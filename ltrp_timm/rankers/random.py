@@ -1,22 +1,22 @@
-"""A ranker that looks at nothing: the baseline every other one has to beat."""
+"""A ranker that ignores the image: the baseline for every other one."""
 
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ltrp_timm.layers.sizes import grid_of, to_pair
 from ltrp_timm.rankers.base import PatchSizeRanker
+from ltrp_timm.rankers.contrast import grid_of
 from ltrp_timm.selection import seeded_scores
 
 
-class RandomRanker(PatchSizeRanker, nn.Module):
-    """Uniform scores, a function of (seed, N): the same for every image and at every call.
+class RandomRanker(PatchSizeRanker):
+    """Uniform scores, a function of (seed, N): the same for every image and every call.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         seed: chooses the map.
-        generator: when set (also later, as an attribute), every call draws fresh scores per image
+        generator: if set (also later, as an attribute), every call draws fresh scores per image
             from it; eager only.
     """
 
@@ -28,13 +28,13 @@ class RandomRanker(PatchSizeRanker, nn.Module):
         seed: int = 0,
         generator: Optional[torch.Generator] = None,
     ) -> None:
-        super().__init__()
-        self.patch_size = to_pair(patch_size)
+        super().__init__(patch_size)
+        self.mean = self.std = None  # images need no normalisation
         self.seed = int(seed)
         self.generator = generator
 
     def config(self) -> Dict[str, Any]:
-        """Arguments that rebuild this ranker; a generator's state is not kept."""
+        """Arguments that rebuild this ranker; the generator is not saved."""
         return {"patch_size": list(self.patch_size), "seed": self.seed}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class RandomRanker(PatchSizeRanker, nn.Module):
 
 
 def random_map(images: Tensor, patch_size: Tuple[int, int], seed: int) -> Tensor:
-    """images (B, C, H, W), read for their shape and device only -> (B, h, w)."""
+    """images (B, C, H, W), of which only shape and device are used -> (B, h, w)."""
     h, w = grid_of(images, patch_size)
     return seeded_scores(images.shape[0], h * w, seed, images.device).reshape(images.shape[0], h, w)
 

@@ -1,7 +1,7 @@
-"""The paper's ranker: a plain ViT whose class token gives one logit per patch position."""
+"""The paper's ranker: a plain ViT with one logit per patch position from its class token."""
 
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,18 +19,17 @@ class VitRanker(Ranker, VisionTransformer):
     """The published ranker: class token -> Linear(D, N), fixed position table, LayerNorm eps 1e-5.
 
     Its state dict has the plain names of the published checkpoints (``blocks.0.attn.qkv.weight``,
-    ``head.weight``). Its grid is fixed: other image sizes are bridged by resizing the image and the
-    map.
+    ``head.weight``). Its grid is fixed: for other image sizes, the image and the map are resized.
 
     Args:
-        img_size: the one image size it takes.
+        img_size: its only image size.
         patch_size: side of a patch in pixels.
         embed_dim: D.
         depth: number of blocks.
         num_heads: attention heads.
         in_chans: channels of an image.
-        mean: normalisation that the images come in, in units of pixels in [0, 1].
-        std: likewise.
+        mean: normalisation of its images, for pixels in [0, 1].
+        std: see ``mean``.
 
     Source: LTRP (CVPR 2024, arXiv 2404.00680), section on the ranking model.
     """
@@ -71,10 +70,8 @@ class VitRanker(Ranker, VisionTransformer):
             self.pos_embed.copy_(table)
         self.pos_embed.requires_grad_(False)
         self.patch_drop = TokenSlot(self.num_prefix_tokens)
-        self.img_size: Optional[Tuple[int, int]] = size
-        self.patch_size = patch
-        self.mean: Optional[List[float]] = list(mean)
-        self.std: Optional[List[float]] = list(std)
+        self.img_size, self.patch_size = size, patch
+        self.mean, self.std = list(mean), list(std)
         self.depth, self.num_heads = depth, num_heads
 
     def config(self) -> Dict[str, Any]:
@@ -94,8 +91,8 @@ class VitRanker(Ranker, VisionTransformer):
 
         Args:
             x: images of ``img_size``.
-            visible_indices: (B, V) int64, ascending; when given only these patches are encoded, and
-                only their scores mean anything (the published "asymmetric" training).
+            visible_indices: (B, V) int64, ascending; if given, only these patches are encoded, and
+                only their scores are meaningful (the published "asymmetric" training).
         """
         h, w = self.patch_embed.grid_size
         if torch.jit.is_scripting():

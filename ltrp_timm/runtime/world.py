@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
 
+from ltrp_timm._timm import init_distributed_device_so
 from ltrp_timm.runtime.stopping import signals_handled
 
 T = TypeVar("T")

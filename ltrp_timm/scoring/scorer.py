@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import timm
@@ -14,10 +13,9 @@ from ltrp_timm._text import one_line
 from ltrp_timm.layers import InputBridge, resize_score_map
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model
-from ltrp_timm.models.timm_interface import pixels_per_token
 from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.scoring.store import ranker_hash
-from ltrp_timm.selection import check_keep_ratio, check_selection_args, choose_keep_indices
+from ltrp_timm.selection import check_keep_ratio, check_selection_args, num_keep, select
 
 CROP_MODES = ("center", "squash")
 IMG_SIZE, PATCH_SIZE = 224, 16  # without a model
@@ -182,34 +180,21 @@ def _alone(
     }
     bridge = InputBridge(_PIXELS, _PIXELS, ranker.img_size).to(device)
     options = check_selection_args(selection, None)
+    k = num_keep(side * side, keep_ratio)
 
     def score(images: Tensor) -> Tensor:
         return resize_score_map(ranker(bridge(images)), side, side)
 
-    def select(scores: Tensor, images: Tensor) -> Tensor:
-        grid = (side, side)
-        return choose_keep_indices(scores, None, keep_ratio, selection, options, grid, images)
+    def choose(scores: Tensor, images: Tensor) -> Tensor:
+        return select(scores, k, selection, options, (side, side), images)
 
-    return Scorer(ranker, config, (side, side), (patch_size, patch_size), device, score, select)
+    return Scorer(ranker, config, (side, side), (patch_size, patch_size), device, score, choose)
 
 
 def _of_model(model: LTRPModel, device: str) -> Scorer:
     """The ranker of a model, on its images and its grid."""
-    config = model.data_config()
-    empty = torch.empty(1, *config["input_size"], device="meta")
-    grid, patch = model.grid_size(empty), pixels_per_token(model.backbone)
-    select = partial(select_with, model)
-    return Scorer(model.ranker, config, grid, patch, device, model.patch_scores, select)
-
-
-def select_with(model: LTRPModel, scores: Tensor, images: Tensor) -> Tensor:
-    """Keep indices (B, K) as the model chooses them by scores (B, N) of images (B, C, H, W)."""
-    h, w = model.grid_size(images)
-    args = check_selection_args(model.selection, model.selection_args)
-    padded = model._padded(images, h, w)
-    return choose_keep_indices(
-        scores, None, model.keep_ratio, model.selection, args, (h, w), padded
-    )
+    config, grid, patch = model.data_config(), model.patch_grid, model.patch_size
+    return Scorer(model.ranker, config, grid, patch, device, model.patch_scores, model.select)
 
 
 def find_device(name: str | None) -> str:

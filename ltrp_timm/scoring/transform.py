@@ -16,6 +16,7 @@ from ltrp_timm.data.keyed import Transform
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.scoring.follow import FollowedTransform, Step, trace
 from ltrp_timm.scoring.store import IndexCache, image_ids, ranks_of
+from ltrp_timm.selection import SELECTIONS
 
 _VIEW = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
@@ -44,13 +45,13 @@ def cached_transform(folder: Any, model: Any, images: Any, transform: Transform)
     if not isinstance(images, Images):
         raise ValueError(f"an index cache needs images by number, {images} is a stream.")
     cache = IndexCache(folder)
-    if model.selection == "random":
-        raise ValueError("selection 'random' uses no scores; it does not go with an index cache.")
-    if model.selection == "adaptive":
-        raise ValueError("selection 'adaptive' ranks images itself: use it without index cache.")
-    config = model.data_config()
-    empty = torch.empty(1, *config["input_size"], device="meta")
-    cache.check(model.ranker, config["input_size"][-2:], model.grid_size(empty))
+    if not SELECTIONS[model.selection].reads_scores:
+        raise ValueError(
+            f"selection {model.selection!r} uses no scores; it does not go with an index cache."
+        )
+    if model.budget is not None:
+        raise ValueError("an adaptive budget needs scores; an index cache has only their order.")
+    cache.check(model.ranker, model.data_config()["input_size"][-2:], model.patch_grid)
     return CachedTransform(cache, images, transform)
 
 

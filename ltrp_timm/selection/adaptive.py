@@ -1,17 +1,112 @@
-"""How many patches each image asks for, snapped to a few sizes."""
+"""Adaptive budgets: each image keeps as many patches as its scores ask for, in a few sizes."""
 
-from typing import List, Tuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ltrp_timm.selection.rules import best_first, num_keep
+from ltrp_timm.selection.rules import best_first, check_keep_ratio, num_keep
 
 RULES = ("mass", "threshold")
 
 
+@dataclass(frozen=True)
+class AdaptiveBudget:
+    """How many patches each image keeps.
+
+    ``LTRPModel.calibrate`` makes one for a mean share of kept patches.
+
+    Attributes:
+        rule: "threshold" keeps the patches with a score of at least ``level``; it needs scores that
+            are comparable between images. "mass" keeps the fewest patches that hold the share
+            ``level`` of the image's score mass, measured from the image's lowest score.
+        level: the threshold, or the share in [0, 1].
+        buckets: number of sizes: counts are rounded up to multiples of N / buckets.
+        mean_keep_ratio: share of patches that images keep on average, as calibrated.
+
+    Raises:
+        ValueError: An attribute is out of range.
+
+    >>> AdaptiveBudget("threshold", 3.0, 4, 0.5).counts(torch.tensor([[1.0, 5.0, 3.0, 1.0]]))
+    tensor([2])
+    """
+
+    rule: str
+    level: float
+    buckets: int
+    mean_keep_ratio: float
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
+        low, high = (0.0, 1.0) if self.rule == "mass" else (-3e38, 3e38)
+        if not isinstance(self.level, (int, float)) or not low <= self.level <= high:
+            raise ValueError(f"level must be a number from {low} to {high}, got {self.level!r}.")
+        if not isinstance(self.buckets, int) or self.buckets < 1:
+            raise ValueError(f"buckets must be a whole number from 1, got {self.buckets!r}.")
+        check_keep_ratio(self.mean_keep_ratio, "mean_keep_ratio")
+
+    def counts(self, scores: Tensor) -> Tensor:
+        """Scores (B, N) -> the number of patches (B,) int64 that each image keeps."""
+        sizes = bucket_sizes(scores.shape[1], self.buckets)
+        return round_up(patches_needed(scores, self.rule, self.level), sizes)
+
+    def calibrated(self, scores: List[Tensor]) -> Tuple["AdaptiveBudget", float]:
+        """Find the level at which images keep ``mean_keep_ratio`` of their patches on average.
+
+        Args:
+            scores: (B, N) each.
+
+        Returns:
+            The budget with that level, and the mean share that these images keep: the largest that
+            does not exceed ``mean_keep_ratio``, or the smallest possible.
+
+        Raises:
+            ValueError: `scores` is empty, or ``mean_keep_ratio`` is 1.
+        """
+        if self.mean_keep_ratio == 1.0 or not sum(len(part) for part in scores):
+            raise ValueError(
+                f"calibrate needs images and mean_keep_ratio < 1, got {len(scores)} batches and "
+                f"{self.mean_keep_ratio}."
+            )
+        low, high, sign = 1e-6, 1.0, 1.0  # kept shares rise with the mass, fall with the threshold
+        if self.rule == "threshold":
+            finite = torch.cat([part.flatten() for part in scores])
+            finite = finite[finite.isfinite()].double()
+            low, high, sign = -float(finite.max()) - 1.0, -float(finite.min()), -1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            if replace(self, level=sign * middle)._mean_share(scores) > self.mean_keep_ratio:
+                high = middle
+            else:
+                low = middle
+        found = replace(self, level=sign * low)
+        return found, found._mean_share(scores)
+
+    def _mean_share(self, scores: List[Tensor]) -> float:
+        return float(torch.cat([self.counts(s).double() / s.shape[1] for s in scores]).mean())
+
+
+def as_budget(value: Any) -> Optional[AdaptiveBudget]:
+    """A budget, None, or the mapping of a saved one -> budget or None.
+
+    Raises:
+        TypeError: `value` is none of these.
+        ValueError: The mapping has other names, or a value is out of range.
+    """
+    if value is None or isinstance(value, AdaptiveBudget):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"budget must be an AdaptiveBudget or None, got {type(value).__name__}.")
+    names = [field.name for field in fields(AdaptiveBudget)]
+    if set(value) != set(names):
+        raise ValueError(f"a saved budget must have {', '.join(names)}, got {', '.join(value)}.")
+    return AdaptiveBudget(**value)
+
+
 def bucket_sizes(num_patches: int, buckets: int) -> List[int]:
-    """The numbers of patches that an adaptive budget may keep, ascending, N the last.
+    """The numbers of patches that an adaptive budget may keep, ascending, N last.
 
     >>> bucket_sizes(196, 4)
     [49, 98, 147, 196]
@@ -19,26 +114,19 @@ def bucket_sizes(num_patches: int, buckets: int) -> List[int]:
     return sorted({num_keep(num_patches, i / buckets) for i in range(1, buckets + 1)})
 
 
-def asked_for(scores: Tensor, rule: str, level: float) -> Tensor:
-    """How many patches the scores of each image ask for.
+def patches_needed(scores: Tensor, rule: str, level: float) -> Tensor:
+    """How many patches the scores of each image ask for; see ``AdaptiveBudget``.
 
     Args:
-        scores: (B, N), higher = keep first; what is not finite counts as the lowest finite one.
-        rule: "mass": as few as hold the share ``level`` of the image's score mass, scores counted
-            from the image's lowest; neither scale nor shift of the scores matters. "threshold":
-            those with a score of at least ``level``, for scores that compare between images.
-        level: see ``rule``.
+        scores: (B, N), higher = keep first; "mass" counts values that are not finite as the lowest.
+        rule: "mass" or "threshold".
+        level: the share of mass, or the threshold.
 
     Returns:
-        (B,) int64, at least 1; a flat score map asks for 1 by its mass.
-
-    Raises:
-        ValueError: ``rule`` is neither.
+        (B,) int64, at least 1; a flat score map needs 1 by its mass.
     """
     if rule == "threshold":
         return (scores >= level).sum(dim=1).clamp(min=1)
-    if rule != "mass":
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}.")
     finite = scores.isfinite()
     lowest = torch.where(finite, scores, torch.inf).amin(dim=1, keepdim=True)
     mass = torch.where(finite, scores - lowest, 0.0)
@@ -47,48 +135,21 @@ def asked_for(scores: Tensor, rule: str, level: float) -> Tensor:
     return ((mass < wanted * (1.0 - 1e-9)).sum(dim=1) + 1).clamp(max=scores.shape[1])
 
 
-def snapped(counts: Tensor, sizes: List[int]) -> Tensor:
-    """Counts (B,) -> the smallest of the ascending ``sizes`` that holds each."""
+def round_up(counts: Tensor, sizes: List[int]) -> Tensor:
+    """Counts (B,) -> for each the smallest of the ascending ``sizes`` that holds it."""
     steps = torch.tensor(sizes, device=counts.device)
     return steps[torch.searchsorted(steps, counts).clamp(max=len(sizes) - 1)]
 
 
-def level_for(
-    scores: List[Tensor], rule: str, mean_keep_ratio: float, buckets: int
-) -> Tuple[float, float]:
-    """The level at which images keep a given share of their patches on average.
+def buckets_of(counts: Tensor) -> Tuple[List[Tuple[int, Tensor]], Tensor]:
+    """Sort a batch into buckets of images that keep equally many patches; reads from the device.
 
     Args:
-        scores: (B, N) each.
-        rule: "mass" or "threshold".
-        mean_keep_ratio: share of patches kept, averaged over the images, in (0, 1).
-        buckets: as of ``bucket_sizes``.
+        counts: (B,) patches that each image keeps.
 
     Returns:
-        The level and the mean share kept with it: the largest that is not above
-        ``mean_keep_ratio``, or the smallest there is.
-
-    Raises:
-        ValueError: ``rule`` is neither.
+        For each bucket K and the rows (b,) of its images, K ascending; and the position (B,) of
+        each image in the concatenation of the buckets.
     """
-    low, high = 1e-6, 1.0  # kept shares grow with the mass, and fall with the threshold
-    if rule == "threshold":
-        finite = torch.cat([part.flatten() for part in scores])
-        finite = finite[finite.isfinite()].double()
-        low, high = -float(finite.max()) - 1.0, -float(finite.min())
-    sign = -1.0 if rule == "threshold" else 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if _mean_share(scores, rule, sign * middle, buckets) > mean_keep_ratio:
-            high = middle
-        else:
-            low = middle
-    return sign * low, _mean_share(scores, rule, sign * low, buckets)
-
-
-def _mean_share(scores: List[Tensor], rule: str, level: float, buckets: int) -> float:
-    shares: List[Tensor] = []
-    for part in scores:
-        counts = snapped(asked_for(part, rule, level), bucket_sizes(part.shape[1], buckets))
-        shares.append(counts.double() / part.shape[1])
-    return float(torch.cat(shares).mean())
+    rows = [(k, (counts == k).nonzero().flatten()) for k in sorted(set(counts.tolist()))]
+    return rows, counts.sort(stable=True)[1].sort()[1]

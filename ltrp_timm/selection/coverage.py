@@ -1,7 +1,7 @@
-"""Selections that cover an image: by clusters of like patches, by cells of the grid.
+"""Selections that cover an image: by clusters of similar patches, by cells of the grid.
 
-A plain top-K set clusters in space. Both rules here are deterministic, never keep a patch twice,
-and run a batch without a loop over its images.
+A plain top-K set clusters in space. Both rules are deterministic, never keep a patch twice, and
+process a batch without a loop over its images.
 """
 
 import math
@@ -15,12 +15,12 @@ from ltrp_timm.selection.rules import best_first, check_k, select_top
 
 
 def patch_pixels(images: Tensor, grid_size: Tuple[int, int], side: int = 0) -> Tensor:
-    """Pixels of each patch, cut at the border.
+    """Pixels of each patch; pixels beyond the last whole patch are cut off.
 
     Args:
         images: (B, C, H, W).
         grid_size: (h, w) in patches.
-        side: average each patch to so many pixels a side first; 0 takes them as they are.
+        side: average each patch to side x side pixels first; 0 keeps its pixels.
 
     Returns:
         (B, N, C * p * q) for patches of p x q pixels, or (B, N, C * side * side).
@@ -36,7 +36,7 @@ def patch_pixels(images: Tensor, grid_size: Tuple[int, int], side: int = 0) -> T
 
 
 def squared_distances(tokens: Tensor) -> Tensor:
-    """tokens (B, N, C) -> (B, N, N) float32: squares of Euclid over the square root of C."""
+    """tokens (B, N, C) -> (B, N, N) float32: squared Euclidean distances divided by C."""
     x = tokens.float()
     x = x - x.mean(dim=1, keepdim=True)  # smaller numbers, less cancellation
     squares = x.square().sum(dim=2, keepdim=True)
@@ -49,10 +49,10 @@ def squared_distances(tokens: Tensor) -> Tensor:
 
 
 def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
-    """The k smallest of each row (B, N, M) -> (B, N, k), in no order.
+    """The k smallest values of each row (B, N, M) -> (B, N, k), unordered.
 
-    They lie in the k groups of columns with the smallest minima: looking at those alone takes about
-    half as long on a CPU as ``topk`` over whole rows.
+    They lie in the k groups of columns with the smallest minima: searching only those takes about
+    half the time of ``topk`` over whole rows on a CPU.
     """
     batch, rows, columns = values.shape
     groups = -(-columns // group)
@@ -66,19 +66,19 @@ def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
 
 
 def density_peaks(tokens: Tensor, k: int = 5) -> Tensor:
-    """How well each patch stands for a cluster: density times separation, as in ``dpc_knn``.
+    """How well each patch represents a cluster: density times separation, see ``dpc_knn``.
 
-    The K patches with the largest values are the centres of ``dpc_knn`` with K clusters, for any K.
+    For any K, the K largest values are the centres of ``dpc_knn`` with K clusters.
 
     Args:
         tokens: (B, N, C).
-        k: neighbours that make the density; fewer where N is smaller.
+        k: number of neighbours for the density, at most N are used.
 
     Returns:
         (B, N) float32.
 
     Raises:
-        ValueError: k is below 1.
+        ValueError: `k` is below 1.
     """
     return _peaks(squared_distances(tokens), k)
 
@@ -90,29 +90,29 @@ def _peaks(distances: Tensor, k: int) -> Tensor:
     density = torch.exp(-smallest(distances, min(k, distances.shape[1])).mean(dim=2))
     not_denser = density.unsqueeze(1) <= density.unsqueeze(2)  # [b, i, j]: j is not denser than i
     nearest_denser = distances.masked_fill(not_denser, math.inf).amin(dim=2)
-    largest = distances.flatten(1).amax(dim=1, keepdim=True)  # what the densest patch gets
+    largest = distances.flatten(1).amax(dim=1, keepdim=True)  # of the densest patch
     return density * torch.minimum(nearest_denser, largest).sqrt()
 
 
 def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tensor]:
     """Cluster patches by density peaks (DPC-KNN).
 
-    Density is exp(-mean of the k smallest squared distances, itself included); a patch's separation
-    is its distance to the nearest denser patch, and the largest distance of the image for the
-    densest. Centres are the patches with the largest density times separation, ties to the lower
-    index; each patch joins its nearest centre, centres join themselves.
+    The density of a patch is exp(-mean of its k smallest squared distances, itself included). Its
+    separation is the distance to the nearest denser patch; the densest patch gets the largest
+    distance of the image. Centres have the largest density times separation, ties go to the lower
+    index. Each patch joins its nearest centre, a centre joins itself.
 
     Args:
-        tokens: (B, N, C), distances are Euclid over the square root of C.
+        tokens: (B, N, C); distances are Euclidean, divided by the square root of C.
         num_clusters: number of centres, 1 <= num_clusters <= N.
-        k: neighbours that make the density; fewer where N is smaller.
+        k: number of neighbours for the density, at most N are used.
 
     Returns:
         Labels (B, N), indices into the centres; and the centres (B, num_clusters), patch indices,
         ascending.
 
     Raises:
-        ValueError: num_clusters or k is out of range.
+        ValueError: `num_clusters` or `k` is out of range.
 
     Source: Du, Ding, Jia (2016), density peaks clustering based on k nearest neighbours.
     """
@@ -129,23 +129,23 @@ def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tens
 def select_mixed(
     scores: Tensor, k: int, tokens: Tensor, ratio: float = 0.7, neighbours: int = 5
 ) -> Tensor:
-    """Keep int(ratio * K) best scores, and centres of the largest clusters for the rest.
+    """Keep the int(ratio * K) best scores, then the centres of the largest clusters.
 
-    DPC-KNN makes K clusters; the centre stands for its cluster. Clusters whose centre is kept
-    already drop out, the largest of the others fill the rest, ties in size to the lower index.
+    DPC-KNN makes K clusters. Clusters with a kept centre are skipped; the centres of the largest
+    others fill the rest, ties in size go to the lower index.
 
     Args:
         scores: (B, N), higher = keep first.
         k: number of patches to keep, 1 <= k <= N.
-        tokens: (B, N, C) what is clustered; the published method takes the pixels of each patch.
-        ratio: share of the K that goes by score, in [0, 1].
-        neighbours: as ``k`` of ``dpc_knn``.
+        tokens: (B, N, C) to cluster; the published method clusters the pixels of each patch.
+        ratio: share of K chosen by score, in [0, 1].
+        neighbours: ``k`` of ``dpc_knn``.
 
     Returns:
         (B, K) int64 indices, ascending.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: An argument is out of range.
     """
     check_k(scores, k)
     if not 0.0 <= ratio <= 1.0:
@@ -158,27 +158,27 @@ def select_mixed(
     kept = torch.zeros_like(labels)
     if num_ranked > 0:
         kept = kept.scatter(1, select_top(scores, num_ranked), 1)
-    size = size.masked_fill(kept.gather(1, centres) > 0, -1)  # those drop out
+    size = size.masked_fill(kept.gather(1, centres) > 0, -1)  # skipped
     chosen = centres.gather(1, select_top(size.float(), k - num_ranked))
     return select_top(kept.scatter(1, chosen, 1).float(), k)
 
 
 def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:
-    """Keep the best patch of each cell of the grid first, then the best of the rest.
+    """Keep the best patch of each grid cell first, then the best of the others.
 
-    With fewer patches than cells, those cells come first whose best patch is best.
+    With K below the number of cells, the cells with the best patches come first.
 
     Args:
         scores: (B, N), higher = keep first; ties to the lower index, NaN last.
         k: number of patches to keep, 1 <= k <= N.
-        grid_size: (h, w), N = h * w; the last cells of an odd grid are smaller.
+        grid_size: (h, w), N = h * w; cells at the right and lower border may be smaller.
         cell: side of a cell in patches.
 
     Returns:
         (B, K) int64 indices, ascending.
 
     Raises:
-        ValueError: an argument is out of its range, or the grid does not fit the scores.
+        ValueError: An argument is out of range, or the grid does not match the scores.
     """
     check_k(scores, k)
     h, w = grid_size
@@ -189,7 +189,7 @@ def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: 
         )
     best = best_first(scores)
     place = torch.arange(h * w, device=scores.device)
-    # the standing of each patch, N for the best and 1 for the last: whole numbers, no ties
+    # N for the best patch, 1 for the worst: whole numbers without ties
     standing = torch.zeros_like(best).scatter(1, best, (h * w - place).expand_as(best)).float()
     grid = standing.reshape(-1, 1, h, w)
     champion = F.max_pool2d(grid, cell, ceil_mode=True)

@@ -1,9 +1,4 @@
-"""How many patches, and which: the best by score, or at random.
-
-Axes, in this room: B images, N patches, P prefix tokens, L = P + N, D width, K kept patches.
-Everything is a function of its arguments, runs without host synchronisation (but for
-``validate_keep_indices``) and can be scripted, traced, compiled and exported.
-"""
+"""How many patches, which ones, and their tokens: the best by score, or a random set."""
 
 import math
 from typing import List, Optional
@@ -13,33 +8,33 @@ from torch import Tensor
 
 
 def num_keep(num_patches: int, keep_ratio: float) -> int:
-    """The number of patches K that a keep ratio means: ``max(1, int(N * keep_ratio + 0.5))``.
+    """The number of kept patches: ``K = max(1, int(N * keep_ratio + 0.5))``.
 
     Raises:
-        ValueError: keep_ratio is not in (0, 1].
+        ValueError: `keep_ratio` is not in (0, 1].
 
     >>> num_keep(196, 0.5)
     98
     """
-    if not torch.jit.is_scripting():  # there it was checked when it was set
+    if not torch.jit.is_scripting():  # a scripted module checked it when it was set
         check_keep_ratio(keep_ratio)
     return max(1, int(num_patches * keep_ratio + 0.5))
 
 
-def check_keep_ratio(keep_ratio: float) -> float:
-    """Return ``keep_ratio`` as a float.
+def check_keep_ratio(keep_ratio: float, name: str = "keep_ratio") -> float:
+    """Return a keep ratio as a float; ``name`` is the argument's name in the error.
 
     Raises:
-        ValueError: it is not a number in (0, 1].
+        ValueError: `keep_ratio` is not a number in (0, 1].
     """
     number = isinstance(keep_ratio, (int, float)) and not isinstance(keep_ratio, bool)
     if not number or not 0.0 < keep_ratio <= 1.0:  # a NaN fails both comparisons
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}.")
+        raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}.")
     return float(keep_ratio)
 
 
 def check_k(scores: Tensor, k: int) -> None:
-    """Check scores (B, N) and 1 <= k <= N, raise ValueError otherwise."""
+    """Raise ValueError unless scores are (B, N) and 1 <= k <= N."""
     if scores.dim() != 2 or k < 1 or k > scores.shape[1]:
         shape: List[int] = list(scores.shape)
         raise ValueError(f"expected scores (B, N) and 1 <= k <= N, got scores {shape} and k = {k}.")
@@ -48,7 +43,7 @@ def check_k(scores: Tensor, k: int) -> None:
 def select_top(scores: Tensor, k: int) -> Tensor:
     """Keep the K best scores of each image.
 
-    Ties go to the lower index, NaN counts as minus infinity.
+    Ties go to the lower index; NaN counts as minus infinity.
 
     Args:
         scores: (B, N) floating point, higher = keep first.
@@ -58,7 +53,7 @@ def select_top(scores: Tensor, k: int) -> Tensor:
         (B, K) int64 indices, ascending.
 
     Raises:
-        ValueError: scores are not (B, N), or k is out of range.
+        ValueError: `scores` is not (B, N), or `k` is out of range.
 
     >>> select_top(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
     tensor([[1, 2]])
@@ -68,24 +63,24 @@ def select_top(scores: Tensor, k: int) -> Tensor:
 
 
 def best_first(scores: Tensor, k: Optional[int] = None) -> Tensor:
-    """The k best of scores (B, N) -> (B, k) int64 indices, best first; all N without k.
+    """The k best of scores (B, N) -> (B, k) int64 indices, best first; all N by default.
 
-    Ties go to the lower index, NaN counts as minus infinity.
+    Ties go to the lower index; NaN counts as minus infinity.
     """
     scores = torch.nan_to_num(scores, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     k = scores.shape[1] if k is None else k
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
-            # ONNX knows no stable sort; its TopK has the same rule for ties
+            # ONNX has no stable sort; its TopK breaks ties the same way
             return scores.topk(k, dim=1).indices
     return torch.sort(scores, dim=1, descending=True, stable=True)[1][:, :k]
 
 
 def mean_rank(values: Tensor) -> Tensor:
-    """values (B, N) -> ranks in (0, 1): 0.5/N the lowest, ties share their mean rank."""
+    """values (B, N) -> ranks in (0, 1): 0.5/N for the lowest; ties share their mean rank."""
     count = values.shape[1]
     if not torch.jit.is_scripting():
-        if torch.onnx.is_in_onnx_export():  # no searchsorted there; counting pairs is the same
+        if torch.onnx.is_in_onnx_export():  # ONNX has no searchsorted; counting pairs is equal
             pairs = values.unsqueeze(2) - values.unsqueeze(1)
             return (pairs.sign().sum(dim=2) + count) / (2 * count)
     ordered = values.sort(dim=1)[0]
@@ -97,21 +92,21 @@ def mean_rank(values: Tensor) -> Tensor:
 def select_random(
     scores: Tensor, k: int, generator: Optional[torch.Generator] = None, seed: int = 0
 ) -> Tensor:
-    """Keep K patches at random.
+    """Keep K random patches.
 
-    Without a generator it is the same set for every image and at every call.
+    Without a generator, every image and every call gets the same set.
 
     Args:
-        scores: (B, N), read for its shape and device only.
+        scores: (B, N); only its shape and device are used.
         k: number of patches to keep, 1 <= k <= N.
-        generator: draws a fresh set for each image when given (eager only).
-        seed: chooses the set when no generator is given.
+        generator: draws a fresh set for each image (eager only).
+        seed: chooses the set when there is no generator.
 
     Returns:
         (B, K) int64 indices, ascending.
 
     Raises:
-        ValueError: scores are not (B, N), or k is out of range.
+        ValueError: `scores` is not (B, N), or `k` is out of range.
     """
     if not torch.jit.is_scripting():
         if generator is not None:
@@ -121,16 +116,101 @@ def select_random(
 
 
 def seeded_scores(batch_size: int, num_patches: int, seed: int, device: torch.device) -> Tensor:
-    """Scores (B, N) float32 in [0, 1) that look random: a function of (seed, N) alone.
+    """Random-looking scores (B, N) float32 in [0, 1): a function of (seed, N) alone.
 
-    They are the same for every image. The values come from a few rounds of modular squaring of the
-    patch index, so that scripted, compiled and exported models draw what eager ones draw, and a
-    call draws what the call before drew.
+    All images get the same scores. A few rounds of modular squaring of the patch index make them,
+    so that eager, scripted, compiled and exported models draw the same values at every call.
     """
-    prime = 2147483647  # 2^31 - 1: products of two residues stay inside int64
+    prime = 2147483647  # 2^31 - 1: products of two residues fit into int64
     x = torch.arange(1, num_patches + 1, device=device, dtype=torch.int64)
     start = (seed * 40503 + num_patches * 7919 + 12345) % prime
     x = (x * 1103515245 + start) % prime
     for _ in range(4):
         x = ((x * x) % prime + x * 69069 + 362437) % prime
     return (x.to(torch.float32) / prime).unsqueeze(0).expand(batch_size, -1)
+
+
+def check_keep_indices(
+    keep_indices: Tensor, batch_size: int, num_patches: int, name: str = "keep_indices"
+) -> None:
+    """Check shape (B, K), 1 <= K <= N, and dtype int64; values are not read.
+
+    ``name`` is the argument's name in the error.
+
+    Raises:
+        ValueError: The shape is wrong.
+        TypeError: `keep_indices` is not an int64 tensor.
+    """
+    if not torch.jit.is_scripting():
+        if not isinstance(keep_indices, Tensor):
+            kind = type(keep_indices).__name__
+            raise TypeError(f"{name} must be an int64 tensor, got {kind}: use torch.as_tensor.")
+    if keep_indices.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {keep_indices.dtype}.")
+    shape = keep_indices.shape
+    if len(shape) != 2 or shape[0] != batch_size or shape[1] < 1 or shape[1] > num_patches:
+        raise ValueError(
+            f"{name} must be (B, K) with B = {batch_size} and 1 <= K <= N = {num_patches}, "
+            f"got {list(shape)}."
+        )
+
+
+def validate_keep_indices(
+    keep_indices: Tensor, num_patches: int, name: str = "keep_indices"
+) -> None:
+    """Check that indices (B, K) are in range and without duplicates; reads from the device.
+
+    Raises:
+        ValueError: An index is outside 0 … N - 1, or a row has the same index twice.
+    """
+    if keep_indices.numel() == 0:
+        return
+    low, high = int(keep_indices.min()), int(keep_indices.max())
+    if low < 0 or high >= num_patches:
+        raise ValueError(f"{name} must lie in 0 … {num_patches - 1}, got {low} … {high}.")
+    ordered = keep_indices.sort(dim=1).values
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise ValueError(f"{name} holds the same patch twice in one row.")
+
+
+def gather_patches(tokens: Tensor, keep_indices: Tensor) -> Tensor:
+    """tokens (B, N, D), keep_indices (B, K) -> (B, K, D).
+
+    Indexing copies whole rows. ``torch.gather`` along an expanded index reads one index for each
+    value and is many times slower on a CPU.
+
+    Raises:
+        ValueError: The batch sizes differ.
+        IndexError: An index is out of range (on a GPU: a device assertion).
+    """
+    if tokens.shape[0] != keep_indices.shape[0]:
+        shapes = [tokens.shape[0], keep_indices.shape[0]]
+        raise ValueError(f"tokens and keep_indices must be of one batch, got sizes {shapes}.")
+    images = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+    return tokens[images, keep_indices]
+
+
+def token_indices(keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """keep_indices (B, K) -> positions in the sequence (B, P + K), the P prefix tokens first."""
+    if num_prefix_tokens == 0:
+        return keep_indices
+    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device)
+    prefix = prefix.expand(keep_indices.shape[0], -1)
+    return torch.cat([prefix, keep_indices + num_prefix_tokens], dim=1)
+
+
+def keep_tokens(tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Keep the prefix tokens and the chosen patch tokens.
+
+    Args:
+        tokens: (B, P + N, D).
+        keep_indices: (B, K), prefix tokens not counted.
+        num_prefix_tokens: P.
+
+    Returns:
+        (B, P + K, D).
+    """
+    if num_prefix_tokens == 0:
+        return gather_patches(tokens, keep_indices)
+    kept = gather_patches(tokens[:, num_prefix_tokens:], keep_indices)
+    return torch.cat([tokens[:, :num_prefix_tokens], kept], dim=1)

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from ltrp_timm import _timm
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.timm_interface import pixels_per_token
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.share.cards import UNNAMED, check_card, write_card
 from ltrp_timm.weights import hub
@@ -199,7 +198,7 @@ def model_config(model: Any) -> dict[str, Any]:
         path = Path(folder) / CONFIG_NAME
         args = dict(model._model_args) if isinstance(model, LTRPModel) else None
         try:
-            save_config_for_hf(model, str(path), model_args=args)
+            _timm.save_config_for_hf(model, str(path), model_args=args)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the model cannot be saved: {first_line(error)}") from error
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -217,6 +216,7 @@ def _model_card(model: LTRPModel, card: Mapping[str, Any], repo_id: str) -> str:
         "Backbone": f"`{backbone}`",
         "Ranker": f"`{model.ranker.name}`",
         "Selection": f"`{model.selection}`{options}",
+        **({"Budget": f"adaptive with {json.dumps(args['budget'])}"} if "budget" in args else {}),
         "Classes": str(model.num_classes),
         "Images": f"{model.in_chans} × {pixels}",
     }
@@ -225,8 +225,7 @@ def _model_card(model: LTRPModel, card: Mapping[str, Any], repo_id: str) -> str:
 
 model = timm.create_model("{hub.PREFIX}{repo_id}", pretrained=True).eval()
 model.keep_ratio = {model.keep_ratio:g}  # any in (0, 1]"""
-    patch = pixels_per_token(model.backbone)
-    return write_card(title, card, facts, usage, size, patch, model.keep_ratio)
+    return write_card(title, card, facts, usage, size, model.patch_size, model.keep_ratio)
 
 
 def _ranker_card(ranker: Any, card: Mapping[str, Any], repo_id: str) -> str:

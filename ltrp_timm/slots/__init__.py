@@ -1,31 +1,39 @@
-"""How each timm family lets go of tokens: one small adapter per family, and who is refused why."""
+"""How each timm family drops tokens, and which models are refused and why."""
 
 from typing import Any, Dict, Iterable, List
 
 import torch
-from timm.models import FeatureGraphNet
-from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListNet
+from torch import nn
 
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, run_with_slots
+from ltrp_timm._timm import FEATURE_WRAPPERS
+from ltrp_timm.slots.base import (
+    SlotAdapter,
+    Swaps,
+    TokenSlot,
+    as_slot,
+    run_with_slots,
+    swap_back,
+    swap_in,
+)
 from ltrp_timm.slots.beit import BeitAdapter
-from ltrp_timm.slots.cait import CaitAdapter
-from ltrp_timm.slots.kept_embed import install_kept_embed, restore_kept_embed
+from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
 from ltrp_timm.slots.naflex import NaFlexAdapter
-from ltrp_timm.slots.patch_drop import EvaAdapter, VitAdapter
 from ltrp_timm.slots.refused import REFUSED, REFUSED_MODELS
 from ltrp_timm.slots.relpos import RelPosAdapter
+from ltrp_timm.slots.scripted import ScriptedSlots
+from ltrp_timm.slots.vit import CaitAdapter, EvaAdapter, VitAdapter
 
 __all__ = [
     "ADAPTERS",
     "REFUSED",
+    "ScriptedSlots",
     "SlotAdapter",
     "TokenSlot",
     "find_adapter",
-    "install_kept_embed",
-    "patch_embed_of",
-    "restore_kept_embed",
+    "install_slots",
     "run_with_slots",
     "support_rows",
+    "swap_back",
 ]
 
 ADAPTERS = (
@@ -42,15 +50,14 @@ def find_adapter(backbone: object) -> SlotAdapter:
     """The adapter for a timm ViT.
 
     Raises:
-        TypeError: patches cannot be dropped from this model; the message says why. Nothing was
-            changed.
+        TypeError: This model cannot drop patches; the message says why. Nothing was changed.
     """
     kind = type(backbone).__name__
     for adapter in ADAPTERS:
         if isinstance(backbone, adapter.host):
             adapter.check(backbone)
             return adapter
-    if isinstance(backbone, (FeatureGetterNet, FeatureListNet, FeatureHookNet, FeatureGraphNet)):
+    if isinstance(backbone, FEATURE_WRAPPERS):
         raise TypeError(
             f"cannot drop patches from a features_only wrapper ({kind}): drop first, then wrap."
         )
@@ -61,18 +68,22 @@ def find_adapter(backbone: object) -> SlotAdapter:
             raise TypeError(f"cannot drop patches from {kind}: {REFUSED[base.__name__]}.")
     names = ", ".join(adapter.family for adapter in ADAPTERS)
     raise TypeError(
-        f"cannot drop patches from {kind}: it is none of the timm families that can ({names})."
+        f"cannot drop patches from {kind}: it is not one of the supported timm families ({names})."
     )
 
 
-def patch_embed_of(backbone: Any) -> Any:
-    """The module that cuts images into patches, whatever the family calls it."""
-    names = (a.patch_embed for a in ADAPTERS if isinstance(backbone, a.host))
-    return getattr(backbone, next(names, SlotAdapter.patch_embed))
+def install_slots(backbone: nn.Module, adapter: SlotAdapter) -> Swaps:
+    """Put empty slots into a backbone; returns what ``swap_back`` needs."""
+    swaps = swap_in(backbone, adapter.modules(backbone))
+    embed = adapter.embed_of(backbone)
+    if can_embed_kept(embed):  # asked last: a slot may stand inside the patch embedding
+        kept: Dict[str, Any] = {adapter.patch_embed: as_slot(embed, KeptPatchEmbed)}
+        swaps.update(swap_in(backbone, kept))
+    return swaps
 
 
 def support_rows() -> List[Dict[str, str]]:
-    """Which timm models drop patches, which are refused, and why, as rows of text for a table."""
+    """Which timm models can drop patches, and why the others cannot, as rows of a table."""
     rows = [
         _support_row(kinds, "supported", models, adapter.how)
         for adapter in ADAPTERS

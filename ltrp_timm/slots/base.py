@@ -1,7 +1,7 @@
-"""The slot: a module that lets go of tokens, and the adapter that puts it into a backbone.
+"""The slot, a module that drops tokens, and the adapter that puts slots into a backbone.
 
-A slot sits where timm drops patches, right after the position embedding. It holds keep indices only
-while its model runs: whoever runs the model puts them in, the slot hands them out once. An empty
+A slot stands where timm drops patches, right after the position embedding. It holds keep indices
+only while its model runs: the model fills it, and the slot empties itself when it is used. An empty
 slot is the identity.
 """
 
@@ -35,7 +35,7 @@ class TokenSlot(nn.Module):
         self.keep_indices = None
 
     def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """Tokens (B, P + N, D) -> kept ones and the indices in the slot, empty afterwards."""
+        """Tokens (B, P + N, D) -> the kept tokens and the indices; the slot is empty afterwards."""
         keep = self.keep_indices
         if keep is None:
             return x, None
@@ -47,20 +47,12 @@ class TokenSlot(nn.Module):
         return self.take(x)[0]
 
 
-class TokenSlotWithIndices(TokenSlot):
-    """Stands at ``patch_drop`` of an Eva, which gathers its rotary embedding by the indices."""
-
-    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:  # type: ignore[override]
-        """Tokens (B, P + N, D) -> (B, P + K, D), and the indices (B, K)."""
-        return self.take(x)
-
-
 class TokenSlotWithDropout(TokenSlot):
     """Stands at ``pos_drop`` of models without a ``patch_drop``: their dropout, then the slot.
 
     Args:
         num_prefix_tokens: P at this place.
-        p: probability of the dropout that stood here.
+        p: probability of the replaced dropout.
     """
 
     def __init__(self, num_prefix_tokens: int, p: float) -> None:
@@ -73,7 +65,7 @@ class TokenSlotWithDropout(TokenSlot):
 
 
 def renamed(function: Any, name: str) -> Any:
-    """The same function by another name: TorchScript compiles methods under the function's own."""
+    """The same function under another name; TorchScript compiles methods by the function's name."""
     code, scope = function.__code__, function.__globals__
     twin = FunctionType(code, scope, name, function.__defaults__, function.__closure__)
     twin.__annotations__ = function.__annotations__
@@ -81,41 +73,70 @@ def renamed(function: Any, name: str) -> Any:
 
 
 def as_kind(module: nn.Module, kind: Type[nn.Module]) -> Any:
-    """The same parameters, buffers, submodules and flags behind an object of a subclass."""
+    """A twin of a module: an object of a subclass with the same parameters, submodules, flags."""
     twin: nn.Module = kind.__new__(kind)
     twin.__dict__ = module.__dict__
     return twin
 
 
 def as_slot(module: nn.Module, kind: Type[nn.Module]) -> Any:
-    """``as_kind`` for a subclass that holds keep indices; there are none in it yet."""
+    """``as_kind`` for a subclass that holds keep indices; it is empty."""
     slot = as_kind(module, kind)
     slot.keep_indices = None
     return slot
 
 
-def undo_slot(original: nn.Module, slot: Any) -> nn.Module:
-    """The module that ``as_slot`` was given, with everything as it is now."""
-    original.__dict__ = slot.__dict__
-    del original.keep_indices
-    return original
+_SLOT_STATE = ("keep_indices", "num_prefix_tokens")  # what a twin has and its original has not
+
+Swaps = Dict[str, Tuple[Optional[nn.Module], nn.Module]]  # place -> what stood there, what stands
+
+
+def swap_in(backbone: nn.Module, modules: Dict[str, nn.Module]) -> Swaps:
+    """Put modules at places of a backbone; returns what ``swap_back`` needs."""
+    swaps: Swaps = {}
+    for place, module in modules.items():
+        original = attrgetter(place)(backbone)
+        if original is None or module.__dict__ is not original.__dict__:  # a twin keeps its flags
+            module.train((backbone if original is None else original).training)
+        _put(backbone, place, module)
+        swaps[place] = (original, module)
+    return swaps
+
+
+def swap_back(backbone: nn.Module, swaps: Swaps) -> None:
+    """Put the original modules back, in their present state, where nobody else changed them."""
+    for place, (original, module) in reversed(swaps.items()):
+        if attrgetter(place)(backbone) is not module:
+            continue
+        if original is not None and isinstance(module, type(original)):  # a twin
+            state = module.__dict__.items()
+            original.__dict__ = {name: value for name, value in state if name not in _SLOT_STATE}
+        elif original is not None:
+            original.train(module.training)
+        _put(backbone, place, original)
+
+
+def _put(backbone: nn.Module, place: str, module: Optional[nn.Module]) -> None:
+    parent, _, name = place.rpartition(".")
+    setattr(attrgetter(parent)(backbone) if parent else backbone, name, module)
 
 
 def run_with_slots(
     slots: List[Any], keep: Optional[Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a model with keep indices (B, K) in its slots, which are empty afterwards, come what may.
+    """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case.
 
     Raises:
-        RuntimeError: the model ran without visiting one of them.
+        RuntimeError: The model ran without using one of the slots.
     """
     for slot in slots:
         slot.keep_indices = keep
     try:
         out = call(*args, **kwargs)
-        if any(slot.keep_indices is not None for slot in slots):
-            kind = type(getattr(call, "__self__", call)).__name__
-            raise RuntimeError(f"{kind} ran without visiting the place where patches are dropped.")
+        for slot in slots:
+            if slot.keep_indices is not None:
+                kind = type(getattr(call, "__self__", call)).__name__
+                raise RuntimeError(f"{kind} ran without visiting the place that drops patches.")
     finally:
         for slot in slots:
             slot.keep_indices = None
@@ -123,7 +144,7 @@ def run_with_slots(
 
 
 def check_free(backbone: Any, place: str) -> None:
-    """Raise TypeError when something is at work where a slot would stand, or at ``patch_drop``."""
+    """Raise TypeError if a module is active where a slot would stand."""
     kind, module = type(backbone).__name__, attrgetter(place)(backbone)
     if isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
         raise TypeError(
@@ -138,16 +159,16 @@ def check_free(backbone: Any, place: str) -> None:
 
 
 class SlotAdapter(ABC):
-    """How one timm family lets go of tokens.
+    """How one timm family drops tokens.
 
     Attributes:
-        family: the name that errors and tables use.
+        family: the name in errors and tables.
         host: the class in timm.
-        places: attributes of the backbone where slots stand, that of the tokens first.
+        places: attributes of the backbone where slots stand, the tokens' slot first.
         patch_embed: attribute of the module that cuts images into patches.
-        prefix_in_blocks: whether prefix tokens are in the sequence while the blocks run.
-        how: where tokens go, in words for a table.
-        examples: kinds of models of this class -> names of such.
+        prefix_in_blocks: whether the sequence has prefix tokens while the blocks run.
+        how: where tokens are dropped, in words for a table.
+        examples: kinds of models of this class -> names of such models.
     """
 
     family: str
@@ -159,32 +180,38 @@ class SlotAdapter(ABC):
     examples: ClassVar[Dict[str, Tuple[str, ...]]]
 
     @abstractmethod
-    def make_slot(self, backbone: Any) -> TokenSlot:
-        """An empty slot for the first place."""
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """What to put into a backbone, by place: the tokens' slot, and what must follow it."""
 
     def check(self, backbone: Any) -> None:  # noqa: B027  # most families have nothing to check
-        """Raise TypeError when this very model cannot let go of tokens."""
+        """Raise TypeError if this particular model cannot drop tokens."""
 
-    def install(self, backbone: Any) -> Any:
-        """Put empty slots in; returns what ``restore`` needs: what stood there, or None."""
-        original = attrgetter(self.places[0])(backbone)
-        training = backbone.training if original is None else original.training
-        self._put(backbone, self.make_slot(backbone).train(training))
-        return original
+    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
+        """A module for ``places[0]`` that keeps the first K patches, for timing.
 
-    def restore(self, backbone: Any, original: Any) -> None:
-        """Put back what stood there."""
-        if original is not None:
-            original.train(attrgetter(self.places[0])(backbone).training)
-        self._put(backbone, original)
+        None for families where dropping patches changes more than the tokens.
+        """
+        return None
 
-    def _put(self, backbone: Any, module: Optional[nn.Module]) -> None:
-        parent, _, name = self.places[0].rpartition(".")
-        setattr(attrgetter(parent)(backbone) if parent else backbone, name, module)
+    def embed_of(self, backbone: Any) -> Any:
+        """The module that cuts images into patches."""
+        return getattr(backbone, self.patch_embed)
+
+    def patch_pixels(self, backbone: Any) -> Tuple[int, int]:
+        """(height, width) of a patch, including a convolutional stem in front (hybrids)."""
+        rows, cols = self.embed_of(backbone).feat_ratio(as_scalar=False)
+        return int(rows), int(cols)
 
     def slots(self, backbone: Any) -> List[Any]:
-        """The modules that hold keep indices while the backbone runs, that of the tokens first."""
+        """The modules that hold keep indices while the backbone runs, the tokens' slot first.
+
+        Raises:
+            RuntimeError: There is no slot for the tokens.
+        """
         modules = [attrgetter(place)(backbone) for place in self.places]
-        embed = getattr(backbone, self.patch_embed)
-        modules += [embed] if hasattr(embed, "keep_indices") else []
-        return [module for module in modules if module is not None]
+        if not hasattr(modules[0], "keep_indices"):
+            raise RuntimeError(
+                "this LTRPModel gave its backbone back (restore), or its patch_drop was changed."
+            )
+        modules.append(self.embed_of(backbone))
+        return [module for module in modules if hasattr(module, "keep_indices")]

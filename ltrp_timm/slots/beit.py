@@ -1,27 +1,19 @@
 """BEiT: no ``patch_drop``, and a relative position bias for every pair of patches.
 
-The kept pairs' rows of the bias table must reach every block. The only thing that BEiT hands to its
-blocks is the argument ``shared_rel_pos_bias``; so a module in place of ``rel_pos_bias`` makes the
-pair index of the kept patches, the blocks receive it as that argument, and each attention looks its
-own table up with it. What a checkpointed block needs thus arrives as an argument, never from state.
+The bias of the kept pairs must reach every block, and BEiT passes only ``shared_rel_pos_bias`` to
+its blocks. So a module in place of ``rel_pos_bias`` makes the pair index of the kept patches, the
+blocks receive it as that argument, and each attention looks it up in its own table. A checkpointed
+block thus gets all it needs as arguments, never from state.
 """
 
-from typing import Any, ClassVar, Optional, Tuple
+from typing import Any, ClassVar, Dict, Optional, Tuple
 
 import torch
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
 from torch import Tensor, nn
 
 from ltrp_timm.selection import token_indices
-from ltrp_timm.slots.base import (
-    SlotAdapter,
-    TokenSlot,
-    TokenSlotWithDropout,
-    as_kind,
-    as_slot,
-    renamed,
-    undo_slot,
-)
+from ltrp_timm.slots.base import SlotAdapter, TokenSlotWithDropout, as_kind, as_slot, renamed
 
 
 def kept_pairs(pair_index: Tensor, keep_indices: Tensor) -> Tensor:
@@ -34,11 +26,11 @@ torch.fx.wrap("kept_pairs")
 
 
 class PairIndexSlot(nn.Module):
-    """Stands at ``rel_pos_bias`` of a BEiT whose blocks have tables of their own.
+    """Stands at ``rel_pos_bias`` of a BEiT with one table per block.
 
     Args:
         window_size: the patch grid (h, w).
-        device: of the index.
+        device: device of the index.
     """
 
     keep_indices: Optional[Tensor]
@@ -51,7 +43,7 @@ class PairIndexSlot(nn.Module):
         self.register_buffer("pair_index", index, persistent=False)
 
     def set_window_size(self, window_size: Tuple[int, int]) -> None:
-        """Follow the backbone to another patch grid; timm calls it."""
+        """Follow the backbone to another patch grid; timm calls this."""
         self.pair_index = gen_relative_position_index(window_size, device=self.pair_index.device)
 
     def forward(self) -> Optional[Tensor]:
@@ -64,12 +56,12 @@ class PairIndexSlot(nn.Module):
 
 
 class PairAttention(Attention):
-    """timm's BEiT attention, its bias looked up by the pair index that arrives as an argument."""
+    """timm's BEiT attention; the pair index to look its bias up arrives as an argument."""
 
     _timm_forward = renamed(Attention.forward, "_timm_forward")
 
     def _get_rel_pos_bias(self) -> Tensor:
-        # timm adds this to the bias that forward hands over, which holds all of it
+        # timm adds this to the bias that forward passes on, which is complete
         table = self.relative_position_bias_table
         return table.new_zeros(1, 1, 1, 1)
 
@@ -84,7 +76,7 @@ class PairAttention(Attention):
 
 
 class SharedBiasSlot(RelativePositionBias):
-    """timm's shared bias, of the kept pairs alone while keep indices lie in it."""
+    """timm's shared bias; with keep indices in it, the bias of the kept pairs."""
 
     keep_indices: Optional[Tensor]
     _timm_forward = renamed(RelativePositionBias.forward, "_timm_forward")
@@ -108,9 +100,20 @@ class BeitAdapter(SlotAdapter):
     how = "at `pos_drop`; the relative position bias follows, own or shared"
     examples: ClassVar = {"BEiT, BEiT v2": ("beit_base_patch16_224", "beitv2_base_patch16_224")}
 
-    def make_slot(self, backbone: Any) -> TokenSlot:
-        """The slot of the tokens, behind the position embedding."""
-        return TokenSlotWithDropout(backbone.num_prefix_tokens, backbone.pos_drop.p)
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot, and modules that look up the bias of kept pairs."""
+        found: Dict[str, nn.Module] = {
+            "pos_drop": TokenSlotWithDropout(backbone.num_prefix_tokens, backbone.pos_drop.p)
+        }
+        first = backbone.blocks[0].attn
+        if backbone.rel_pos_bias is not None:
+            found["rel_pos_bias"] = as_slot(backbone.rel_pos_bias, SharedBiasSlot)
+        elif first.relative_position_bias_table is not None:
+            device = first.relative_position_bias_table.device
+            found["rel_pos_bias"] = PairIndexSlot(first.window_size, device)
+            for i, block in enumerate(backbone.blocks):
+                found[f"blocks.{i}.attn"] = as_kind(block.attn, PairAttention)
+        return found
 
     def check(self, backbone: Any) -> None:
         """Raise TypeError for a model with both kinds of bias: one argument cannot carry both."""
@@ -119,29 +122,3 @@ class BeitAdapter(SlotAdapter):
             raise TypeError(
                 "cannot drop patches from Beit: it has a shared and an own relative position bias."
             )
-
-    def install(self, backbone: Any) -> Any:
-        """Put empty slots in; returns the modules that stood there."""
-        attentions = [block.attn for block in backbone.blocks]
-        original = (super().install(backbone), backbone.rel_pos_bias, attentions)
-        if backbone.rel_pos_bias is not None:
-            backbone.rel_pos_bias = as_slot(backbone.rel_pos_bias, SharedBiasSlot)
-        elif attentions[0].relative_position_bias_table is not None:
-            table = attentions[0].relative_position_bias_table
-            bias = PairIndexSlot(attentions[0].window_size, table.device)
-            backbone.rel_pos_bias = bias.train(backbone.training)
-            for block in backbone.blocks:
-                block.attn = as_kind(block.attn, PairAttention)
-        return original
-
-    def restore(self, backbone: Any, original: Any) -> None:
-        """Put the original modules back, with everything as it is now."""
-        pos_drop, rel_pos_bias, attentions = original
-        super().restore(backbone, pos_drop)
-        if rel_pos_bias is not None:
-            undo_slot(rel_pos_bias, backbone.rel_pos_bias)
-        backbone.rel_pos_bias = rel_pos_bias
-        for block, attention in zip(backbone.blocks, attentions):
-            if isinstance(block.attn, PairAttention):
-                attention.__dict__ = block.attn.__dict__
-                block.attn = attention

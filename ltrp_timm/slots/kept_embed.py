@@ -1,6 +1,6 @@
-"""Embedding kept patches only: a patch that nobody will see need not be embedded.
+"""Embed kept patches only: dropped patches need no embedding.
 
-timm adds position embeddings to a full grid, so the kept rows are written into zeros, and the slot
+timm adds position embeddings to a full grid. So the kept rows are written into zeros, and the slot
 behind the position embedding takes them out again.
 """
 
@@ -11,25 +11,25 @@ import torch.nn.functional as F
 from timm.layers import Format, PatchEmbed
 from torch import Tensor, nn
 
-from ltrp_timm.slots.base import SlotAdapter, as_slot, renamed, undo_slot
+from ltrp_timm.slots.base import renamed
 
 
 def embed_kept(
     images: Tensor, keep_indices: Tensor, weight: Tensor, bias: Optional[Tensor]
 ) -> Tensor:
-    """The projection of a patch embedding, of some patches.
+    """The projection of a patch embedding, for kept patches only.
 
     Args:
         images: (B, C, H, W), whole patches.
         keep_indices: (B, K), row-major positions on the grid (h, w).
-        weight: (D, C, p, q) of a convolution whose stride is its kernel.
+        weight: (D, C, p, q) of a convolution with stride = kernel size.
         bias: (D,), or None.
 
     Returns:
         (B, h, w, D), zeros at dropped places.
 
     Raises:
-        ValueError: the images are not cut into whole patches.
+        ValueError: The images do not divide into whole patches.
     """
     rows, cols = weight.shape[-2:]
     h, w = images.shape[2] // rows, images.shape[3] // cols
@@ -49,7 +49,7 @@ torch.fx.wrap("embed_kept")
 
 
 class KeptPatchEmbed(PatchEmbed):
-    """timm's patch embedding, of the kept patches alone while keep indices lie in it."""
+    """timm's patch embedding; with keep indices in it, it embeds kept patches only."""
 
     keep_indices: Optional[Tensor]
     output_fmt: Format  # TorchScript reads annotations of the class itself only
@@ -57,13 +57,13 @@ class KeptPatchEmbed(PatchEmbed):
     _timm_forward = renamed(PatchEmbed.forward, "_timm_forward")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> as timm's, but for the tokens of dropped patches."""
+        """Images (B, C, H, W) -> timm's output, with zeros for dropped patches."""
         keep = self.keep_indices
         if keep is None:
             return self._timm_forward(x)
         self.keep_indices = None
         if not torch.jit.is_scripting():
-            if not _is_plain(self.proj):  # somebody works inside: an adapter, a hook
+            if not _is_plain(self.proj):  # an adapter or a hook works inside
                 return self._timm_forward(x)
         elif self.strict_img_size and self.img_size is not None:
             if x.shape[2] != self.img_size[0] or x.shape[3] != self.img_size[1]:
@@ -82,7 +82,7 @@ def _is_plain(proj: nn.Module) -> bool:
 
 
 def can_embed_kept(patch_embed: Any) -> bool:
-    """Whether a patch embedding is one projection of each patch, the norm behind it included."""
+    """Whether a patch embedding is one projection of each patch, then at most a LayerNorm."""
     if type(patch_embed) is not PatchEmbed:
         return False
     if not patch_embed.flatten and patch_embed.output_fmt != "NHWC":
@@ -93,19 +93,3 @@ def can_embed_kept(patch_embed: Any) -> bool:
     patch = tuple(patch_embed.patch_size)
     plain = proj.kernel_size == patch and proj.stride == patch and proj.padding == (0, 0)
     return plain and proj.groups == 1 and proj.dilation == (1, 1)
-
-
-def install_kept_embed(backbone: Any, adapter: SlotAdapter) -> Optional[nn.Module]:
-    """Have a backbone embed kept patches only, where it can; returns what stood there, or None."""
-    embed: nn.Module = getattr(backbone, adapter.patch_embed)
-    if not can_embed_kept(embed):
-        return None
-    setattr(backbone, adapter.patch_embed, as_slot(embed, KeptPatchEmbed))
-    return embed
-
-
-def restore_kept_embed(backbone: Any, adapter: SlotAdapter, original: Optional[nn.Module]) -> None:
-    """Put the original module back, with everything as it is now."""
-    embed = getattr(backbone, adapter.patch_embed)
-    if original is not None and type(embed) is KeptPatchEmbed:
-        setattr(backbone, adapter.patch_embed, undo_slot(original, embed))

@@ -1,21 +1,16 @@
-"""NaFlexVit: its ``patch_drop`` works in training alone, so a slot stands one module further on.
+"""NaFlexVit: its ``patch_drop`` works in training only, so the slot stands one module further on.
 
-Only batches of images of one size: a dict of patches has been cut up before a ranker could see it.
+It takes batches of images of one size only: a dict of patches cannot be ranked.
 """
 
 from typing import Any, ClassVar, Dict, Optional, Type
 
-from timm.layers import (
-    LayerNorm,
-    RotaryEmbeddingCat,
-    RotaryEmbeddingDinoV3,
-    RotaryEmbeddingMixed,
-    pos_embed_sincos,
-)
+from timm.layers import LayerNorm
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, as_slot, check_free, undo_slot
+from ltrp_timm._timm import ROTARY_EMBEDDINGS
+from ltrp_timm.slots.base import SlotAdapter, TokenSlot, as_slot, check_free
 
 
 class TokenSlotWithNorm(TokenSlot, LayerNorm):
@@ -30,7 +25,7 @@ def rope_of_kept(rope: Tensor, keep_indices: Tensor) -> Any:
     """Rotary embedding of all patches -> that of the kept ones.
 
     Args:
-        rope: (N, 2d), or (depth, H, N, 2d) where every block has its own.
+        rope: (N, 2d), or (depth, H, N, 2d) with one embedding per block.
         keep_indices: (B, K).
 
     Returns:
@@ -42,12 +37,12 @@ def rope_of_kept(rope: Tensor, keep_indices: Tensor) -> Any:
 
 
 class RopeSlot:
-    """A mixin for timm's rotary embeddings: that of the kept patches alone."""
+    """A mixin for timm's rotary embeddings: the embedding of the kept patches."""
 
     keep_indices: Optional[Tensor]
 
     def get_embed(self, *args: Any, **kwargs: Any) -> Any:
-        """The embedding as timm gives it, or that of the kept patches."""
+        """timm's embedding, or that of the kept patches."""
         rope = super().get_embed(*args, **kwargs)  # type: ignore[misc]  # of the host
         keep = self.keep_indices
         if keep is None:
@@ -56,30 +51,11 @@ class RopeSlot:
         return rope_of_kept(rope, keep)
 
 
-class CatSlot(RopeSlot, RotaryEmbeddingCat):
-    """Axial."""
-
-
-class DinoV3Slot(RopeSlot, RotaryEmbeddingDinoV3):
-    """Axial, as DINOv3 has it."""
-
-
-class MixedSlot(RopeSlot, RotaryEmbeddingMixed):
-    """Learned, another one for each block."""
-
-
-SLOTS: Dict[Any, Type[nn.Module]] = {
-    RotaryEmbeddingCat: CatSlot,
-    RotaryEmbeddingDinoV3: DinoV3Slot,
-    RotaryEmbeddingMixed: MixedSlot,
-}
-
-if hasattr(pos_embed_sincos, "RotaryEmbeddingMRope"):  # an older timm has none
-
-    class MRopeSlot(RopeSlot, pos_embed_sincos.RotaryEmbeddingMRope):
-        """Multimodal."""
-
-    SLOTS[pos_embed_sincos.RotaryEmbeddingMRope] = MRopeSlot
+SLOTS: Dict[Any, Type[nn.Module]] = {}
+for _kind in ROTARY_EMBEDDINGS:  # named in this module, so that they can be pickled
+    _name = f"{_kind.__name__}Slot"
+    SLOTS[_kind] = type(_name, (RopeSlot, _kind), {"__module__": __name__})
+    globals()[_name] = SLOTS[_kind]
 
 
 class NaFlexAdapter(SlotAdapter):
@@ -97,16 +73,19 @@ class NaFlexAdapter(SlotAdapter):
     }
     patch_embed = "embeds"
 
-    def make_slot(self, backbone: Any) -> TokenSlot:
-        """The slot of the tokens."""
-        if type(backbone.norm_pre) is nn.Identity:
-            return TokenSlot(backbone.num_prefix_tokens)
-        slot: TokenSlot = as_slot(backbone.norm_pre, TokenSlotWithNorm)
-        slot.num_prefix_tokens = backbone.num_prefix_tokens
-        return slot
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot, and the rotary embedding of kept patches."""
+        norm: Any = TokenSlot(backbone.num_prefix_tokens)
+        if type(backbone.norm_pre) is not nn.Identity:
+            norm = as_slot(backbone.norm_pre, TokenSlotWithNorm)
+            norm.num_prefix_tokens = backbone.num_prefix_tokens
+        found: Dict[str, nn.Module] = {"norm_pre": norm}
+        if backbone.rope is not None:
+            found["rope"] = as_slot(backbone.rope, SLOTS[type(backbone.rope)])
+        return found
 
     def check(self, backbone: Any) -> None:
-        """Raise TypeError when a place is in use, or its module is none that timm builds here."""
+        """Raise TypeError if a place is in use or holds a module that timm does not build here."""
         check_free(backbone, "patch_drop")
         if type(backbone.norm_pre) is not LayerNorm:
             check_free(backbone, "norm_pre")
@@ -116,20 +95,3 @@ class NaFlexAdapter(SlotAdapter):
                 f"{type(backbone.rope).__name__}, not one of "
                 f"{', '.join(kind.__name__ for kind in SLOTS)}."
             )
-
-    def install(self, backbone: Any) -> Any:
-        """Put empty slots in; returns the modules that stood there."""
-        original = (super().install(backbone), backbone.rope)
-        if backbone.rope is not None:
-            backbone.rope = as_slot(backbone.rope, SLOTS[type(backbone.rope)])
-        return original
-
-    def restore(self, backbone: Any, original: Any) -> None:
-        """Put the original modules back, with everything as it is now."""
-        norm, rope = original
-        if type(norm) is not nn.Identity:
-            del backbone.norm_pre.num_prefix_tokens
-            undo_slot(norm, backbone.norm_pre)
-        super().restore(backbone, norm)
-        if rope is not None:
-            backbone.rope = undo_slot(rope, backbone.rope)

@@ -1,4 +1,4 @@
-"""Who cannot drop patches, and why: timm's classes by name, and wrappers around models."""
+"""Models that cannot drop patches, and why: timm's classes by name, and wrappers."""
 
 from typing import Dict
 

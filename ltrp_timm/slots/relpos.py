@@ -1,12 +1,12 @@
 """ViT-RelPos: no ``patch_drop``, and a relative position bias for every pair of patches.
 
-All that it hands to its blocks is the argument ``shared_rel_pos``. Where the blocks share a bias it
-is that bias, cut to the kept pairs. Where each has its own, a module in place of the shared one
-hands out the keep indices as that argument, and each attention gives them to its own bias. What a
-checkpointed block needs thus arrives as an argument, never from state.
+It passes only ``shared_rel_pos`` to its blocks. If the blocks share a bias, it is that bias, cut to
+the kept pairs. If each block has its own, a module in place of the shared one passes the keep
+indices as that argument, and each attention gives them to its own bias. A checkpointed block thus
+gets all it needs as arguments, never from state.
 """
 
-from typing import Any, ClassVar, Optional, Tuple
+from typing import Any, ClassVar, Dict, Optional, Tuple
 
 import torch
 from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
@@ -21,7 +21,6 @@ from ltrp_timm.slots.base import (
     as_slot,
     check_free,
     renamed,
-    undo_slot,
 )
 
 
@@ -38,17 +37,14 @@ torch.fx.wrap("bias_of_kept")
 
 
 class BiasSlot(nn.Module):
-    """A mixin for timm's relative position biases: that of the kept pairs alone.
-
-    The bias of all pairs is made as timm makes it, whatever it is made of, and then cut.
-    """
+    """A mixin for timm's relative position biases: timm's bias of all pairs, cut to kept ones."""
 
     keep_indices: Optional[Tensor]
     prefix_tokens: int
     _timm_get_bias: Any
 
     def get_bias(self) -> Tensor:
-        """Bias (1, H, P + N, P + N), or (B, H, P + K, P + K) while keep indices lie here."""
+        """Bias (1, H, P + N, P + N), or (B, H, P + K, P + K) with keep indices in the slot."""
         bias: Tensor = self._timm_get_bias()
         keep = self.keep_indices
         if keep is None:
@@ -73,7 +69,7 @@ SLOTS = {RelPosBias: RelPosBiasSlot, RelPosMlp: RelPosMlpSlot}
 
 
 class KeepIndexSlot(nn.Module):
-    """Stands at ``shared_rel_pos`` of a model whose blocks have biases of their own."""
+    """Stands at ``shared_rel_pos`` of a model with one bias per block."""
 
     keep_indices: Optional[Tensor]
 
@@ -82,7 +78,7 @@ class KeepIndexSlot(nn.Module):
         self.keep_indices = None
 
     def set_window_size(self, window_size: Tuple[int, int]) -> None:
-        """timm tells the patch grid to what stands here; indices need none."""
+        """Do nothing: timm calls this for a new patch grid, on which indices do not depend."""
 
     def get_bias(self) -> Optional[Tensor]:
         """The keep indices (B, K), for the blocks; None when all stay."""
@@ -92,13 +88,13 @@ class KeepIndexSlot(nn.Module):
 
 
 class KeptPairsAttention(RelPosAttention):
-    """timm's attention, which gives the keep indices that it is handed to its own bias."""
+    """timm's attention; it gives the keep indices that it receives to its own bias."""
 
     _timm_forward = renamed(RelPosAttention.forward, "_timm_forward")
 
     def forward(self, x: Tensor, shared_rel_pos: Optional[Tensor] = None) -> Tensor:
         """Tokens (B, L, D), keep_indices (B, K) or None for all patches -> (B, L, D)."""
-        # timm's forward hands nothing to get_bias, which takes them out again during this very call
+        # timm's forward passes nothing to get_bias, which empties the slot during this very call
         self.rel_pos.keep_indices = shared_rel_pos
         out: Tensor = self._timm_forward(x)
         return out
@@ -118,17 +114,26 @@ class RelPosAdapter(SlotAdapter):
         )
     }
 
-    def make_slot(self, backbone: Any) -> TokenSlot:
-        """The slot of the tokens; the class token joins behind it."""
-        return TokenSlot(0)
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot, which the class token joins later, and the biases of kept pairs."""
+        found: Dict[str, nn.Module] = {"patch_embed.norm": TokenSlot(0)}
+        shared = backbone.shared_rel_pos
+        if shared is not None:
+            return {**found, "shared_rel_pos": as_slot(shared, SLOTS[type(shared)])}
+        found["shared_rel_pos"] = KeepIndexSlot()
+        for i, block in enumerate(backbone.blocks):
+            bias = block.attn.rel_pos
+            found[f"blocks.{i}.attn"] = as_kind(block.attn, KeptPairsAttention)
+            found[f"blocks.{i}.attn.rel_pos"] = as_slot(bias, SLOTS[type(bias)])
+        return found
 
     def check(self, backbone: Any) -> None:
-        """Raise TypeError for a patch embedding or a bias that is none of timm's own here."""
+        """Raise TypeError for a patch embedding or a bias that timm does not build here."""
         if type(backbone.patch_embed) is not PatchEmbed or not backbone.patch_embed.flatten:
             kind = type(backbone.patch_embed).__name__
             raise TypeError(
-                f"cannot drop patches from {self.family}: its patch_embed is a {kind} of "
-                "somebody else's, not timm's PatchEmbed."
+                f"cannot drop patches from {self.family}: its patch_embed is a {kind}, "
+                "not timm's PatchEmbed with flatten=True."
             )
         check_free(backbone, "patch_embed.norm")
         shared = backbone.shared_rel_pos
@@ -138,30 +143,3 @@ class RelPosAdapter(SlotAdapter):
                     f"cannot drop patches from {self.family}: its relative position is a "
                     f"{type(bias).__name__}, not one of {', '.join(k.__name__ for k in SLOTS)}."
                 )
-
-    def install(self, backbone: Any) -> Any:
-        """Put empty slots in; returns the modules that stood there."""
-        shared, attentions = backbone.shared_rel_pos, [block.attn for block in backbone.blocks]
-        biases = [attention.rel_pos for attention in attentions]
-        original = (super().install(backbone), shared, attentions, biases)
-        if shared is not None:
-            backbone.shared_rel_pos = as_slot(shared, SLOTS[type(shared)])
-            return original
-        backbone.shared_rel_pos = KeepIndexSlot().train(backbone.training)
-        for block, bias in zip(backbone.blocks, biases):
-            block.attn = as_kind(block.attn, KeptPairsAttention)
-            block.attn.rel_pos = as_slot(bias, SLOTS[type(bias)])
-        return original
-
-    def restore(self, backbone: Any, original: Any) -> None:
-        """Put the original modules back, with everything as it is now."""
-        norm, shared, attentions, biases = original
-        super().restore(backbone, norm)
-        if shared is not None:
-            backbone.shared_rel_pos = undo_slot(shared, backbone.shared_rel_pos)
-            return
-        backbone.shared_rel_pos = None
-        for block, attention, bias in zip(backbone.blocks, attentions, biases):
-            attention.__dict__ = block.attn.__dict__
-            attention.rel_pos = undo_slot(bias, attention.rel_pos)
-            block.attn = attention

@@ -20,7 +20,6 @@ from ltrp_timm.measure.mean_precision import PrecisionCounter
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import World
-from ltrp_timm.scoring.scorer import select_with
 from ltrp_timm.share.save import model_config, save_pretrained
 from ltrp_timm.train.distill import Distillation, Student
 from ltrp_timm.train.loop import Task
@@ -124,7 +123,7 @@ class ClassifyTask(Task):
         if self.pruned:
             self.model.keep_ratio = self.plan.ratio(batch.epoch, batch.update)
         if batch.scores is not None:
-            given["keep_indices"] = select_with(self.model, batch.scores, images)
+            given["keep_indices"] = self.model.select(batch.scores, images)
         out = forward(images, **given)
         logits, tokens, keep = out if isinstance(out, tuple) else (out, None, None)
         loss: Tensor = self.loss_function(logits, targets)

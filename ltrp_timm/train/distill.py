@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ltrp_timm.layers import make_bridge
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection import choose_keep_indices, keep_tokens, num_keep
+from ltrp_timm.selection import keep_tokens
 from ltrp_timm.train.state import digest
 
 Gate = Literal["straight-through"]
@@ -180,17 +180,7 @@ def straight_through(model: LTRPModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """
     h, w = model.grid_size(images)
     scores = model.ranker_scores(images, h, w)
-    keep = choose_keep_indices(
-        scores.detach(),
-        None,
-        model.keep_ratio,
-        model.selection,
-        model.selection_args,
-        (h, w),
-        model._padded(images, h, w),
-    )
-    if num_keep(h * w, model.keep_ratio) == h * w:
-        keep = _all_patches(model, images)
+    keep = model.select(scores.detach(), images)
     kept = scores.gather(1, keep)
     p = torch.sigmoid(kept - kept.detach().amin(dim=1, keepdim=True))
     return keep, 1.0 + p - p.detach()

@@ -209,8 +209,8 @@ def _prepare_ranker(net: Any, recipe: Recipe) -> None:
         if recipe.train_ranker:
             raise ValueError("train_ranker needs a pruned model: give a ranker or a keep_ratio.")
         return
-    if net.selection == "adaptive":
-        raise ValueError("selection 'adaptive' is calibrated on a trained model, not trained.")
+    if net.budget is not None:
+        raise ValueError("an adaptive budget is calibrated on a trained model: set budget = None.")
     if recipe.train_ranker:
         if not getattr(net.ranker, "learned", True):
             raise ValueError(f"train_ranker: the {net.ranker.name} ranker has no weights.")

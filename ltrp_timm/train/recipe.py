@@ -15,7 +15,7 @@ from ltrp_timm.data.keyed import Transform
 from ltrp_timm.layers.ml_decoder import Head
 from ltrp_timm.losses import MultiLabelLoss
 from ltrp_timm.runtime.keyed_rng import sample_seed
-from ltrp_timm.selection import check_keep_ratio
+from ltrp_timm.selection import check_keep_ratio, check_selection
 from ltrp_timm.train.distill import Gate
 from ltrp_timm.train.settings import (
     AtLeastOne,
@@ -142,8 +142,8 @@ class Recipe:
             raise ValueError(
                 "index_cache replaces the ranker in training; gate and distill_features run it."
             )
-        if self.selection == "adaptive":
-            raise ValueError("selection 'adaptive' is calibrated on a trained model, not trained.")
+        if self.selection is not None:
+            check_selection(self.selection)
         self._check_multi_label()
 
     def _check_multi_label(self) -> None:

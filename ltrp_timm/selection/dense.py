@@ -1,0 +1,88 @@
+"""Dense features: tokens of kept patches go back to their places on the patch grid."""
+
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ltrp_timm.selection.rules import gather_patches
+
+FILLS = ("zeros", "nearest")
+
+
+def check_fill(fill: str) -> str:
+    """Return ``fill``.
+
+    Raises:
+        ValueError: `fill` is not one of ``FILLS``.
+    """
+    if fill not in FILLS:
+        raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {fill!r}.")
+    return fill
+
+
+def scatter_patches(
+    tokens: Tensor, keep_indices: Tensor, grid_size: Tuple[int, int], fill: str = "zeros"
+) -> Tensor:
+    """Put kept tokens back on the patch grid.
+
+    Args:
+        tokens: (B, K, D) tokens of the kept patches.
+        keep_indices: (B, K), row-major positions on the grid.
+        grid_size: (h, w) in patches, N = h * w.
+        fill: what dropped places hold: "zeros", or "nearest" for the token of the nearest kept
+            patch (Euclidean distance on the grid, ties to the lower index).
+
+    Returns:
+        (B, N, D).
+
+    Raises:
+        ValueError: `fill` is unknown.
+    """
+    if not torch.jit.is_scripting():
+        check_fill(fill)
+    if fill == "nearest":
+        return gather_patches(tokens, nearest_kept(keep_indices, grid_size))
+    dense = tokens.new_zeros(tokens.shape[0], grid_size[0] * grid_size[1], tokens.shape[2])
+    images = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+    return dense.index_put((images, keep_indices), tokens)
+
+
+def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:
+    """keep_indices (B, K) -> (B, N): which of the K kept patches is nearest to each place."""
+    h, w = grid_size
+    places = torch.arange(h * w, device=keep_indices.device)
+    rows, cols = places // w, places % w
+    nearest: List[Tensor] = []
+    for kept in keep_indices:  # one image at a time: N x K distances of a batch are gigabytes
+        distance = (rows[:, None] - kept // w) ** 2 + (cols[:, None] - kept % w) ** 2
+        # distances are integers: the patch index as the last digit makes the minimum unique
+        nearest.append((distance * (h * w) + kept).argmin(dim=1))
+    return torch.stack(nearest)
+
+
+def scatter_features(
+    features: List[Tensor],
+    keep_indices: Optional[Tensor],
+    grid_size: Tuple[int, int],
+    fill: str = "zeros",
+    output_fmt: str = "NCHW",
+) -> List[Tensor]:
+    """Put the features of intermediate blocks back on the patch grid.
+
+    Args:
+        features: (B, K, D) each.
+        keep_indices: (B, K); None when all N patches were kept.
+        grid_size: (h, w) in patches.
+        fill: see ``scatter_patches``.
+        output_fmt: "NCHW" or "NLC".
+
+    Returns:
+        (B, D, h, w) each, or (B, N, D).
+    """
+    if keep_indices is not None:
+        features = [scatter_patches(each, keep_indices, grid_size, fill) for each in features]
+    if output_fmt == "NLC":
+        return features
+    maps = (each.reshape(each.shape[0], *grid_size, -1) for each in features)
+    return [each.permute(0, 3, 1, 2).contiguous() for each in maps]

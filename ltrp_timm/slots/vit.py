@@ -1,0 +1,121 @@
+"""Families that need only a slot for their tokens: ViT, Eva and CaiT.
+
+timm drops patches of ViT and Eva in a place made for it, ``patch_drop``; Eva gathers its rotary
+embedding itself. CaiT has no ``patch_drop``, and no class token where it adds positions.
+"""
+
+from typing import Any, ClassVar, Dict, Optional, Tuple
+
+import torch
+from timm.models.cait import Cait
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ltrp_timm._timm import make_rope_gather_a_leaf
+from ltrp_timm.slots.base import SlotAdapter, TokenSlot, TokenSlotWithDropout, check_free
+
+
+class TokenSlotWithIndices(TokenSlot):
+    """Stands at ``patch_drop`` of an Eva, which gathers its rotary embedding by the indices."""
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:  # type: ignore[override]
+        """Tokens (B, P + N, D) -> (B, P + K, D), and the indices (B, K)."""
+        return self.take(x)
+
+
+class FirstTokens(nn.Module):
+    """Keeps the prefix tokens and the first K patches: a selection that costs nothing."""
+
+    def __init__(self, num_prefix_tokens: int, k: int) -> None:
+        super().__init__()
+        self.length, self.k = num_prefix_tokens + k, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, P + N, D) -> (B, P + K, D)."""
+        return x[:, : self.length].contiguous()
+
+
+class FirstTokensWithIndices(FirstTokens):
+    """``FirstTokens`` for an Eva."""
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Tokens (B, P + N, D) -> (B, P + K, D), and the indices (B, K)."""
+        return super().forward(x), torch.arange(self.k, device=x.device).expand(x.shape[0], -1)
+
+
+class VitAdapter(SlotAdapter):
+    """Every model of timm's VisionTransformer class and its subclasses."""
+
+    family = "VisionTransformer"
+    host = VisionTransformer
+    places = ("patch_drop",)
+    how = "in timm's own slot, `patch_drop`"
+    examples: ClassVar = {
+        "ViT, registers, average pooling": (
+            "vit_base_patch16_224",
+            "vit_betwixt_patch16_reg4_gap_256",
+            "vit_base_patch16_gap_224",
+        ),
+        "DINOv2": ("vit_small_patch14_reg4_dinov2",),
+        "CLIP, SigLIP": ("vit_base_patch16_clip_224", "vit_base_patch16_siglip_224"),
+        "DeiT, distilled, DeiT-3": ("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
+        "FlexiViT, AIMv2": ("flexivit_small", "aimv2_large_patch14_224"),
+        "hybrids, ViTamin": ("vit_tiny_r_s16_p8_224", "vitamin_small_224"),
+    }
+
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot."""
+        return {"patch_drop": TokenSlot(backbone.num_prefix_tokens)}
+
+    def check(self, backbone: Any) -> None:
+        """Raise TypeError if ``patch_drop`` is in use."""
+        check_free(backbone, "patch_drop")
+
+    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
+        """A module for ``patch_drop`` that keeps the first K patches."""
+        return FirstTokens(backbone.num_prefix_tokens, k)
+
+
+class EvaAdapter(VitAdapter):
+    """Every model of timm's Eva class."""
+
+    family = "Eva"
+    host = Eva
+    how = "in timm's own slot, `patch_drop`; the RoPE follows"
+    examples: ClassVar = {
+        "EVA-02, RoPE ViTs, PE-core": (
+            "eva02_tiny_patch14_224",
+            "vit_small_patch16_rope_mixed_224",
+            "vit_pe_core_tiny_patch16_384",
+        ),
+        "DINOv3": ("vit_small_patch16_dinov3",),
+    }
+
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot, which also returns the indices."""
+        make_rope_gather_a_leaf()
+        return {"patch_drop": TokenSlotWithIndices(backbone.num_prefix_tokens)}
+
+    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
+        """A module for ``patch_drop`` that keeps the first K patches."""
+        return FirstTokensWithIndices(backbone.num_prefix_tokens, k)
+
+
+class CaitAdapter(SlotAdapter):
+    """The slot stands at ``pos_drop``; the class token joins behind the blocks."""
+
+    family = "Cait"
+    host = Cait
+    places = ("pos_drop",)
+    how = "at `pos_drop`; the class token joins behind the blocks"
+    examples: ClassVar = {"CaiT": ("cait_xxs24_224",)}
+    prefix_in_blocks = False
+
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot."""
+        return {"pos_drop": TokenSlotWithDropout(0, backbone.pos_drop.p)}
+
+    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
+        """A module for ``pos_drop`` that keeps the first K patches."""
+        return FirstTokens(0, k)
