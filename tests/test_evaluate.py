@@ -247,7 +247,7 @@ def test_orders_of_a_cache_give_what_the_ranker_gives(
     assert main([*rank, "-o", "exact"]) == 2
     assert main([*rank, "-o", "whole", "--crop-mode", "squash"]) == 2
     assert evaluate("-o", "ranked", "--per-image") == 2
-    monkeypatch.setattr(LTRPModel, "_rank", no_ranking)
+    monkeypatch.setattr(LTRPModel, "ranker_scores", no_ranking)
     for name in ("exact", "whole"):
         assert evaluate("-o", name + "-out", "--per-image", "--index-cache", name) == 2
     every = [read(f"{name}/per_image.csv") for name in ("ranked", "exact-out", "whole-out")]
