@@ -42,8 +42,8 @@ from common import (
     spread,
     timing_columns,
 )
-from judging import ink_per_patch
-from scenes import make_scenes
+from studies.judging import ink_per_patch
+from studies.scenes import make_scenes
 from tables import Goal
 from torch import Tensor
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairness.compared import labels_of
 from gpu.tables import gpu_text
 from sections import SECTIONS, Cell, Section, images_of, laid_out, number, score_of
+from studies.fairness.compared import labels_of
 from tables import markdown_table, read_csv
 
 from ltrp_timm.slots import support_rows

@@ -8,6 +8,7 @@ from tables import environment_line, markdown_table, runs_line
 
 Row = Mapping[str, str]
 Cell = Callable[[Row], str]
+STUDIES = "benchmarks/studies"
 
 
 class Section(NamedTuple):
@@ -23,6 +24,7 @@ class Section(NamedTuple):
         keep: which rows are shown.
         how: what stands for all figures.
         pictures: what further pictures show, by the names of their files.
+        folder: of the script.
     """
 
     marker: str
@@ -34,6 +36,7 @@ class Section(NamedTuple):
     keep: Callable[[Row], bool] = lambda row: True
     how: str = "medians of rounds taken in turns in one process"
     pictures: Mapping[str, str] = MappingProxyType({})
+    folder: str = "benchmarks"
 
     def text(self, rows: Sequence[Row]) -> str:
         """What was measured, table, picture and links, as Markdown."""
@@ -44,7 +47,7 @@ class Section(NamedTuple):
             pivot([row for row in rows if self.keep(row)], self),
             f"![{self.says.split('. ')[0]}]({path}.png)",
             *[f"![{text}](benchmarks/results/{name}.png)" for name, text in self.pictures.items()],
-            f"{links}by `python benchmarks/{self.file}.py`.",
+            f"{links}by `python {self.folder}/{self.file}.py`.",
         ]
         return "\n\n".join(parts)
 
@@ -241,6 +244,7 @@ SECTIONS = [
         lambda row: f"{two_digits(row['map_spearman'])} / {two_digits(row['object_auc'])}",
         how="means over held-out images; at 224 px there is no teacher",
         pictures={"learning_maps": "Score maps of held-out images, and what is kept"},
+        folder=STUDIES,
     ),
     Section(
         "fairness",
@@ -254,6 +258,7 @@ SECTIONS = [
         lambda row: (row["seed"], row["seen"], row["images"]) == ("all", "both", "clutter"),
         how="means over seeds and over both halves of the digits as those with labels",
         pictures={"fairness_scenes": "What selectors keep of new scenes at keep ratio 0.25"},
+        folder=STUDIES,
     ),
     Section(
         "fairness-ablations",
@@ -272,6 +277,7 @@ SECTIONS = [
         lambda row: f"{two_digits(row['map'])} ({float(row['above_contrast']):+.3f})",
         lambda row: row["seed"] == "all",
         how="means over seeds, at keep ratio 0.25",
+        folder=STUDIES,
     ),
     Section(
         "agreement",

@@ -35,7 +35,9 @@ TRAINED = ("learning", "fairness", "fairness_ablations", "agreement")
 
 def load(name: str) -> ModuleType:
     """A benchmark by its file: ``peers`` is a package of that name too."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    path = BENCHMARKS / f"{name}.py"
+    path = path if path.exists() else BENCHMARKS / "studies" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,13 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import judging
 import pytest
-import scenes
-import small_run
 import tables
 import torch
 from benchmark_setup import PNG_MAGIC, Done, load, verdicts
+from studies import judging, scenes, small_run
 
 from ltrp_timm.teacher import MAETeacher
 from ltrp_timm.train import Summary

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from benchmark_setup import BENCHMARKS, RESULTS, load
-from fairness import judged, measures, networks, scenes, stages
-from fairness.compared import WEIGHT_FREE, label_free, with_labels
+from studies.fairness import judged, measures, networks, scenes, stages
+from studies.fairness.compared import WEIGHT_FREE, label_free, with_labels
 
 import ltrp_timm
 
@@ -260,8 +260,9 @@ def test_the_vit_begins_with_the_encoder_of_the_teacher() -> None:
 
 def test_the_quick_run_finds_what_must_hold_and_agrees_with_the_table(tmp_path: Path) -> None:
     """As a user starts it; one test, for it takes a minute."""
+    script = str(BENCHMARKS / "studies" / "fairness.py")
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "fairness.py"), "--quick", "--output", str(tmp_path)],
+        [sys.executable, script, "--quick", "--output", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

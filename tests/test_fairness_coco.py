@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tables
 import torch
-from fairness import coco, coco_objects, coco_report
 from PIL import Image
+from studies.fairness import coco, coco_objects, coco_report
 from test_evaluate_multi_label import saved_model
 from timm.data import ImageNetInfo
 
@@ -93,7 +93,7 @@ def test_started_by_its_path_it_finds_the_shares_that_were_drawn(tmp_path: Path)
     done = subprocess.run(
         [sys.executable, str(script), "images", "instances.json", *flags],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(script.parents[2])},
+        env={**os.environ, "PYTHONPATH": str(script.parents[3])},
         capture_output=True,
         text=True,
         check=False,

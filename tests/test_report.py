@@ -34,7 +34,8 @@ def test_the_report_has_a_section_for_every_csv(results: Path) -> None:
     assert "outdated" not in text
     for section in module.SECTIONS:
         assert [text.count(marker) for marker in module.ends(section.marker)] == [1, 1]
-        assert f"`python benchmarks/{section.file}.py`" in text
+        assert f"`python {section.folder}/{section.file}.py`" in text
+        assert (BENCHMARKS.parent / section.folder / f"{section.file}.py").is_file()
     speed = tables.read_csv(results / "speed_vs_keep_ratio.csv")
     conv = next(row for row in speed if row["method"] == "conv")
     cell = f"{float(conv['speedup']):.2f}× ({float(conv['achieved']):.2f})"

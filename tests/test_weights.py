@@ -154,7 +154,10 @@ def test_the_card_says_what_was_measured() -> None:
         assert f"{epochs} epochs, {steps} steps of {batch} images" in " ".join(card.split())
     parts = [f"{run['train_scenes']} generated scenes", f"{run['train_crops']} squares of 13"]
     parts += [f"ListMLE on {run['list_size']} patches", f"**Seed:** {run['seed']}", "Experimental"]
-    parts += ["python benchmarks/learning.py --ship ltrp_timm/weights", f"{run['held_out']} images"]
+    parts += [
+        "python benchmarks/studies/learning.py --ship ltrp_timm/weights",
+        f"{run['held_out']} images",
+    ]
     assert [part for part in parts if part not in card] == []
     assert run["mask_ratio"] == "0.5"
     assert "32 visible of 64 patches" in card

@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from fairness.scenes import CLASSES, PATCH, SIDE, Scenes
+from studies.fairness.scenes import CLASSES, PATCH, SIDE, Scenes
 
 BATCH = 64
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

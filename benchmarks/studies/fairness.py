@@ -33,18 +33,25 @@ largest of the seeds. `smooth` scenes, without noise, blobs and strokes, are a c
 """
 
 import argparse
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+# started by its path, only its own folder is on the path
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import tables
 from common import Row, set_up
-from fairness.compared import CAM, labels_of
-from fairness.judged import PARTS, judged, over_seeds
-from fairness.pictures import draw_scenes, plot
-from fairness.scenes import TRAIN, make_scenes
-from fairness.stages import (
+from tables import Goal
+
+from ltrp_timm.commands._flags import positive
+from studies.fairness.compared import CAM, labels_of
+from studies.fairness.judged import PARTS, judged, over_seeds
+from studies.fairness.pictures import draw_scenes, plot
+from studies.fairness.scenes import TRAIN, make_scenes
+from studies.fairness.stages import (
     LTRP,
     Run,
     Trained,
@@ -54,9 +61,6 @@ from fairness.stages import (
     ship,
     train_all,
 )
-from tables import Goal
-
-from ltrp_timm.commands._flags import positive
 
 NAME = "fairness"
 TITLE = "What is kept of classes that labels named, and of others"

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 import ltrp_timm
-from fairness.networks import fit, make_cnn, make_judge, make_vit, masked
-from fairness.scenes import CLASSES, PATCH, SIDE, Scenes
 from ltrp_timm.commands._flags import positive, whole_from
 from ltrp_timm.train import train_ranker, train_teacher
 from ltrp_timm.weights.files import write_atomically, write_text
+from studies.fairness.networks import fit, make_cnn, make_judge, make_vit, masked
+from studies.fairness.scenes import CLASSES, PATCH, SIDE, Scenes
 
 HALVES = {"0-4": list(range(5)), "5-9": list(range(5, CLASSES))}  # the digits with labels
 LTRP = ("full mean", "full max", "decoder mean", "decoder max")

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from common import Row, load_pyplot
 
-from fairness.compared import CAM, label_free, with_labels
-from fairness.measures import scores_of
-from fairness.scenes import PATCH, SIDE, TEST, make_scenes
-from fairness.stages import Trained
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.visualize import kept_patches, row, show_images, stack_rows
+from studies.fairness.compared import CAM, label_free, with_labels
+from studies.fairness.measures import scores_of
+from studies.fairness.scenes import PATCH, SIDE, TEST, make_scenes
+from studies.fairness.stages import Trained
 
 _SHOWN = ("random", "pixel_std", "contrast", "full mean", "full max", CAM, "attention")
 _GRID = (SIDE // PATCH, SIDE // PATCH)

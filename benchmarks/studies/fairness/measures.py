@@ -4,15 +4,15 @@ from typing import Any, NamedTuple
 
 import torch
 from common import Row
-from judging import INKED, as_seen_by, object_auc
 from torch import Tensor
 
 import ltrp_timm
-from fairness.networks import logits_of
-from fairness.scenes import PATCH, SIDE, Scenes
 from ltrp_timm.metrics import average_precision
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher import random_visible_indices
+from studies.fairness.networks import logits_of
+from studies.fairness.scenes import PATCH, SIDE, Scenes
+from studies.judging import INKED, as_seen_by, object_auc
 
 N = (SIDE // PATCH) ** 2
 _RESAMPLES = 200

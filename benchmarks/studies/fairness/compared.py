@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 import ltrp_timm
-from fairness.networks import MEAN, STD
-from fairness.scenes import PATCH
-from fairness.stages import Trained
+from studies.fairness.networks import MEAN, STD
+from studies.fairness.scenes import PATCH
+from studies.fairness.stages import Trained
 
 WEIGHT_FREE = ("random", "centre", "pixel_std", "gradient", "colour", "contrast", "dpc_knn")
 CAM = "cam, blurred"

@@ -34,24 +34,18 @@ random scores on any of them.
 import argparse
 import hashlib
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# started by its path, only its own folder is on the path
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import tables
 import torch
 from common import Row, add_ranker_options, device_parser, set_up, summary
-from judging import (
-    agreement,
-    as_seen_by,
-    ink_kept,
-    mean_map,
-    object_auc,
-    teacher_lists,
-)
-from learning_pictures import draw_maps, plot
-from small_run import KINDS, PATCH, SIDE, HeldOut, make_data, train
 from tables import Goal
 from torch import Tensor
 
@@ -59,6 +53,16 @@ import ltrp_timm
 from ltrp_timm.commands._flags import positive
 from ltrp_timm.metrics import spearman
 from ltrp_timm.weights.files import WEIGHTS_NAME
+from studies.judging import (
+    agreement,
+    as_seen_by,
+    ink_kept,
+    mean_map,
+    object_auc,
+    teacher_lists,
+)
+from studies.learning_pictures import draw_maps, plot
+from studies.small_run import KINDS, PATCH, SIDE, HeldOut, make_data, train
 
 NAME = "learning"
 TITLE = "A ranker trained without labels, its teacher, and scores without weights"

@@ -6,12 +6,12 @@ from typing import Any
 
 from common import Row, load_pyplot
 from PIL import Image
-from small_run import PATCH, SIDE, HeldOut
 from torch import Tensor
 
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.visualize import kept_patches, row, score_map, show_images, stack_rows
+from studies.small_run import PATCH, SIDE, HeldOut
 
 
 def draw_maps(

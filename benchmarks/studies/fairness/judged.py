@@ -11,14 +11,14 @@ import torch
 from common import Row
 from torch import Tensor
 
-from fairness.compared import CAM, OF_CNN, label_free, with_labels
-from fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
-from fairness.networks import logits_of
-from fairness.scenes import CLASSES, TEST, Scenes, make_scenes
-from fairness.stages import HALVES, LTRP, Trained
 from ltrp_timm.measure import throughput
 from ltrp_timm.metrics import average_precision
 from ltrp_timm.weights.files import write_text
+from studies.fairness.compared import CAM, OF_CNN, label_free, with_labels
+from studies.fairness.measures import Judging, Kept, interval, scores_of, teacher_auc
+from studies.fairness.networks import logits_of
+from studies.fairness.scenes import CLASSES, TEST, Scenes, make_scenes
+from studies.fairness.stages import HALVES, LTRP, Trained
 
 TEST_SEED = 10_000  # scenes of trials had smaller ones
 KEEP_RATIOS = (0.5, 0.25, 0.125)

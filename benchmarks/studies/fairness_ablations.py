@@ -12,8 +12,8 @@ same order.
 
 Each variant differs in what its name says from `base`: removal `full`, aggregate `mean`, metric
 `l1`, mask ratio 0.75, ListMLE, conv 64 × 4. Teachers and judges are those of
-`benchmarks/fairness.py --runs FOLDER`, with the same FOLDER; scenes to measure on are others than
-that benchmark's. Nothing here saw a label, so all ten digits count alike:
+`benchmarks/studies/fairness.py --runs FOLDER`, with the same FOLDER; it measures on other scenes
+than that benchmark. Nothing here saw a label, so all ten digits count alike:
     found     share of the kept patches that have ink on a tenth of their pixels or more
     order     Spearman of the score with the ink of a patch, among those that have ink
     recall    share of ink in kept patches, mean over classes
@@ -26,21 +26,25 @@ base's best, clusters choose the rest.
 
 import argparse
 import statistics
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+# started by its path, only its own folder is on the path
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import tables
 import torch
 from common import Row, load_pyplot, set_up
-from fairness.measures import Judging, Kept, N, interval, scores_of
-from fairness.networks import make_judge
-from fairness.scenes import PATCH, SIDE, TEST, TRAIN, make_scenes
-from fairness.stages import Run, load_network, make_parser
-from judging import ink_order, inked_among_kept
 
 import ltrp_timm
 from ltrp_timm.selection import num_keep, patch_pixels, select_mixed
+from studies.fairness.measures import Judging, Kept, N, interval, scores_of
+from studies.fairness.networks import make_judge
+from studies.fairness.scenes import PATCH, SIDE, TEST, TRAIN, make_scenes
+from studies.fairness.stages import Run, load_network, make_parser
+from studies.judging import ink_order, inked_among_kept
 
 NAME = "fairness_ablations"
 TITLE = "What makes a ranker that saw no labels better"
@@ -185,7 +189,7 @@ def plot(rows: list[Row]) -> Any:
 def main() -> None:
     """Train, judge, write CSV, PNG and Markdown, check the goals."""
     parser = make_parser((__doc__ or "").splitlines()[0])
-    text = "folder of benchmarks/fairness.py's training"
+    text = "folder of benchmarks/studies/fairness.py's training"
     parser.add_argument("--runs", type=Path, required=True, help=text)
     parser.set_defaults(name=NAME, scenes=10_000, ranker_epochs=[1], seeds=[1, 2])
     args = parser.parse_args()

@@ -19,12 +19,16 @@ Measured on square crops of the real photos that scikit-image and scikit-learn b
 """
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
+
+# started by its path, only its own folder is on the path
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tables
 import torch
 from common import Row, base_parser, load_pyplot, set_up, summary
-from scenes import load_crops
 from tables import Goal
 from torch import Tensor
 
@@ -38,6 +42,7 @@ from ltrp_timm.selection import (
     select,
 )
 from ltrp_timm.selection.coverage import squared_distances
+from studies.scenes import load_crops
 
 NAME = "coverage"
 TITLE = "What each selection covers of real photos"

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from judging import ink_per_patch
-from scenes import NEW_DIGITS, NEW_PHOTOS, OLD_PHOTOS, draw_on, make_cluttered_scenes, random_crops
 from torch import Tensor
 
 from ltrp_timm.train import Summary, train_ranker, train_teacher
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.visualize import show_images
+from studies.judging import ink_per_patch
+from studies.scenes import (
+    NEW_DIGITS,
+    NEW_PHOTOS,
+    OLD_PHOTOS,
+    draw_on,
+    make_cluttered_scenes,
+    random_crops,
+)
 
 SIDE, PATCH = 128, 16  # of the training; a patch as the default conv ranker has it
 LARGE = 224

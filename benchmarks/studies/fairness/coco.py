@@ -4,7 +4,7 @@ Claim. A ranker that never saw a label keeps as much of objects of kinds that Im
 ("seen") as of other kinds ("unseen"); one that was made with its labels may not. This script holds
 no figures of its own: it measures on a folder of images with COCO's instance annotations.
 
-    python benchmarks/fairness/coco.py val2017 annotations/instances_val2017.json \
+    python benchmarks/studies/fairness/coco.py val2017 annotations/instances_val2017.json \
         --rankers contrast pixel_std conv=my-ranker cam --pretrained --keep-ratios 0.5 0.25 0.125
 
 Arithmetic. Of an object the share of its area that lies in kept patches; of a category the mean
@@ -43,7 +43,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # started by its path, this folder is on Python's path, not the one above it
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tables
 import timm
@@ -53,9 +53,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fairness.coco_objects import Annotated, ObjectDataset, collate, find_objects
-from fairness.coco_rankers import Entry, kept_shares, open_rankers
-from fairness.coco_report import FILES, Measured, report, table_rows
 from ltrp_timm._text import first_names, printable
 from ltrp_timm.commands._console import CommandError, library_errors, output_errors
 from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
@@ -65,6 +62,9 @@ from ltrp_timm.measure.throughput import NUM_WORKERS, environment
 from ltrp_timm.runtime.stopping import ignore_signals
 from ltrp_timm.scoring.scorer import CROP_MODES, Scorer, find_device
 from ltrp_timm.selection import num_keep
+from studies.fairness.coco_objects import Annotated, ObjectDataset, collate, find_objects
+from studies.fairness.coco_rankers import Entry, kept_shares, open_rankers
+from studies.fairness.coco_report import FILES, Measured, report, table_rows
 
 DEFAULT_SEEN = Path(__file__).with_name("coco_imagenet.csv")
 

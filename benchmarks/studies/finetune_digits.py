@@ -26,9 +26,13 @@ against them. What a step gains is measured in turns by benchmarks/training_spee
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+# started by its path, only its own folder is on the path
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tables
 import timm
@@ -36,7 +40,6 @@ import torch
 from common import Row, device_parser, load_pyplot, set_up
 from PIL import Image
 from safetensors.torch import save_file
-from scenes import make_digit_scenes
 from tables import Goal
 from timm.layers import build_sincos2d_pos_embed
 from torch.utils.data import Dataset
@@ -46,6 +49,7 @@ from ltrp_timm.commands._flags import not_negative, positive
 from ltrp_timm.train import finetune
 from ltrp_timm.train.logs import LOG_NAME, read_log
 from ltrp_timm.visualize import show_images
+from studies.scenes import make_digit_scenes
 
 NAME = "finetune_digits"
 TITLE = "A small ViT fine-tuned on digits in clutter, on all patches and on fewer"
