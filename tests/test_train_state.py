@@ -16,12 +16,13 @@ import pytest
 import torch
 from train_setup import QUIET, TEACHER_ARGS, make_photos, run, same_bits, tiny_teacher, weights
 
+from ltrp_timm.scoring.store import locked
 from ltrp_timm.train import Augmentation, NonFiniteLossError, Recipe, Settings, train_teacher
 from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.loop import Trainer
 from ltrp_timm.train.settings import _RANGES
-from ltrp_timm.train.state import check_same, digest, locked, read_state, save_state
+from ltrp_timm.train.state import check_same, digest, read_state, save_state
 
 # on a machine of one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -293,7 +294,7 @@ def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     source = (
-        "import sys, time; from pathlib import Path; from ltrp_timm.train.state import locked\n"
+        "import sys, time; from pathlib import Path; from ltrp_timm.scoring.store import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(
@@ -302,7 +303,7 @@ def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(FileExistsError, match="run is in use by another run"):
+        with pytest.raises(BlockingIOError, match=r"another process is writing .*run; wait"):
             run(photos, folder)
         assert os.listdir(folder) == [".lock"]
     finally:

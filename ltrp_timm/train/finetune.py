@@ -63,7 +63,8 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
             checkpoint is of another configuration.
         TypeError: An argument is unknown, or patches cannot be dropped from the model.
         FileNotFoundError: Data or weights do not exist.
-        FileExistsError: ``output`` holds a run, or is in use.
+        FileExistsError: ``output`` holds a run.
+        BlockingIOError: Another process writes to ``output``.
         NonFiniteLossError: The loss is not finite.
 
     Source: Luo et al. (2024), Learning to rank patches for unbiased image redundancy reduction.

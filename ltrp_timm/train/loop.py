@@ -132,7 +132,8 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
     """Train, into an output folder.
 
     Raises:
-        FileExistsError: The folder holds a run, or another process writes to it.
+        FileExistsError: The folder holds a run.
+        BlockingIOError: Another process writes to the folder.
         ValueError: The folder's checkpoint is of another configuration.
         NonFiniteLossError: The loss is not finite.
         OSError: The disk is full, or cannot be written to.

@@ -60,7 +60,8 @@ def train_teacher(
             another configuration.
         TypeError: An argument is unknown.
         FileNotFoundError: Data or teacher do not exist.
-        FileExistsError: ``output`` holds a run, or is in use.
+        FileExistsError: ``output`` holds a run.
+        BlockingIOError: Another process writes to ``output``.
         NonFiniteLossError: The loss is not finite.
 
     Source: He et al. (2022), Masked autoencoders are scalable vision learners.

@@ -107,7 +107,8 @@ def train_ranker(
             another configuration.
         TypeError: An argument is unknown.
         FileNotFoundError: Data, teacher or ranker do not exist.
-        FileExistsError: ``output`` holds a run, or is in use.
+        FileExistsError: ``output`` holds a run.
+        BlockingIOError: Another process writes to ``output``.
         NonFiniteLossError: The loss is not finite.
 
     >>> train_ranker("photos", "run", epochs=10, mask_ratio=0.9)  # doctest: +SKIP

@@ -1,25 +1,24 @@
-"""Checkpoints of a run: whole or the one before, and exact; and the lock of its folder."""
+"""Checkpoints of a run: whole or the one before, and exact; and its claim on a folder."""
 
 import contextlib
 import hashlib
 import io
 import json
-import os
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ltrp_timm._text import one_line
+from ltrp_timm.scoring.store import locked
 from ltrp_timm.train.logs import LOG_NAME
 from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, write_atomically
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FORMER_NAME = "checkpoint.safetensors"  # of runs that an earlier version began
-LOCK_NAME = ".lock"
 _KEY = "ltrp_timm_training_state"
 
 
@@ -127,44 +126,13 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     """Lock an output folder for this run; see ``check_folder`` for the arguments.
 
     Raises:
-        FileExistsError: The folder holds something else, or another process writes to it.
+        FileExistsError: The folder holds something else.
+        BlockingIOError: Another process writes to it.
     """
-    if not folder.exists():
-        folder.mkdir(parents=True)
-    with locked(folder) if folder.is_dir() else contextlib.nullcontext():
+    if not folder.is_dir():
         check_folder(folder, resume)
-        yield
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system releases it however the process ends.
-
-    The lock belongs to the process (``lockf``, not ``flock``): loader workers that outlive a killed
-    run for a moment do not keep it.
-
-    Raises:
-        FileExistsError: Another process holds it.
-    """
-    with open(folder / LOCK_NAME, "a+b") as file:
-        if not _lock(file):
-            raise FileExistsError(f"{folder} is in use by another run.")
+    with locked(folder):
+        check_folder(folder, resume)
         for orphan in folder.glob(".*.tmp"):  # of a write that was cut off
             orphan.unlink(missing_ok=True)
         yield
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Take the lock of an open file; False where another process has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
