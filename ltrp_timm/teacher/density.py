@@ -238,7 +238,7 @@ class _Change:
     ) -> None:
         self.teacher, self.aggregate = variants.teacher, aggregate
         self.anchor, self.masked = variants.anchor, variants.masked
-        self.patches = self.teacher.patchify(images).float()
+        self.images = images
         self.of_patches = PREDICTION_CHANGES.get(metric) if isinstance(metric, str) else None
         self.of_pixels = PIXEL_CHANGES.get(metric) if isinstance(metric, str) else None
         self.of_images: ImageChange = lpips_change if isinstance(metric, str) else metric
@@ -247,7 +247,8 @@ class _Change:
         anchor, channels = self.anchor[rows], self.teacher.in_chans
         if self.of_patches is not None:
             return self._over_patches(self.of_patches(predicted, anchor, channels))
-        true, masked = self.patches[rows], self.masked[rows]
+        true = self.teacher.patchify(self.images[rows]).float()
+        masked = self.masked[rows]
         hidden = gather_patches(true, masked)
         pixels = [self.teacher.to_pixels(values, hidden) for values in (predicted, anchor)]
         if self.of_pixels is not None:
