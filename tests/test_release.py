@@ -101,7 +101,7 @@ print(os.path.exists("out"))
     source = "for _ in range(3):\n    print(run(*sys.argv[2:]))"
     text = "\n".join(inside(hub, tmp_path, source, HF_TOKEN="writer"))  # noqa: S106
     failed, done, again = re.split(r"^(?=0 $|2 ltrp-timm)", text, flags=re.M)[1:]
-    assert "2 ltrp-timm: the Hub has a fault of its own at me/ltrp-conv (500)" in failed
+    assert "2 ltrp-timm: the Hub has an internal error for me/ltrp-conv (500)" in failed
     assert "pushed" not in failed
     assert done.startswith("0 \n")
     assert "out/conv is finished: 2 epochs, 8 steps" in done
@@ -209,7 +209,7 @@ print(os.path.exists("out"))
         "--repo-id must give OWNER/NAME, got 'conv'.",
         "what is published must state it: --training-data.",
         "pushing needs a token: set HF_TOKEN or run `hf auth login`.",
-        "the Hub wants a token that is valid for me/ltrp-conv (401): set HF_TOKEN or run",
+        "the Hub wants a valid token for me/ltrp-conv (401): set HF_TOKEN or run",
         "me/ltrp-conv holds other weights: --overwrite replaces them.",
         "me/ltrp-conv holds other weights: --overwrite replaces them.",
         "unrecognized arguments: --no-such-flag",
