@@ -90,7 +90,7 @@ def test_evaluate_finds_the_classes_of_a_csv_by_their_names(tagged: Path, tmp_pa
 def test_cached_orders_give_the_same_map(tagged: Path, tmp_path: Path) -> None:
     model, cache = saved_model(tmp_path / "model", NAMES), str(tmp_path / "cache")
     images = str(tagged / "images")
-    assert main(["rank", images, "--cache", cache, "--model", model, "--device", "cpu"]) == 0
+    assert main(["rank", images, "-o", cache, "--model", model, "--device", "cpu"]) == 0
     flags = ["--data", images, "--labels", str(tagged / "coco.json"), "--multi-label"]
     command = ["evaluate", model, *flags, "--keep-ratio", "1", "0.5", "--device", "cpu"]
     maps = []

@@ -61,7 +61,9 @@ class World:
                 outcome[1] = problem
         if self.size > 1:
             with self._waiting():
-                dist.broadcast_object_list(outcome, src=0, device=self.device)
+                dist.broadcast_object_list(
+                    outcome, src=0, device=None if self.patient else self.device
+                )
         if outcome[1] is not None:
             raise outcome[1]
         result: T = outcome[0]
@@ -117,6 +119,8 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if size > 1:
             dist.init_process_group("gloo", timeout=_PATIENCE)
+            if device == "cuda":
+                device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     elif mine:
         found = init_distributed_device_so(device)
         rank, size, device = found["global_rank"], found["world_size"], found["device"]

@@ -1,6 +1,6 @@
-"""Where each place of a transformed picture was before: crops, flips and what RandAugment moves.
+"""Follow the places of a picture through crops, flips and the moves of RandAugment.
 
-A place is a point (x, y) in pixels, (0, 0) the upper left corner of the picture. Each step of a
+A place is a point (x, y) in pixels; (0, 0) is the upper left corner of the picture. Each step of a
 transform that moves pixels leaves a ``Step``; steps are followed back from the last to the first.
 """
 
@@ -25,7 +25,7 @@ from torchvision import transforms
 Matrix = tuple[float, float, float, float, float, float]
 _Points = npt.NDArray[np.float64]
 
-# they change colours, or what holds them, and move nothing
+# these change colours or types and move nothing
 _STILL = (
     transforms.ColorJitter,
     transforms.RandomGrayscale,
@@ -42,6 +42,7 @@ _STILL = (
 _SCALING = (transforms.Resize, timm_transforms.ResizeKeepRatio)
 _CENTRAL = (transforms.CenterCrop, timm_transforms.CenterCropOrPad)
 _FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+_CROP = timm_transforms.RandomResizedCropAndInterpolation
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Step:
     """One step back.
 
     Attributes:
-        matrix: (a, b, c, d, e, f): what stands at (x, y) now was at (ax + by + c, dx + ey + f).
+        matrix: (a, b, c, d, e, f): the place (x, y) was (ax + by + c, dx + ey + f) before.
         size: (width, height) of the picture before.
     """
 
@@ -58,7 +59,7 @@ class Step:
 
 
 def trace(steps: Sequence[Step], points: _Points) -> _Points:
-    """Where points (M, 2) of the last picture were in the first; NaN where they show none of it.
+    """Points (M, 2) of the last picture -> their places in the first; NaN outside of it.
 
     >>> trace([Step((-1.0, 0.0, 8.0, 0.0, 1.0, 0.0), (8, 8))], np.array([[1.0, 2.0]])).tolist()
     [[7.0, 2.0]]
@@ -74,15 +75,15 @@ def trace(steps: Sequence[Step], points: _Points) -> _Points:
 
 
 class FollowedTransform:
-    """A transform of timm's that also says how it moved the picture.
+    """A transform of timm that also returns how it moved the picture.
 
-    Random numbers are drawn as without: the picture is the same.
+    It draws the same random numbers as the transform alone, and gives the same picture.
 
     Args:
         transform: a ``Compose`` of timm's ``create_transform``.
 
     Raises:
-        ValueError: it has a step whose way cannot be followed, which is named.
+        ValueError: one of its operations cannot be followed.
 
     >>> from timm.data import create_transform
     >>> follow = FollowedTransform(create_transform(64))
@@ -91,7 +92,7 @@ class FollowedTransform:
     """
 
     def __init__(self, transform: Any) -> None:
-        # ours: the operations of RandAugment get to note what they move
+        # a copy: the operations of RandAugment are changed to record their moves
         self.operations = copy.deepcopy(getattr(transform, "transforms", [transform]))
         self._moves: list[Step] = []
         for operation in self.operations:
@@ -101,57 +102,42 @@ class FollowedTransform:
         if isinstance(operation, (auto_augment.RandAugment, auto_augment.AutoAugment)):
             groups = getattr(operation, "policy", None) or [operation.ops]
             for one in [one for group in groups for one in group]:
-                if one.name in _MOVES and not isinstance(one.aug_fn, _Noted):
-                    one.aug_fn = _Noted(one.aug_fn, _MOVES[one.name], self._moves)
+                if one.name in _MOVES and not isinstance(one.aug_fn, _Recorded):
+                    one.aug_fn = _Recorded(one.aug_fn, _MOVES[one.name], self._moves)
         elif isinstance(operation, transforms.RandomApply):
             for inner in operation.transforms:
                 if not isinstance(inner, _STILL):
                     raise _unknown(inner)
-        elif not isinstance(operation, (*_STILL, *_SCALING, *_CENTRAL, *_FLIPS, _CROP)):
+        elif not isinstance(operation, (*_STILL, *_MOVING)):
             raise _unknown(operation)
 
     def __call__(self, picture: Image.Image) -> tuple[Tensor, list[Step]]:
-        """The transformed picture, and its way."""
+        """The transformed picture, and its steps."""
         steps: list[Step] = []
         current: Any = picture
         for operation in self.operations:
-            before = current.size if isinstance(current, Image.Image) else (0, 0)
-            if isinstance(operation, _CROP):
-                with _drawn_again():
-                    box = operation.get_params(current, operation.scale, operation.ratio)
-            elif isinstance(operation, _FLIPS):
-                with _drawn_again():
-                    matrix = _flip(operation, before)
-            current = operation(current)
-            after = current.size if isinstance(current, Image.Image) else (0, 0)
-            if isinstance(operation, _CROP):
-                top, left, height, width = box
-                steps.append(Step(_scaling((width, height), after, left, top), before))
-            elif isinstance(operation, _FLIPS):
+            find = next((f for kinds, f in _MOVING.items() if isinstance(operation, kinds)), None)
+            if find is None:
+                current = operation(current)
+            else:
+                before = current.size
+                current, matrix = find(operation, current)
                 steps.append(Step(matrix, before))
-            elif isinstance(operation, _SCALING):
-                steps.append(Step(_scaling(before, after), before))
-            elif isinstance(operation, _CENTRAL):
-                left, top = (_margin(a, b) for a, b in zip(before, after))
-                steps.append(Step((1.0, 0.0, left, 0.0, 1.0, top), before))
             steps += self._moves
             self._moves.clear()
         return current, steps
 
 
-_CROP = timm_transforms.RandomResizedCropAndInterpolation
-
-
 def _unknown(operation: Any) -> ValueError:
     return ValueError(
-        f"an index cache cannot follow {type(operation).__name__}: take crops, flips, colours and "
-        "RandAugment, or no cache."
+        f"an index cache cannot follow {type(operation).__name__}, only crops, flips, colours and "
+        "RandAugment."
     )
 
 
 @contextlib.contextmanager
 def _drawn_again() -> Iterator[None]:
-    """What is drawn here is drawn once more by what follows."""
+    """Restore the random generators afterwards: the operation itself draws the same numbers."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -161,16 +147,37 @@ def _drawn_again() -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-def _flip(operation: Any, size: tuple[int, int]) -> Matrix:
-    """Tried on a picture of 2x2: white only in the upper left."""
+def _crop(operation: Any, picture: Image.Image) -> tuple[Image.Image, Matrix]:
+    with _drawn_again():
+        top, left, height, width = operation.get_params(picture, operation.scale, operation.ratio)
+    out = operation(picture)
+    return out, _scaling((width, height), out.size, left, top)
+
+
+def _flip(operation: Any, picture: Image.Image) -> tuple[Image.Image, Matrix]:
+    """The place of a white pixel shows what happens to the picture."""
     probe = Image.new("L", (2, 2))
     probe.putpixel((0, 0), 255)
-    turned = operation(probe)
-    mirrored = turned.getpixel((1, 0)) == 255 or turned.getpixel((1, 1)) == 255
-    upside = turned.getpixel((0, 1)) == 255 or turned.getpixel((1, 1)) == 255
-    x = (-1.0, float(size[0])) if mirrored else (1.0, 0.0)
-    y = (-1.0, float(size[1])) if upside else (1.0, 0.0)
-    return (x[0], 0.0, x[1], 0.0, y[0], y[1])
+    with _drawn_again():
+        box = operation(probe).getbbox()
+    (width, height), (left, top) = picture.size, box[:2]
+    x = (-1.0, 0.0, float(width)) if left else (1.0, 0.0, 0.0)
+    y = (0.0, -1.0, float(height)) if top else (0.0, 1.0, 0.0)
+    return operation(picture), (*x, *y)
+
+
+def _scale(operation: Any, picture: Image.Image) -> tuple[Image.Image, Matrix]:
+    out = operation(picture)
+    return out, _scaling(picture.size, out.size)
+
+
+def _centre(operation: Any, picture: Image.Image) -> tuple[Image.Image, Matrix]:
+    out = operation(picture)
+    left, top = (_margin(a, b) for a, b in zip(picture.size, out.size))
+    return out, (1.0, 0.0, left, 0.0, 1.0, top)
+
+
+_MOVING = {_CROP: _crop, _FLIPS: _flip, _SCALING: _scale, _CENTRAL: _centre}
 
 
 def _scaling(
@@ -180,64 +187,40 @@ def _scaling(
 
 
 def _margin(before: int, after: int) -> float:
-    """Pixels that a central crop takes away in front; negative for padding."""
+    """Pixels that a central crop removes on the left or top; negative for padding."""
     return float(round((before - after) / 2.0) if before >= after else -((after - before) // 2))
 
 
-class _Noted:
-    """An operation of RandAugment that leaves a note of what it has moved."""
+class _Recorded:
+    """An operation of RandAugment that records its moves."""
 
     def __init__(
         self,
         function: Callable[..., Any],
         matrix: Callable[[float, tuple[int, int]], Matrix],
-        notes: list[Step],
+        moves: list[Step],
     ) -> None:
-        self.function, self.matrix, self.notes = function, matrix, notes
+        self.function, self.matrix, self.moves = function, matrix, moves
 
     def __call__(self, picture: Any, level: float, **kwargs: Any) -> Any:
-        self.notes.append(Step(self.matrix(level, picture.size), picture.size))
+        self.moves.append(Step(self.matrix(level, picture.size), picture.size))
         return self.function(picture, level, **kwargs)
 
 
 def _rotation(degrees: float, size: tuple[int, int]) -> Matrix:
-    """About the middle, as PIL turns pictures."""
+    """About the centre, as PIL rotates."""
     angle, x, y = -math.radians(degrees), size[0] / 2.0, size[1] / 2.0
     cos, sin = math.cos(angle), math.sin(angle)
     return (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
-def _shear_x(factor: float, size: tuple[int, int]) -> Matrix:
-    return (1.0, factor, 0.0, 0.0, 1.0, 0.0)
-
-
-def _shear_y(factor: float, size: tuple[int, int]) -> Matrix:
-    return (1.0, 0.0, 0.0, factor, 1.0, 0.0)
-
-
-def _shift_x(pixels: float, size: tuple[int, int]) -> Matrix:
-    return (1.0, 0.0, pixels, 0.0, 1.0, 0.0)
-
-
-def _shift_y(pixels: float, size: tuple[int, int]) -> Matrix:
-    return (1.0, 0.0, 0.0, 0.0, 1.0, pixels)
-
-
-def _shift_x_rel(share: float, size: tuple[int, int]) -> Matrix:
-    return _shift_x(share * size[0], size)
-
-
-def _shift_y_rel(share: float, size: tuple[int, int]) -> Matrix:
-    return _shift_y(share * size[1], size)
-
-
 # operations of timm's AutoAugment and RandAugment that move pixels
 _MOVES: dict[str, Callable[[float, tuple[int, int]], Matrix]] = {
     "Rotate": _rotation,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": _shift_x,
-    "TranslateY": _shift_y,
-    "TranslateXRel": _shift_x_rel,
-    "TranslateYRel": _shift_y_rel,
+    "ShearX": lambda factor, _: (1.0, factor, 0.0, 0.0, 1.0, 0.0),
+    "ShearY": lambda factor, _: (1.0, 0.0, 0.0, factor, 1.0, 0.0),
+    "TranslateX": lambda pixels, _: (1.0, 0.0, pixels, 0.0, 1.0, 0.0),
+    "TranslateY": lambda pixels, _: (1.0, 0.0, 0.0, 0.0, 1.0, pixels),
+    "TranslateXRel": lambda share, size: (1.0, 0.0, share * size[0], 0.0, 1.0, 0.0),
+    "TranslateYRel": lambda share, size: (1.0, 0.0, 0.0, 0.0, 1.0, share * size[1]),
 }

@@ -6,7 +6,7 @@ depend on the number of processes or of interruptions.
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,11 @@ from ltrp_timm.data.images import (
 )
 from ltrp_timm.runtime.stopping import ignore_signals, stop_requests, stopped_by_sigterm
 from ltrp_timm.runtime.world import World, join_world
-from ltrp_timm.scoring.scorer import Scorer, find_device, open_scorer
+from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids, locked
 from ltrp_timm.selection import num_keep
 from ltrp_timm.visualize import kept_patches, row, score_map
 from ltrp_timm.weights.files import write_atomically
-
-KEEP_RATIO, SELECTION = 0.5, "top"  # of overlays, where none is given
 
 
 @dataclass(frozen=True)
@@ -51,89 +49,64 @@ class Ranked:
 def rank_images(
     data: str | Sequence[str],
     output: str | Path,
-    ranker: str | None = None,
-    ranker_weights: Any = None,
-    ranker_args: Mapping[str, Any] | None = None,
     *,
-    model: str | None = None,
-    img_size: int | None = None,
-    patch_size: int | None = None,
-    crop_mode: str | None = None,
-    keep_ratio: float | None = None,
-    selection: str | None = None,
     split: str | None = None,
     data_root: str | None = None,
     input_key: str | None = None,
+    keep_ratio: float | None = None,
+    selection: str | None = None,
     overlays: bool = False,
     batch_size: int = 32,
     num_workers: int = 0,
     device: str | None = None,
     overwrite: bool = False,
+    **scorer_args: Any,
 ) -> Ranked:
     """Write the scores of all patches of all images into a folder; see ``scoring.store``.
 
     Args:
         data: image files and folders, or one data set as ``open_dataset`` takes it.
         output: the folder; an unfinished run in it is continued.
-        ranker: see ``open_scorer``, like the next arguments.
-        ranker_weights: of the ranker.
-        ranker_args: of the ranker.
-        model: a timm ViT that images and patches are prepared for.
-        img_size: side of the images.
-        patch_size: side of a patch.
-        crop_mode: "center" or "squash".
-        keep_ratio: share of patches in ``keep_indices.npy`` (default: 0.5 with a selection).
-        selection: the rule behind ``keep_indices.npy`` (default: "top" with a keep ratio). If
-            neither is given, that file is not written.
         split: of a data set.
         data_root: folder of a named data set.
         input_key: of the images in a named data set.
+        keep_ratio: share of patches in ``keep_indices.npy`` (default: 0.5 with a selection).
+        selection: the rule behind ``keep_indices.npy`` (default: "top" with a keep ratio). If
+            neither is given, that file is not written.
         overlays: also write a picture of each image with its score map and its kept patches.
         batch_size: images per batch.
         num_workers: processes that read images.
         device: of the ranker (default: a GPU if there is one).
         overwrite: replace existing results.
-
-    Returns:
-        How many images were ranked, and which could not be read.
+        **scorer_args: ranker, model and sizes, see ``open_scorer``.
 
     Raises:
         ValueError: an argument is out of range, no image can be read, or the folder holds an
             unfinished run with other settings.
-        TypeError: patches cannot be dropped from the model.
+        TypeError: patches cannot be dropped from the model, or an argument is unknown.
         FileExistsError: the folder holds results.
         BlockingIOError: another process writes to the folder.
         OSError: something is missing, or the folder cannot be written.
+
+    >>> rank_images("photos", "scores", ranker="pixel_std")  # doctest: +SKIP
     """
     inputs, output = [data] if isinstance(data, str) else list(data), Path(output)
     chooses = keep_ratio is not None or selection is not None
-    ratio, rule = keep_ratio or KEEP_RATIO, selection or SELECTION
+    choice: dict[str, Any] = {"keep_ratio": keep_ratio or 0.5, "selection": selection or "top"}
     with (
         stopped_by_sigterm(),
-        join_world("cpu", patient=True) as world,
+        join_world(device, patient=True) as world,
         contextlib.ExitStack() as stack,
     ):
-        device = find_device(device)
         images, missing = _open_images(inputs, output, split, data_root, input_key, world)
-        scorer = open_scorer(
-            ranker,
-            ranker_weights,
-            ranker_args,
-            model=model,
-            img_size=img_size,
-            patch_size=patch_size,
-            crop_mode=crop_mode,
-            keep_ratio=ratio,
-            selection=rule,
-            device=device,
-        )
-        chosen = {"keep_ratio": ratio, "selection": rule} if chooses or overlays else {}
-        settings = {**scorer.settings(), "model": model, "overlays": overlays, **chosen}
+        scorer = open_scorer(**scorer_args, **choice, device=str(world.device))
+        about = {"model": scorer_args.get("model"), "overlays": overlays}
+        settings = {**scorer.settings(), **about, **(choice if chooses or overlays else {})}
         n = scorer.grid_size[0] * scorer.grid_size[1]
+        k = num_keep(n, choice["keep_ratio"]) if chooses else None
 
         def prepare() -> None:
             stack.enter_context(locked(output))
-            k = num_keep(n, ratio) if chooses else None
             begin(output, settings, image_ids(images), n, k, overwrite)
 
         world.on_main(prepare)

@@ -164,7 +164,12 @@ def begin(
         before = _read_index(folder)
         if before["finished"]:
             raise FileExistsError(f"{name} already holds scores; use --overwrite to replace them.")
-        _compare(name, before, json.loads(json.dumps(settings)))
+        for key, new in json.loads(json.dumps(settings)).items():
+            if before.get(key) != new:
+                raise ValueError(
+                    f"{name} holds an unfinished run with {key} = {before.get(key)}, this run has "
+                    f"{new}; use --overwrite to start again."
+                )
     else:
         there = [file for file in (SCORES, KEEP, DONE) if (folder / file).exists()]
         there += [OVERLAYS] if not overwrite and any((folder / OVERLAYS).glob("*")) else []
@@ -184,15 +189,6 @@ def begin(
     if num_keep is not None:
         _create(folder / KEEP, np.int64, (count, num_keep))
     _create(folder / DONE, np.uint8, (count,))  # the last one: all are there
-
-
-def _compare(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key, new in now.items():
-        if before.get(key) != new:
-            raise ValueError(
-                f"{name} holds an unfinished run with {key} = {before.get(key)}, this run has "
-                f"{new}; use --overwrite to start again."
-            )
 
 
 def _create(path: Path, kind: Any, shape: tuple[int, ...]) -> None:

@@ -60,7 +60,8 @@ from ltrp_timm.data.label_files import read_coco
 from ltrp_timm.measure.mean_precision import seen_classes
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment
 from ltrp_timm.runtime.stopping import ignore_signals
-from ltrp_timm.scoring.scorer import CROP_MODES, Scorer, find_device
+from ltrp_timm.runtime.world import join_world
+from ltrp_timm.scoring.scorer import CROP_MODES, Scorer
 from ltrp_timm.selection import num_keep
 from studies.fairness.coco_objects import Annotated, ObjectDataset, collate, find_objects
 from studies.fairness.coco_rankers import Entry, kept_shares, open_rankers
@@ -217,8 +218,8 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("skimage") is None:
         raise CommandError("polygons need scikit-image: pip install 'ltrp-timm[demo]'")
     load_pyplot()
-    with library_errors():
-        device = find_device(args.device)
+    with library_errors(), join_world(args.device, patient=True) as world:
+        device = str(world.device)
     args.keep_ratios = list(dict.fromkeys(args.keep_ratios))
     with library_errors():
         found = find_objects(read_coco(args.annotations), args.crowds)
