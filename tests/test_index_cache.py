@@ -309,7 +309,7 @@ def test_a_cache_that_does_not_fit_is_refused(here: Path) -> None:
         open_cache(make_model(selection="random"))
     model = make_model()
     model.budget = AdaptiveBudget("mass", 0.5, 4, 0.5)
-    with pytest.raises(ValueError, match="adaptive budget needs scores; an index cache has only"):
+    with pytest.raises(ValueError, match="adaptive budget ranks images itself"):
         open_cache(model)
     with pytest.raises(ValueError, match="an index cache needs a pruned model"):
         cached_transform("orders", timm.create_model(NAME, depth=1), None, None)

@@ -25,6 +25,7 @@ from ltrp_timm.commands import main
 from ltrp_timm.scoring import store
 from ltrp_timm.scoring.scorer import Scorer
 from ltrp_timm.scoring.store import FAILED, PENDING, RANKED, ScoreWriter
+from ltrp_timm.share import save_pretrained
 
 SMALL = ("--img-size", "64", "--num-workers", "0")
 ROOT = Path(ltrp_timm.__file__).parents[1]
@@ -164,6 +165,21 @@ def test_as_in_front_of_a_model(folder: Path, name: str) -> None:
         assert torch.equal(model.keep_indices(x)[0], torch.from_numpy(keep))
 
 
+def test_a_saved_model_ranks_with_its_own_ranker(folder: Path) -> None:
+    create_ranker("conv").save("ranker")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    model = drop_patches(vit.eval(), "conv", ranker_weights="ranker")
+    save_pretrained(model, "saved")
+    arguments = ["rank", "photos", "--model", "local-dir:saved", "--num-workers", "0"]
+    assert main([*arguments, "-o", "own"]) == 2
+    assert main([*arguments, "-o", "other", "--ranker", "contrast"]) == 2
+    own, other = load("own"), load("other")
+    assert (own["ranker"], other["ranker"]) == ("conv", "contrast")
+    x = ltrp_timm.visualize.to_tensor(Image.open("photos/0.png").convert("RGB"), model)
+    scores = torch.from_numpy(own["scores"][own["images"].index("0.png")])
+    assert torch.allclose(model.patch_scores(x)[0], scores, atol=1e-6)
+
+
 class StopError(Exception):
     """Stands for whatever ends a run."""
 
@@ -237,6 +253,7 @@ def unreadable(*_: Any) -> Any:
         (["--selection", "random"], "unfinished run with selection = top, this run has random"),
         (["--overlays"], "unfinished run with overlays = False"),
         (["--ranker-args", "parts=['std']"], "unfinished run with ranker_args"),
+        (["no keep ratio"], "unfinished run with keep_ratio = 0.5, this run has None"),
         (["--crop-mode", "squash"], "crop_mode = center, this run has squash"),
         (["new image"], "unfinished run with images_hash"),
         (["touched image"], "unfinished run with images_hash"),
@@ -259,7 +276,9 @@ def test_other_settings_are_not_mixed(
         Image.new("RGB", (64, 64)).save("photos/z.png")
     elif changes == ["touched image"]:
         os.utime("photos/0.png", ns=(1, 1))
-    again = [*first, *(c for c in changes if " image" not in c)]
+    again = [*first, *(c for c in changes if " " not in c)]
+    if changes == ["no keep ratio"]:
+        again = [flag for flag in first if flag not in ("--keep-ratio", "0.5")]
     assert main(again) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
@@ -410,6 +429,12 @@ def test_strips_and_damaged_files(
         err = capsys.readouterr().err
         assert text in err
         assert len(err.splitlines()) == 1
+    Path("cut/scores.npy").unlink()
+    assert main(arguments) == 2
+    assert "cut/scores.npy is damaged" in capsys.readouterr().err
+    Path("cut/done.npy").write_bytes(b"damaged")
+    assert main(arguments) == 2
+    assert "cut/done.npy is damaged" in capsys.readouterr().err
     Path("cut/index.json").write_text("[]")
     assert main(arguments) == 2
     assert "cut/index.json must be a JSON object" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def rank_images(
         input_key: of the images in a named data set.
         keep_ratio: share of patches in ``keep_indices.npy`` (default: 0.5 with a selection).
         selection: the rule behind ``keep_indices.npy`` (default: "top" with a keep ratio). If
-            neither is given, that file is not written.
+            neither is given, that file is not written, and overlays show the best half.
         overlays: also write a picture of each image with its score map and its kept patches.
         batch_size: images per batch.
         num_workers: processes that read images.
@@ -101,7 +101,8 @@ def rank_images(
         images, missing = _open_images(inputs, output, split, data_root, input_key, world)
         scorer = open_scorer(**scorer_args, **choice, device=str(world.device))
         about = {"model": scorer_args.get("model"), "overlays": overlays}
-        settings = {**scorer.settings(), **about, **(choice if chooses or overlays else {})}
+        chosen = choice if chooses else dict.fromkeys(choice)  # None: nothing is kept
+        settings = {**scorer.settings(), **about, **chosen}
         n = scorer.grid_size[0] * scorer.grid_size[1]
         k = num_keep(n, choice["keep_ratio"]) if chooses else None
 
@@ -110,7 +111,7 @@ def rank_images(
             begin(output, settings, image_ids(images), n, k, overwrite)
 
         world.on_main(prepare)
-        writer = ScoreWriter(output)
+        writer = ScoreWriter(output, keeps=chooses)
         if len(writer) != len(images):
             raise ValueError(f"{output} is for {len(writer)} images, this process found another.")
         draw = _Overlays(output, images, scorer) if overlays else None

@@ -162,7 +162,7 @@ def begin(
         _remove(folder)
     if (folder / INDEX).is_file():
         before = _read_index(folder)
-        if before["finished"]:
+        if before.get("finished"):
             raise FileExistsError(f"{name} already holds scores; use --overwrite to replace them.")
         for key, new in json.loads(json.dumps(settings)).items():
             if before.get(key) != new:
@@ -180,7 +180,7 @@ def begin(
         about = {"dataset": ids.dataset, "images": list(ids.names), "sizes": list(ids.sizes)}
         _write_index(folder, {"format": _FORMAT, "finished": False, **settings, **about})
     if (folder / DONE).is_file():
-        done = np.load(folder / DONE, mmap_mode="r+")
+        done: Any = _open(folder / DONE, "r+")
         done[done == FAILED] = PENDING  # they are tried again
         done.flush()
         return
@@ -227,14 +227,15 @@ class ScoreWriter:
 
     Args:
         folder: that ``begin`` has prepared.
+        keeps: whether there is a ``keep_indices.npy`` to write.
 
     Raises:
         ValueError: an array is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keeps: bool = False) -> None:
         self.folder = folder
-        names = [name for name in (SCORES, KEEP) if (folder / name).exists()]
+        names = (SCORES, KEEP) if keeps else (SCORES,)
         self._arrays: dict[str, Any] = {name: _open(folder / name, "r+") for name in names}
         self._done: Any = _open(folder / DONE, "r+")
         self._waiting: list[tuple[int, int]] = []
@@ -257,7 +258,7 @@ class ScoreWriter:
         Args:
             rows: B numbers of images.
             scores: (B, N) float32.
-            keep: (B, K) int64; ignored without ``keep_indices.npy``.
+            keep: (B, K) int64; ignored unless this writer keeps them.
             readable: B flags; the others get an empty row.
         """
         good = torch.tensor(readable)

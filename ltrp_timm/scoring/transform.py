@@ -50,7 +50,7 @@ def cached_transform(folder: Any, model: Any, images: Any, transform: Transform)
             f"selection {model.selection!r} uses no scores; it does not go with an index cache."
         )
     if model.budget is not None:
-        raise ValueError("an adaptive budget needs scores; an index cache has only their order.")
+        raise ValueError("an adaptive budget ranks images itself; use it without an index cache.")
     cache.check(model.ranker, model.data_config()["input_size"][-2:], model.patch_grid)
     return CachedTransform(cache, images, transform)
 
