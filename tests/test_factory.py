@@ -324,7 +324,7 @@ def test_generic_entry(tmp_path: Path) -> None:
     assert torch.equal(model(images()), plain(images()))
     with pytest.raises(TypeError, match="cannot drop patches from ResNet"):
         timm.create_model("ltrp", backbone="resnet18")
-    with pytest.raises(ValueError, match="write the tag behind the backbone's name"):
+    with pytest.raises(ValueError, match="append the tag to the backbone's name"):
         timm.create_model("ltrp.augreg_in21k", backbone="vit_tiny_patch16_224")
 
 

@@ -24,7 +24,7 @@ _FRONT_END = list(set(inspect.signature(drop_patches).parameters) - {"model", "c
 _FEATURES = ("features_only", "out_indices", "feature_cls")
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
 _PREFIX = "backbone."
-_DESCRIPTIVE = (  # fields of a cfg that nothing is built of
+_DESCRIPTIVE = (  # fields of a cfg that do not affect the model
     *("license", "description", "origin_url", "paper_name", "paper_ids", "notes"),
     *("label_names", "label_descriptions"),
 )
@@ -43,31 +43,31 @@ def create_ltrp(
     """Build a registered model, or the generic one around any timm ViT.
 
     The ``pretrained_cfg`` of a registered name describes the whole model: the backbone is built
-    without weights, and one file, of a plain backbone or of a whole model, fills it. So does that
-    of the generic one, or an overlay with a weight source; without them its ``pretrained=True``
-    pulls the backbone's weights as timm would.
+    without weights, then one file of a plain backbone or of a whole model is loaded. The same holds
+    for a ``pretrained_cfg`` of the generic model, or an overlay with a weight source; without them,
+    its ``pretrained=True`` loads the backbone's weights as timm does.
 
     Args:
         variant: the registered name.
         pretrained: load weights.
-        backbone: name of the timm ViT; for the generic model with a tag, or a source as in timm.
+        backbone: name of the timm ViT; for the generic model also with a tag, or a source as in
+            timm.
         pretrained_cfg: as in timm.
         pretrained_cfg_overlay: as in timm.
         cache_dir: as in timm.
-        **kwargs: arguments of ``drop_patches`` and of timm's feature wrapper; the rest goes to the
-            backbone.
+        **kwargs: arguments of ``drop_patches``, of timm's feature wrapper and of the backbone.
 
     Raises:
-        TypeError: patches cannot be dropped from the backbone, or it does not know an argument.
-        ValueError: a tag for the generic model (tags belong to the backbone's name), or a value out
-            of its range.
-        RuntimeError: weights do not fit.
-        OSError: weights are not there, or the Hub does not give them.
+        TypeError: Patches cannot be dropped from the backbone, or an argument is unknown.
+        ValueError: The generic model has a tag (tags belong to the backbone's name), or a value is
+            out of range.
+        RuntimeError: Weights do not fit.
+        OSError: Weights do not exist, or the Hub does not return them.
     """
     generic = variant == GENERIC
     if generic and isinstance(pretrained_cfg, str) and pretrained_cfg:
         raise ValueError(
-            f"{variant} has no tag {pretrained_cfg!r}: write the tag behind the backbone's name."
+            f"{variant} has no tag {pretrained_cfg!r}: append the tag to the backbone's name."
         )
     overlay = dict(pretrained_cfg_overlay or {})
     front, features, rest = _split_kwargs(kwargs)
@@ -94,7 +94,7 @@ def create_ltrp(
 
 
 def _weights_size(cfg: Mapping[str, Any], cache_dir: Optional[str]) -> Optional[int]:
-    """Bytes of the weights in a folder or repository; None when that has none."""
+    """Bytes of the weights in a folder or repository; None if there are none."""
     if cfg.get("source") == "local-dir":
         folder = Path(str(cfg.get("file")))
     else:
@@ -104,10 +104,10 @@ def _weights_size(cfg: Mapping[str, Any], cache_dir: Optional[str]) -> Optional[
 
 
 def _check_saved(cfg: Any, args: Any) -> str:
-    """Check a configuration out of a folder or repository; returns where it is from, or "".
+    """Check a configuration from a folder or repository; returns its source, or "".
 
     Raises:
-        ValueError: it says what only the caller may say, or what no model is made of.
+        ValueError: It sets what only the caller may set, or a value is invalid.
     """
     if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
         return ""
@@ -130,7 +130,7 @@ def _check_saved(cfg: Any, args: Any) -> str:
 
 def _bare_backbone(name: str, cfg: Mapping[str, Any], kwargs: Dict[str, Any]) -> nn.Module:
     """The backbone of a whole model's cfg, without weights."""
-    if ":" in name:  # a folder or a repository says itself what it holds
+    if ":" in name:  # a folder or a repository has its own cfg
         return timm.create_model(name, **kwargs)
     if cfg.get("fixed_input_size"):  # a tag may have been trained at another size
         kwargs = {"img_size": tuple(cfg["input_size"][-2:]), **kwargs}
@@ -173,7 +173,7 @@ def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any
     """Arguments for the front-end, for timm's feature wrapper, and for the backbone.
 
     Raises:
-        ValueError: a feature wrapper that would hand out tokens without their places.
+        ValueError: The feature wrapper would return tokens without their places.
     """
     front = {name: kwargs[name] for name in _FRONT_END if name in kwargs}
     features = {name: kwargs[name] for name in _FEATURES if name in kwargs}
@@ -213,12 +213,12 @@ def _plain(cfg: Any) -> Any:
 
 
 def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:
-    """timm's cfg of ``arch.tag`` as that of a registered model; None where this timm lacks it."""
+    """timm's cfg of ``arch.tag`` as that of a registered model; None if this timm lacks it."""
     cfg = timm.models.get_pretrained_cfg(tag)
     if cfg is None:
         return None
     wrapped = wrap_pretrained_cfg(cfg.to_dict())
-    # the Hub holds native weights also where the url names an original JAX file
+    # the Hub has native weights even if the url names an original JAX file
     changes = {"url": None, "custom_load": False, "architecture": None, "tag": None, **changes}
     return dataclasses.replace(PretrainedCfg(**wrapped), **changes)
 

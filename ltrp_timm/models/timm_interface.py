@@ -167,7 +167,7 @@ class TimmInterface(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Any:
-        """timm's layer groups of the backbone; the ranker is a group of its own in front."""
+        """timm's layer groups of the backbone; the ranker is a separate group in front."""
         matcher = self.backbone.group_matcher(coarse=coarse)
         if callable(matcher):
 
@@ -207,7 +207,7 @@ class TimmInterface(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights of such a model, or of its plain backbone; the ranker then keeps its own.
+        """Load weights of this model, or of its plain backbone; the ranker then keeps its own.
 
         Args:
             state_dict: names ``backbone.*`` and ``ranker.*``, or those of the plain ViT.

@@ -62,7 +62,7 @@ class Ranker:
         img_size: Optional[Tuple[int, int]] = None,
         patch_size: Optional[Tuple[int, int]] = None,
     ) -> None:
-        """Follow a backbone to another image or patch size; a ranker with a fixed grid stays."""
+        """Follow a backbone to another size; a ranker with a fixed grid does nothing."""
 
 
 class PatchSizeRanker(Ranker, nn.Module):

@@ -79,13 +79,6 @@ class VitRanker(Ranker, VisionTransformer):
         names = ("embed_dim", "depth", "num_heads", "in_chans", "mean", "std")
         return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 
-    def set_input_size(
-        self,
-        img_size: Optional[Tuple[int, int]] = None,
-        patch_size: Optional[Tuple[int, int]] = None,
-    ) -> None:
-        """Do nothing: its head has one logit per position; images and maps are resized."""
-
     def forward(self, x: Tensor, visible_indices: Optional[Tensor] = None) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w).
 

@@ -92,7 +92,7 @@ def as_budget(value: Any) -> Optional[AdaptiveBudget]:
     """A budget, None, or the mapping of a saved one -> budget or None.
 
     Raises:
-        TypeError: `value` is none of these.
+        TypeError: `value` has another type.
         ValueError: The mapping has other names, or a value is out of range.
     """
     if value is None or isinstance(value, AdaptiveBudget):

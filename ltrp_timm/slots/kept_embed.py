@@ -63,7 +63,7 @@ class KeptPatchEmbed(PatchEmbed):
             return self._timm_forward(x)
         self.keep_indices = None
         if not torch.jit.is_scripting():
-            if not _is_plain(self.proj):  # an adapter or a hook works inside
+            if not _is_plain(self.proj):  # an adapter or a hook inside must run
                 return self._timm_forward(x)
         elif self.strict_img_size and self.img_size is not None:
             if x.shape[2] != self.img_size[0] or x.shape[3] != self.img_size[1]:

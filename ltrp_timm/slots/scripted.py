@@ -12,7 +12,7 @@ from torch import Tensor
 class ScriptedSlots:
     """A mixin for scripted modules with a ``backbone``."""
 
-    if TYPE_CHECKING:  # torch.jit.script would read an annotation as a type of its own
+    if TYPE_CHECKING:  # torch.jit.script would read the annotation as a TorchScript type
         backbone: Any
 
     def _fill_slots(self, keep: Optional[Tensor]) -> None:
