@@ -126,7 +126,7 @@ def test_half_a_file_is_refused(tmp_path: Path) -> None:
 def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match="cannot be read as a safetensors file"):
         create_ranker("conv", pretrained=path)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         create_ranker("conv", pretrained=tmp_path)

@@ -1,7 +1,7 @@
 """The paper's ranker: a plain ViT with one logit per patch position from its class token."""
 
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
