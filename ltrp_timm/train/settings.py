@@ -1,4 +1,4 @@
-"""What every training has in common, as plain values."""
+"""What every training has in common: settings as plain values, and the data that they name."""
 
 import dataclasses
 import math
@@ -191,49 +191,41 @@ def make_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sett
 def make_sources(
     data: Any, settings: Settings, world: World, *, min_side: int = 1, **options: Any
 ) -> Sources:
-    """Training and held-out batches of a run.
+    """Open the training and held-out batches of a run.
 
     Args:
-        data: see ``open_dataset``; or ``Images`` of it.
-        settings: which parts of it are read, and how much at a time.
-        world: the processes that share it.
-        min_side: smallest side of a readable picture, in pixels.
-        **options: transforms, sizes and labels, see ``Sources``.
+        data: See ``open_dataset``; or ``Images`` of it.
+        settings: Names its parts and the held-out images, and how much is read at a time.
+        world: Processes that share the images.
+        min_side: Smallest side of a readable picture, in pixels.
+        **options: Transforms, sizes and labels, see ``Sources``.
 
     Raises:
         ValueError: The data does not suit a run, see ``Sources``.
         FileNotFoundError: ``data`` or ``val_data`` does not exist.
     """
-
-    def opened(name: Any, split: str, training: bool) -> Any:
-        return open_dataset(
-            name,
-            root=settings.data_root,
-            split=split,
-            input_key=settings.input_key,
-            num_samples=settings.num_samples,
-            seed=settings.seed,
-            training=training,
-        )
-
-    train, held_out = opened(data, settings.split, True), None
-    if settings.val_data is not None:
-        held_out = opened(settings.val_data, settings.val_split, False)
+    s = settings
+    named: dict[str, Any] = {"root": s.data_root, "input_key": s.input_key}
+    named["num_samples"] = s.num_samples
+    train = open_dataset(data, split=s.split, seed=s.seed, training=True, **named)
+    held_out = s.val_data
+    if held_out is not None:
+        held_out = open_dataset(held_out, split=s.val_split, seed=s.seed, training=False, **named)
     if isinstance(held_out, IterableDataset):
-        raise ValueError(f"val_data must not be a stream, got {settings.val_data}.")
-    if settings.plot and held_out is None and isinstance(train, IterableDataset):
+        raise ValueError(f"val_data must not be a stream, got {s.val_data}.")
+    if s.plot and held_out is None and isinstance(train, IterableDataset):
         raise ValueError("pictures of a stream's training need val_data, or plot=False.")
     return Sources(
         train,
         held_out,
         world,
         min_side=min_side,
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        holdout=settings.holdout,
-        num_samples=settings.num_samples,
-        num_workers=settings.num_workers,
-        seed=settings.seed,
+        batch_size=s.batch_size,
+        accumulate=s.accumulate,
+        holdout=s.holdout,
+        num_samples=s.num_samples,
+        num_workers=s.num_workers,
+        seed=s.seed,
         **options,
     )
 
@@ -241,18 +233,9 @@ def make_sources(
 def cropped_sources(
     data: Any, settings: Settings, world: World, model: Any, scale: Sequence[float]
 ) -> Sources:
-    """Images without labels, as random crops and as centre crops.
+    """Open images without labels, as random crops and as centre crops; see ``make_sources``.
 
-    Args:
-        data: see ``make_sources``.
-        settings: see ``make_sources``.
-        world: see ``make_sources``.
-        model: what the images are for: its ``img_size``, ``patch_size``, ``mean`` and ``std``.
-        scale: share of a picture's area that a random crop takes, from and to.
-
-    Raises:
-        ValueError: The data does not suit a run, see ``Sources``.
-        FileNotFoundError: ``data`` or ``val_data`` does not exist.
+    Size, normalisation and the smallest side are those of ``model``, a teacher or targets.
     """
     train, evaluation = crop_transforms(model.img_size, model.mean, model.std, scale)
     sources = make_sources(
