@@ -1,4 +1,4 @@
-"""Text for people: one line, printable, on the terminal."""
+"""Text for people: printable, on one line, on the terminal."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    r"""A file's name on one line: control and undecodable characters as escapes.
+    r"""A file's name with control and undecodable characters escaped.
 
     >>> printable("two" + chr(10) + "lines.png")
     'two\\nlines.png'
@@ -26,17 +26,19 @@ def first_names(names: Sequence[str], count: int = 5) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line; its type when it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's message on one line; its type if it has no message."""
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    text = "; ".join(filter(None, lines)).replace(":; ", ": ")
+    return text or type(error).__name__
 
 
 def say(text: str) -> None:
-    """Print, also where the terminal's encoding lacks a character of a file's name."""
+    """Print to stdout; escape what the terminal's encoding cannot show."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def complain(text: str) -> int:
-    """Say what is wrong on stderr; returns exit code 2."""
+    """Print an error to stderr; return exit code 2."""
     print(f"ltrp-timm: {text}", file=sys.stderr, flush=True)
     return 2

@@ -1,3 +1,4 @@
+import argparse
 import builtins
 import os
 import re
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 import ltrp_timm
-from ltrp_timm.commands import main
+from ltrp_timm.commands import _make_parser, main
 
 FAST = ("demo", "--model", "ltrp_vit_tiny", "--repeats", "1")
 REPOSITORY = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -75,7 +76,7 @@ def test_demo_on_its_own_photos(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row[0] for row in times] == ["0.7", "0.33", "0.25"]
     assert all(float(cell) > 0 for row in times for cell in row)
     assert "1 (full)" in out
-    assert "ideal: keep_indices fixed beforehand" in out
+    assert "ideal: given keep_indices, no ranking" in out
     assert "top-1" not in out  # of random weights
     with Image.open("ltrp_demo.png") as picture:
         assert picture.format == "PNG"
@@ -124,14 +125,14 @@ def test_nothing_good_means_no_picture(here: Path, capsys: pytest.CaptureFixture
         (["demo", "--model", "ltrp_vit_bse"], "is unknown: did you mean ltrp_vit_base"),
         (["demo", "--model", "qqqqqqqqq"], "is unknown: see timm.list_models"),
         (["demo", "--model", "ltrp_vit_tiny.best"], r"Invalid pretrained tag \(best\)"),
-        (["demo", "--model", "resnet10t"], "--model resnet10t: cannot drop patches from ResNet"),
-        (["demo", "--output", "b.png"], r"--output b\.png exists already: --overwrite replaces"),
+        (["demo", "--model", "resnet10t"], "MODEL resnet10t: cannot drop patches from ResNet"),
+        (["demo", "--output", "b.png"], r"--output b\.png cannot be written: it exists already"),
         (["demo", "--output", "no/such.png"], r"--output no/such\.png cannot be written: No such"),
         (["demo", "--output", "a.jpg", "--overwrite"], r"--output must end in \.png, got a\.jpg"),
-        (["demo", "--output", "folder.png", "--overwrite"], "is no regular file"),
+        (["demo", "--output", "folder.png", "--overwrite"], "it is not a regular file"),
         (
             ["demo", "--image", "b.png", "--output", "./b.png", "--overwrite"],
-            "is one of the photos",
+            "it is one of the photos",
         ),
         (["demo", "--imag", "b.png"], "unrecognized arguments"),
     ],
@@ -216,9 +217,7 @@ def test_any_timm_vit_and_an_untrained_ranker(
     assert main(["demo", "--repeats", "1", "--image", "a.jpg", *arguments]) == 0
     out = capsys.readouterr().out
     assert "vit_tiny_patch16_224, 5.7 M parameters" in out
-    assert re.search(
-        r"conv: 0\.\d\d M parameters, untrained here, so its choice means nothing", out
-    )
+    assert re.search(r"conv: 0\.\d\d M parameters, untrained, its choice means nothing", out)
     assert "196 of 196 at 1, 98 of 196 at 0.5" in out
     assert not recwarn.list
 
@@ -276,7 +275,7 @@ def test_damaged_weights_are_one_line(here: Path, capsys: pytest.CaptureFixture[
     file = next((here.parent / "hub").rglob("model.safetensors"))
     file.write_bytes(file.read_bytes()[:1000])
     assert main([*FAST, "--image", "a.jpg"]) == 2
-    assert "--model ltrp_vit_tiny: " in one_line(capsys.readouterr().err)
+    assert "MODEL ltrp_vit_tiny: " in one_line(capsys.readouterr().err)
 
 
 def test_the_installed_command_survives_a_closed_pipe(here: Path) -> None:
@@ -293,3 +292,31 @@ def test_the_installed_command_survives_a_closed_pipe(here: Path) -> None:
     assert process.returncode == 1
     assert "Traceback" not in err
     assert "Exception" not in err
+
+
+def options() -> list[tuple[str, argparse.Action]]:
+    """Command and option, for all commands."""
+    (commands,) = (a for a in _make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return [
+        (name, action)
+        for name, parser in commands.choices.items()
+        for action in parser._actions
+        if not isinstance(action, argparse._HelpAction)
+    ]
+
+
+def test_every_option_has_a_help_that_speaks_to_a_shell() -> None:
+    for name, action in options():
+        text = f"{name} {action.dest}: {action.help}"
+        assert action.help, text
+        assert not re.search(r"\bNone\b|``|\bTrue\b|\bFalse\b", action.help), text
+        assert action.nargs == 0 or action.choices or action.metavar, text
+
+
+def test_one_name_for_one_thing() -> None:
+    """Options of one name take one kind of value in all commands."""
+    kinds: dict[str, set[object]] = {}
+    for _, action in options():
+        if action.option_strings and not action.choices:
+            kinds.setdefault(action.dest, set()).add(action.metavar)
+    assert not {name: found for name, found in kinds.items() if len(found) > 1}

@@ -20,7 +20,7 @@ from train_setup import make_photos
 
 from ltrp_timm import drop_patches, save_pretrained
 from ltrp_timm.commands import _make_parser, main
-from ltrp_timm.commands._evaluate_report import check_folder
+from ltrp_timm.commands._console import check_folder
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.measure import evaluate as measure
 from ltrp_timm.measure.evaluate import MIN_ROUNDS, measure_all
@@ -93,8 +93,8 @@ def test_accuracy_is_that_of_the_whole_set(here: Path, capsys: pytest.CaptureFix
     assert evaluate("-o", "out", "--per-image", "--plot") == 2  # bad.png
     out, err = capsys.readouterr()
     assert err.strip() == "ltrp-timm: skipped dog/bad.png: is not an image in a known format."
-    assert "could not be read, and count nowhere: 1" in out
-    assert "3 classes, found in natural order" in out
+    assert "unreadable images, excluded: 1" in out
+    assert "3 classes, matched in natural order" in out
     rows = read("out/evaluate.csv")
     ratios = [float(row["keep_ratio"]) for row in rows]
     assert ratios == [1.0, 0.7, 0.5, 0.25]
@@ -189,9 +189,9 @@ def test_a_plain_model_is_one_row(here: Path, capsys: pytest.CaptureFixture[str]
     more = ("--img-size", "32", "-o", "out", "--per-image")
     assert evaluate(*more, model="resnet10t", data="some") == 0
     out = capsys.readouterr().out
-    assert "resnet10t, as it is: it cannot drop patches" in out
-    assert "2 classes, found by WordNet id" in out
-    assert "the model's 998 other classes are left out" in out
+    assert "resnet10t, a plain model: it cannot drop patches" in out
+    assert "2 classes, matched by WordNet id" in out
+    assert "998 classes that the data does not have are excluded" in out
     (row,) = read("out/evaluate.csv")
     assert (row["keep_ratio"], row["num_keep"], row["num_classes"]) == ("1.0", "", "2")
     assert {line["predicted"] for line in read("out/per_image.csv")} <= {"3", "700"}
@@ -200,7 +200,7 @@ def test_a_plain_model_is_one_row(here: Path, capsys: pytest.CaptureFixture[str]
     assert evaluate(*everyone, model="resnet10t", data="some") == 0
     (row,) = read("out/evaluate.csv")
     assert row["num_classes"] == "1000"
-    assert "left out" not in capsys.readouterr().out
+    assert "are excluded" not in capsys.readouterr().out
 
 
 def test_numbered_folders_are_those_of_imagenet_v2(
@@ -210,7 +210,7 @@ def test_numbered_folders_are_those_of_imagenet_v2(
         make_photos(Path("v2") / str(number), 1)
     more = ("--img-size", "32", "-o", "out", "--per-image")
     assert evaluate(*more, model="resnet10t", data="v2") == 0
-    assert "3 classes, found by number" in capsys.readouterr().out
+    assert "3 classes, matched by number" in capsys.readouterr().out
     assert [line["target"] for line in read("out/per_image.csv")] == ["7", "12", "100"]
 
 
@@ -219,7 +219,7 @@ def test_a_class_map_says_which_class_is_which(
 ) -> None:
     Path("map.txt").write_text("owl\ndog\ncat\n")
     assert evaluate("--class-map", "map.txt", "--keep-ratio", "1", "-o", "a", "--per-image") == 2
-    assert "found by name" in capsys.readouterr().out
+    assert "matched by name" in capsys.readouterr().out
     targets = {line["target_name"]: line["target"] for line in read("a/per_image.csv")}
     assert targets == {"owl": "0", "dog": "1", "cat": "2"}
 
@@ -265,7 +265,7 @@ def test_two_processes_count_every_image_once(here: Path) -> None:
     assert evaluate("-o", "one", "--per-image") == 2
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["evaluate", "local-dir:model", "--data", "set", "--batch-size", "3"]
-    more = ["--device", "cpu", "-o", "two", "--per-image", "--workers", "0"]
+    more = ["--device", "cpu", "-o", "two", "--per-image", "--num-workers", "0"]
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "ltrp_timm", *command, *more],
         capture_output=True,
@@ -273,7 +273,7 @@ def test_two_processes_count_every_image_once(here: Path) -> None:
         check=False,
         timeout=300,
     )
-    assert done.stdout.count("times as fast") == 2, done.stderr
+    assert done.stdout.count("speed-up") == 2, done.stderr
     assert done.stderr.count("skipped dog/bad.png") == 1
     one, two = read("one/evaluate.csv"), read("two/evaluate.csv")
     for name in ("keep_ratio", "num_keep", "images", "unreadable"):
@@ -296,7 +296,7 @@ def test_an_adaptive_budget_is_the_models_own(
     assert 0 < float(rows[1]["num_keep"]) < 16
     capsys.readouterr()
     assert evaluate("--keep-ratio", "0.7", model="local-dir:adaptive") == 2
-    assert "an adaptive budget is the model's own: --keep-ratio 1 0.4" in capsys.readouterr().err
+    assert "an adaptive model has its own budget: use --keep-ratio 1 0.4" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +308,7 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert evaluate("--keep-ratio", "0.5", "-o", "out", "--per-image") == 2
     err = capsys.readouterr().err
-    assert "out holds evaluate.csv and evaluate.json and per_image.csv already" in err
+    assert "it holds evaluate.csv and evaluate.json and per_image.csv already" in err
     assert Path("out/evaluate.csv").read_bytes() == before
     assert evaluate("--keep-ratio", "0.5", "-o", "out", "--overwrite") == 2
     assert Path("out/evaluate.csv").read_bytes() != before
@@ -333,12 +333,12 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--class-map", "empty.txt"], "empty.txt names no classes"),
         (["--class-map", "short.txt"], "the model has 3 classes, but names 1"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
-        (["--num-classes", "0"], "--num-classes: must be a whole number from 1"),
+        (["--num-classes", "-1"], "--num-classes: must be a whole number from 0"),
         (["--device", "nope"], "device 'nope' cannot be used"),
         (["--batch-size", "0"], "--batch-size: must be a whole number from 1"),
-        (["--plot"], "--plot and --per-image need --output"),
+        (["--plot"], "--plot and --per-image require --output"),
         (["-o", ""], "--output must name a folder"),
-        (["-o", "empty.txt"], "--output empty.txt is no folder"),
+        (["-o", "empty.txt"], "--output empty.txt cannot be written: it is not a folder"),
         (["--threads", "9999"], "--threads must be from 1"),
     ],
 )

@@ -49,7 +49,7 @@ def test_evaluate_reports_the_map_of_the_whole_set(
     assert main([*command, "--device", "cpu", "--output", str(out)]) == 0
     said = capsys.readouterr().out
     assert "mAP      mAP seen    mAP unseen" in said
-    assert "classes that no image has, they count nowhere (1): yellow" in said
+    assert "classes without any image, excluded (1): yellow" in said
     results = json.loads((out / "evaluate.json").read_text())["results"]
     per_class = {row["class"]: row for row in read_csv(out / "per_class.csv")}
     lines = read_csv(out / "per_image.csv")
@@ -105,21 +105,21 @@ def test_cached_orders_give_the_same_map(tagged: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        (["--labels", "coco.json"], "--labels goes with --multi-label"),
-        (["--seen-classes", "seen.txt"], "--seen-classes goes with --multi-label"),
-        (["--multi-label"], "--multi-label needs --labels FILE"),
+        (["--labels", "coco.json"], "--labels requires --multi-label"),
+        (["--seen-classes", "seen.txt"], "--seen-classes requires --multi-label"),
+        (["--multi-label"], "--multi-label requires --labels FILE"),
         (["--multi-label", "--labels", "none.csv"], "none.csv does not exist"),
         (
             ["--multi-label", "--labels", "coco.json", "--all-classes"],
-            "--all-classes does not go with --multi-label",
+            "--all-classes excludes --multi-label",
         ),
         (
             ["--multi-label", "--labels", "coco.json", "--seen-classes", "other.txt"],
-            "other.txt: 1 seen classes are no classes: mauve",
+            "other.txt: 1 seen classes are not classes: mauve",
         ),
         (["--multi-label", "--labels", "more.csv"], "1 of 1 labelled images are not in"),
         (["--multi-label", "--labels", "mauve.csv"], "1 of 1 classes are not among the model's"),
-        (["--multi-label", "--labels", "bare.csv"], "no image that could be read has a label"),
+        (["--multi-label", "--labels", "bare.csv"], "no readable image has a label"),
     ],
 )
 def test_evaluate_refuses(

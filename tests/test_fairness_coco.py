@@ -217,7 +217,7 @@ def test_the_seen_categories_are_those_of_evaluate(tmp_path: Path) -> None:
     flags = ["--multi-label", "--data", str(folder / "images"), "--keep-ratio", "0.5"]
     flags += ["--labels", str(folder / "instances.json"), "--output", str(tmp_path / "evaluated")]
     flags += ["--seen-classes", str(folder / "out" / "coco_seen.txt"), "--device", "cpu"]
-    assert command(["evaluate", model, *flags, "--workers", "0"]) == 0
+    assert command(["evaluate", model, *flags, "--num-workers", "0"]) == 0
     result = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["results"][0]
     assert result["map"] == pytest.approx((result["map_seen"] + result["map_unseen"]) / 2)
 
@@ -303,7 +303,7 @@ SQUARE = box(0, 0, 9, 9)
             "4 categories are not in coco_imagenet.csv: my cat, my dog, my giraffe, my frisbee; "
             "--seen-classes FILE",
         ),
-        ({}, ["--seen-classes", "{}/other.txt"], "other.txt: 1 seen classes are no classes: bird"),
+        ({}, ["--seen-classes", "{}/other.txt"], "other.txt: 1 seen classes are not classes: bird"),
         ({}, ["--seen-classes", "{}/none.txt"], "none.txt does not exist"),
         ({}, ["--rankers", "contrasts"], "got 'contrasts'"),
         ({}, ["--rankers", "conv"], "the conv ranker is not trained"),

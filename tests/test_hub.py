@@ -355,7 +355,7 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [
         f"{folder}: config.json, model.safetensors, README.md",
         f"backbone weights: read from {tmp_path / 'last.pth.tar'}",
-        "the card states no training data: --training-data does",
+        "The card has no training data; add it with --training-data.",
     ]
     done = command(hub, home, "push", folder, "--repo-id", "me/model", "--token", "writer")
     assert (done.returncode, done.stdout, done.stderr) == (0, "hf-hub:me/model\n", "")

@@ -17,7 +17,7 @@ from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.data.multi_label import open_multi_label
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.losses import multi_label_loss
-from ltrp_timm.measure.mean_precision import PrecisionCounter, seen_classes
+from ltrp_timm.measure.accuracy import PrecisionCounter, seen_classes
 from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")
@@ -161,11 +161,11 @@ def test_means_that_are_not_there() -> None:
     nothing.add(logits, torch.zeros(50, 5), range(50))
     assert nothing.total().row() == {}
     assert nothing.total().absent == NAMES
-    with pytest.raises(ValueError, match="no image could be read"):
+    with pytest.raises(ValueError, match="no readable image"):
         PrecisionCounter(NAMES).total()
     broken = PrecisionCounter(NAMES)
     broken.add(logits * float("nan"), targets, range(50))
-    with pytest.raises(ValueError, match="logits that are no numbers"):
+    with pytest.raises(ValueError, match="NaN logits"):
         broken.total()
 
 
@@ -175,7 +175,7 @@ def test_seen_classes(tmp_path: Path) -> None:
     assert seen_classes(path, NAMES) == ("dog", "cat")
     assert seen_classes(None, NAMES) is None
     path.write_text("dog\nyak\n")
-    with pytest.raises(ValueError, match=r"seen\.txt: 1 seen classes are no classes: yak"):
+    with pytest.raises(ValueError, match=r"seen\.txt: 1 seen classes are not classes: yak"):
         seen_classes(path, NAMES)
     path.write_text("\n".join(NAMES))
     with pytest.raises(ValueError, match="all 5 classes are seen"):
@@ -184,7 +184,7 @@ def test_seen_classes(tmp_path: Path) -> None:
 
 _TWO = """
 import sys, torch
-from ltrp_timm.measure.mean_precision import PrecisionCounter
+from ltrp_timm.measure.accuracy import PrecisionCounter
 from ltrp_timm.runtime.world import join_world
 logits, targets = torch.load(sys.argv[1], weights_only=True)
 with join_world("cpu") as world:

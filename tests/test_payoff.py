@@ -12,7 +12,7 @@ from ltrp_timm.measure.payoff import (
     FULL,
     GIVEN,
     IDEAL,
-    Line,
+    Payoff,
     break_even,
     ideal,
     measure_payoff,
@@ -33,9 +33,9 @@ def small(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> Any:
     return model
 
 
-def line(method: str, keep_ratio: float, speedup: float, spread: float = 0.01) -> Line:
+def line(method: str, keep_ratio: float, speedup: float, spread: float = 0.01) -> Payoff:
     found = Ratio(speedup, speedup - spread, speedup + spread)
-    return Line(method, keep_ratio, 1, Timing(method, (1.0,)), found)
+    return Payoff(method, keep_ratio, 1, Timing(method, (1.0,)), found)
 
 
 @pytest.mark.filterwarnings("ignore:.*no trained weights")  # only its time counts

@@ -353,14 +353,17 @@ def test_what_is_an_image_and_what_it_is_called(
         (["nothing"], r"nothing: No such file or directory\."),
         (["."], "no images were found"),
         (["text.png"], "no image could be read, nothing was written: text.png: is not an image"),
-        (["a.png", "--ranker", "best"], "--ranker: invalid choice: 'best' .*attention"),
+        (["a.png", "--ranker", "best"], "ranker must be one of attention, .*'best'"),
         (
             ["a.png", "--ranker", "conv"],
             "conv ranker is not trained.*--ranker-weights PATH or --pretrained",
         ),
         (["a.png", "--ranker", "attention"], "--ranker-weights PATH or --pretrained"),
         (["a.png", "--ranker", "vit_tiny"], r"--ranker-weights PATH\.$"),
-        (["a.png", "--pretrained", "--ranker-weights", "x"], "--ranker-weights: not allowed with"),
+        (
+            ["a.png", "--pretrained", "--ranker-weights", "x"],
+            "--pretrained and --ranker-weights exclude each other",
+        ),
         (["a.png", "--ranker-weights", "nowhere"], "the contrast ranker has no weights"),
         (["a.png", "--ranker", "conv", "--ranker-weights", "no"], r"no does not exist\."),
         (

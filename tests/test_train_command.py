@@ -1,6 +1,7 @@
 """``ltrp-timm train-ranker`` and ``train-teacher``: flags, messages, exit codes."""
 
 import dataclasses
+import functools
 import signal
 import subprocess
 import sys
@@ -15,9 +16,8 @@ from train_setup import make_photos, run, tiny_teacher
 
 import ltrp_timm
 from ltrp_timm.commands import main
-from ltrp_timm.commands import train as train_command
 from ltrp_timm.metrics import spearman
-from ltrp_timm.train import Settings
+from ltrp_timm.train import Settings, train_ranker
 from ltrp_timm.train.logs import read_log
 
 QUICK = ["--num-workers", "0", "--no-tensorboard", "--no-progress", "--epochs", "1"]
@@ -109,16 +109,15 @@ def ranked(weights: str, name: str) -> dict[str, np.ndarray]:
 def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
+    @functools.wraps(train_ranker)
     def note(**values: Any) -> Any:
         seen.update(values)
         return type("Summary", (), {"stopped_by": None, "unreadable": [], "epochs": 1, "steps": 1})
 
-    monkeypatch.setattr("ltrp_timm.train.ranker.train_ranker", note)
+    monkeypatch.setattr("ltrp_timm.commands.train.train_ranker", note)
     plain = ["train-ranker", "--data", "d", "--output", "o"]
     assert main(plain) == 0
-    names = {field.name for field in dataclasses.fields(Settings)}
-    assert not names & set(seen)  # what is not given keeps the recipe's default
-    assert seen["teacher"] == "facebook/vit-mae-base"
+    assert seen == {"data": "d", "output": "o"}  # what is not given keeps the function's default
     flags = [
         *("--teacher", "none", "--distill-from", "r", "--distill-weight", "0.3", "--chunk", "5"),
         *("--ranker", "vit_tiny", "--ranker-args", "depth=2", "mean=[0.5]", "x=y"),
@@ -141,10 +140,7 @@ def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in text
-        assert train_command.documentation(field.name) != train_command._HELP
-    assert "Updates between checkpoints (default: one checkpoint per epoch)." in " ".join(
-        text.split()
-    )
+    assert "--epochs N Passes over the training images (default: 400)" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -158,7 +154,7 @@ def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str
         (["--teacher", "teacher", "--ranker-args", "kernel_size=2"], "kernel_size must be odd"),
         (["--teacher", "teacher", "--epochs", "0"], "epochs must be at least 1, got 0."),
         (["--teacher", "none"], "a ranker needs a teacher, or distill_from"),
-        (["--resume", "always"], "argument --resume: invalid choice: 'always'"),
+        (["--resume", "always"], "'always'"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -75,7 +75,7 @@ def test_padding_counts_nowhere_and_processes_are_summed() -> None:
     alone = counter.total()
     assert (alone.top1, alone.images) == (2 / 3, 3)
     assert counter.total(TwoProcesses([0.0, 1.0, 1.0])).top1 == 2 / 4
-    with pytest.raises(ValueError, match="no image could be read"):
+    with pytest.raises(ValueError, match="no readable image"):
         AccuracyCounter().total()
 
 

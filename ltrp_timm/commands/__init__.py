@@ -1,24 +1,25 @@
-"""The command line: what ``ltrp-timm`` understands.
+"""The command line ``ltrp-timm``.
 
-It turns flags into plain arguments. An error is one line on stderr and exit code 2.
+An error is one line on stderr and exit code 2.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from ltrp_timm._text import complain
-from ltrp_timm.commands._console import CommandError
-from ltrp_timm.commands._flags import keep_ratio, positive, threads
+import torch
+
+from ltrp_timm._text import complain, one_line
+from ltrp_timm.commands._flags import threads
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse without the usage text in front of an error."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong on one line and leave with 2."""
+        """Print the error on one line and exit with code 2."""
         self.exit(2, f"ltrp-timm: {message}\n")
 
 
@@ -26,40 +27,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        0, or 2 when something was wrong with what the user gave.
+        The exit code: 0, 2 for an error or for input that could not be read, 130 after Ctrl-C,
+        128 + the signal's number for a training that a signal stopped.
     """
     parser = _make_parser()
     try:
-        arguments = parser.parse_args(argv)
+        given = vars(parser.parse_args(argv))
     except SystemExit as stop:  # argparse has printed its line, the help or the version
         return int(stop.code or 0)
-    if arguments.command is None:
+    if given.pop("command") is None:
         parser.print_help()
         return 2
     try:
-        code: int = arguments.run(arguments)
-    except CommandError as error:
-        return complain(str(error))
+        with threads(given.get("threads")):
+            code: int = given.pop("run")(**given)
     except BrokenPipeError:  # the reader of our output has gone, as in `ltrp-timm demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+            return 2  # the first process prints it
+        smaller = isinstance(error, torch.OutOfMemoryError) and "; try a smaller --batch-size"
+        return complain(f"{one_line(error)}{smaller or ''}")
     return code
 
 
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
     from ltrp_timm.commands.benchmark import add_benchmark
+    from ltrp_timm.commands.demo import add_demo
     from ltrp_timm.commands.evaluate import add_evaluate
     from ltrp_timm.commands.export import add_export
     from ltrp_timm.commands.finetune import add_finetune
     from ltrp_timm.commands.rank import add_rank
     from ltrp_timm.commands.share import add_push, add_save
-    from ltrp_timm.commands.train import add_train_commands
+    from ltrp_timm.commands.train import add_train_ranker, add_train_teacher
 
     parser = _Parser(
         prog="ltrp-timm",
@@ -68,55 +75,9 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ltrp-timm {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    _add_demo(commands)
-    add_rank(commands)
-    add_train_commands(commands)
-    add_finetune(commands)
-    add_evaluate(commands)
-    add_export(commands)
-    add_benchmark(commands)
-    add_save(commands)
-    add_push(commands)
+    for add in (
+        *(add_demo, add_rank, add_train_ranker, add_train_teacher, add_finetune),
+        *(add_evaluate, add_export, add_benchmark, add_save, add_push),
+    ):
+        add(commands)
     return parser
-
-
-def _add_demo(commands: Any) -> None:
-    from ltrp_timm.commands.demo import DEFAULT_OUTPUT
-    from ltrp_timm.visualize import KEEP_RATIOS
-
-    about = "Show which patches of photos are kept, and measure how much time that saves."
-    demo = commands.add_parser("demo", help=about, description=about, allow_abbrev=False)
-    demo.set_defaults(run=_run_demo)
-    add = demo.add_argument
-    add("--image", nargs="+", metavar="FILE", help="photos; without, three of scikit-image's")
-    add("--model", default="ltrp_vit_base", help="an ltrp_* name or any timm ViT (%(default)s)")
-    add("--ranker", help="what scores the patches (the model's own, or contrast)")
-    add(
-        "--keep-ratio",
-        nargs="+",
-        type=keep_ratio,
-        default=list(KEEP_RATIOS),
-        metavar="R",
-        help="shares of patches to keep, in (0, 1] (0.7 0.5 0.25)",
-    )
-    add("--output", default=DEFAULT_OUTPUT, metavar="PNG", help="the picture (%(default)s)")
-    add("--overwrite", action="store_true", help="replace an existing --output")
-    add("--pretrained", action="store_true", help="download the backbone's weights if need be")
-    add("--repeats", type=positive, default=10, metavar="N", help="timed rounds (%(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (torch's own choice)")
-
-
-def _run_demo(arguments: argparse.Namespace) -> int:
-    from ltrp_timm.commands.demo import demo
-
-    with threads(arguments.threads):
-        return demo(
-            None if arguments.image is None else list(dict.fromkeys(arguments.image)),
-            model_name=arguments.model,
-            ranker=arguments.ranker,
-            keep_ratios=list(dict.fromkeys(arguments.keep_ratio)),
-            output=arguments.output,
-            overwrite=arguments.overwrite,
-            pretrained=arguments.pretrained,
-            repeats=arguments.repeats,
-        )

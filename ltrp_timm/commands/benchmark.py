@@ -1,24 +1,30 @@
-"""``ltrp-timm benchmark``: does dropping patches pay for this model, here?"""
+"""``ltrp-timm benchmark``: does dropping patches pay for this model, on this machine?"""
 
-import argparse
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ltrp_timm._text import one_line, printable, say
-from ltrp_timm.commands._console import CommandError, behind_links, check_output, output_errors
-from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
-from ltrp_timm.commands._model import build_model, check_names, quiet_about_training
+from ltrp_timm.commands._console import (
+    ModelOptions,
+    Selection,
+    behind_links,
+    check_names,
+    check_output,
+    csv_text,
+    output_errors,
+    quiet_about_training,
+)
+from ltrp_timm.commands._flags import NotNegative, PathName, Positive, add_command
 from ltrp_timm.deploy.formats import input_size
 from ltrp_timm.measure.payoff import (
-    COMPILE_MODES,
     FULL,
-    Line,
+    CompileMode,
+    Payoff,
     by_ranker,
     measure_payoff,
     pays_up_to,
@@ -26,115 +32,126 @@ from ltrp_timm.measure.payoff import (
 )
 from ltrp_timm.measure.throughput import Ratio, environment
 from ltrp_timm.models.front_end import make_ranker
-from ltrp_timm.selection import SELECTIONS
-from ltrp_timm.weights.files import write_atomically
+from ltrp_timm.weights.files import write_text
 
-DTYPES = ("float32", "bfloat16", "float16")
 RANKERS = ("contrast", "conv", "vit_small")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Options of ``ltrp-timm benchmark``.
+
+    Args:
+        model: One or more ``ltrp_*`` names, timm ViTs, hf-hub:OWNER/NAME or local-dir:DIR.
+        keep_ratio: Shares of patches to keep, in (0, 1).
+        ranker: Names of rankers (default: the model's own, else contrast, conv and vit_small).
+        selection: How scores choose patches.
+        batch_size: Images per call.
+        img_size: Sides of the images in pixels (default: the model's own).
+        device: Device, such as cpu, cuda or cuda:1.
+        dtype: Type of the weights and images.
+        compile_mode: Compile each variant with torch.compile in this mode; freezing packs the
+            weights for a CPU (default: eager).
+        repeats: Number of timed rounds.
+        warmup: Rounds before them.
+        threads: CPU threads (default: torch's choice).
+        memory: Measure peak memory.
+        output: CSV file with all figures.
+        overwrite: Replace an existing ``output``.
+    """
+
+    model: Sequence[str]
+    keep_ratio: Sequence[float] = (0.75, 0.5, 0.25)
+    ranker: Sequence[str] | None = None
+    selection: Selection = "top"
+    batch_size: Sequence[int] = (1, 8)
+    img_size: Sequence[int] | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile_mode: CompileMode | None = None
+    repeats: Positive = 10
+    warmup: NotNegative = 2
+    threads: Positive | None = None
+    memory: bool = True
+    output: PathName | None = None
+    overwrite: bool = False
+
+
 def add_benchmark(commands: Any) -> None:
-    """Add the command to the parser."""
-    about = "Measure whether dropping patches pays: full, ideal and pruned, in turns."
-    parser = commands.add_parser("benchmark", help=about, description=about, allow_abbrev=False)
-    parser.set_defaults(run=_run)
-    add = parser.add_argument
-    models = "ltrp_* names, any timm ViTs, hf-hub:… or local-dir:…"
-    add("models", metavar="MODEL", nargs="+", help=models)
-    shares = "shares of patches, below 1 (0.75 0.5 0.25)"
-    add("--keep-ratio", nargs="+", type=keep_ratio, metavar="R", help=shares)
-    own = f"what scores the patches (the model's own, else {', '.join(RANKERS)})"
-    add("--ranker", nargs="+", metavar="RANKER", help=own)
-    add("--selection", choices=SELECTIONS, default="top", help="(%(default)s)")
-    add("--batch-size", nargs="+", type=positive, default=[1, 8], metavar="B", help="(1 8)")
-    add("--img-size", nargs="+", type=positive, metavar="PIXELS", help="sides (the model's own)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (%(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="of weights and images (%(default)s)")
-    modes = "torch.compile, each variant for itself; freezing is for CPUs (default)"
-    add("--compile", nargs="?", const="default", choices=COMPILE_MODES, help=modes)
-    add("--repeats", type=positive, default=10, metavar="N", help="timed rounds (%(default)s)")
-    add("--warmup", type=not_negative, default=2, metavar="N", help="rounds before (%(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (torch's own choice)")
-    add("--no-memory", action="store_true", help="do not measure peak memory")
-    add("-o", "--output", metavar="CSV", help="write all figures")
-    add("--overwrite", action="store_true", help="replace an existing --output")
+    """Add ``ltrp-timm benchmark``."""
+    about = "Measure whether dropping patches pays: full, ideal and pruned, interleaved."
+    add_command(commands, "benchmark", about, _run, BenchmarkOptions, positional=("model",))
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    device = _device(arguments.device)
-    shares = sorted(set(arguments.keep_ratio or (0.75, 0.5, 0.25)), reverse=True)
-    if shares[0] == 1:
-        raise CommandError("--keep-ratio must be below 1: the full model is measured anyway.")
-    if arguments.compile == "freezing" and device.type != "cpu":
-        raise CommandError(f"--compile freezing packs weights for a CPU, got --device {device}.")
-    for name in arguments.models:
-        for ranker in arguments.ranker or [None]:
-            check_names(name, ranker, option="MODEL")
-    if arguments.output is not None:
-        check_output(arguments.output, (".csv",), arguments.overwrite)
+def _run(**given: Any) -> int:
+    options = BenchmarkOptions(**given)
+    device = _device(options.device)
+    if 1 in options.keep_ratio:
+        raise ValueError("--keep-ratio must be below 1; the full model is always measured.")
+    if options.compile_mode == "freezing" and device.type != "cpu":
+        raise ValueError(f"--compile-mode freezing requires --device cpu, got {device}.")
+    for name in options.model:
+        check_names(name, *(options.ranker or ()))
+    if options.output is not None:
+        check_output(options.output, (".csv",), options.overwrite)
     rows: list[dict[str, Any]] = []
-    with threads(arguments.threads), quiet_about_training():
-        _say_where(device, arguments)
-        for name in dict.fromkeys(arguments.models):
-            for side in dict.fromkeys(arguments.img_size or [None]):
-                rows += _measure_model(name, side, shares, device, arguments)
-    if arguments.output is not None:
-        with output_errors(arguments.output):
-            _write(rows, arguments.output)
-        say(f"\nfigures     {printable(arguments.output)}, {len(rows)} rows")
+    with quiet_about_training():
+        _say_where(device, options)
+        for name in dict.fromkeys(options.model):
+            for side in dict.fromkeys(options.img_size or (None,)):
+                rows += _measure_model(name, side, device, options)
+    if options.output is not None:
+        with output_errors(options.output):
+            write_text(behind_links(options.output), csv_text(rows))
+        say(f"\nfigures     {printable(options.output)}, {len(rows)} rows")
     return 0
 
 
 def _device(text: str) -> torch.device:
-    """The device, after something was put on it.
+    """The device, after a test that it holds a tensor.
 
     Raises:
-        CommandError: there is none of that name here.
+        ValueError: This machine has no such device.
     """
     try:
         device = torch.device(text)
         torch.zeros(1, device=device)
         if device.type == "meta":
-            raise ValueError("nothing runs on it")
+            raise ValueError("it computes nothing")
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = one_line(error)
-        raise CommandError(f"--device {printable(text)} cannot be used: {reason}") from error
+        raise ValueError(f"--device {printable(text)} cannot be used: {reason}") from error
     return device
 
 
-def _say_where(device: torch.device, arguments: argparse.Namespace) -> None:
-    found = environment(device)
-    form = f"compiled ({arguments.compile})" if arguments.compile else "eager"
-    say(f"{found['machine']}, {device}, {found['threads']} thread(s), {arguments.dtype}, {form}")
+def _say_where(device: torch.device, options: BenchmarkOptions) -> None:
+    found, mode = environment(device), options.compile_mode
+    form = f"compiled ({mode})" if mode else "eager"
+    say(f"{found['machine']}, {device}, {found['threads']} thread(s), {options.dtype}, {form}")
     say(f"torch {found['torch']}, timm {found['timm']}, ltrp_timm {found['ltrp_timm']}")
-    count = arguments.repeats
-    say(f"time of one batch, all variants in turns: median of {count} round(s) (quartiles)")
+    say(f"time of one batch: median and quartiles of {options.repeats} interleaved round(s)")
 
 
 def _measure_model(
-    name: str,
-    side: int | None,
-    shares: Sequence[float],
-    device: torch.device,
-    arguments: argparse.Namespace,
+    name: str, side: int | None, device: torch.device, options: BenchmarkOptions
 ) -> list[dict[str, Any]]:
     """All batch sizes of one model at one image size."""
-    model, _ = build_model(name, option="MODEL", img_size=side)
+    model, _ = ModelOptions(model=name, img_size=side).open()
     size, own = input_size(model), model.ranker
     full = model.restore().eval().requires_grad_(False)
-    rankers = _rankers(own, full, name, arguments.ranker)
-    dtype = getattr(torch, arguments.dtype)
-    full = full.to(device=device, dtype=dtype)
-    rankers = {key: ranker.to(device=device, dtype=dtype) for key, ranker in rankers.items()}
+    rankers = _rankers(own, full, name, options.ranker)
+    form: dict[str, Any] = {"device": device, "dtype": getattr(torch, options.dtype)}
+    full = full.to(**form)
+    rankers = {key: ranker.to(**form) for key, ranker in rankers.items()}
     rows = []
-    for batch in dict.fromkeys(arguments.batch_size):
+    for batch in dict.fromkeys(options.batch_size):
         say(f"\n{printable(name)}, {size[1]}x{size[2]} pixels, batch {batch}")
         images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-        lines = _lines(full, images.to(device=device, dtype=dtype), rankers, shares, arguments)
+        lines = _lines(full, images.to(**form), rankers, options)
         _print_lines(lines, batch)
         say(f"-> {printable(name)} at batch {batch}: {recommend(lines)}.")
         case = {"model": name, "img_size": size[1], "batch": batch, "device": str(device)}
-        case |= {"dtype": arguments.dtype, "compile": arguments.compile or "eager"}
+        case |= {"dtype": options.dtype, "compile": options.compile_mode or "eager"}
         rows += [{**case, **_row(line, batch), **environment(device)} for line in lines]
     return rows
 
@@ -142,7 +159,7 @@ def _measure_model(
 def _rankers(
     own: nn.Module, full: nn.Module, name: str, names: Sequence[str] | None
 ) -> dict[str, nn.Module]:
-    """Those that were asked for; else the model's own, or some to choose from."""
+    """The rankers by these names; without names the model's own, or some to choose from."""
     if names is None and name.startswith(("ltrp", "hf-hub:", "hf_hub:", "local-dir:")):
         return {getattr(own, "name", type(own).__name__): own}
     found = {}
@@ -150,37 +167,32 @@ def _rankers(
         try:
             found[ranker] = make_ranker(ranker, full)
         except (ValueError, TypeError) as error:
-            raise CommandError(f"--ranker {ranker}: {one_line(error)}") from error
+            raise ValueError(f"--ranker {ranker}: {one_line(error)}") from error
     return found
 
 
 def _lines(
-    full: nn.Module,
-    images: Tensor,
-    rankers: Mapping[str, nn.Module],
-    shares: Sequence[float],
-    arguments: argparse.Namespace,
-) -> list[Line]:
+    full: nn.Module, images: Tensor, rankers: Mapping[str, nn.Module], options: BenchmarkOptions
+) -> list[Payoff]:
     try:
         return measure_payoff(
             full,
             images,
             rankers,
-            shares,
-            selection=arguments.selection,
-            compile_mode=arguments.compile,
-            repeats=arguments.repeats,
-            warmup=arguments.warmup,
-            memory=not arguments.no_memory,
+            options.keep_ratio,
+            selection=options.selection,
+            compile_mode=options.compile_mode,
+            repeats=options.repeats,
+            warmup=options.warmup,
+            memory=options.memory,
         )
-    except torch.OutOfMemoryError as error:
-        size = "x".join(str(length) for length in images.shape)
-        raise CommandError(f"images of {size} do not fit: {one_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
-        raise CommandError(f"cannot be measured: {one_line(error)}") from error
+        raise ValueError(f"cannot measure this model: {one_line(error)}") from error
 
 
-def _print_lines(lines: Sequence[Line], batch: int) -> None:
+def _print_lines(lines: Sequence[Payoff], batch: int) -> None:
     say(f"{'':<18}{'ms':>20}{'images/s':>10}{'x full':>21}{'of ideal':>10}{'MiB':>9}")
     keep = 1.0
     for line in lines:
@@ -196,7 +208,7 @@ def _print_lines(lines: Sequence[Line], batch: int) -> None:
         say(f"{name}: pays {text}; ranking adds {share:.1%} of the full model's time")
 
 
-def _text(line: Line, batch: int) -> str:
+def _text(line: Payoff, batch: int) -> str:
     timing, name = line.timing, f"{'' if line.method == FULL else '  '}{line.method}"
     low, median, high = (f"{1e3 * t:.4g}" for t in (timing.low, timing.median, timing.high))
     time = f"{median} ({low} – {high})"
@@ -211,7 +223,7 @@ def _ratio(value: Ratio) -> str:
     return f"{value.median:.2f} ({value.low:.2f} – {value.high:.2f})"
 
 
-def _row(line: Line, batch: int) -> dict[str, Any]:
+def _row(line: Payoff, batch: int) -> dict[str, Any]:
     """One line of the CSV file; cells are empty where there is no figure."""
     timing, best = line.timing, line.achieved
     return {
@@ -230,12 +242,3 @@ def _row(line: Line, batch: int) -> dict[str, Any]:
         "ranking_share": "" if line.ranking is None else round(line.ranking, 5),
         "peak_bytes": "" if timing.peak_memory is None else timing.peak_memory,
     }
-
-
-def _write(rows: Sequence[Mapping[str, Any]], output: str) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    data = text.getvalue().encode()
-    write_atomically(behind_links(output), lambda path: path.write_bytes(data))

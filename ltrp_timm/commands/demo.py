@@ -1,6 +1,7 @@
-"""``ltrp-timm demo``: real photos, what is kept of them, and how long that takes here."""
+"""``ltrp-timm demo``: what is kept of photos, and how much time that saves on this machine."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,93 +11,95 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from ltrp_timm._text import complain, printable, say
-from ltrp_timm.commands._console import CommandError, behind_links, check_output, output_errors
-from ltrp_timm.commands._model import (
-    build_model,
+from ltrp_timm.commands._console import (
+    ModelOptions,
+    behind_links,
     check_names,
+    check_output,
     describe_model,
+    output_errors,
     quiet_about_training,
+    time_and_gain,
 )
+from ltrp_timm.commands._flags import PathName, Positive, add_command
 from ltrp_timm.data.photos import load_image
 from ltrp_timm.measure.throughput import Timing, compare
-from ltrp_timm.measure.throughput import ratio as speed_up
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.visualize import keeping, overview, stack_rows, to_tensor
+from ltrp_timm.visualize import KEEP_RATIOS, keeping, overview, stack_rows, to_tensor
 from ltrp_timm.weights.files import write_atomically
 
 DEFAULT_OUTPUT = "ltrp_demo.png"
-PHOTOS = ("astronaut", "chelsea", "coffee")  # real photos that come with scikit-image itself
+VARIANTS = ("ideal", "pruned")
+PHOTOS = ("astronaut", "chelsea", "coffee")  # real photos inside the package scikit-image
 
 
-def demo(
-    images: Sequence[str] | None,
-    *,
-    model_name: str,
-    ranker: str | None,
-    keep_ratios: Sequence[float],
-    output: str,
-    overwrite: bool,
-    pretrained: bool,
-    repeats: int,
-) -> int:
-    """Rank the patches of photos, draw what is kept, and time full, ideal and pruned.
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ModelOptions):
+    """Options of ``ltrp-timm demo``.
 
     Args:
-        images: files, all different; None takes the photos of scikit-image.
-        model_name: a registered ``ltrp_*`` name, any timm ViT, or ``hf-hub:`` or ``local-dir:``.
-        ranker: one of ``list_rankers()``; None takes the model's own, or contrast.
-        keep_ratios: shares of patches to keep, all different.
-        output: the PNG to write.
-        overwrite: replace it where it exists; the default name is ours anyway.
-        pretrained: download weights that are not in the cache.
-        repeats: timed rounds.
-
-    Returns:
-        0, or 2 when some of the files could not be shown.
-
-    Raises:
-        CommandError: an argument is wrong, or there is nothing to show.
+        image: Photos to show (default: three that scikit-image has).
+        keep_ratio: Shares of patches to keep, in (0, 1].
+        output: PNG file to write.
+        overwrite: Replace an existing ``output``; the default one is always replaced.
+        repeats: Number of timed rounds.
+        threads: CPU threads (default: torch's choice).
     """
-    check_names(model_name, ranker)
-    replace = overwrite or output == DEFAULT_OUTPUT
-    check_output(output, (".png",), replace, photos=images or ())
-    photos = _sample_photos() if images is None else _load_photos(images)
-    failed = images is not None and len(photos) < len(images)
+
+    model: str = "ltrp_vit_base"
+    image: Sequence[PathName] | None = None
+    keep_ratio: Sequence[float] = KEEP_RATIOS
+    output: PathName = DEFAULT_OUTPUT
+    overwrite: bool = False
+    repeats: Positive = 10
+    threads: Positive | None = None
+
+
+def add_demo(commands: Any) -> None:
+    """Add ``ltrp-timm demo``."""
+    about = "Show which patches of photos are kept, and measure how much time that saves."
+    add_command(commands, "demo", about, _run, DemoOptions)
+
+
+def _run(**given: Any) -> int:
+    options = DemoOptions(**given)
+    files = None if options.image is None else list(dict.fromkeys(options.image))
+    ratios = list(dict.fromkeys(options.keep_ratio))
+    output = options.output
+    check_names(options.model, options.ranker)
+    check_output(output, (".png",), options.overwrite or output == DEFAULT_OUTPUT, files or ())
+    photos = _sample_photos() if files is None else _load_photos(files)
+    failed = files is not None and len(photos) < len(files)
     if not photos:
-        raise CommandError("no photo could be read, nothing was written.")
-    model, weights = build_model(model_name, ranker=ranker, pretrained=pretrained or None)
-    describe_model(model, model_name, weights, keep_ratios)
-    rows, shown = _draw(photos, model, keep_ratios)
+        raise ValueError("no photo could be read, nothing was written.")
+    model, weights = options.open()
+    describe_model(model, options.model, weights, ratios)
+    rows, shown = _draw(photos, model, ratios)
     if not rows:
-        raise CommandError("no photo could be shown, nothing was written.")
-    _write_png(rows, output)
-    if weights is not None:
-        _print_predictions(shown, model, keep_ratios)
-    _print_times(_measure(next(iter(shown.values())), model, keep_ratios, repeats), keep_ratios)
-    say(f"\npicture     {printable(output)}")
-    return 2 if failed or len(shown) < len(photos) else 0
-
-
-def _write_png(rows: Sequence[Image.Image], output: str) -> None:
+        raise ValueError("no photo could be shown, nothing was written.")
     sheet = stack_rows(rows)
     with output_errors(output):
         write_atomically(behind_links(output), lambda path: sheet.save(path, "PNG", optimize=True))
+    if weights is not None:
+        _print_predictions(shown, model, ratios)
+    _print_times(_measure(next(iter(shown.values())), model, ratios, options.repeats), ratios)
+    say(f"\npicture     {printable(output)}")
+    return 2 if failed or len(shown) < len(photos) else 0
 
 
 def _sample_photos() -> dict[str, Image.Image]:
     try:
         from skimage import data
-
-        return {name: Image.fromarray(getattr(data, name)()) for name in PHOTOS}
     except ImportError as error:
-        raise CommandError(
-            "the demo's photos come with scikit-image: pip install 'ltrp-timm[demo]', or name your "
-            "own with --image."
+        raise ImportError(
+            "the demo's photos are part of scikit-image: run pip install 'ltrp-timm[demo]', or "
+            "choose your own with --image."
         ) from error
+    return {name: Image.fromarray(getattr(data, name)()) for name in PHOTOS}
 
 
 def _load_photos(paths: Sequence[str]) -> dict[str, Image.Image]:
-    """Photos by file, in their order; a line on stderr for each file that is none."""
+    """Photos by file, in order; prints an error for each file that cannot be read."""
     photos = {}
     for path in paths:
         try:
@@ -109,7 +112,10 @@ def _load_photos(paths: Sequence[str]) -> dict[str, Image.Image]:
 def _draw(
     photos: dict[str, Image.Image], model: LTRPModel, keep_ratios: Sequence[float]
 ) -> tuple[list[Image.Image], dict[str, Tensor]]:
-    """One row for each photo, and what the model gets (1, 3, H, W); a line for what it refuses."""
+    """A row for each photo, and the model's inputs (1, 3, H, W) by name of the photo.
+
+    Prints an error for each photo that the model cannot take.
+    """
     rows: list[Image.Image] = []
     shown: dict[str, Tensor] = {}
     with quiet_about_training():
@@ -127,7 +133,6 @@ def _draw(
 def _print_predictions(
     shown: dict[str, Tensor], model: LTRPModel, keep_ratios: Sequence[float]
 ) -> None:
-
     subset = infer_imagenet_subset(model)
     if subset is None:  # features, or an embedding as CLIP's: its largest value is no class
         say("\ntop-1: this backbone has no ImageNet classifier")
@@ -147,7 +152,7 @@ def _print_predictions(
 def _measure(
     x: Tensor, model: LTRPModel, keep_ratios: Sequence[float], repeats: int
 ) -> dict[str, Timing]:
-    """Time the plain model, and at each ratio the given and the ranked patches, in turns."""
+    """Time the plain model and, at each ratio, given and ranked patches; interleaved."""
 
     def pruned(ratio: float) -> Any:
         model.keep_ratio = ratio
@@ -165,19 +170,12 @@ def _measure(
 
 def _print_times(times: dict[str, Timing], keep_ratios: Sequence[float]) -> None:
     full = times["full"]
-    rounds, threads = len(full.seconds), torch.get_num_threads()
-    say(f"\ntime of one image: CPU, {threads} thread(s), float32, median of {rounds} round(s)")
+    rounds, count = len(full.seconds), torch.get_num_threads()
+    say(f"\ntime of one image: CPU, {count} thread(s), float32, median of {rounds} round(s)")
     say(f"  {'keep':<10}{'ideal':<32}pruned")
     say(f"  {'1 (full)':<10}{1e3 * full.median:.1f} ms")
     for ratio in keep_ratios:
-        cells = []
-        for kind in ("ideal", "pruned"):
-            time = times[f"{kind} {ratio}"]
-            gain = speed_up(full, time)
-            spread = f"({gain.low:.2f} to {gain.high:.2f})"
-            cells.append(f"{1e3 * time.median:.1f} ms, {gain.median:.2f}x {spread}")
-        say(f"  {ratio:<10g}{cells[0]:<32}{cells[1]}")
-    say("  full: the plain backbone; ideal: keep_indices fixed beforehand, no ranker at work;")
-    say(
-        "  pruned: ranker included; 1.23x: as many times faster than full (lower to upper quartile)"
-    )
+        ideal, pruned = (time_and_gain(times[f"{kind} {ratio}"], full) for kind in VARIANTS)
+        say(f"  {ratio:<10g}{ideal:<32}{pruned}")
+    say("  full: the plain backbone; ideal: given keep_indices, no ranking; pruned: with ranking")
+    say("  1.23x: speed-up over the full model (lower to upper quartile)")

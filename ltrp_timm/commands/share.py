@@ -1,95 +1,88 @@
-"""``ltrp-timm save`` and ``push``: flags into arguments of ``sharing``."""
+"""``ltrp-timm save`` and ``ltrp-timm push``: share a model or a ranker."""
 
-import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from ltrp_timm._text import say
-from ltrp_timm.commands._console import CommandError, library_errors
-from ltrp_timm.commands._flags import add_card, card_of
+from ltrp_timm.commands._console import ModelOptions
+from ltrp_timm.commands._flags import PathName, Words, add_command
+from ltrp_timm.share.save import CARD_NAME, push_folder, push_to_hub, save_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions(ModelOptions):
+    """Options of ``ltrp-timm save``.
+
+    Args:
+        output: Folder to write.
+        overwrite: Replace an earlier save in ``output``.
+        keep_ratio: Share of patches to keep, in (0, 1] (default: the model's own).
+        license: Identifier of the licence for the model card, such as apache-2.0.
+        training_data: What the model was trained on, for the card.
+        ranker_source: Where the ranker's weights come from, for the card.
+        base_model: Repository of the model that training started from, for the card.
+        description: A sentence for the card.
+    """
+
+    output: PathName
+    overwrite: bool = False
+    keep_ratio: float | None = None
+    license: Words | None = None
+    training_data: Words | None = None
+    ranker_source: Words | None = None
+    base_model: Words | None = None
+    description: Words | None = None
+
+    def card(self) -> dict[str, str]:
+        """The facts for the model card, as ``save_pretrained`` takes them."""
+        facts = {
+            "license": self.license,
+            "training_data": self.training_data,
+            "ranker": self.ranker_source or self.ranker_weights,
+            "base_model": self.base_model,
+            "description": self.description,
+        }
+        return {name: text for name, text in facts.items() if text}
 
 
 def add_save(commands: Any) -> None:
-    """Define ``ltrp-timm save``."""
+    """Add ``ltrp-timm save``."""
     about = "Write a pruned model with its weights and a model card, in timm's layout."
-    parser = commands.add_parser("save", help=about, description=about, allow_abbrev=False)
-    parser.set_defaults(run=_run_save)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="an ltrp_* name or any timm ViT")
-    add("-o", "--output", required=True, metavar="DIR", help="the folder to write")
-    add(
-        "--pretrained",
-        action="store_true",
-        help="the weights that timm publishes, and those of --ranker where there are some",
-    )
-    add("--checkpoint", metavar="FILE", help="weights of the ViT or of the whole pruned model")
-    add("--ranker", default="contrast", help="what scores the patches (%(default)s)")
-    add("--ranker-weights", metavar="SOURCE", help="folder, file or hf-hub:owner/name[@revision]")
-    add("--keep-ratio", type=float, default=0.5, metavar="R", help="in (0, 1] (%(default)s)")
-    add("--selection", default="top", help="how scores choose patches (%(default)s)")
-    add("--num-classes", type=int, metavar="N", help="classes of the checkpoint")
-    add("--img-size", type=int, metavar="PIXELS", help="image side of the checkpoint")
-    add("--overwrite", action="store_true", help="replace an earlier save")
-    add_card(parser)
+    add_command(commands, "save", about, _save, SaveOptions, positional=("model",))
 
 
-def add_push(commands: Any) -> None:
-    """Define ``ltrp-timm push``."""
-    about = "Put a saved model or ranker on the Hugging Face Hub."
-    parser = commands.add_parser("push", help=about, description=about, allow_abbrev=False)
-    parser.set_defaults(run=_run_push)
-    add = parser.add_argument
-    add("directory", metavar="DIR", help="what `ltrp-timm save` or save_pretrained wrote")
-    add("--repo-id", required=True, metavar="OWNER/NAME", help="created when missing")
-    add("--private", action="store_true", default=None, help="hide a new repository")
-    add("--revision", metavar="BRANCH", help="created when missing (main)")
-    add("--token", help="with the right to write (HF_TOKEN, or that of `hf auth login`)")
-    add("--overwrite", action="store_true", help="replace files that the branch holds")
-
-
-def _run_save(arguments: argparse.Namespace) -> int:
-    from ltrp_timm.models.open_model import open_model
-    from ltrp_timm.share.save import CARD_NAME, save_pretrained
-
-    if arguments.pretrained == (arguments.checkpoint is not None):
-        raise CommandError("save needs weights: either --pretrained or --checkpoint FILE.")
-    told = card_of(arguments)
-    if arguments.ranker_weights:
-        told.setdefault("ranker", arguments.ranker_weights)
-    with library_errors():
-        model, weights = open_model(
-            arguments.model,
-            pretrained=arguments.pretrained,
-            checkpoint=arguments.checkpoint,
-            ranker=arguments.ranker,
-            ranker_weights=arguments.ranker_weights,
-            keep_ratio=arguments.keep_ratio,
-            selection=arguments.selection,
-            num_classes=arguments.num_classes,
-            img_size=arguments.img_size,
-        )
-        origin = model.pretrained_cfg.get("hf_hub_id") if arguments.pretrained else None
-        if origin:
-            told.setdefault("base_model", origin)
-        folder = save_pretrained(model, arguments.output, told, arguments.overwrite)
+def _save(**given: Any) -> int:
+    options = SaveOptions(**given)
+    if options.pretrained == (options.checkpoint is not None):
+        raise ValueError("save needs weights: either --pretrained or --checkpoint FILE.")
+    model, weights = options.open(keep_ratio=options.keep_ratio)
+    card = options.card()
+    origin = model.pretrained_cfg.get("hf_hub_id") if options.pretrained else None
+    if origin:
+        card.setdefault("base_model", origin)
+    folder = save_pretrained(model, options.output, card, options.overwrite)
     say(f"{folder}: config.json, model.safetensors, {CARD_NAME}")
     say(f"backbone weights: {weights}")
     for name in ("license", "training_data"):
-        if name not in told:
-            say(f"the card states no {name.replace('_', ' ')}: --{name.replace('_', '-')} does")
+        if name not in card:
+            words = name.replace("_", " ")
+            say(f"The card has no {words}; add it with --{name.replace('_', '-')}.")
     return 0
 
 
-def _run_push(arguments: argparse.Namespace) -> int:
-    from ltrp_timm.share.save import push_folder
+def add_push(commands: Any) -> None:
+    """Add ``ltrp-timm push``."""
+    about = "Put a saved model or ranker on the Hugging Face Hub."
+    options: dict[str, Any] = {"positional": ("directory",), "skip": ("model", "model_card")}
+    add_command(commands, "push", about, _push, _push, push_to_hub, **options)
 
-    with library_errors():
-        name = push_folder(
-            arguments.directory,
-            arguments.repo_id,
-            private=arguments.private,
-            token=arguments.token,
-            revision=arguments.revision,
-            overwrite=arguments.overwrite,
-        )
-    say(name)
+
+def _push(directory: PathName, **given: Any) -> int:
+    """Upload a saved folder.
+
+    Args:
+        directory: Folder that ``ltrp-timm save`` or ``save_pretrained`` wrote.
+        **given: See ``push_to_hub``.
+    """
+    say(push_folder(directory, **given))
     return 0

@@ -17,6 +17,7 @@ from torchvision.datasets.folder import default_loader
 from ltrp_timm._text import one_line, printable
 from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.weights.files import PathLike
 
 NAMED = ("hfds", "hfids", "tfds", "torch", "wds")  # prefixes of timm's readers
 _SUFFIX = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|ppm|pgm|avif)", re.IGNORECASE)
@@ -25,7 +26,7 @@ _SUFFIX = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|ppm|pgm|avif)", re.IGNORE
 def open_dataset(
     data: Any,
     *,
-    root: str | None = None,
+    root: PathLike | None = None,
     split: str = "train",
     input_key: str | None = None,
     target_key: str | None = None,

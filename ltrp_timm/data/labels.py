@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from ltrp_timm._text import first_names, one_line, printable
 from ltrp_timm.data.images import Images, open_dataset, split_indices
+from ltrp_timm.weights.files import PathLike
 
 _STREAMS = ("hfids", "tfds", "wds")
 _HELD_OUT = ("validation", "val", "valid")
@@ -114,7 +115,7 @@ def _count_classes(data: Any, found: int, given: int | None) -> int:
 def open_labelled(
     data: Any,
     *,
-    root: str | None = None,
+    root: PathLike | None = None,
     split: str = "train",
     input_key: str | None = None,
     target_key: str | None = None,

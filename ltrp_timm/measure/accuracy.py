@@ -1,12 +1,16 @@
-"""Accuracy over a whole set: every image once, whatever the batches and the processes."""
+"""Accuracy and mean average precision of a whole set, over any batches and processes."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ltrp_timm._text import first_names
 from ltrp_timm.data.keyed import Batch
+from ltrp_timm.data.label_files import read_names
+from ltrp_timm.metrics import average_precision
 from ltrp_timm.runtime.world import World
 
 TOP_K = (1, 5)
@@ -17,21 +21,25 @@ class Accuracy:
     """Shares of a set's readable images, in [0, 1].
 
     Attributes:
-        top1: whose class has the highest logit.
-        top5: whose class is among the five highest.
-        images: how many there are.
+        top1: Images whose class has the highest logit.
+        top5: Images whose class is among the five highest.
+        images: Number of images.
     """
 
     top1: float
     top5: float
     images: int
 
+    def percent(self) -> dict[str, float]:
+        """Top-1 and top-5 in per cent."""
+        return {"top1": 100 * self.top1, "top5": 100 * self.top5}
+
 
 def class_ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many classes come before the right one; 0 is a hit.
+    """Number of classes ahead of the right one; 0 is a hit.
 
-    Of equal logits the lower class number comes first, so that a model that gives one value for all
-    gets no gift; a target whose logit is no number comes last.
+    Of equal logits the lower class number is ahead, so that a constant model gains nothing from
+    ties. A target whose logit is NaN comes last.
 
     Args:
         logits: (B, C).
@@ -41,7 +49,7 @@ def class_ranks(logits: Tensor, targets: Tensor) -> Tensor:
         (B,) int64 in 0 … C.
 
     Raises:
-        ValueError: the shapes do not fit, or a target is no class.
+        ValueError: The shapes do not match, or a target is not a class.
 
     >>> class_ranks(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2]))
     tensor([1])
@@ -63,11 +71,10 @@ def class_ranks(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class AccuracyCounter:
-    """Counts hits over batches; sums them over processes at the end.
+    """Counts hits over batches, and sums them over processes at the end.
 
     Args:
-        classes: the class numbers that count, as where a set has some of the model's classes alone;
-            None: all.
+        classes: Class numbers that compete; None for all.
     """
 
     def __init__(self, classes: Sequence[int] | None = None) -> None:
@@ -80,10 +87,10 @@ class AccuracyCounter:
         Args:
             logits: (B, C).
             targets: (B,) class numbers.
-            real: (B,) bool, False for what counts nowhere: padding, unreadable images.
+            real: (B,) bool, False for images that do not count: padding, unreadable ones.
 
         Returns:
-            (B',) ranks of the right class of the images that count, see ``class_ranks``.
+            (B',) ``class_ranks`` of the images that count.
         """
         if real is not None:
             logits, targets = logits[real], targets[real]
@@ -93,23 +100,23 @@ class AccuracyCounter:
         return ranks
 
     def restrict(self, logits: Tensor) -> Tensor:
-        """logits (B, C) with -inf for the classes that do not count."""
+        """Logits (B, C) with -inf for the classes that do not compete."""
         if self.classes is None:
             return logits
-        left_out = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-        left_out[list(self.classes)] = False
-        return logits.masked_fill(left_out, -torch.inf)
+        excluded = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+        excluded[list(self.classes)] = False
+        return logits.masked_fill(excluded, -torch.inf)
 
     def total(self, world: World | None = None) -> Accuracy:
-        """Over all processes; each must ask.
+        """Accuracy over all processes, all of which must call this.
 
         Raises:
-            ValueError: not one image was counted.
+            ValueError: No image was counted.
         """
         counts: list[float] = [*self.hits, self.images]
         top1, top5, images = counts if world is None else world.sum(counts)
         if not images:
-            raise ValueError("no image could be read: there is no accuracy of nothing.")
+            raise ValueError("no readable image in the evaluation set; cannot compute accuracy.")
         return Accuracy(top1 / images, top5 / images, int(images))
 
 
@@ -119,16 +126,16 @@ def measure_accuracy(
     world: World | None = None,
     classes: Sequence[int] | None = None,
 ) -> Accuracy:
-    """Accuracy of a model over labelled batches; eval mode and autocast are the caller's business.
+    """Accuracy of a model over labelled batches; the caller sets eval mode and autocast.
 
     Args:
-        model: images (B, 3, H, W) -> logits (B, C).
-        batches: with targets; unreadable images count nowhere.
-        world: who shares the set; None: this process has all of it.
-        classes: see ``AccuracyCounter``.
+        model: Images (B, 3, H, W) -> logits (B, C).
+        batches: With targets; unreadable images do not count.
+        world: The processes that share the set; None for this one alone.
+        classes: See ``AccuracyCounter``.
 
     Raises:
-        ValueError: no image could be read, or a label is no class of the model.
+        ValueError: No image could be read, or a label is not a class of the model.
     """
     counter = AccuracyCounter(classes)
     with torch.no_grad():
@@ -137,3 +144,139 @@ def measure_accuracy(
                 raise ValueError("the images have no labels.")
             counter.add(model(batch.images), batch.targets, batch.real)
     return counter.total(world)
+
+
+@dataclass(frozen=True)
+class MeanPrecision:
+    """Average precisions over a whole set, in [0, 1].
+
+    Attributes:
+        map: Mean over the classes that an image of the set has; NaN if there is none.
+        seen: Mean over the seen classes; None without a split.
+        unseen: Mean over the other classes; None without a split.
+        per_class: Average precision by name, for classes that an image has.
+        absent: Names of the classes that no image has; they are excluded.
+        images: Number of images.
+    """
+
+    map: float
+    seen: float | None
+    unseen: float | None
+    per_class: dict[str, float]
+    absent: tuple[str, ...]
+    images: int
+
+    def row(self) -> dict[str, float]:
+        """The means by name; without those over no class."""
+        means = {"map": self.map, "map_seen": self.seen, "map_unseen": self.unseen}
+        return {
+            name: value for name, value in means.items() if value is not None and value == value
+        }
+
+    def percent(self) -> dict[str, float]:
+        """The means in per cent, by name.
+
+        Raises:
+            ValueError: No image has a label.
+        """
+        if not self.row():
+            raise ValueError("no readable image has a label; cannot compute mAP.")
+        return {name: 100 * value for name, value in self.row().items()}
+
+
+class PrecisionCounter:
+    """Collects the logits of a set, and computes average precisions at the end.
+
+    Args:
+        class_names: C names, in the order of the logits.
+        seen: Names of seen classes, which get a mean of their own; None for no split.
+
+    Raises:
+        ValueError: A name is not a class, or all classes are named.
+    """
+
+    def __init__(self, class_names: Sequence[str], seen: Sequence[str] | None = None) -> None:
+        self.class_names, self.seen = tuple(class_names), seen
+        unknown = [name for name in seen or () if name not in self.class_names]
+        if unknown:
+            names = first_names(unknown)
+            raise ValueError(f"{len(unknown)} seen classes are not classes: {names}.")
+        if seen is not None and set(seen) == set(self.class_names):
+            raise ValueError(f"all {len(seen)} classes are seen; none is unseen.")
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(
+        self, logits: Tensor, targets: Tensor, indices: Sequence[int], real: Tensor | None = None
+    ) -> None:
+        """Keep a batch.
+
+        Args:
+            logits: (B, C).
+            targets: (B, C), 0 or 1.
+            indices: B numbers of the images in the set; a repeated image counts once.
+            real: (B,) bool, False for unreadable images, which do not count.
+        """
+        numbers = torch.tensor(list(indices), device=logits.device)
+        if real is None:
+            real = torch.ones_like(numbers, dtype=torch.bool)
+        rows = (numbers, logits.detach().float(), targets.to(logits.device, torch.uint8))
+        self.parts.append(tuple(part[real].cpu() for part in rows))  # type: ignore[arg-type]
+
+    def total(self, world: World | None = None) -> MeanPrecision:
+        """Average precisions over all processes, all of which must call this.
+
+        Raises:
+            ValueError: No image was counted, or a logit is NaN.
+        """
+        numbers, logits, targets = self.rows(world)
+        if not len(numbers):
+            raise ValueError("no readable image in the evaluation set; cannot compute mAP.")
+        if bool(logits.isnan().any()):
+            raise ValueError("the model gives NaN logits; cannot compute mAP.")
+        values = average_precision(logits, targets)
+        per_class = {n: v for n, v in zip(self.class_names, values.tolist()) if v == v}
+        absent = tuple(name for name in self.class_names if name not in per_class)
+        seen = unseen = None
+        if self.seen is not None:
+            seen = _mean([v for n, v in per_class.items() if n in self.seen])
+            unseen = _mean([v for n, v in per_class.items() if n not in self.seen])
+        mean = _mean(list(per_class.values()))
+        return MeanPrecision(mean, seen, unseen, per_class, absent, len(numbers))
+
+    def rows(self, world: World | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What all processes collected, each image once; all processes must call this.
+
+        Returns:
+            Numbers of the images (N,), ascending, logits (N, C) and targets (N, C) uint8.
+        """
+        count = len(self.class_names)
+        empty = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, count))
+        nothing = (*empty, torch.zeros(0, count, dtype=torch.uint8))
+        parts: Any = self.parts if world is None else world.gather(self.parts)
+        numbers, logits, targets = (torch.cat(column) for column in zip(nothing, *parts))
+        order = numbers.argsort(stable=True)
+        first = torch.ones(len(order), dtype=torch.bool)
+        first[1:] = numbers[order][1:] != numbers[order][:-1]
+        once = order[first]
+        return numbers[once], logits[once], targets[once]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def seen_classes(path: Any, class_names: Sequence[str]) -> tuple[str, ...] | None:
+    """Read the names of a file, which must be classes; None for no file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: A name is not a class, or the file names no class or all of them.
+    """
+    if path is None:
+        return None
+    names = read_names(path)
+    try:
+        PrecisionCounter(class_names, names)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return names

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,11 @@ from ltrp_timm.slots.base import as_slot
 from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
 
 FULL, IDEAL, GIVEN = "full", "ideal", "no ranking"
-COMPILE_MODES = ("default", "freezing", "reduce-overhead", "max-autotune")
+CompileMode = Literal["default", "freezing", "reduce-overhead", "max-autotune"]
 
 
 @dataclass(frozen=True)
-class Line:
+class Payoff:
     """One variant of a model beside the full one.
 
     Attributes:
@@ -105,11 +105,11 @@ def measure_payoff(
     keep_ratios: Sequence[float],
     *,
     selection: str = "top",
-    compile_mode: str | None = None,
+    compile_mode: CompileMode | None = None,
     repeats: int = 10,
     warmup: int = 2,
     memory: bool = False,
-) -> list[Line]:
+) -> list[Payoff]:
     """Time the full model, and at each keep ratio the ideal one and those behind each ranker.
 
     All of them take turns in one process, so that a ratio of two compares the same moments.
@@ -157,14 +157,14 @@ def measure_payoff(
             memory=memory,
         )
     by_key = {key: timings[name] for name, key in names.items()}
-    return [_line(key, by_key) for key in by_key]
+    return [_payoff(key, by_key) for key in by_key]
 
 
 Key = tuple[str, float, int]  # method, keep ratio, K
 
 
 def _check(
-    rankers: Mapping[str, nn.Module], keep_ratios: Sequence[float], compile_mode: str | None
+    rankers: Mapping[str, nn.Module], keep_ratios: Sequence[float], compile_mode: CompileMode | None
 ) -> None:
     if not rankers or not keep_ratios:
         raise ValueError("measure_payoff needs a ranker and a keep ratio at least.")
@@ -174,8 +174,8 @@ def _check(
     for keep_ratio in keep_ratios:
         if not 0 < keep_ratio < 1:
             raise ValueError(f"keep ratios must be in (0, 1), got {keep_ratio}.")
-    if compile_mode is not None and compile_mode not in COMPILE_MODES:
-        modes = ", ".join(COMPILE_MODES)
+    if compile_mode is not None and compile_mode not in get_args(CompileMode):
+        modes = ", ".join(get_args(CompileMode))
         raise ValueError(f"compile_mode must be one of {modes}, got {compile_mode!r}.")
 
 
@@ -229,7 +229,7 @@ def _inference(fn: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
     return call
 
 
-def _line(key: Key, timings: Mapping[Key, Timing]) -> Line:
+def _payoff(key: Key, timings: Mapping[Key, Timing]) -> Payoff:
     method, keep_ratio, kept = key
     timing = timings[key]
     full = next(timings[other] for other in timings if other[0] == FULL)
@@ -239,7 +239,7 @@ def _line(key: Key, timings: Mapping[Key, Timing]) -> Line:
         rounds = zip(timing.seconds, given.seconds, full.seconds)
         ranking = statistics.median((ours - theirs) / whole for ours, theirs, whole in rounds)
     achieved = ratio(best, timing) if best is not None and method != IDEAL else None
-    return Line(method, keep_ratio, kept, timing, ratio(full, timing), achieved, ranking)
+    return Payoff(method, keep_ratio, kept, timing, ratio(full, timing), achieved, ranking)
 
 
 def break_even(keep_ratios: Sequence[float], costs: Sequence[float]) -> float:
@@ -265,22 +265,22 @@ def break_even(keep_ratios: Sequence[float], costs: Sequence[float]) -> float:
     return 0.0
 
 
-def by_ranker(lines: Sequence[Line]) -> dict[str, list[Line]]:
+def by_ranker(lines: Sequence[Payoff]) -> dict[str, list[Payoff]]:
     """The lines of each ranker, keep ratios ascending."""
-    found: dict[str, list[Line]] = {}
+    found: dict[str, list[Payoff]] = {}
     for line in sorted(lines, key=lambda line: line.keep_ratio):
         if line.method not in (FULL, IDEAL, GIVEN):
             found.setdefault(line.method, []).append(line)
     return found
 
 
-def pays_up_to(lines: Sequence[Line]) -> float:
+def pays_up_to(lines: Sequence[Payoff]) -> float:
     """``break_even`` of one ranker's lines."""
     costs = [1 / line.speedup.median for line in lines]
     return break_even([line.keep_ratio for line in lines], costs)
 
 
-def recommend(lines: Sequence[Line]) -> str:
+def recommend(lines: Sequence[Payoff]) -> str:
     """Which ranker to use for speed, and which loses time: a sentence about these measurements.
 
     A ranker counts as faster where even the lower quartile of its speed-up is above 1. What the

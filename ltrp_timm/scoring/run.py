@@ -30,7 +30,7 @@ from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids, locked
 from ltrp_timm.selection import num_keep
 from ltrp_timm.visualize import kept_patches, row, score_map
-from ltrp_timm.weights.files import write_atomically
+from ltrp_timm.weights.files import PathLike, write_atomically
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Ranked:
 
 def rank_images(
     data: str | Sequence[str],
-    output: str | Path,
+    output: PathLike,
     *,
     split: str | None = None,
-    data_root: str | None = None,
+    data_root: PathLike | None = None,
     input_key: str | None = None,
     keep_ratio: float | None = None,
     selection: str | None = None,
@@ -65,20 +65,23 @@ def rank_images(
     """Write the scores of all patches of all images into a folder; see ``scoring.store``.
 
     Args:
-        data: image files and folders, or one data set as ``open_dataset`` takes it.
-        output: the folder; an unfinished run in it is continued.
-        split: of a data set.
-        data_root: folder of a named data set.
-        input_key: of the images in a named data set.
-        keep_ratio: share of patches in ``keep_indices.npy`` (default: 0.5 with a selection).
-        selection: the rule behind ``keep_indices.npy`` (default: "top" with a keep ratio). If
-            neither is given, that file is not written, and overlays show the best half.
-        overlays: also write a picture of each image with its score map and its kept patches.
-        batch_size: images per batch.
-        num_workers: processes that read images.
-        device: of the ranker (default: a GPU if there is one).
-        overwrite: replace existing results.
-        **scorer_args: ranker, model and sizes, see ``open_scorer``.
+        data: Image files and folders, searched recursively; or one data set: a .tar, or ``hfds/…``,
+            ``wds/…``, ``torch/…`` as in timm.
+        output: Folder of the results; an unfinished run in it is continued.
+        split: Split of a data set (default: train).
+        data_root: Folder of a named data set.
+        input_key: Column of a named data set with the images.
+        keep_ratio: Also write keep_indices.npy with this share of the patches, in (0, 1] (default:
+            0.5 with ``selection``).
+        selection: Also write keep_indices.npy by this rule: top, random, mixed or stratified
+            (default: top with ``keep_ratio``).
+        overlays: Also write a picture of each image with its scores and kept patches, the best half
+            without ``keep_ratio`` and ``selection``.
+        batch_size: Images per batch.
+        num_workers: Processes that read images.
+        device: Device of the ranker, such as cpu or cuda (default: a GPU if there is one).
+        overwrite: Replace existing results.
+        **scorer_args: Ranker, model and sizes, see ``open_scorer``.
 
     Raises:
         ValueError: an argument is out of range, no image can be read, or the folder holds an
@@ -128,7 +131,7 @@ def _open_images(
     inputs: Sequence[str],
     output: Path,
     split: str | None,
-    data_root: str | None,
+    data_root: PathLike | None,
     input_key: str | None,
     world: World,
 ) -> tuple[Images, list[str]]:

@@ -81,20 +81,20 @@ def open_scorer(
     selection: str = "top",
     device: str = "cpu",
 ) -> Scorer:
-    """Open a ranker by name.
+    """Open a ranker by name; ``ranker_weights=True`` loads its published weights.
 
     Args:
-        ranker: one of ``list_rankers()`` (default: the model's own, or contrast).
-        ranker_weights: a folder, a file or ``hf-hub:…``; True for published weights.
-        ranker_args: further arguments of ``create_ranker``.
-        model: a timm ViT: images and patches are those of the ranker in front of it. The ViT itself
-            does not run.
-        img_size: side of the images (default: 224, or the model's).
-        patch_size: side of a patch without a model (default: 16).
-        crop_mode: "center", or "squash" for the whole picture (default: the model's, or center).
-        keep_ratio: share of patches to keep, in (0, 1].
+        ranker: Name of the ranker (default: that of ``model``, else contrast).
+        ranker_weights: Weights of the ranker: a folder, a file or hf-hub:OWNER/NAME.
+        ranker_args: Arguments of the ranker, such as width=32.
+        model: timm ViT that images and patches are prepared for; it does not run.
+        img_size: Side of the images in pixels (default: the model's own, else 224).
+        patch_size: Side of a patch in pixels, without ``model`` (default: 16).
+        crop_mode: "center" crops the picture, "squash" resizes all of it, which
+            ``finetune --index-cache`` requires (default: the model's own, else center).
+        keep_ratio: Share of patches to keep, in (0, 1].
         selection: "top", "random", "mixed" or "stratified".
-        device: of the ranker.
+        device: Device of the ranker.
 
     Raises:
         ValueError: an argument is out of range, or the ranker needs trained weights.

@@ -80,13 +80,14 @@ def push_to_hub(
     unless ``overwrite``.
 
     Args:
-        model: as in ``save_pretrained``.
-        repo_id: ``owner/name``, created if it is missing; a name alone is in your account.
-        private: whether a new repository is private.
-        token: with the right to write; None is that of ``hf auth login`` or HF_TOKEN.
-        revision: the branch, created if it is missing; None is the main branch.
-        model_card: as in ``save_pretrained``.
-        overwrite: replace the files of the branch.
+        model: As in ``save_pretrained``.
+        repo_id: Repository, ``owner/name`` or a name in your account; it is created if it does not
+            exist.
+        private: Whether a new repository is private (default: your account's setting).
+        token: Token with write access (default: HF_TOKEN, else that of ``hf auth login``).
+        revision: Branch; it is created if it does not exist (default: main).
+        model_card: As in ``save_pretrained``.
+        overwrite: Replace the files of the branch.
 
     Returns:
         The name to load it by: ``hf-hub:owner/name``, with ``@revision`` when given.

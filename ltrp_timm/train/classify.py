@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ltrp_timm._text import first_names, say
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.losses import MultiLabelLoss, multi_label_loss
-from ltrp_timm.measure.accuracy import class_ranks
-from ltrp_timm.measure.mean_precision import PrecisionCounter
+from ltrp_timm.measure.accuracy import PrecisionCounter, class_ranks
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import World

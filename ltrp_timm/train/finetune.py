@@ -13,7 +13,7 @@ from ltrp_timm._text import say
 from ltrp_timm.data.labels import ClassData
 from ltrp_timm.data.multi_label import MultiLabelData
 from ltrp_timm.data.sources import Sources
-from ltrp_timm.measure.mean_precision import seen_classes
+from ltrp_timm.measure.accuracy import seen_classes
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model, with_front_end
 from ltrp_timm.models.timm_interface import GENERIC

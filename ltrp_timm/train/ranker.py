@@ -77,12 +77,12 @@ def train_ranker(
             takes (``hfds/…``, ``wds/…``, ``torch/…``), or a torch dataset of pictures.
         output: Folder of the run, new or empty.
         ranker: Name of a ranker that learns.
-        teacher: An MAE: Hub id, folder, file or MAETeacher; None with ``distill_from`` alone.
+        teacher: An MAE (a Hub id, a folder or a file), or None with ``distill_from`` alone.
         img_size: Side of the images (default: the teacher's, or 224 without a teacher).
         ranker_args: More arguments of the ranker (default patch and image size: the teacher's).
         init_from: Folder of the same kind of ranker, to start from its weights.
-        distill_from: Folder of a ranker, or name of one without weights, that is a second teacher;
-            the only one with ``teacher=None``.
+        distill_from: Folder of a ranker, or name of one without weights, that is a second teacher,
+            or the only one.
         distill_weight: Share of ``distill_from`` in the loss beside a teacher, in (0, 1).
         loss: Ranking loss, from ``ltrp_timm.losses``.
         list_size: Patches scored per image, drawn before scoring (default: 20 with a teacher, all

@@ -11,6 +11,7 @@ from ltrp_timm.data.images import open_dataset
 from ltrp_timm.data.sources import SCALE, Sources, crop_transforms
 from ltrp_timm.measure.throughput import NUM_WORKERS
 from ltrp_timm.runtime.world import World
+from ltrp_timm.weights.files import PathLike
 
 # annotations of numbers: the text is the range that ``check_value`` allows
 AtLeastOne = Annotated[int, "at least 1"]
@@ -115,7 +116,7 @@ class Settings:
     checkpoint_steps: AtLeastOne | None = None
     holdout: BelowOne = 0.05
     val_data: Any = None
-    data_root: str | None = None
+    data_root: PathLike | None = None
     split: str = "train"
     val_split: str = "validation"
     input_key: str | None = None

@@ -39,7 +39,7 @@ _AVERAGES = ("state_dict_ema", "model_ema")  # as timm's train.py and others nam
 _METADATA_KEY = "ltrp_timm_config"
 _DIGEST_KEY = "ltrp_timm_sha256"
 
-PathLike = Union[str, "os.PathLike[str]"]
+PathLike = Union[str, os.PathLike[str]]
 
 
 def save_weights(

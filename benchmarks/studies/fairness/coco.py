@@ -53,11 +53,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ltrp_timm._text import first_names, printable
-from ltrp_timm.commands._console import CommandError, library_errors, output_errors
+from ltrp_timm._text import first_names, one_line, printable
+from ltrp_timm.commands._console import output_errors
 from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
 from ltrp_timm.data.label_files import read_coco
-from ltrp_timm.measure.mean_precision import seen_classes
+from ltrp_timm.measure.accuracy import seen_classes
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment
 from ltrp_timm.runtime.stopping import ignore_signals
 from ltrp_timm.runtime.world import join_world
@@ -129,24 +129,24 @@ def check_both(category: Tensor, seen: Tensor) -> None:
     """Check that seen and unseen objects are there, else there is no gap.
 
     Raises:
-        CommandError: one kind has none.
+        ValueError: one kind has none.
     """
     for kind, mine in (("seen", seen), ("unseen", ~seen)):
         if not bool(mine[category].any()):
-            raise CommandError(f"no object of {kind} categories is there: there is no gap.")
+            raise ValueError(f"no object of {kind} categories is there: there is no gap.")
 
 
 def open_images(args: argparse.Namespace, found: Annotated, scorer: Scorer) -> ObjectDataset:
     """The images and their objects, as the rankers get them; they differ in normalisation alone.
 
     Raises:
-        CommandError: images are not there.
+        ValueError: images are not there.
     """
     if not args.images.is_dir():
-        raise CommandError(f"{printable(args.images)} is no folder of images.")
+        raise ValueError(f"{printable(args.images)} is no folder of images.")
     absent = [image.name for image in found.images if not (args.images / image.name).is_file()]
     if absent:
-        raise CommandError(
+        raise ValueError(
             f"{len(absent)} of {len(found.images)} annotated images are not in "
             f"{printable(args.images)}: {first_names(absent)}."
         )
@@ -189,7 +189,7 @@ def measure(
                 parts.append((batch.image, batch.category, share, recall))
             bar.update(len(batch.pixels) + len(batch.reasons))
     if not parts:
-        raise CommandError("not one object can be seen: nothing was written.")
+        raise ValueError("not one object can be seen: nothing was written.")
     columns = [(entry.label, ratio) for entry in entries for ratio in args.keep_ratios]
     image, category, share, recall = (torch.cat(column) for column in zip(*parts))
     return Measured(image, category, share, recall, columns, found.categories, seen), count
@@ -199,12 +199,12 @@ def check_output(args: argparse.Namespace) -> None:
     """Make the folder of the results, unless some would be lost.
 
     Raises:
-        CommandError: it holds results, or cannot be made.
+        ValueError: it holds results, or cannot be made.
     """
     there = [name for name in FILES if (args.output / name).exists()]
     if there and not args.overwrite:
         name = printable(args.output)
-        raise CommandError(f"{name} holds {there[0]} already: --overwrite replaces it.")
+        raise ValueError(f"{name} holds {there[0]} already: --overwrite replaces it.")
     with output_errors(str(args.output)):
         args.output.mkdir(parents=True, exist_ok=True)
 
@@ -213,17 +213,16 @@ def run(args: argparse.Namespace) -> int:
     """Measure and write; returns 0, or 2 where images could not be used.
 
     Raises:
-        CommandError: an argument is wrong, or the files do not fit together.
+        ValueError: an argument is wrong, or the files do not fit together.
     """
     if importlib.util.find_spec("skimage") is None:
-        raise CommandError("polygons need scikit-image: pip install 'ltrp-timm[demo]'")
+        raise ValueError("polygons need scikit-image: pip install 'ltrp-timm[demo]'")
     load_pyplot()
-    with library_errors(), join_world(args.device, patient=True) as world:
+    with join_world(args.device, patient=True) as world:
         device = str(world.device)
     args.keep_ratios = list(dict.fromkeys(args.keep_ratios))
-    with library_errors():
-        found = find_objects(read_coco(args.annotations), args.crowds)
-        seen = find_seen(args.seen_classes, found.categories)
+    found = find_objects(read_coco(args.annotations), args.crowds)
+    seen = find_seen(args.seen_classes, found.categories)
     named = [category for image in found.images for category, _ in image.objects]
     check_both(torch.tensor(named), seen)
     entries = open_rankers(args, device)
@@ -259,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with threads(args.threads):
             return run(args)
-    except CommandError as error:
-        print(f"coco.py: {error}", file=sys.stderr, flush=True)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        print(f"coco.py: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
 
 

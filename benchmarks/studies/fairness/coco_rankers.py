@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ltrp_timm._text import first_names
-from ltrp_timm.commands._console import CommandError, library_errors
 from ltrp_timm.rankers import ranker_class
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.selection import num_keep, select_top
@@ -31,42 +30,37 @@ def open_rankers(args: argparse.Namespace, device: str) -> list[Entry]:
     """The rankers asked for, and random.
 
     Raises:
-        CommandError: there is no such thing.
+        ValueError: there is no such thing.
     """
     labels = list(dict.fromkeys(args.rankers))
     labels += [] if RANDOM in labels else [RANDOM]
     try:
         further = json.loads(args.ranker_args)
     except json.JSONDecodeError as error:
-        raise CommandError(
-            f"--ranker-args is not JSON ({error}), got {args.ranker_args}."
-        ) from error
+        raise ValueError(f"--ranker-args is not JSON ({error}), got {args.ranker_args}.") from error
     if not isinstance(further, dict):
-        raise CommandError(f"--ranker-args must be a JSON object, got {args.ranker_args}.")
+        raise ValueError(f"--ranker-args must be a JSON object, got {args.ranker_args}.")
     strangers = [name for name in further if name not in labels]
     if strangers:
-        raise CommandError(
-            f"--ranker-args are for none of the --rankers: {first_names(strangers)}."
-        )
+        raise ValueError(f"--ranker-args are for none of the --rankers: {first_names(strangers)}.")
     return [Entry(label, _open_ranker(label, further.get(label), args, device)) for label in labels]
 
 
 def _open_ranker(label: str, further: Any, args: argparse.Namespace, device: str) -> Scorer:
     name, equals, weights = label.partition("=")
     if equals and not weights:
-        raise CommandError(f"--rankers {label} names no weights behind the =.")
-    with library_errors():
-        published = args.pretrained and not weights and ranker_class(name).has_published_weights
-        scorer = open_scorer(
-            name,
-            True if published else weights or None,
-            further,
-            model=args.model,
-            img_size=args.img_size,
-            patch_size=args.patch_size,
-            crop_mode=args.crop_mode,
-            device=device,
-        )
+        raise ValueError(f"--rankers {label} names no weights behind the =.")
+    published = args.pretrained and not weights and ranker_class(name).has_published_weights
+    scorer = open_scorer(
+        name,
+        True if published else weights or None,
+        further,
+        model=args.model,
+        img_size=args.img_size,
+        patch_size=args.patch_size,
+        crop_mode=args.crop_mode,
+        device=device,
+    )
     if name == RANDOM:  # one draw for all images would like some places of the picture
         scorer.ranker.generator = torch.Generator().manual_seed(args.seed)
     return scorer
