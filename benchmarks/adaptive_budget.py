@@ -1,16 +1,16 @@
 """Does it pay to let each image choose how many patches it keeps?
 
-Claim. On images of which some are busy and some nearly empty, a threshold on scores that compare
-between images keeps more of the objects than a fixed budget that costs as much on average; sorting
-a batch into buckets costs little. Ranks within an image, as `contrast` gives them, cannot tell busy
-images from empty ones, and a share of an image's own score mass hardly can. How far that holds
-stands in the README, under *Where it falls short*.
+Claim. Where some images are busy and others nearly empty, a threshold on scores that compare
+between images keeps more of the objects than a fixed budget of the same mean cost; sorting a batch
+into buckets costs little. Ranks within an image, as `contrast` gives them, cannot tell busy images
+from empty ones; a share of an image's own score mass hardly can. The README lists what does not
+hold under *Where it falls short*.
 
 Arithmetic. Half of the scenes hold 1 or 2 objects and need a tenth of their patches, half hold 8 to
-12 and need most of them. A fixed keep ratio of 0.3 gives all of them 59 of 196: too much here, too
-little there. A batch of 32 in up to 8 buckets runs as up to 8 batches of 4: the cost of a call that
-does not grow with its batch is paid up to 8 times. The numbers of the buckets are read from the
-device once a call.
+12 and need most of them. A fixed keep ratio of 0.3 gives each scene 59 of 196: too many here, too
+few there. A batch of 32 in up to 8 buckets runs as up to 8 batches of 4: the part of a call's cost
+that does not grow with the batch is paid up to 8 times. Each call reads the numbers of the buckets
+from the device once.
 
 Scenes: real digits of scikit-learn, enlarged to 24 - 56 px, tinted, on a gradient with low and
 high frequency noise; which pixels are ink is known. Levels are calibrated on scenes of their own
@@ -24,24 +24,12 @@ images, `mean_share` the share of patches kept. Timed in turns in one process: a
 """
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
-import tables
 import torch
-from common import (
-    VIT_S,
-    Calls,
-    Row,
-    compare,
-    create_full,
-    inference,
-    load_pyplot,
-    make_parser,
-    pruned,
-    rows_of,
-    spread,
-    timing_columns,
-)
+from common import VIT_S, Row, compare, create_full, inference, make_parser, pruned, timed_row
+from runner import Benchmark, cells, figure, milliseconds, panels, plain
 from studies.judging import ink_per_patch
 from studies.scenes import make_scenes
 from tables import Goal
@@ -50,8 +38,6 @@ from torch import Tensor
 from ltrp_timm.commands._flags import positive
 from ltrp_timm.measure import throughput
 
-NAME = "adaptive_budget"
-TITLE = "Adaptive budgets against fixed ones of equal mean"
 PATCH = 16
 BUDGETS = ("fixed", "mass", "threshold")
 
@@ -76,84 +62,46 @@ def kept_ink(model: Any, images: Tensor, ink: Tensor) -> tuple[Tensor, float]:
     return torch.stack(shares), sum(patches) / len(patches)
 
 
-def set_budget(model: Any, budget: str, keep_ratio: float, images: Tensor) -> None:
-    """Give a model that keeps ``keep_ratio`` its budget, calibrated on ``images``."""
-    if budget != "fixed":
-        model.calibrate(images.split(32), keep_ratio, budget)
-
-
-def run_case(
-    full: Any, ranker: str, keep_ratio: float, args: argparse.Namespace, where: Row
-) -> list[Row]:
-    """All budgets of one ranker at one mean keep ratio."""
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Measure every ranker, keep ratio and batch size on the first model."""
+    full = create_full(args.models[0], args)
     known, _ = make_scenes(args.scenes, seed=0)
     scenes, ink = make_scenes(args.scenes, seed=1)
     mean, std = (
         torch.tensor(full.pretrained_cfg[name]).reshape(1, 3, 1, 1) for name in ("mean", "std")
     )
     known, scenes = (known - mean) / std, (scenes - mean) / std
-    models = {}
-    for budget in BUDGETS:
-        models[budget] = pruned(full, ranker, keep_ratio)
-        set_budget(models[budget], budget, keep_ratio, known)
-    kept = {budget: kept_ink(model, scenes, ink) for budget, model in models.items()}
-    rows = []
-    for batch in args.batch_sizes:
-        images = scenes[:batch]
-        calls: Calls = {name: inference(model, images) for name, model in models.items()}
-        timings = compare(calls, args)
-        for budget, (shares, patches) in kept.items():
-            row: Row = {"ranker": ranker, "keep_ratio": keep_ratio, "batch": batch}
-            row |= {"method": budget, "mean_share": round(patches, 4)}
-            row |= {"kept_ink": round(float(shares.mean()), 4)}
-            row |= {"worst_ink": round(float(shares.quantile(0.1)), 4)}
-            row |= {"ink_gain": round(float((shares - kept["fixed"][0]).mean()), 4)}
-            row |= timing_columns(timings[budget], batch)
-            row |= spread("time_ratio", throughput.ratio(timings[budget], timings["fixed"]))
-            rows.append({**row, "scenes": args.scenes, **where})
-    return rows
-
-
-def run(args: argparse.Namespace, where: Row) -> list[Row]:
-    """Measure every ranker and keep ratio on the first model."""
-    full = create_full(args.models[0], args)
-    rows: list[Row] = []
     for ranker in args.rankers:
         for keep_ratio in args.keep_ratios:
-            new = run_case(full, ranker, keep_ratio, args, {"model": args.models[0], **where})
-            rows += new
-            print(f"{ranker} keep {keep_ratio:g}:", flush=True)
-            for row in new:
-                print("  batch {batch} {method}: ink {kept_ink:.3f}".format(**row), end="")
-                print(" at {mean_share:.3f}, time ×{time_ratio:.3f}".format(**row), flush=True)
-    return rows
+            models = {budget: pruned(full, ranker, keep_ratio) for budget in BUDGETS}
+            for budget in BUDGETS[1:]:
+                models[budget].calibrate(known.split(32), keep_ratio, budget)
+            kept = {budget: kept_ink(model, scenes, ink) for budget, model in models.items()}
+            for batch in args.batch_sizes:
+                calls = {name: inference(of, scenes[:batch]) for name, of in models.items()}
+                timings = compare(calls, args)
+                case = {"ranker": ranker, "keep_ratio": keep_ratio, "batch": batch}
+                rows = []
+                for budget in BUDGETS:
+                    row = {**case, "method": budget, **ink_columns(kept, budget)}
+                    ratio = throughput.ratio(timings[budget], timings["fixed"])
+                    row = timed_row(row, timings[budget], time_ratio=ratio)
+                    rows.append({**row, "scenes": args.scenes, "model": args.models[0]})
+                yield rows
 
 
-def table(rows: list[Row]) -> list[Row]:
-    """The figures as text."""
-    return [
-        {
-            "model": row["model"],
-            "ranker": row["ranker"],
-            "keep": f"{row['keep_ratio']:g}",
-            "batch": row["batch"],
-            "budget": row["method"],
-            "patches kept": f"{row['mean_share']:.3f}",
-            "kept ink": f"{row['kept_ink']:.3f}",
-            "of the worst tenth": f"{row['worst_ink']:.3f}",
-            "ms": f"{1e3 * row['seconds_median']:.0f}",
-            "time ÷ fixed": tables.figure(row, "time_ratio", ".2f"),
-        }
-        for row in rows
-    ]
+def ink_columns(kept: dict[str, tuple[Tensor, float]], budget: str) -> Row:
+    """What a budget keeps of patches and of ink."""
+    shares, patches = kept[budget]
+    figures = {"mean_share": patches, "kept_ink": shares.mean(), "worst_ink": shares.quantile(0.1)}
+    figures["ink_gain"] = (shares - kept["fixed"][0]).mean()
+    return {name: round(float(value), 4) for name, value in figures.items()}
 
 
-def plot(rows: list[Row]) -> Any:
-    """Kept ink against patches kept: a panel per ranker, a line per budget."""
-    pyplot = load_pyplot()
+def plot(rows: list[Row], args: argparse.Namespace) -> Any:
+    """Kept ink against patches kept: a panel for each ranker, a line for each budget."""
     rankers = list(dict.fromkeys(row["ranker"] for row in rows))
-    size = (1 + 4 * len(rankers), 4)
-    figure, axes = pyplot.subplots(1, len(rankers), figsize=size, squeeze=False, sharey=True)
+    picture, axes = panels(1, len(rankers), sharey=True)
     for ax, ranker in zip(axes[0], rankers):
         for budget in BUDGETS:
             of_both = [r for r in rows if r["ranker"] == ranker and r["method"] == budget]
@@ -161,25 +109,49 @@ def plot(rows: list[Row]) -> Any:
             ax.plot(*zip(*line), "-o", ms=3, label=budget)
         ax.set_title(ranker, fontsize=9)
         ax.set_xlabel("mean share of patches kept")
-        ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of ink kept")
     axes[0][0].legend(fontsize=8)
-    return figure
+    return picture
 
 
-def main() -> None:
-    """Measure, write CSV, PNG and Markdown, check the goals."""
-    parser = make_parser(
-        (__doc__ or "").splitlines()[0],
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options."""
+    options = make_parser(
+        description,
         models=[VIT_S],
         rankers=["gradient", "pixel_std", "contrast"],
         keep_ratios=[0.2, 0.3, 0.5],
         batch_sizes=[1, 32],
     )
-    parser.add_argument("--scenes", type=positive, default=256, help="to calibrate, and to measure")
-    args = parser.parse_args()
-    rows = rows_of(NAME, run, args)
-    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
+    text = "number of scenes to calibrate on, and to measure on"
+    options.add_argument("--scenes", type=positive, default=256, help=text)
+    return options
+
+
+main = Benchmark(
+    name="adaptive_budget",
+    doc=__doc__,
+    title="Adaptive budgets against fixed ones of equal mean",
+    run=run,
+    progress="{method} keeps {kept_ink:.3f} of the ink in {mean_share:.3f}, time ×{time_ratio:.3f}",
+    table=cells(
+        {
+            "model": plain("model"),
+            "ranker": plain("ranker"),
+            "keep": figure("keep_ratio", "g"),
+            "batch": plain("batch"),
+            "budget": plain("method"),
+            "patches kept": figure("mean_share", ".3f"),
+            "kept ink": figure("kept_ink", ".3f"),
+            "of the worst tenth": figure("worst_ink", ".3f"),
+            "ms": milliseconds,
+            "time ÷ fixed (quartiles)": figure("time_ratio", ".2f"),
+        }
+    ),
+    goals=goals,
+    plot=plot,
+    parser=parser,
+).main
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: command-line options, models, images, and how time is taken."""
+"""Shared parts of the benchmarks: command-line options, models, images, timing."""
 
 import argparse
 import importlib
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pooling
 import timm
 import torch
 from torch import Tensor
@@ -27,9 +26,6 @@ Calls = dict[str, Callable[[], Any]]
 VIT_TI, VIT_S, VIT_B, VIT_L = (
     f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")
 )
-# option of a benchmark -> column of its rows
-CASES = {"models": "model", "batch_sizes": "batch", "keep_ratios": "keep_ratio"}
-CASES |= {"img_sizes": "img_size", "forms": "form", "removals": "removal"}
 # where the project's goals hold; a row must say all of it
 ON_ONE_CORE = {"device": "cpu", "dtype": "float32", "threads": "1"}
 
@@ -40,7 +36,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--threads", type=not_negative, default=1, help="of torch; 0 leaves torch's own")
+    add("--threads", type=not_negative, default=1, help="threads of torch; 0: its default")
     add("--output", type=Path, default=RESULTS, help="folder of the CSV, PNG and Markdown files")
     parser.set_defaults(depth=0, device="cpu", dtype="float32")
     return parser
@@ -50,36 +46,37 @@ def device_parser(description: str) -> argparse.ArgumentParser:
     """The options of a benchmark that runs on any device."""
     parser = base_parser(description)
     add = parser.add_argument
-    add("--depth", type=not_negative, default=0, help="blocks of each model; 0 takes all of them")
+    add("--depth", type=not_negative, default=0, help="blocks of each model; 0: all")
     add("--device", default="cpu", help="cpu, cuda, …")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of all")
+    text = "of models and images"
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help=text)
     return parser
 
 
 def add_ranker_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """What rankers are trained with, wherever a benchmark trains some; ``defaults`` are its own."""
+    """The options of a benchmark that trains rankers, with its ``defaults``."""
     add = parser.add_argument
     add("--ranker-lr", type=float, default=4e-3, help="learning rate")
-    add("--mask-ratio", type=float, default=0.5, help="of the scores that the rankers learn")
-    add("--list-size", type=positive, default=10, help="scores of an image to learn from")
-    add("--seeds", type=not_negative, nargs="+", default=[0], help="a run of the training for each")
+    add("--mask-ratio", type=float, default=0.5, help="share of masked patches")
+    add("--list-size", type=positive, default=10, help="scores per image to learn from")
+    add("--seeds", type=not_negative, nargs="+", default=[0], help="one training run per seed")
     parser.set_defaults(**defaults)
 
 
 def timing_parser(description: str) -> argparse.ArgumentParser:
-    """The options of a benchmark that takes the time of batches."""
+    """The options of a benchmark that times batches."""
     parser = device_parser(description)
     add = parser.add_argument
     add("--batch-sizes", nargs="+", type=positive, default=[1, 8], help="images per call")
-    add("--repeats", type=not_negative, default=0, help="timed rounds; 0 fits them to --seconds")
-    add("--seconds", type=float, default=20.0, help="what one comparison may take, in seconds")
-    text = "measure nothing: pool what earlier runs wrote into these folders by --output"
+    add("--repeats", type=not_negative, default=0, help="timed rounds; 0: as --seconds allow")
+    add("--seconds", type=float, default=20.0, help="time limit of one comparison")
+    text = "pool what earlier runs wrote into these folders (their --output); measure nothing"
     add("--pool", nargs="+", type=Path, metavar="FOLDER", help=text)
     return parser
 
 
 def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options every benchmark of models has; ``defaults`` are a benchmark's own."""
+    """The options of a benchmark of models, with its ``defaults``."""
     parser = timing_parser(description)
     add = parser.add_argument
     add("--models", nargs="+", default=[VIT_B], help="timm models")
@@ -91,7 +88,7 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def set_up(args: argparse.Namespace) -> Row:
-    """Apply ``--threads``; returns the columns that say where and how a row was measured."""
+    """Apply ``--threads``; returns the columns of machine, settings and versions."""
     # an untrained ranker warns; here only its time counts, which its weights do not change
     warnings.filterwarnings("ignore", message=".*no trained weights.*")
     if args.threads > 0:
@@ -99,25 +96,6 @@ def set_up(args: argparse.Namespace) -> Row:
     depth = {"depth": args.depth} if args.depth else {"depth": "all"}
     env = throughput.environment(args.device)
     return {"runs": 1, "device": args.device, "dtype": args.dtype, **depth, **env}
-
-
-def rows_of(
-    name: str, run: Callable[[argparse.Namespace, Row], list[Row]], args: argparse.Namespace
-) -> list[Row]:
-    """What ``run(args, where)`` measures, or with ``--pool`` what runs of before have measured.
-
-    The options that say which cases there are become those of the runs.
-    """
-    if not args.pool:
-        return run(args, set_up(args))
-    rows = pooling.pool(name, args.pool)
-    for option, column in CASES.items():
-        if column in rows[0] and hasattr(args, option):
-            setattr(args, option, list(dict.fromkeys(row[column] for row in rows)))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    if "rankers" in args and not set(args.rankers) <= set(methods):
-        args.rankers = [method for method in methods if method in ltrp_timm.list_rankers()]
-    return rows
 
 
 def create_full(name: str, args: argparse.Namespace, **kwargs: Any) -> Any:
@@ -136,7 +114,7 @@ def pruned(full: Any, ranker: str, keep_ratio: float, **ranker_args: Any) -> Any
 
 
 def make_images(model: Any, batch: int, args: argparse.Namespace) -> Tensor:
-    """Noise (B, C, H, W) of the model's own size: what is in an image does not change the time."""
+    """Noise (B, C, H, W) of the model's image size: pixels do not change the time."""
     generator = torch.Generator().manual_seed(0)
     height, width = model.patch_embed.img_size
     images = torch.randn(
@@ -145,14 +123,19 @@ def make_images(model: Any, batch: int, args: argparse.Namespace) -> Tensor:
     return images.to(device=args.device, dtype=getattr(torch, args.dtype))
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[Any, Tensor, Row]]:
-    """The plain model, images for it and the columns of each model, batch size and keep ratio."""
+def batches(args: argparse.Namespace) -> Iterator[tuple[Any, Tensor, Row]]:
+    """The plain model, images for it and the columns of each model and batch size."""
     for name in args.models:
         full = create_full(name, args)
         for batch in args.batch_sizes:
-            images = make_images(full, batch, args)
-            for ratio in args.keep_ratios:
-                yield full, images, {"model": name, "batch": batch, "keep_ratio": ratio}
+            yield full, make_images(full, batch, args), {"model": name, "batch": batch}
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[Any, Tensor, Row]]:
+    """The same for each keep ratio."""
+    for full, images, case in batches(args):
+        for ratio in args.keep_ratios:
+            yield full, images, {**case, "keep_ratio": ratio}
 
 
 def inference(fn: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
@@ -170,7 +153,7 @@ def compare(
 ) -> dict[str, throughput.Timing]:
     """``throughput.compare`` with ``--repeats`` rounds, or as many as fit into ``--seconds``.
 
-    The round that is timed to find that number out is the warm-up.
+    A first round, which gives that number, is the warm-up.
     """
     if args.repeats > 0:
         return throughput.compare(fns, repeats=args.repeats, warmup=1, device=args.device)
@@ -183,13 +166,13 @@ def compare(
 
 
 def num_rounds(round_seconds: float, seconds: float) -> int:
-    """As many rounds as fit, at most 41; at least 5, or 3 where 5 take three times too long."""
+    """As many rounds as fit, at most 41; at least 5, or 3 where 5 take over three times as long."""
     least = 5 if 5 * round_seconds <= 3 * seconds else 3
     return max(least, min(41, round(seconds / round_seconds)))
 
 
 def seconds_of(fn: Callable[[], Any], args: argparse.Namespace) -> float:
-    """What one call takes, after another: enough to plan by."""
+    """Seconds of one call after a warm-up: enough to plan by."""
     return throughput.measure(fn, repeats=1, warmup=1, device=args.device).median
 
 
@@ -206,6 +189,14 @@ def spread(name: str, value: throughput.Ratio) -> Row:
     """A ratio as three columns: NAME for its median, NAME_low and NAME_high for its quartiles."""
     figures = {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
     return {column: round(figure, 5) for column, figure in figures.items()}
+
+
+def timed_row(case: Row, timing: throughput.Timing, **ratios: throughput.Ratio) -> Row:
+    """The columns of a case, of its timing, and of ratios with their quartiles."""
+    row = {**case, **timing_columns(timing, case["batch"])}
+    for name, value in ratios.items():
+        row |= spread(name, value)
+    return row
 
 
 def summary(name: str, values: Tensor) -> Row:
@@ -241,15 +232,15 @@ _WAITS += ("masked_select", "unique_dim", "_unique", "_unique2", "unique_consecu
 
 
 def host_syncs(names: Iterable[str]) -> list[str]:
-    """Those of ``operators`` for which the host waits for the device: they read a value from it."""
+    """The operators of ``names`` that make the host wait: they read a value from the device."""
     return [name for name in names if re.split("[. ]", name)[1] in _WAITS]
 
 
 def load_pyplot() -> Any:
-    """matplotlib's pyplot for files, not screens.
+    """matplotlib's pyplot, drawing into files.
 
     Raises:
-        SystemExit: matplotlib is not installed; the message has the command to type.
+        SystemExit: matplotlib is not installed.
     """
     try:
         importlib.import_module("matplotlib").use("Agg")

@@ -2,15 +2,15 @@
 
 Claim. A pruned ViT-B at keep ratio 0.5 and batch 1 is at least 1.55 times as fast as the plain
 eager model, and 2.2 times once compiled by inductor with frozen weights; in ONNX Runtime the
-ranking is part of the one graph, and the gain stays. How far that holds stands in the README, under
+ranking is part of the one graph, and the gain stays. The README lists what does not hold under
 *Where it falls short*.
 
 Arithmetic. Half of the patches is 99 of 197 tokens: blocks take half the FLOPs, and at batch 1 on a
 CPU a little more than half of the time, because the weights (344 MB in float32) are read whatever
 the tokens are. Compiling with freezing packs the weights for the matrix kernels once and fuses what
-lies between them: it shortens the full model and the pruned one alike, so the two gains multiply.
-The front-end adds 60 to 70 operators to those of the model (`where_does_time_go.py` counts them):
-launching them is what eager mode pays for and a compiled graph does not.
+lies between them. It speeds up the full model and the pruned one alike, so the two gains multiply.
+The front-end adds 60 to 70 operators to those of the model (`where_does_time_go.py` counts them).
+Eager mode pays for launching each of them; a compiled graph does not.
 
 Timed, in turns in one process, ranking included:
     eager           the modules as they are
@@ -20,10 +20,10 @@ Timed, in turns in one process, ranking included:
                     On an x86 CPU the same inductor gives the frozen linear layers to oneDNN here
                     and to MKL in torch.compile (torch 2.15)
     onnxruntime     the exported graph of this batch size in ONNX Runtime, CPU, the same threads
-each for `full` (the plain timm model), and for each ranker. Before anything is timed each is held
-against the eager output: `max_error` is the largest difference of a logit ÷ the largest logit, and
-more than 1e-3 (in float32) ends the run.
-Not timed: compiling and exporting; `prepare_seconds` says what they took, once.
+each for `full` (the plain timm model), and for each ranker. Before anything is timed each output is
+compared with the eager one: `max_error` is the largest difference of a logit ÷ the largest logit,
+and more than 1e-3 (in float32) ends the run.
+Compiling and exporting are not part of the times; `prepare_seconds` is what they took, once.
 Weights are random.
 """
 
@@ -32,10 +32,9 @@ import importlib
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import tables
 import torch
 from common import (
     ON_ONE_CORE,
@@ -45,28 +44,24 @@ from common import (
     cases,
     compare,
     inference,
-    load_pyplot,
     make_parser,
     pruned,
-    rows_of,
-    spread,
-    timing_columns,
+    timed_row,
 )
+from runner import CASE, Benchmark, bars, cells, figure, milliseconds, plain
 from tables import Goal
 from torch import Tensor
 
 from ltrp_timm.measure import throughput
 
-NAME = "compile_and_export"
-TITLE = "Eager, compiled and exported: pruned ViTs against the full ones"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
 def goals() -> list[Goal]:
-    """The project's goals that this file's rows can answer."""
+    """What the claim says."""
     where = {**ON_ONE_CORE, "model": VIT_B, "batch": 1, "keep_ratio": 0.5}
     where["method"] = ("contrast", "conv")
-    text = "ViT-B keep 0.5 batch 1, times as fast as eager full"
+    text = "ViT-B keep 0.5 batch 1, speed-up over eager full"
     bounds = {"eager": 1.55, "compiled": 2.2, "aotinductor": 2.2}
     return [
         Goal(f"{text}, {form}", {**where, "form": form}, "speedup_over_eager", ">=", bound)
@@ -75,7 +70,7 @@ def goals() -> list[Goal]:
 
 
 def compiled(model: Any, images: Tensor, args: argparse.Namespace) -> Callable[[], Any]:
-    """The model by torch.compile, each for itself: a graph for this shape alone."""
+    """The model by torch.compile: a graph for this shape alone."""
     on_cpu = torch.device(args.device).type == "cpu"
     inductor: Any = importlib.import_module("torch._inductor.config")
     inductor.freezing = on_cpu
@@ -142,10 +137,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def prepare(
     models: dict[str, Any], images: Tensor, args: argparse.Namespace
 ) -> tuple[Calls, dict[str, Row]]:
-    """Callables by "form method", and what preparing each took and how exact it is.
+    """Callables by "form method", and for each its error and the time it took to prepare.
 
     Raises:
-        SystemExit: an output is not the eager one.
+        SystemExit: An output differs from the eager one.
     """
     calls: Calls = {}
     facts = {}
@@ -162,101 +157,74 @@ def prepare(
     return calls, facts
 
 
-def run_case(
-    full: Any, images: Tensor, case: Row, args: argparse.Namespace, where: Row
-) -> list[Row]:
-    """All forms and methods at one batch size and keep ratio."""
-    models = {"full": full}
-    models |= {ranker: pruned(full, ranker, case["keep_ratio"]) for ranker in args.rankers}
-    calls, facts = prepare(models, images, args)
-    timings = compare(calls, args)
-    rows = []
-    for name, timing in timings.items():
-        form, method = name.split(" ", 1)
-        row = {**case, "form": form, "method": method, **timing_columns(timing, case["batch"])}
-        row |= spread("speedup", throughput.ratio(timings[f"{form} full"], timing))
-        row |= spread("speedup_over_eager", throughput.ratio(timings["eager full"], timing))
-        rows.append({**row, **facts[name], **where})
-    return rows
-
-
-def run(args: argparse.Namespace, where: Row) -> list[Row]:
-    """Measure every model, batch size and keep ratio."""
-    rows: list[Row] = []
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Measure every model, batch size and keep ratio, all forms and methods in turns."""
     for full, images, case in cases(args):
         torch.compiler.reset()
-        new = run_case(full, images, case, args, where)
-        rows += new
-        print(_progress(new), flush=True)
-    return rows
+        models = {"full": full}
+        models |= {ranker: pruned(full, ranker, case["keep_ratio"]) for ranker in args.rankers}
+        calls, facts = prepare(models, images, args)
+        timings = compare(calls, args)
+        rows = []
+        for name, timing in timings.items():
+            form, method = name.split(" ", 1)
+            row = timed_row(
+                {**case, "form": form, "method": method},
+                timing,
+                speedup=throughput.ratio(timings[f"{form} full"], timing),
+                speedup_over_eager=throughput.ratio(timings["eager full"], timing),
+            )
+            rows.append({**row, **facts[name]})
+        yield rows
 
 
-def _progress(rows: list[Row]) -> str:
-    head = "{model} batch {batch} keep {keep_ratio:g}, {rounds} rounds: ".format(**rows[0])
-    return head + "; ".join(
-        "{form} {method} ×{speedup_over_eager:.2f}".format(**row) for row in rows
-    )
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options."""
+    options = make_parser(description, rankers=["contrast"], seconds=30.0)
+    text = "what to compare"
+    options.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help=text)
+    return options
 
 
-def table(rows: list[Row]) -> list[Row]:
-    """The figures as text."""
-    return [
-        {
-            "model": row["model"],
-            "batch": row["batch"],
-            "keep": f"{row['keep_ratio']:g}",
-            "form": row["form"],
-            "method": row["method"],
-            "ms": f"{row['seconds_median'] * 1e3:.1f}",
-            "times as fast as full, same form": tables.figure(row, "speedup", ".2f"),
-            "times as fast as eager full": tables.figure(row, "speedup_over_eager", ".2f"),
-            "max error": f"{row['max_error']:.1e}",
-        }
-        for row in rows
-    ]
-
-
-def plot(rows: list[Row], args: argparse.Namespace) -> Any:
-    """Bars: times as fast as eager full, a panel per model, batch size and keep ratio."""
-    keys = ("model", "batch", "keep_ratio")
-    cases = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
-    figure, axes = load_pyplot().subplots(
-        1, len(cases), figsize=(1 + 4.5 * len(cases), 4), squeeze=False
-    )
-    methods = ["full", *args.rankers]
-    width = 0.8 / len(methods)
-    for ax, case in zip(axes[0], cases):
-        for i, method in enumerate(methods):
-            bars = {
-                row["form"]: row
-                for row in rows
-                if tuple(row[key] for key in keys) == case and row["method"] == method
-            }
-            places = [j + i * width for j in range(len(args.forms))]
-            heights = [bars[form]["speedup_over_eager"] for form in args.forms]
-            drawn = ax.bar(places, heights, width, label=method)
-            ax.bar_label(drawn, fmt="%.2f", fontsize=7)
-        ax.set_xticks([j + 0.4 - width / 2 for j in range(len(args.forms))], args.forms)
-        ax.set_title("{} batch {} keep {:g}".format(*case), fontsize=9)
-        ax.set_ylabel("times as fast as eager full")
-        ax.margins(y=0.2)  # room for the legend
-    axes[0][0].legend(fontsize=8)
-    return figure
-
-
-def main() -> None:
-    """Measure, write CSV, PNG and Markdown, check the goals."""
-    parser = make_parser((__doc__ or "").splitlines()[0], rankers=["contrast"], seconds=30.0)
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="to compare")
-    args = parser.parse_args()
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the run where a form cannot be measured."""
     if "eager" not in args.forms:
         parser.error("--forms must have eager: it is what the others are held against")
     if "onnxruntime" in args.forms and not args.pool:
         if args.device != "cpu" or args.dtype != "float32":
             parser.error("onnxruntime is measured on a CPU in float32: leave it out of --forms")
         _import_onnxruntime()
-    rows = rows_of(NAME, run, args)
-    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
+
+
+main = Benchmark(
+    name="compile_and_export",
+    doc=__doc__,
+    title="Eager, compiled and exported: pruned ViTs against the full ones",
+    run=run,
+    progress="{form} {method} ×{speedup_over_eager:.2f}",
+    table=cells(
+        {
+            **CASE,
+            "form": plain("form"),
+            "method": plain("method"),
+            "ms": milliseconds,
+            "speed-up over full, same form (quartiles)": figure("speedup", ".2f"),
+            "speed-up over eager full (quartiles)": figure("speedup_over_eager", ".2f"),
+            "max error": figure("max_error", ".1e"),
+        }
+    ),
+    goals=goals,
+    plot=lambda rows, _: bars(
+        rows,
+        "speedup_over_eager",
+        "speed-up over the eager full model (quartiles)",
+        panel="{model} batch {batch} keep {keep_ratio:g}",
+        bar="{form}",
+        group="{method}",
+    ),
+    parser=parser,
+    check=check,
+).main
 
 
 if __name__ == "__main__":

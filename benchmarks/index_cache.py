@@ -1,8 +1,8 @@
 """Does a slow ranker cost anything once its orders are cached?
 
 Claim. With an index cache, a step of training or of evaluation behind the paper's `vit_small`
-ranker takes as long as one whose patches are given for nothing; with the ranker at work it takes
-far longer, and in front of a ViT-S it eats what dropping half of the patches gains.
+ranker takes as long as one whose patches are given for nothing. Without a cache it takes far
+longer: in front of a ViT-S the ranker costs what dropping half of the patches gains.
 
 Arithmetic. A backward costs twice its forward: at keep 0.5 a step of training is half of 3 forwards
 of the plain model, and the `vit_small` ranker in front of a ViT-S adds a whole one, two thirds of
@@ -16,21 +16,20 @@ the loss and backward. `full` drops nothing, `given` knows its patches, `contras
 rank, `cached` reads the orders of `vit_small` from the disk. Not timed: decoding pictures and the
 optimiser, which are the same for all. Weights are random: they do not change the time.
 
-The place in the round counts. Whatever comes right behind `vit_small` is slower, so here both sides
-of the goal come behind a step without a ranker, as steps of a real training with a cache do. A
-first run of this benchmark, with 8 images, `cached` behind `vit_small` and other work on the
-machine, missed the goal in training: 1.10 (quartiles 1.08 and 1.11, 5 rounds; the first version of
-the CSV). The place explains a part of that, the rest is not explained.
+The place in the round matters: a step right behind `vit_small` is slower. Here both sides of the
+goal follow a step without a ranker, as steps of a real training with a cache do. An earlier run
+missed the goal in training: 1.10 (quartiles 1.08 and 1.11, 5 rounds; the first version of the CSV).
+It had 8 images and `cached` behind `vit_small`, and other work ran on the machine. The place
+explains a part of that, the rest is not explained.
 """
 
 import argparse
+import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import common
-import tables
 import torch
 from common import (
     ON_ONE_CORE,
@@ -38,13 +37,13 @@ from common import (
     Calls,
     Row,
     compare,
-    load_pyplot,
+    create_full,
     make_parser,
-    rows_of,
-    spread,
-    timing_columns,
+    pruned,
+    timed_row,
 )
 from PIL import Image
+from runner import Benchmark, bars, cells, figure, plain
 from tables import Goal
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -53,12 +52,11 @@ import ltrp_timm
 from ltrp_timm.commands import main as ltrp_timm_cli
 from ltrp_timm.data.images import Images, open_dataset
 from ltrp_timm.measure import throughput
+from ltrp_timm.measure.payoff import twin
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.scoring import cached_transform
 
-NAME = "index_cache"
-TITLE = "A step with cached orders of a slow ranker"
 RANKER = "vit_small"
 STEPS = ("evaluation", "training")
 
@@ -85,13 +83,11 @@ def make_photos(folder: Path, count: int) -> None:
 
 def make_models(name: str, weights: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The plain model, and its twins behind each ranker; weights in common."""
-    full = common.create_full(name, args)
+    full = create_full(name, args)
     full.requires_grad_(True)
     ratio = args.keep_ratios[0]
-    slow = ltrp_timm.drop_patches(
-        common.twin(full), RANKER, keep_ratio=ratio, ranker_weights=weights
-    )
-    contrast = common.pruned(full, "contrast", ratio)
+    slow = ltrp_timm.drop_patches(twin(full), RANKER, keep_ratio=ratio, ranker_weights=weights)
+    contrast = pruned(full, "contrast", ratio)
     # a step finds memory as the one before left it: both sides of the goal follow a small one
     return {RANKER: slow, "full": full, "contrast": contrast, "given": contrast, "cached": slow}
 
@@ -142,123 +138,90 @@ def transforms(model: LTRPModel) -> dict[str, Any]:
     }
 
 
-def run_case(name: str, batch: int, args: argparse.Namespace, where: Row) -> list[Row]:
-    """Both kinds of steps of one model."""
-    rows = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        make_photos(folder / "photos", batch)
-        weights = folder / "ranker"
-        ltrp_timm.create_ranker(RANKER).save(weights)
-        models = make_models(name, weights, args)
-        images = Images(open_dataset(folder / "photos"))
-        pictures = [images.read(i) for i in range(batch)]
-        for step, transform in transforms(models["cached"]).items():
-            cache = write_cache(folder / step, folder, name, step)
-            cached = cached_transform(cache, models["cached"], images, transform)
-            fns: Calls = {
-                method: make_step(
-                    method,
-                    model,
-                    cached if method == "cached" else transform,
-                    pictures,
-                    step == "training",
-                )
-                for method, model in models.items()
-            }
-            front = {"model": name, "batch": batch, "keep_ratio": args.keep_ratios[0]}
-            rows += case_rows({**front, "step": step}, compare(fns, args), batch, where)
-    return rows
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Measure every model and batch size, evaluation and training one after the other."""
+    for name in args.models:
+        for batch in args.batch_sizes:
+            with tempfile.TemporaryDirectory() as place:
+                for step, calls in steps(name, batch, args, Path(place)):
+                    case: Row = {"model": name, "batch": batch, "keep_ratio": args.keep_ratios[0]}
+                    yield rows_of({**case, "step": step}, compare(calls, args))
 
 
-def run(args: argparse.Namespace, where: Row) -> list[Row]:
-    """Measure every model and batch size."""
-    return [
-        row
-        for name in args.models
-        for batch in args.batch_sizes
-        for row in run_case(name, batch, args, where)
-    ]
+def steps(
+    name: str, batch: int, args: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, Calls]]:
+    """Both kinds of steps of one model, by method; their photos and caches are in ``folder``."""
+    make_photos(folder / "photos", batch)
+    weights = folder / "ranker"
+    ltrp_timm.create_ranker(RANKER).save(weights)
+    models = make_models(name, weights, args)
+    images = Images(open_dataset(folder / "photos"))
+    pictures = [images.read(i) for i in range(batch)]
+    for step, transform in transforms(models["cached"]).items():
+        cache = write_cache(folder / step, folder, name, step)
+        cached = cached_transform(cache, models["cached"], images, transform)
+        calls: Calls = {}
+        for method, model in models.items():
+            own = cached if method == "cached" else transform
+            calls[method] = make_step(method, model, own, pictures, step == "training")
+        yield step, calls
 
 
 def write_cache(cache: Path, folder: Path, name: str, step: str) -> Path:
     """Rank the photos as for evaluation, or as whole pictures for training."""
     command = ["rank", str(folder / "photos"), "-o", str(cache), "--model", name]
-    command += [
-        "--ranker",
-        RANKER,
-        "--ranker-weights",
-        str(folder / "ranker"),
-        "--num-workers",
-        "0",
-    ]
-    if ltrp_timm_cli(command + (["--crop-mode", "squash"] if step == "training" else [])):
+    command += ["--ranker", RANKER, "--ranker-weights", str(folder / "ranker")]
+    command += ["--num-workers", "0", *(["--crop-mode", "squash"] if step == "training" else [])]
+    if ltrp_timm_cli(command):
         raise SystemExit("the index cache could not be written.")
     return cache
 
 
-def case_rows(
-    front: Row, timings: dict[str, throughput.Timing], batch: int, where: Row
-) -> list[Row]:
-    """A row for each method, held against three others round by round."""
+def rows_of(case: Row, timings: dict[str, throughput.Timing]) -> list[Row]:
+    """A row for each method, with its time over that of three others, round by round."""
     rows = []
     for method, timing in timings.items():
-        row = {**front, "method": method, **timing_columns(timing, batch)}
-        for other in ("given", "contrast", "full"):
-            row |= spread(f"over_{other}", throughput.ratio(timing, timings[other]))
-        rows.append({**row, **where})
-    print(front, {row["method"]: row["over_given"] for row in rows}, flush=True)
+        others = ("given", "contrast", "full")
+        ratios = {f"over_{other}": throughput.ratio(timing, timings[other]) for other in others}
+        rows.append(timed_row({**case, "method": method}, timing, **ratios))
     return rows
 
 
-def table(rows: list[Row]) -> list[Row]:
-    """A line for each step and method."""
-    return [
+main = Benchmark(
+    name="index_cache",
+    doc=__doc__,
+    title="A step with cached orders of a slow ranker",
+    run=run,
+    progress="{method} ×{over_given:.3f} of given",
+    table=cells(
         {
-            "model": row["model"],
-            "step": row["step"],
-            "batch": row["batch"],
-            "method": row["method"],
-            "seconds": tables.figure(row, "seconds_median", ".3g"),
-            "÷ given": tables.figure(row, "over_given", ".3f"),
-            "÷ contrast": tables.figure(row, "over_contrast", ".3f"),
-            "÷ full": tables.figure(row, "over_full", ".3f"),
+            "model": plain("model"),
+            "step": plain("step"),
+            "batch": plain("batch"),
+            "method": plain("method"),
+            "seconds (quartiles)": figure("seconds_median", ".3g"),
+            "÷ given (quartiles)": figure("over_given", ".3f"),
+            "÷ contrast (quartiles)": figure("over_contrast", ".3f"),
+            "÷ full (quartiles)": figure("over_full", ".3f"),
         }
-        for row in rows
-    ]
-
-
-def plot(rows: list[Row], args: argparse.Namespace) -> Any:
-    """Time of each method over that of given patches, a panel for each kind of step."""
-    figure, axes = load_pyplot().subplots(1, 2, figsize=(9, 4), squeeze=False, sharey=True)
-    for ax, step in zip(axes[0], STEPS):
-        mine = [row for row in rows if row["step"] == step and row["model"] == args.models[0]]
-        values = [row["over_given"] for row in mine]
-        errors = [
-            [row["over_given"] - row["over_given_low"] for row in mine],
-            [row["over_given_high"] - row["over_given"] for row in mine],
-        ]
-        ax.bar([row["method"] for row in mine], values, yerr=errors, capsize=3)
-        ax.axhline(1.0, color="k", linestyle=":")
-        ax.set_title(f"{step}, {args.models[0]}, keep {args.keep_ratios[0]:g}", fontsize=9)
-        ax.grid(alpha=0.3, axis="y")
-    axes[0][0].set_ylabel("time ÷ that of given patches")
-    return figure
-
-
-def main() -> None:
-    """Measure, write CSV, PNG and Markdown, check the goals."""
-    parser = make_parser(
-        (__doc__ or "").splitlines()[0],
+    ),
+    goals=goals,
+    plot=lambda rows, _: bars(
+        rows,
+        "over_given",
+        "time ÷ that of given patches (quartiles)",
+        panel="{step}, {model}, batch {batch}, keep {keep_ratio:g}",
+    ),
+    parser=functools.partial(
+        make_parser,
         models=[VIT_S],
         batch_sizes=[4],
         keep_ratios=[0.5],
         rankers=[RANKER],
         seconds=150.0,
-    )
-    args = parser.parse_args()
-    rows = rows_of(NAME, run, args)
-    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
+    ),
+).main
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Several runs of one benchmark as one: what differs between processes is in the spread then.
+"""Pool several runs of a benchmark: the spread then shows differences between processes too.
 
-Rounds of one process share where in memory its weights, buffers and threads came to lie, and the
-hour; their quartiles do not show what another process would give.
+The rounds of one process share the places of weights, buffers and threads in memory, and the hour.
+Their quartiles do not show what another process would give.
 """
 
 import statistics
@@ -14,13 +14,13 @@ import tables
 from ltrp_timm.measure import throughput
 
 Row = dict[str, Any]
-# what a row is about, where it has the column
+# the columns that identify a row, where it has them
 CASE = ("model", "batch", "keep_ratio", "img_size", "step", "ranker", "matched", "form", "part")
 CASE += ("method", "removal", "removed", "device", "dtype", "depth")
 
 
 def case_of(row: Row) -> tuple[str, ...]:
-    """What a row is about; numbers as numbers are written."""
+    """The columns that identify a row, as text; equal numbers give equal text."""
     found = []
     for name in CASE:
         value = row.get(name, "")
@@ -32,10 +32,10 @@ def case_of(row: Row) -> tuple[str, ...]:
 
 
 def same_place(row: Row, other: Row, path: Path) -> None:
-    """Nothing, if two rows were measured on the same machine with the same versions.
+    """Check that two rows were measured on the same machine with the same versions.
 
     Raises:
-        SystemExit: they were not; ``path`` is where the other one is from.
+        SystemExit: They were not; the message names ``path``, the file of the other row.
     """
     places = [name for name in throughput.environment() if name in row and name in other]
     different = [name for name in places if row[name] != other[name]]
@@ -45,10 +45,10 @@ def same_place(row: Row, other: Row, path: Path) -> None:
 
 
 def read(path: Path) -> dict[tuple[str, ...], Row]:
-    """The rows of a run by their cases, as the benchmark made them; its columns are those of all.
+    """The rows of a run by their cases, as the benchmark made them.
 
     Raises:
-        SystemExit: there is no such file, or it is not that of a single run.
+        SystemExit: The file does not exist, or it is not the CSV of a single run.
     """
     if not path.is_file():
         raise SystemExit(f"there is no {path}: run the benchmark with --output first.")
@@ -62,7 +62,7 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
 
 
 def typed(row: dict[str, str]) -> Row:
-    """A row of a CSV as the benchmark made it: numbers as numbers, what names a place as text."""
+    """A row of a CSV as the benchmark made it: numbers, and text where it names the machine."""
     places = throughput.environment()
     return {name: text if name in places else _number(text) for name, text in row.items()}
 
@@ -79,13 +79,13 @@ def _number(text: str) -> Any:
 def pool(name: str, folders: Sequence[Path]) -> list[Row]:
     """The rows of NAME.csv in all folders, in the order in which they are first found.
 
-    A figure is the median of the runs'; its spread goes from the lowest first quartile to the
-    highest third one; rounds and runs are summed up. What must hold in every run is that of the
-    worst. A run may have fewer rows than others.
+    A figure is the median over the runs; its range goes from the lowest first quartile to the
+    highest third quartile. Rounds and runs are summed. Errors, operators that wait and equal bits
+    are those of the worst run. A run may lack rows that others have.
 
     Raises:
-        SystemExit: a folder without the file or given twice, runs of different machines, versions
-            or columns, or rows that do not speak of the same thing.
+        SystemExit: A folder lacks the file or is given twice, the runs differ in machine, versions
+            or columns, or a column of text differs between runs.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise SystemExit("each folder is one run: one of them is given twice.")
@@ -116,7 +116,7 @@ def _pooled(column: str, values: list[Any], case: tuple[str, ...]) -> Any:
         return values[0]
     if not all(isinstance(value, (int, float)) and value == value for value in values):
         where = ", ".join(part for part in case if part)
-        told = ", ".join(map(str, values))
-        raise SystemExit(f"the runs cannot be pooled: {column} of {where} is {told}.")
+        texts = ", ".join(map(str, values))
+        raise SystemExit(f"the runs cannot be pooled: {column} of {where} is {texts}.")
     worst = WORST.get(column.rpartition("_")[2])
     return worst(values) if worst else round(statistics.median(values), 7)

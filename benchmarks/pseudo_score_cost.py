@@ -26,13 +26,12 @@ random: they do not change the time.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import common
-import tables
 import torch
-from common import Row
+from common import Row, compare, timed_row, timing_parser
+from runner import Benchmark, bars, cells, figure, plain
 from tables import Goal
 from torch import Tensor
 
@@ -42,31 +41,29 @@ from ltrp_timm.measure import throughput
 from ltrp_timm.teacher import masked_indices, random_visible_indices
 from ltrp_timm.teacher.density import REMOVALS
 
-NAME = "pseudo_score_cost"
-TITLE = "Pseudo-scores: all removals in one batch against one after another"
 
-
-def make_parser() -> argparse.ArgumentParser:
-    """The options; by default what the goals speak of."""
-    parser = common.timing_parser((__doc__ or "").splitlines()[0])
-    add = parser.add_argument
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options; by default what the goals are about."""
+    options = timing_parser(description)
+    add = options.add_argument
     add("--img-size", type=positive, default=224, help="side of an image in pixels")
-    add("--removals", nargs="+", default=list(REMOVALS), choices=REMOVALS, help="to compare")
+    text = "what a removal hides a patch from"
+    add("--removals", nargs="+", default=list(REMOVALS), choices=REMOVALS, help=text)
     add("--mask-ratio", type=float, default=0.9, help="share of masked patches")
     add("--chunks", nargs="*", type=positive, default=[1, 4, 8, 19], help="variants at a time")
     add("--num-removed", nargs="*", type=positive, default=[10, 5], help="patches to score")
-    parser.set_defaults(batch_sizes=[1, 4], seconds=300.0)
-    return parser
+    options.set_defaults(batch_sizes=[1, 4], seconds=300.0)
+    return options
 
 
 def goals() -> list[Goal]:
-    """The project's goals that this file's rows can answer."""
+    """What the claim says."""
     default = {"method": "batch", "removal": "full", "depth": "all"}
     cpu = {"device": "cpu", "dtype": "float32", "threads": "1", "batch": 1, **default}
     gpu = {"device": "cuda", **default}
     return [
-        Goal("one image, times as fast as the loop, CPU, one core", cpu, "speedup", ">=", 1.25),
-        Goal("times as fast as the loop, GPU", gpu, "speedup", ">=", 2.0),
+        Goal("one image, speed-up over the loop, CPU, one core", cpu, "speedup", ">=", 1.25),
+        Goal("speed-up over the loop, GPU", gpu, "speedup", ">=", 2.0),
     ]
 
 
@@ -88,7 +85,7 @@ def masked_loop(teacher: Any, images: Tensor, visible: Tensor, removal: str) -> 
 def _encode(
     teacher: Any, images: Tensor, visible: Tensor, column: int | None, removal: str
 ) -> Tensor:
-    """Images (B, …), nobody looking at the patch of one column -> latents (B, 1 + V, D)."""
+    """Images (B, …) -> latents (B, 1 + V, D); no token attends to the patch of ``column``."""
     token = teacher.cls_token + teacher.pos_embed[:, :1]
     x = teacher.embed(images, visible)
     x = torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)
@@ -98,7 +95,7 @@ def _encode(
         mask[:, column + 1] = False
     for block in teacher.blocks:
         alone = None
-        if column is not None and removal == "encoder":  # it attends to nobody either
+        if column is not None and removal == "encoder":  # it attends to no other token either
             alone = x[:, column + 1] + block.attn.proj.bias
             alone = alone + block.mlp(block.norm2(alone))
         x = block(x, attn_mask=mask)
@@ -110,7 +107,7 @@ def _encode(
 def _decode(
     teacher: Any, latents: Tensor, visible: Tensor, column: int | None, removal: str
 ) -> Tensor:
-    """Latents (B, 1 + V, D) -> predictions (B, N, C), the patch of one column hidden or a mask."""
+    """Latents (B, 1 + V, D) -> predictions (B, N, C) without the patch of ``column``."""
     batch, n = visible.shape[0], teacher.num_patches
     x = teacher.place(latents, visible)
     tokens = teacher.mask_tokens(torch.arange(n, device=x.device)[None]).repeat(batch, 1, 1)
@@ -148,7 +145,7 @@ def prove(fns: dict[str, Callable[[], Tensor]], dtype: str) -> float:
     """Largest difference of the batch's scores from the loop's, over the spread of the scores.
 
     Raises:
-        SystemExit: they are not the same scores.
+        SystemExit: The scores differ.
     """
     expected = fns["loop"]()
     difference = float((fns["batch"]() - expected).abs().max() / expected.std())
@@ -157,25 +154,11 @@ def prove(fns: dict[str, Callable[[], Tensor]], dtype: str) -> float:
     return difference
 
 
-def to_rows(timings: dict[str, throughput.Timing], case: Row, where: Row) -> list[Row]:
-    """One row for each method."""
-    rows = []
-    for method, timing in timings.items():
-        removed = int(method.split(":")[1]) if method.startswith("drawn") else case["visible"]
-        row = {**case, "method": method, "removed": removed}
-        row |= common.timing_columns(timing, case["batch"])
-        row |= common.spread("speedup", throughput.ratio(timings["loop"], timing))
-        row |= common.spread("share", throughput.ratio(timing, timings["batch"]))
-        rows.append({**row, **where})
-    return rows
-
-
-def run(args: argparse.Namespace, where: Row) -> list[Row]:
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     """Measure every removal and batch size."""
     depth = {"depth": args.depth, "decoder_depth": args.depth} if args.depth else {}
     place = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     teacher = ltrp_timm.MAETeacher(args.img_size, **depth).to(**place)
-    rows: list[Row] = []
     for removal in args.removals:
         for batch in args.batch_sizes:
             generator = torch.Generator().manual_seed(0)
@@ -186,62 +169,47 @@ def run(args: argparse.Namespace, where: Row) -> list[Row]:
             fns = callables(teacher, images.to(**place), visible, removal, args)
             case = {"removal": removal, "batch": batch, "patches": teacher.num_patches}
             case |= {"visible": visible.shape[1], "difference": prove(fns, args.dtype)}
-            new = to_rows(common.compare(fns, args), case, where)
-            rows += new
-            print(f"{removal} batch {batch}, {new[0]['rounds']} rounds:", flush=True)
-            print("  " + "; ".join(f"{r['method']} ×{r['speedup']:.2f}" for r in new), flush=True)
-    return rows
+            timings, rows = compare(fns, args), []
+            for method, timing in timings.items():
+                drawn = method.startswith("drawn")
+                removed = int(method.split(":")[1]) if drawn else case["visible"]
+                row = timed_row(
+                    {**case, "method": method, "removed": removed},
+                    timing,
+                    speedup=throughput.ratio(timings["loop"], timing),
+                    share=throughput.ratio(timing, timings["batch"]),
+                )
+                rows.append(row)
+            yield rows
 
 
-def summary(rows: list[Row]) -> list[Row]:
-    """The figures as text."""
-    return [
+main = Benchmark(
+    name="pseudo_score_cost",
+    doc=__doc__,
+    title="Pseudo-scores: all removals in one batch against one after another",
+    run=run,
+    progress="{method} ×{speedup:.2f}",
+    table=cells(
         {
-            "removal": row["removal"],
-            "batch": row["batch"],
-            "method": row["method"],
-            "removed of visible": f"{row['removed']} of {row['visible']}",
-            "seconds": f"{row['seconds_median']:.3f}",
-            "times as fast as the loop (quartiles)": tables.figure(row, "speedup", ".2f"),
-            "share of the batch's time (quartiles)": tables.figure(row, "share", ".2f"),
+            "removal": plain("removal"),
+            "batch": plain("batch"),
+            "method": plain("method"),
+            "removed of visible": lambda row: f"{row['removed']} of {row['visible']}",
+            "seconds": lambda row: f"{row['seconds_median']:.3f}",
+            "speed-up over the loop (quartiles)": figure("speedup", ".2f"),
+            "share of the batch's time (quartiles)": figure("share", ".2f"),
         }
-        for row in rows
-    ]
-
-
-def plot(rows: list[Row]) -> Any:
-    """Times as fast as the loop: a panel per removal, a group of bars per batch size."""
-    pyplot = common.load_pyplot()
-    removals = list(dict.fromkeys(row["removal"] for row in rows))
-    size = (1 + 4 * len(removals), 4.2)
-    figure, axes = pyplot.subplots(1, len(removals), figsize=size, squeeze=False, sharey=True)
-    for ax, removal in zip(axes[0], removals):
-        panel = [row for row in rows if row["removal"] == removal]
-        methods = list(dict.fromkeys(row["method"] for row in panel))
-        batches = list(dict.fromkeys(row["batch"] for row in panel))
-        for i, batch in enumerate(batches):
-            bars = [row for row in panel if row["batch"] == batch]
-            x = [methods.index(row["method"]) + 0.8 * i / len(batches) for row in bars]
-            y = [row["speedup"] for row in bars]
-            below = [row["speedup"] - row["speedup_low"] for row in bars]
-            above = [row["speedup_high"] - row["speedup"] for row in bars]
-            width = 0.8 / len(batches)
-            ax.bar(x, y, width, yerr=(below, above), capsize=2, label=f"batch {batch}")
-        ax.axhline(1.0, color="k", linestyle=":")
-        ax.set_xticks([i + 0.4 - 0.4 / len(batches) for i in range(len(methods))])
-        ax.set_xticklabels(methods, rotation=45, ha="right", fontsize=8)
-        ax.set_title(f"removal {removal!r}", fontsize=9)
-        ax.grid(axis="y", alpha=0.3)
-    axes[0][0].set_ylabel("times as fast as the loop")
-    axes[0][0].legend(fontsize=8)
-    return figure
-
-
-def main() -> None:
-    """Measure, write CSV, PNG and Markdown, check the goals."""
-    args = make_parser().parse_args()
-    rows = common.rows_of(NAME, run, args)
-    tables.conclude(NAME, TITLE, rows, summary(rows), goals(), plot(rows), args)
+    ),
+    goals=goals,
+    plot=lambda rows, _: bars(
+        rows,
+        "speedup",
+        "speed-up over the loop (quartiles)",
+        panel="removal {removal}",
+        group="batch {batch}",
+    ),
+    parser=parser,
+).main
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Write the tables of README, BENCHMARKS, the guide to rankers and the card of shipped weights.
+"""Write the tables of README, BENCHMARKS, the guide to rankers and the card of the weights.
 
 Figures are from the CSVs, support is from the code.
 
-python benchmarks/report.py          writes them; a benchmark that is new gets its place
-python benchmarks/report.py --check  exits with 1 when they disagree with CSVs or code
+python benchmarks/report.py          writes them; a new benchmark gets a section
+python benchmarks/report.py --check  exits with 1 where they differ from CSVs or code
 """
 
 import sys
@@ -39,8 +39,8 @@ def with_sections(text: str, results: Path, sections: Sequence[Section]) -> str:
     """A text with these sections of all CSVs in ``results`` as they should be.
 
     Raises:
-        SystemExit: a section without its CSV, half a section, figures of models that were cut
-            short, or no section to put the first new one behind.
+        SystemExit: A section has no CSV or lacks one of its comments, figures are of models that
+            were cut short, or there is no section behind which a new one could stand.
     """
     behind = ""
     for section in sections:
@@ -67,7 +67,7 @@ def with_section(text: str, marker: str, body: str) -> str:
     """The README's text with what is between the comments of this marker replaced.
 
     Raises:
-        SystemExit: it is not there once, whole.
+        SystemExit: The text does not have both comments once, in this order.
     """
     start, end = ends(marker)
     if (text.count(start), text.count(end)) != (1, 1) or text.index(start) > text.index(end):
@@ -89,17 +89,17 @@ def with_shortfalls(text: str, results: Path) -> str:
             cells = [cell.strip() for cell in line.strip("| ").split("|")]
             if cells[-1] == "not met":
                 link = f"[{path.stem}]({path.relative_to(ROOT)})"
-                row = {"goal": cells[0], "asked": cells[1], "measured": cells[2]}
+                row = {"goal": cells[0], "bound": cells[1], "measured": cells[2]}
                 rows.append({**row, "in": link})
     table = markdown_table(rows) if rows else "Every goal is met."
     return with_section(text, "shortfalls", table)
 
 
 def with_held_out(text: str, results: Path) -> str:
-    """The card's text with the figures of the ranker that comes along: of the first seed's first.
+    """The card's text with the figures of the shipped ranker: the first of the first seed.
 
     Raises:
-        SystemExit: the CSV is not there.
+        SystemExit: The CSV does not exist.
     """
     every = _rows_of(results, "learning", CARD)
     first = (every[0]["seed"], every[0]["aggregate"])
@@ -117,10 +117,10 @@ def with_held_out(text: str, results: Path) -> str:
 
 
 def with_choice(text: str, results: Path) -> str:
-    """The guide's text with what each selector keeps of classes that labels named, and of others.
+    """The guide's text with what each selector keeps of seen and of unseen classes.
 
     Raises:
-        SystemExit: the CSV is not there.
+        SystemExit: The CSV does not exist.
     """
     case = {"seed": "all", "seen": "both", "images": "clutter", "keep_ratio": "0.25"}
     rows = [row for row in _rows_of(results, "fairness", GUIDE) if case.items() <= row.items()]

@@ -1,4 +1,4 @@
-"""What the documents say of each benchmark: which figures, how they are laid out, and why."""
+"""The sections of the documents: which figures of each benchmark, and how they are laid out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -22,7 +22,7 @@ class Section(NamedTuple):
         column: row -> heading of its figure.
         cell: row -> its figure as text.
         keep: which rows are shown.
-        how: what stands for all figures.
+        how: what all figures are, unless runs were pooled.
         pictures: what further pictures show, by the names of their files.
         folder: of the script.
     """
@@ -34,7 +34,7 @@ class Section(NamedTuple):
     column: Cell
     cell: Cell
     keep: Callable[[Row], bool] = lambda row: True
-    how: str = "medians of rounds taken in turns in one process"
+    how: str = "medians of interleaved rounds in one process"
     pictures: Mapping[str, str] = MappingProxyType({})
     folder: str = "benchmarks"
 
@@ -130,8 +130,8 @@ SECTIONS = [
     Section(
         "speed",
         "speed_vs_keep_ratio",
-        "Times as fast as the plain model, ranker's time included. *Ideal* is the same encoder "
-        "given as many tokens for nothing; in brackets how much of it is reached",
+        "Speed-up over the plain model, ranking included. *Ideal* is the same encoder given the "
+        "same number of patches for nothing; in brackets the share of it that is reached",
         lambda row: {**_model(row), "keep": row["keep_ratio"]},
         _method("full", "ideal"),
         _speed_cell,
@@ -140,7 +140,7 @@ SECTIONS = [
     Section(
         "compile",
         "compile_and_export",
-        "Times as fast as the plain eager model when compiled (on a CPU with frozen weights), by "
+        "Speed-up over the plain eager model when compiled (on a CPU with frozen weights), by "
         "torch.compile or ahead of time by AOTInductor, or run by ONNX Runtime",
         lambda row: {**_model(row), "keep": row["keep_ratio"], "form": row["form"]},
         _method("full"),
@@ -149,7 +149,7 @@ SECTIONS = [
     Section(
         "resolution",
         "resolution",
-        "Times as fast as the plain model at larger images, in brackets the ranker's share of the "
+        "Speed-up over the plain model at larger images, in brackets the ranker's share of the "
         "plain model's time. `@224` ranks the image at 224 px and encodes it at full size",
         lambda row: {**_model(row), "px": row["img_size"]},
         _method("full", "ideal"),
@@ -163,9 +163,9 @@ SECTIONS = [
     Section(
         "peers",
         "peers",
-        "Times as fast as the plain model, in brackets the method's time ÷ ours. Merging and "
-        "fusing are written from their papers and set to equal FLOPs, or to as many tokens at the "
-        "end",
+        "Speed-up over the plain model, in brackets the method's time ÷ that of dropping patches. "
+        "Merging and fusing are written from their papers and set to equal FLOPs, or to an equal "
+        "number of tokens after the last block",
         lambda row: {"model": f"`{row['model']}`", "method": row["method"].replace("_", " ")},
         lambda row: f"batch {row['batch']}, keep {row['keep_ratio']}, equal {row['matched']}",
         lambda row: f"{float(row['speedup']):.2f}× ({float(row['gain']):.2f})",
@@ -189,8 +189,8 @@ SECTIONS = [
     Section(
         "index-cache",
         "index_cache",
-        "Time of a step with patches given for nothing, and how many times as long others take; "
-        "`cached` reads the orders of `vit_small` from an index cache",
+        "Time of a step with patches given for nothing, and the times of others as multiples of "
+        "it; `cached` reads the orders of `vit_small` from an index cache",
         lambda row: {"step": row["step"], "keep": row["keep_ratio"]},
         _method("full", "given"),
         lambda row: (
@@ -208,7 +208,7 @@ SECTIONS = [
     Section(
         "training",
         "training_speed",
-        "Training steps: times as fast as those of the plain model, ranker included. *Ideal* is "
+        "Training steps: speed-up over those of the plain model, ranking included. *Ideal* is "
         "given its patches for nothing",
         _model,
         lambda row: (
@@ -224,8 +224,8 @@ SECTIONS = [
         "adaptive",
         "adaptive_budget",
         "Share of object pixels in kept patches where a threshold or a share of the score mass "
-        "chooses K for each image, and where all keep as many, in brackets the time ÷ that of the "
-        "fixed budget",
+        "chooses K for each image, and where all images keep the same K; in brackets the time ÷ "
+        "that of the fixed budget",
         lambda row: {
             "ranker": f"`{row['ranker']}`",
             "batch": row["batch"],
@@ -237,8 +237,8 @@ SECTIONS = [
     Section(
         "learning",
         "learning",
-        "A ranker that a small MAE taught without labels, and scores without weights. Mean "
-        "Spearman with the teacher's mean rank, and object AUC",
+        "A ranker trained by a small MAE without labels, and scores without weights. Mean "
+        "Spearman correlation with the teacher's mean rank, and object AUC",
         lambda row: {"images": images_of(row), "score": score_of(row)},
         lambda row: f"seed {row['seed']}, {row['aggregate']} of the change",
         lambda row: f"{two_digits(row['map_spearman'])} / {two_digits(row['object_auc'])}",
@@ -249,23 +249,23 @@ SECTIONS = [
     Section(
         "fairness",
         "fairness",
-        "What is kept of digits whose labels a selector saw, and of others: share of their ink in "
-        "kept patches, seen / unseen, then mAP of one judge that sees the kept patches alone, "
-        "likewise. Selectors without labels have seen none; they are judged by the same two halves",
+        "Digits whose labels a selector saw (seen) and others (unseen): share of their ink in kept "
+        "patches, seen / unseen, then mAP of one classifier that gets only the kept patches, seen "
+        "/ unseen. Selectors without labels are compared on the same two halves of the digits",
         lambda row: {"selector": f"`{row['method']}`"},
         lambda row: f"keep {float(row['keep_ratio']):g}",
         _seen_and_unseen,
         lambda row: (row["seed"], row["seen"], row["images"]) == ("all", "both", "clutter"),
-        how="means over seeds and over both halves of the digits as those with labels",
+        how="means over seeds and over both halves of the digits as the seen ones",
         pictures={"fairness_scenes": "What selectors keep of new scenes at keep ratio 0.25"},
         folder=STUDIES,
     ),
     Section(
         "fairness-ablations",
         "fairness_ablations",
-        "Rankers that saw no label and differ from `base` in what their names say: share of kept "
-        "patches with ink, rank correlation of score and ink among these patches, share of all ink "
-        "that is kept, and mAP of the judge, in brackets how far it is above that of `contrast`",
+        "Rankers trained without labels, each with the change to `base` that its name says: share "
+        "of kept patches with ink, rank correlation of score and ink among these patches, share of "
+        "all ink that is kept, and mAP of the classifier, in brackets its difference to `contrast`",
         lambda row: {
             "axis": row["axis"],
             "variant": row["method"],
@@ -282,9 +282,9 @@ SECTIONS = [
     Section(
         "agreement",
         "agreement",
-        "A second run of the benchmarks on the same machine: how many of its figures lie within "
-        "the spread of both runs, how many would by chance if nothing differed, and how far the "
-        "medians are apart",
+        "A second run of the benchmarks on the same machine: the number of figures with "
+        "overlapping ranges, the share expected by chance if nothing differed, and the difference "
+        "of the medians",
         lambda row: {
             "benchmark": row["file"],
             "figure": row["figure"].replace("_", " "),

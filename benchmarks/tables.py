@@ -1,4 +1,4 @@
-"""What the benchmarks write: rows as CSV and Markdown, goals, pictures."""
+"""Files of the benchmarks: rows as CSV and Markdown, goals, pictures."""
 
 import argparse
 import csv
@@ -15,7 +15,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure to reach: ``column`` of the rows that ``where`` describes, against ``bound``."""
+    """A figure to reach: ``column`` of the rows that ``where`` describes, against ``bound``.
+
+    ``where`` has for each column its value, a tuple of values, or a test of the value.
+    """
 
     text: str
     where: Mapping[str, Any]
@@ -24,12 +27,12 @@ class Goal:
     bound: float
 
     def check(self, rows: Sequence[Row]) -> list[Row]:
-        """One line for each row that the goal speaks of."""
+        """One line for each row that the goal is about."""
         holds = {">=": operator.ge, "<=": operator.le}[self.relation]
         return [
             {
                 "goal": f"{self.text}, {row['method']}" if "method" in row else self.text,
-                "asked": f"{self.relation} {self.bound:g}",
+                "bound": f"{self.relation} {self.bound:g}",
                 "measured": figure(row, self.column, ".4g"),
                 "rounds": row.get("rounds", "–"),
                 "": "met" if holds(row[self.column], self.bound) else "not met",
@@ -40,11 +43,13 @@ class Goal:
 
     @staticmethod
     def _matches(found: Any, wanted: Any) -> bool:
+        if callable(wanted):
+            return bool(wanted(found))
         return found in wanted if isinstance(wanted, tuple) else bool(found == wanted)
 
 
 def figure(row: Row, column: str, spec: str) -> str:
-    """A column as text, its quartiles behind it where the row has them."""
+    """A column as text, followed by its quartiles where the row has them."""
     text = f"{row[column]:{spec}}"
     if f"{column}_low" in row:
         text += f" ({row[f'{column}_low']:{spec}} – {row[f'{column}_high']:{spec}})"
@@ -83,13 +88,13 @@ def environment_line(row: Mapping[str, Any]) -> str:
 
 
 def runs_line(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many runs the rows are of and what their ranges are then; empty for a single one."""
+    """The number of runs behind the rows and what their ranges are; empty for a single run."""
     runs = sorted({int(row.get("runs", 1)) for row in rows})
     if runs[-1] == 1:
         return ""
     number = f"{runs[-1]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
-    ranges = "ranges from the lowest first quartile of a run to the highest third one"
-    return f"medians of {number} runs, each of rounds in turns in a process of its own; {ranges}"
+    ranges = "ranges from the lowest first quartile to the highest third quartile"
+    return f"medians of {number} runs of interleaved rounds, each in a separate process; {ranges}"
 
 
 def conclude(
@@ -104,13 +109,13 @@ def conclude(
     """Write NAME.csv, NAME.md and NAME.png into ``--output``, print the goals.
 
     Args:
-        name: of the files.
-        title: of picture and Markdown.
-        rows: what was measured; environment columns in each.
-        table: the same as text, for readers.
-        goals: what the rows are held against; only at full depth.
-        picture: a matplotlib figure.
-        args: the benchmark's.
+        name: Of the files.
+        title: Of picture and Markdown.
+        rows: What was measured, with the columns of the environment.
+        table: The same as text, for readers.
+        goals: Checked only where models have all their blocks.
+        picture: A matplotlib figure.
+        args: The benchmark's options.
     """
     line = environment_line(rows[0])
     whole = all(str(row["depth"]) == "all" for row in rows)

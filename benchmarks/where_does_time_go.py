@@ -2,8 +2,8 @@
 
 Claim. Ranking, selecting and gathering together are below 1 % of a ViT-B's time on a CPU; a pruned
 forward dispatches at most 1.30 times the operators of the plain one, never makes the host wait for
-the device, and gives the same bits at every call. How far that holds stands in the README, under
-*Where it falls short*.
+the device, and gives the same bits at every call. The README lists what does not hold under *Where
+it falls short*.
 
 Arithmetic. The contrast ranker reads 224 · 224 · 3 = 150 528 values a few times, the conv ranker
 takes 0.037 G multiply-adds, a ViT-B 17.5 G. Selecting is two sorts of 196 numbers; gathering copies
@@ -11,7 +11,7 @@ takes 0.037 G multiply-adds, a ViT-B 17.5 G. Selecting is two sorts of 196 numbe
 each on a CPU, and on a GPU the whole cost of a small batch. `mixed` clusters the pixels of all
 patches (196 distances of 768 values each: 30 M multiply-adds) and is allowed 2 ms for 8 images.
 
-Timed, in turns in one process, each part alone on inputs that are in memory already:
+Timed, in turns in one process, each part separately on inputs that are in memory already:
     whole      the plain model (`full`) and the pruned ones, by ranker
     ranker     `model.patch_scores(images)`, by ranker
     select     scores (B, N) -> keep indices (B, K), by rule; `mixed` reads the pixels of patches
@@ -19,16 +19,17 @@ Timed, in turns in one process, each part alone on inputs that are in memory alr
     gather     tokens (B, P + N, D) -> (B, P + K, D)
     blocks     all blocks, on all tokens (`full`) and on the kept ones (`kept`)
     head       final norm, pooling, classifier, on the kept tokens
-`share` is of the plain model's time. `operators` are those that the dispatcher sees in one call,
-`host_syncs` those among them that read a value from the device, `same_bits` says whether two calls
-gave equal tensors.
+`share` is of the plain model's time. `operators` counts those that the dispatcher sees in one call,
+`host_syncs` those of them that read a value from the device. `same_bits` is 1 where two calls gave
+equal tensors.
 Weights are random: they do not change the time.
 """
 
 import argparse
+import functools
+from collections.abc import Iterator
 from typing import Any
 
-import tables
 import torch
 from common import (
     ON_ONE_CORE,
@@ -41,14 +42,12 @@ from common import (
     compare,
     host_syncs,
     inference,
-    load_pyplot,
     make_parser,
     operators,
     pruned,
-    rows_of,
-    spread,
-    timing_columns,
+    timed_row,
 )
+from runner import CASE, Benchmark, bars, cells, figure, milliseconds, plain
 from tables import Goal
 from torch import Tensor
 
@@ -56,12 +55,9 @@ import ltrp_timm
 from ltrp_timm.measure import throughput
 from ltrp_timm.selection import keep_tokens, patch_pixels
 
-NAME = "where_does_time_go"
-TITLE = "Where the time of a pruned forward goes"
-
 
 def goals() -> list[Goal]:
-    """The project's goals that this file's rows can answer."""
+    """What the claim says."""
     base = {**ON_ONE_CORE, "model": VIT_B, "keep_ratio": 0.5}
     front_end = {**base, "part": "whole", "method": ("contrast", "conv")}
     text = "ViT-B keep 0.5"
@@ -98,7 +94,7 @@ def _embed_kept(backbone: Any, images: Tensor, keep: Tensor) -> Tensor:
 
 
 def parts(full: Any, images: Tensor, keep_ratio: float, rankers: list[str]) -> Calls:
-    """What is timed, by "part method"; the parts of one pruned forward are all there."""
+    """What is timed, by "part method": all parts of a pruned forward."""
     grid = tuple(full.patch_embed.grid_size)
     models = {ranker: pruned(full, ranker, keep_ratio) for ranker in rankers}
     kept = ltrp_timm.num_keep(full.patch_embed.num_patches, keep_ratio)
@@ -123,90 +119,59 @@ def parts(full: Any, images: Tensor, keep_ratio: float, rankers: list[str]) -> C
     return calls
 
 
-def run_case(
-    full: Any, images: Tensor, case: Row, args: argparse.Namespace, where: Row
-) -> list[Row]:
-    """All parts at one batch size and keep ratio."""
-    calls = parts(full, images, case["keep_ratio"], args.rankers)
-    timings = compare(calls, args)
-    plain = len(operators(calls["whole full"]))
-    rows = []
-    for name, call in calls.items():
-        part, method = name.split(" ", 1)
-        names = operators(call)
-        row = {**case, "part": part, "method": method}
-        row |= timing_columns(timings[name], case["batch"])
-        row |= spread("share", throughput.ratio(timings[name], timings["whole full"]))
-        row |= {"operators": len(names), "operators_ratio": round(len(names) / plain, 4)}
-        row |= {"host_syncs": len(host_syncs(names)), "same_bits": int(torch.equal(call(), call()))}
-        rows.append({**row, **where})
-    return rows
-
-
-def run(args: argparse.Namespace, where: Row) -> list[Row]:
-    """Measure every model, batch size and keep ratio."""
-    rows: list[Row] = []
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Measure every model, batch size and keep ratio, all parts in turns."""
     for full, images, case in cases(args):
-        new = run_case(full, images, case, args, where)
-        rows += new
-        print(_progress(new), flush=True)
-    return rows
-
-
-def _progress(rows: list[Row]) -> str:
-    head = "{model} batch {batch} keep {keep_ratio:g}, {rounds} rounds: ".format(**rows[0])
-    return head + "; ".join("{part} {method} {share:.2%}".format(**row) for row in rows)
-
-
-def table(rows: list[Row]) -> list[Row]:
-    """The figures as text."""
-    return [
-        {
-            "model": row["model"],
-            "batch": row["batch"],
-            "keep": f"{row['keep_ratio']:g}",
-            "part": row["part"],
-            "method": row["method"],
-            "ms": f"{row['seconds_median'] * 1e3:.3f}",
-            "share of full": tables.figure(row, "share", ".2%"),
-            "operators": row["operators"],
-            "÷ plain": f"{row['operators_ratio']:.2f}",
-            "host syncs": row["host_syncs"],
-        }
-        for row in rows
-    ]
+        calls = parts(full, images, case["keep_ratio"], args.rankers)
+        timings = compare(calls, args)
+        plain_model = len(operators(calls["whole full"]))
+        rows = []
+        for name, call in calls.items():
+            part, method = name.split(" ", 1)
+            share = throughput.ratio(timings[name], timings["whole full"])
+            row = timed_row({**case, "part": part, "method": method}, timings[name], share=share)
+            names = operators(call)
+            row |= {"operators": len(names), "operators_ratio": round(len(names) / plain_model, 4)}
+            row["host_syncs"] = len(host_syncs(names))
+            rows.append({**row, "same_bits": int(torch.equal(call(), call()))})
+        yield rows
 
 
 def plot(rows: list[Row], args: argparse.Namespace) -> Any:
-    """Shares of the plain model's time, logarithmic: a panel per model, a colour per batch size."""
-    shown = [row for row in rows if row["keep_ratio"] == args.keep_ratios[0]]
-    columns = len(args.models)
-    figure, axes = load_pyplot().subplots(
-        1, columns, figsize=(2 + 4 * columns, 5.5), squeeze=False, sharey=True
+    """Shares of the plain model's time: a panel for each model, a colour for each batch size."""
+    return bars(
+        [row for row in rows if row["keep_ratio"] == args.keep_ratios[0]],
+        "share",
+        "share of the plain model's time (quartiles)",
+        panel="{model}, keep {keep_ratio:g}",
+        bar="{part} {method}",
+        group="batch {batch}",
+        log=True,
     )
-    height = 0.8 / len(args.batch_sizes)
-    for ax, model in zip(axes[0], args.models):
-        for i, batch in enumerate(args.batch_sizes):
-            bars = [row for row in shown if row["model"] == model and row["batch"] == batch]
-            places = [j + i * height for j in range(len(bars))]
-            ax.barh(places, [100 * row["share"] for row in bars], height, label=f"batch {batch}")
-        names = ["{part} {method}".format(**row) for row in bars]
-        ax.set_yticks(range(len(names)), names, fontsize=8)
-        ax.set_xscale("log")
-        ax.set_xlabel("% of the plain model's time")
-        ax.set_title(f"{model}, keep {args.keep_ratios[0]:g}", fontsize=9)
-        ax.grid(alpha=0.3, axis="x")
-    axes[0][0].invert_yaxis()
-    axes[0][0].legend(fontsize=8)
-    return figure
 
 
-def main() -> None:
-    """Measure, write CSV, PNG and Markdown, check the goals."""
-    parser = make_parser((__doc__ or "").splitlines()[0], models=[VIT_TI, VIT_S, VIT_B])
-    args = parser.parse_args()
-    rows = rows_of(NAME, run, args)
-    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows, args), args)
+main = Benchmark(
+    name="where_does_time_go",
+    doc=__doc__,
+    title="Where the time of a pruned forward goes",
+    run=run,
+    progress="{part} {method} {share:.2%}",
+    table=cells(
+        {
+            **CASE,
+            "part": plain("part"),
+            "method": plain("method"),
+            "ms": milliseconds,
+            "share of full (quartiles)": figure("share", ".2%"),
+            "operators": plain("operators"),
+            "÷ plain": figure("operators_ratio", ".2f"),
+            "host syncs": plain("host_syncs"),
+        }
+    ),
+    goals=goals,
+    plot=plot,
+    parser=functools.partial(make_parser, models=[VIT_TI, VIT_S, VIT_B]),
+).main
 
 
 if __name__ == "__main__":

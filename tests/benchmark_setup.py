@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import sys
-from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,7 +68,4 @@ def run_once(name: str, output: Path, *options: str) -> Done:
 
 
 def verdicts(name: str, row: dict[str, Any]) -> list[str]:
-    module = load(name)
-    args = Namespace(rankers=["contrast", "conv"], rank_size=224)
-    goals = module.goals(args) if name == "resolution" else module.goals()
-    return [line[""] for goal in goals for line in goal.check([row])]
+    return [line[""] for goal in load(name).goals() for line in goal.check([row])]

@@ -232,7 +232,7 @@ def test_cached_steps(run_benchmark: Callable[..., Done]) -> None:
 def test_memory_falls_with_the_tokens() -> None:
     module = load("memory")
     found = {"full": [40 * 2**20] * 3, "ideal": [20 * 2**20, 10 * 2**20, 30 * 2**20]}
-    rows = module.to_rows(found, {"model": "m"}, {})
+    rows = module.to_rows(found, {"model": "m"})
     assert [row["peak_ratio"] for row in rows] == [1.0, 0.5]
     low, high = rows[1]["peak_mib_low"], rows[1]["peak_mib_high"]
     assert (low, rows[1]["peak_mib"], high) == (15, 20, 25)
