@@ -221,7 +221,7 @@ class MultiLabelTask(ClassifyTask):
     Args:
         *args: See ``ClassifyTask``.
         loss: See ``multi_label_loss``.
-        seen_classes: Names of classes whose mAP is reported separately; None for none.
+        seen_classes: Names of classes to report the mAP of separately, or None.
         **kwargs: See ``ClassifyTask``.
     """
 

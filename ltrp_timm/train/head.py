@@ -37,7 +37,7 @@ def fit_head(model: Any, num_classes: int, class_names: Sequence[str]) -> bool:
         model.reset_classifier(num_classes)
         heads = model.get_classifier()
         for head in heads if isinstance(heads, tuple) else (heads,):
-            if isinstance(head, MLDecoder):  # with layers of its own, which nothing would reach
+            if isinstance(head, MLDecoder):  # weights close to zero would stop its own layers
                 continue
             for module in head.modules():
                 if isinstance(module, nn.Linear):
