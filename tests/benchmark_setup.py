@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: how one is loaded, run, and asked for its goals."""
+"""Shared by the tests of the benchmarks: how one is loaded and run, and what its goals give."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "where_does_time_go": TINY,
     "break_even": (*TINY, "--rankers", "contrast", "conv"),
     "index_cache": TINY,
-    "memory": TINY,
+    "memory": (*TINY, "--keep-ratios", "0.5"),
     "training_speed": TINY,
     "adaptive_budget": (*TINY, "--scenes", "24", "--rankers", "pixel_std", "--keep-ratios", "0.3"),
 }
@@ -32,11 +32,14 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 TRAINED = ("learning", "fairness", "fairness_ablations", "agreement")
 
 
+def path_of(name: str) -> Path:
+    path = BENCHMARKS / f"{name}.py"
+    return path if path.exists() else BENCHMARKS / "studies" / f"{name}.py"
+
+
 def load(name: str) -> ModuleType:
     """A benchmark by its file: ``peers`` is a package of that name too."""
-    path = BENCHMARKS / f"{name}.py"
-    path = path if path.exists() else BENCHMARKS / "studies" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path_of(name))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

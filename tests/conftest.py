@@ -1,8 +1,9 @@
 import copy
+import gc
 import importlib.util
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -163,6 +164,14 @@ def backbone_of() -> Callable[..., tuple[Any, Tensor]]:
         return copy.deepcopy(model), images
 
     return make
+
+
+@pytest.fixture
+def little_to_collect() -> Iterator[None]:
+    """Each measurement collects garbage, which takes long where much is imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,23 +6,46 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import common
 import pytest
 import timm
 import torch
-from benchmark_setup import BENCHMARKS, PNG_MAGIC, SCRIPTS, TINY, Done, load, verdicts
+from benchmark_setup import (
+    BENCHMARKS,
+    PNG_MAGIC,
+    SCRIPTS,
+    TINY,
+    TRAINED,
+    Done,
+    load,
+    path_of,
+    verdicts,
+)
+from sections import SECTIONS
 
 from ltrp_timm.measure import payoff, throughput
 from ltrp_timm.selection import keep_tokens
 
-every = pytest.mark.parametrize("name", SCRIPTS)
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
-@every
-def test_rows_say_where_they_were_measured(name: str, run_benchmark: Callable[..., Done]) -> None:
-    for row in run_benchmark(name, *SCRIPTS[name]).rows:
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_smoke(name: str, run_benchmark: Callable[..., Done]) -> None:
+    """All that is checked of a script's output, in one test: it runs once."""
+    if name == "compile_and_export":
+        pytest.importorskip("onnxruntime")
+    done = run_benchmark(name, *SCRIPTS[name])
+    check_where_rows_were_measured(name, done)
+    check_files(name, done)
+    if name in CHECKS:
+        CHECKS[name](done)
+
+
+def check_where_rows_were_measured(name: str, done: Done) -> None:
+    for row in done.rows:
         assert row["model"] == "vit_tiny_patch16_224"
         assert (row["batch"], row["rounds"], row["threads"]) == ("1", "1", "1")
         assert (row["device"], row["dtype"], row["depth"]) == ("cpu", "float32", "1")
@@ -35,27 +58,20 @@ def test_rows_say_where_they_were_measured(name: str, run_benchmark: Callable[..
         assert math.isclose(float(row["images_per_second"]), per_second, rel_tol=1e-2)
 
 
-@every
-def test_csv_picture_and_table_are_written(name: str, run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark(name, *SCRIPTS[name])
+def check_files(name: str, done: Done) -> None:
     assert done.files == [f"{name}.csv", f"{name}.md", f"{name}.png"]
     assert done.png.startswith(PNG_MAGIC)
     assert "| model |" in done.text
     assert "models cut to 1 blocks" in done.text
     assert "No goal applies to these settings." in done.text  # nor may it: the model is cut
     assert "Goals" in done.stdout
+    # the section of the documents can show these rows
+    section = next(section for section in SECTIONS if section.file == name)
+    whole = [{**row, "depth": "all"} for row in done.rows]
+    assert "| --- |" in section.text(whole)
 
 
-@every
-def test_each_begins_with_its_claim_and_its_arithmetic(name: str) -> None:
-    text = load(name).__doc__ or ""
-    assert text.splitlines()[0].endswith("?")
-    for part in ("\nClaim. ", "\nArithmetic. ", "in turns in one process"):
-        assert part in text
-
-
-def test_speed_rows(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("speed_vs_keep_ratio", *SCRIPTS["speed_vs_keep_ratio"])
+def check_speed_vs_keep_ratio(done: Done) -> None:
     methods = ["full", "ideal", "contrast", "conv"]
     expected = [("0.5", "98", method) for method in methods]
     expected += [("0.25", "49", method) for method in methods]
@@ -73,6 +89,111 @@ def test_speed_rows(run_benchmark: Callable[..., Done]) -> None:
     assert done.text.count("| vit_tiny_patch16_224 | 1 |") == 6
 
 
+def check_compile_and_export(done: Done) -> None:
+    cases = [(form, method) for method in ("full", "contrast") for form in ("eager", "onnxruntime")]
+    assert done.cells("form", "method") == cases
+    for row in done.rows:
+        assert float(row["max_error"]) <= 1e-4
+        assert (float(row["max_error"]) > 0) is (row["form"] != "eager")  # other kernels
+
+
+def check_resolution(done: Done) -> None:
+    methods = ["full", "ideal", "contrast", "conv"]
+    expected = [("64", "16", "8", method) for method in methods]
+    expected += [("96", "36", "18", m) for m in [*methods, "contrast@64", "conv@64"]]
+    assert done.cells("img_size", "patches", "patches_kept", "method") == expected
+
+
+def check_peers(done: Done) -> None:
+    methods = ["full", "contrast", "random"]
+    methods += ["merging", "merging_proportional_fused", "merging_plain_fused", "fusing"]
+    expected = [(matched, method) for matched in ("flops", "tokens") for method in methods]
+    assert done.cells("matched", "method") == expected
+    for row in done.rows:
+        ours = {"contrast", "random"}
+        assert (row["setting"] == "K=98") is (row["method"] in ours)
+        assert (float(row["gain"]) == 1.0) is (row["method"] == "contrast")
+
+
+def check_where_does_time_go(done: Done) -> None:
+    rows = {(row["part"], row["method"]): row for row in done.rows}
+    parts = {part for part, _ in rows}
+    assert parts == {"whole", "ranker", "select", "embed", "gather", "blocks", "head"}
+    rules = {method for part, method in rows if part == "select"}
+    assert rules == {"top", "random", "stratified", "mixed", "mixed (4 x 4 pixels)"}
+    assert all(row["same_bits"] == "1" for row in done.rows)
+    whole, kept = int(rows["whole", "full"]["operators"]), int(rows["blocks", "full"]["operators"])
+    assert 10 < kept < whole < int(rows["whole", "contrast"]["operators"])
+    assert rows["whole", "contrast"]["host_syncs"] == "0"
+
+
+def check_break_even(done: Done) -> None:
+    ratios = ["0.25", "0.5", "0.75", "0.95"]
+    expected = [(method, ratio) for method in ("contrast", "conv") for ratio in ratios]
+    assert done.cells("method", "keep_ratio") == expected
+    for method in ("contrast", "conv"):
+        assert len({row["break_even"] for row in done.rows if row["method"] == method}) == 1
+    assert done.text.count("| vit_tiny_patch16_224 | 1 |") == 2
+
+
+def check_index_cache(done: Done) -> None:
+    methods = ["vit_small", "full", "contrast", "given", "cached"]
+    expected = [(step, method) for step in ("evaluation", "training") for method in methods]
+    assert done.cells("step", "method") == expected
+    for row in done.rows:
+        assert (float(row["over_given"]) == 1.0) == (row["method"] == "given")
+        if row["method"] == "vit_small":  # twelve blocks of it before the model's one
+            assert float(row["over_given"]) > 1.5
+
+
+def check_adaptive_budget(done: Done) -> None:
+    rows = {row["method"]: row for row in done.rows}
+    assert set(rows) == {"fixed", "mass", "threshold"}
+    assert float(rows["fixed"]["mean_share"]) == pytest.approx(59 / 196, abs=1e-4)
+    assert all(0.3 < float(row["kept_ink"]) <= 1.0 for row in rows.values())
+    assert float(rows["fixed"]["ink_gain"]) == 0.0
+
+
+def check_training_speed(done: Done) -> None:
+    methods = [(r, m) for r in ("0.5", "0.25") for m in ("ideal", "contrast", "conv")]
+    assert done.cells("keep_ratio", "method") == [("1.0", "full"), *methods]
+    full = float(done.rows[0]["seconds_median"])
+    for row in done.rows:
+        expected = full / float(row["seconds_median"])
+        assert float(row["speedup"]) == pytest.approx(expected, rel=1e-2)
+
+
+WITHOUT_SECTION = ("pseudo_score_cost", "coverage", "finetune_digits", "gpu")
+CHECKS = {
+    "speed_vs_keep_ratio": check_speed_vs_keep_ratio,
+    "compile_and_export": check_compile_and_export,
+    "resolution": check_resolution,
+    "peers": check_peers,
+    "where_does_time_go": check_where_does_time_go,
+    "break_even": check_break_even,
+    "index_cache": check_index_cache,
+    "adaptive_budget": check_adaptive_budget,
+    "training_speed": check_training_speed,
+}
+
+
+@pytest.mark.benchmarks
+@pytest.mark.parametrize("name", [*SCRIPTS, *TRAINED, *WITHOUT_SECTION])
+def test_each_is_started_by_its_path(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(path_of(name)), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_begins_with_its_claim_and_its_arithmetic(name: str) -> None:
+    text = load(name).__doc__ or ""
+    assert text.splitlines()[0].endswith("?")
+    for part in ("\nClaim. ", "\nArithmetic. ", "in turns in one process"):
+        assert part in text
+
+
 def test_variants_share_weights_and_ideal_keeps_k_tokens() -> None:
     args = common.make_parser("test").parse_args(["--depth", "1"])
     full = common.create_full("vit_tiny_patch16_224", args)
@@ -86,16 +207,6 @@ def test_variants_share_weights_and_ideal_keeps_k_tokens() -> None:
         assert full.forward_features(images).shape[1] == 197
         assert ideal.forward_features(images).shape[1] == 99
         assert pruned.forward_features(images).shape[1] == 99
-
-
-def test_exported_rows(run_benchmark: Callable[..., Done]) -> None:
-    pytest.importorskip("onnxruntime")
-    done = run_benchmark("compile_and_export", *SCRIPTS["compile_and_export"])
-    cases = [(form, method) for method in ("full", "contrast") for form in ("eager", "onnxruntime")]
-    assert done.cells("form", "method") == cases
-    for row in done.rows:
-        assert float(row["max_error"]) <= 1e-4
-        assert (float(row["max_error"]) > 0) is (row["form"] != "eager")  # other kernels
 
 
 @pytest.mark.slow
@@ -120,14 +231,6 @@ def test_a_wrong_output_is_not_timed() -> None:
         module.prepare({"full": model}, images, args)
 
 
-def test_resolution_rows(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("resolution", *SCRIPTS["resolution"])
-    methods = ["full", "ideal", "contrast", "conv"]
-    expected = [("64", "16", "8", method) for method in methods]
-    expected += [("96", "36", "18", m) for m in [*methods, "contrast@64", "conv@64"]]
-    assert done.cells("img_size", "patches", "patches_kept", "method") == expected
-
-
 def test_low_resolution_rankers_look_at_less() -> None:
     module = load("resolution")
     args = Namespace(rankers=["contrast"], rank_size=64)
@@ -140,18 +243,6 @@ def test_low_resolution_rankers_look_at_less() -> None:
     assert seen == [(2, 3, 64, 64)]
 
 
-def test_peer_rows(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("peers", *SCRIPTS["peers"])
-    methods = ["full", "contrast", "random"]
-    methods += ["merging", "merging_proportional_fused", "merging_plain_fused", "fusing"]
-    expected = [(matched, method) for matched in ("flops", "tokens") for method in methods]
-    assert done.cells("matched", "method") == expected
-    for row in done.rows:
-        ours = {"contrast", "random"}
-        assert (row["setting"] == "K=98") is (row["method"] in ours)
-        assert (float(row["gain"]) == 1.0) is (row["method"] == "contrast")
-
-
 def test_peers_are_matched() -> None:
     module = load("peers")
     full = timm.create_model("vit_tiny_patch16_224").eval()
@@ -162,19 +253,6 @@ def test_peers_are_matched() -> None:
         assert abs(peer.last - ours.last) <= 3, name  # merging goes in steps of 12
         assert (peer.flops > 1.1 * ours.flops) is (name != "random")
     assert module.match(full, 98, "tokens")["merging"].setting == "r=8"
-
-
-def test_parts_of_a_forward(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("where_does_time_go", *SCRIPTS["where_does_time_go"])
-    rows = {(row["part"], row["method"]): row for row in done.rows}
-    parts = {part for part, _ in rows}
-    assert parts == {"whole", "ranker", "select", "embed", "gather", "blocks", "head"}
-    rules = {method for part, method in rows if part == "select"}
-    assert rules == {"top", "random", "stratified", "mixed", "mixed (4 x 4 pixels)"}
-    assert all(row["same_bits"] == "1" for row in done.rows)
-    whole, kept = int(rows["whole", "full"]["operators"]), int(rows["blocks", "full"]["operators"])
-    assert 10 < kept < whole < int(rows["whole", "contrast"]["operators"])
-    assert rows["whole", "contrast"]["host_syncs"] == "0"
 
 
 def test_the_parts_are_the_forward() -> None:
@@ -208,27 +286,6 @@ def test_host_syncs_are_seen() -> None:
     assert len(common.operators(lambda: x.exp()[some])) == 2
 
 
-def test_break_even_rows(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("break_even", *SCRIPTS["break_even"])
-    ratios = ["0.25", "0.5", "0.75", "0.95"]
-    expected = [(method, ratio) for method in ("contrast", "conv") for ratio in ratios]
-    assert done.cells("method", "keep_ratio") == expected
-    for method in ("contrast", "conv"):
-        assert len({row["break_even"] for row in done.rows if row["method"] == method}) == 1
-    assert done.text.count("| vit_tiny_patch16_224 | 1 |") == 2
-
-
-def test_cached_steps(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("index_cache", *SCRIPTS["index_cache"])
-    methods = ["vit_small", "full", "contrast", "given", "cached"]
-    expected = [(step, method) for step in ("evaluation", "training") for method in methods]
-    assert done.cells("step", "method") == expected
-    for row in done.rows:
-        assert (float(row["over_given"]) == 1.0) == (row["method"] == "given")
-        if row["method"] == "vit_small":  # twelve blocks of it before the model's one
-            assert float(row["over_given"]) > 1.5
-
-
 def test_memory_falls_with_the_tokens() -> None:
     module = load("memory")
     found = {"full": [40 * 2**20] * 3, "ideal": [20 * 2**20, 10 * 2**20, 30 * 2**20]}
@@ -255,6 +312,7 @@ print(*[min(peak) for peak in peaks.values()])  # the first may load code beside
 """
 
 
+@pytest.mark.benchmarks
 def test_memory_is_what_is_alive() -> None:
     env = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
     command = [sys.executable, "-c", IN_A_FRESH_PROCESS]
@@ -382,25 +440,6 @@ def test_slow_models_are_measured_where_goals_are() -> None:
     assert module.keep_ratios(args, 5.1) == [0.7]
     args = Namespace(keep_ratios=[0.75, 0.5], seconds=20.0, repeats=2)
     assert module.keep_ratios(args, 5.1) == [0.75, 0.5]
-
-
-def test_adaptive_budget(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("adaptive_budget", *SCRIPTS["adaptive_budget"])
-    rows = {row["method"]: row for row in done.rows}
-    assert set(rows) == {"fixed", "mass", "threshold"}
-    assert float(rows["fixed"]["mean_share"]) == pytest.approx(59 / 196, abs=1e-4)
-    assert all(0.3 < float(row["kept_ink"]) <= 1.0 for row in rows.values())
-    assert float(rows["fixed"]["ink_gain"]) == 0.0
-
-
-def test_training_steps(run_benchmark: Callable[..., Done]) -> None:
-    done = run_benchmark("training_speed", *SCRIPTS["training_speed"])
-    methods = [(r, m) for r in ("0.5", "0.25") for m in ("ideal", "contrast", "conv")]
-    assert done.cells("keep_ratio", "method") == [("1.0", "full"), *methods]
-    full = float(done.rows[0]["seconds_median"])
-    for row in done.rows:
-        expected = full / float(row["seconds_median"])
-        assert float(row["speedup"]) == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_step_trains_the_model_and_not_its_ranker() -> None:

@@ -1,6 +1,7 @@
 """The fairness benchmark: its scenes, its measures, and the run with weights trained before."""
 
 import argparse
+import contextlib
 import csv
 import math
 import subprocess
@@ -205,6 +206,7 @@ def run_small(
     return read(tmp_path / "out" / f"{name}.csv")
 
 
+@pytest.mark.benchmarks
 def test_all_of_it_runs_and_goes_on_where_it_was(tmp_path: Path, capsys: Any) -> None:
     small = ["--scenes", "128", "--test-scenes", "60"]
     small += [f"--{name}-epochs=1" for name in ("teacher", "cnn", "vit", "judge", "ranker")]
@@ -258,6 +260,24 @@ def test_the_vit_begins_with_the_encoder_of_the_teacher() -> None:
         )
 
 
+def test_a_quick_run_of_few_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--quick", "--test-scenes", "50", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["fairness", *flags])
+    monkeypatch.setattr(measures, "_RESAMPLES", 3)
+    with contextlib.suppress(SystemExit):  # so few scenes may miss a goal
+        load("fairness").main()
+    files = [f"fairness_quick{end}" for end in (".csv", ".md", ".png", "_scenes.png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+    rows = read(tmp_path / "fairness_quick.csv")
+    methods = {*WEIGHT_FREE, *stages.LTRP, "cam", "cam, blurred", "grad_cam", "ink", "all patches"}
+    assert {row["method"] for row in rows} == methods
+    assert {row["seed"] for row in rows} == {rows[0]["seed"], "all"}
+    assert {row["test_scenes"] for row in rows} == {"50"}
+    truth = next(r for r in rows if (r["method"], r["keep_ratio"]) == ("ink", "0.25"))
+    assert float(truth["recall_seen"]) > 0.9
+
+
+@pytest.mark.benchmarks
 def test_the_quick_run_finds_what_must_hold_and_agrees_with_the_table(tmp_path: Path) -> None:
     """As a user starts it; one test, for it takes a minute."""
     script = str(BENCHMARKS / "studies" / "fairness.py")

@@ -1,12 +1,11 @@
 """``benchmarks/gpu.py`` keeps its budget and says what went wrong; a CPU can rehearse it."""
 
-import gc
 import os
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,12 +22,7 @@ PARTS = ["tests", "speed", "latency", "merging", "multiple_of_8", "large_images"
 ARGS = {"device": "cpu", "dtype": "bfloat16", "depth": 1, "repeats": 2, "threads": 1}
 
 
-@pytest.fixture(autouse=True)
-def _little_to_collect() -> Iterator[None]:
-    """Each measurement collects garbage, which takes long where much is imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
 @pytest.fixture
@@ -40,6 +34,19 @@ def statuses(folder: Path) -> dict[str, str]:
     return {row["part"]: row["status"] for row in tables.read_csv(folder / "status.csv")}
 
 
+def test_a_part_is_rehearsed_in_this_process(gpu: ModuleType, tmp_path: Path) -> None:
+    assert gpu.main(["--out", str(tmp_path), "--smoke", "--part", "speed"]) == 0
+    rows = tables.read_csv(tmp_path / "speed.csv")
+    methods = [(row["batch"], row["method"]) for row in rows]
+    assert methods == [(b, m) for b in "12" for m in ("full", "ideal", "contrast", "conv")]
+    for row in rows:
+        assert list(row) == list(COLUMNS)
+        assert (row["status"], row["dtype"]) == ("measured", "bfloat16")
+        assert float(row["speedup"]) > 0
+        assert bool(row["share_of_ideal"]) is (row["method"] != "full")
+
+
+@pytest.mark.benchmarks
 def test_every_part_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path), "--smoke"],

@@ -1,5 +1,6 @@
 """The benchmarks' peers do what their papers say, and nothing where they have nothing to do."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ltrp_timm.measure.payoff import ideal, twin
 
 
-@pytest.fixture
-def vit() -> Any:
+@pytest.fixture(scope="module")
+def built() -> Any:
     """A narrow ViT of 12 blocks on 36 patches, with weights that are not near zero."""
+    torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=96, embed_dim=64, num_heads=2, num_classes=7
     )
@@ -34,6 +36,11 @@ def vit() -> Any:
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def vit(built: Any) -> Any:
+    return copy.deepcopy(built)
 
 
 @pytest.fixture

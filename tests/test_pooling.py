@@ -108,7 +108,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             pooling.pool("peers", [one, tmp_path / "2"])
 
 
-@pytest.mark.parametrize("name", ["speed_vs_keep_ratio", "compile_and_export", "memory"])
+beyond = pytest.mark.benchmarks
+LONGER = ("speed_vs_keep_ratio", "compile_and_export", "memory")
+
+
+@pytest.mark.usefixtures("little_to_collect")
+@pytest.mark.parametrize(
+    "name", ["break_even", *[pytest.param(name, marks=beyond) for name in LONGER]]
+)
 def test_a_benchmark_pools_what_it_wrote(name: str, tmp_path: Path) -> None:
     options = SCRIPTS[name]
     first = run_once(name, tmp_path / "1", *options)
