@@ -13,7 +13,7 @@ that does not grow with the batch is paid up to 8 times. Each call reads the num
 from the device once.
 
 Scenes: real digits of scikit-learn, enlarged to 24 - 56 px, tinted, on a gradient with low and
-high frequency noise; which pixels are ink is known. Levels are calibrated on scenes of their own
+high frequency noise; which pixels are ink is known. Levels are calibrated on separate scenes
 (`LTRPModel.calibrate`, 8 sizes), then measured on others. Budgets:
     fixed         top K of every image
     mass          as few patches as hold a share of the score mass

@@ -1,24 +1,24 @@
 """Does a second run on the same machine give the same ratios?
 
-Claim. Ratios of times that are taken in turns are properties of the code and the machine, not of
-the hour: a second run gives them within the spread that both print.
+Claim. Ratios of times that are taken in turns are properties of the code and the machine: a second
+run gives the same ratios within the spread that both print.
 
 Arithmetic. The spread of a row is that of its rounds, from the first to the third quartile. Even if
 nothing changes between two runs, these ranges miss each other in a fifth of all cases with 5
-rounds, in a third with 3, and next to never with 20; so the share of rows whose ranges overlap is
-held against that chance, row by row as they have rounds (normal rounds, 20 000 draws). Where a run
-is disturbed, or a figure hangs on where in memory something comes to lie, the share falls below it:
-rounds of one process do not see that. Most committed rows are therefore of several runs, pooled
-(`--pool`), and the range of such a row goes from the lowest first to the highest third quartile.
+rounds, in a third with 3, and next to never with 20. The share of rows with overlapping ranges is
+therefore compared with that chance, computed for each row's number of rounds (normal rounds, 20 000
+draws). The share is lower where a run was disturbed, or where a figure depends on the place of data
+in memory, which does not vary within a process. Most committed rows are therefore pooled from
+several runs (`--pool`); their range goes from the lowest first to the highest third quartile.
 
 python benchmarks/agreement.py FOLDER compares every CSV of the committed results with that of
 FOLDER, written by the same scripts with `--output FOLDER`:
-    overlap      figures whose ranges overlap, of all that both have
-    by chance    the same if both runs were one, and how many standard errors the share lies from it
-                 (as if figures were independent; those of one round are not, so it varies more)
+    overlap      figures with overlapping ranges, of all that both runs have
+    by chance    the same if nothing differed, and the distance of the share from it in standard
+                 errors (as if figures were independent; those of one round are not)
     difference   of the two medians: median over the rows, and the largest
-    left out     figures that the second run has not: it may be of fewer models or benchmarks
-Figures of the plain model against itself, which are 1 whatever happens, do not count.
+    left out     figures that the second run lacks: it may have fewer models or benchmarks
+Figures of the plain model against itself are always 1 and do not count.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def goals() -> list[tables.Goal]:
 
 @cache
 def by_chance(rounds: int, runs: tuple[int, int] = (1, 1)) -> float:
-    """How often the ranges of two series overlap, of as many runs of as many normal rounds each.
+    """How often the ranges of two series of runs overlap; all rounds are normally distributed.
 
     >>> round(by_chance(5), 1), round(by_chance(20), 1), round(by_chance(5, (3, 1)), 2)
     (0.8, 1.0, 0.98)
@@ -72,7 +72,7 @@ def chance_of(row: dict[str, str], other: dict[str, str]) -> float:
 
 
 def figures_of(row: dict[str, str]) -> dict[str, list[float]]:
-    """Low, median and high of each figure; the plain model's against itself are none."""
+    """Low, median and high of each figure, but not of the plain model against itself."""
     found = {
         name: [float(row[name + end]) for end in ("_low", "", "_high")]
         for name in FIGURES
@@ -82,10 +82,10 @@ def figures_of(row: dict[str, str]) -> dict[str, list[float]]:
 
 
 def pairs(first: Path, second: Path) -> Iterator[Row]:
-    """Every figure of a CSV beside that of another run; ``second`` is None where it has none.
+    """Every figure of a CSV beside that of another run, or beside None where that run lacks it.
 
     Raises:
-        SystemExit: they were measured on different machines.
+        SystemExit: The runs were measured on different machines.
     """
     others = {case_of(row): row for row in tables.read_csv(second)} if second.exists() else {}
     for row in tables.read_csv(first):
@@ -108,7 +108,7 @@ def pairs(first: Path, second: Path) -> Iterator[Row]:
 
 
 def summed_up(file: str, figure: str, every: list[Row]) -> Row:
-    """The row of some figures, of which one or more are in both runs."""
+    """The row of some figures; both runs have at least one of them."""
     found = [pair for pair in every if pair["second"]]
     overlap = sum(pair["overlap"] for pair in found)
     chance = statistics.mean(pair["by_chance"] for pair in found)
@@ -129,7 +129,7 @@ def run(first: Path, second: Path) -> tuple[list[Row], dict[str, list[Row]]]:
     """Rows, and the figures of each file that both runs have.
 
     Raises:
-        SystemExit: the folders have nothing in common.
+        SystemExit: The folders have no row in common.
     """
     rows: list[Row] = []
     every: list[Row] = []
@@ -191,7 +191,7 @@ def main() -> None:
     """Compare, write CSV, PNG and Markdown, check the goals.
 
     Raises:
-        SystemExit: there is nothing to compare.
+        SystemExit: The folders have no row in common.
     """
     parser = base_parser((__doc__ or "").splitlines()[0])
     parser.add_argument("second", type=Path, help="folder of the second run's CSVs")

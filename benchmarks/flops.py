@@ -22,10 +22,10 @@ def vit_flops(model: Any, tokens: Tokens) -> int:
     """A timm ViT on one image: all patches embedded, (attention, MLP) tokens for each block, head.
 
     Raises:
-        ValueError: not one pair for each block.
+        ValueError: `tokens` does not have one pair for each block.
     """
     if len(tokens) != len(model.blocks):
-        raise ValueError(f"{len(model.blocks)} blocks need as many pairs, got {len(tokens)}.")
+        raise ValueError(f"{len(model.blocks)} blocks need one pair each, got {len(tokens)}.")
     width, hidden = model.embed_dim, model.blocks[0].mlp.fc1.out_features
     pixels = model.patch_embed.proj.weight[0].numel()
     embed = 2 * model.patch_embed.num_patches * pixels * width

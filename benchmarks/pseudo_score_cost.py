@@ -16,8 +16,8 @@ less to gain. "share" is of the batch's time: R of V removals and the anchor are
 the passes.
 
 Timed, in turns in one process, on images in memory:
-    loop       the anchor, then each removal by itself: attention masks hide the token, the decoder
-               paints the whole grid (fused attention here too: it is the masking that is compared)
+    loop       the anchor, then one removal after another: attention masks hide the token, the
+               decoder paints the whole grid (with fused attention, too: masking is compared)
     batch      ltrp_timm.semantic_density, chunk fitted to memory
     chunk:n    the same, n variants at a time
     drawn:r    the same, num_removed = r

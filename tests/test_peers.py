@@ -230,7 +230,7 @@ def test_flops_are_those_of_the_counter(vit: Any, images: Tensor) -> None:
     for r in (0, 2, 16):
         expected = vit_flops(vit, merge_schedule(37, r, 12)) + match_flops(vit, r)
         assert counted(merge_similar(twin(vit), r, "proportional"), image) == expected
-    with pytest.raises(ValueError, match="12 blocks need as many pairs, got 1"):
+    with pytest.raises(ValueError, match="12 blocks need one pair each, got 1"):
         vit_flops(vit, [(37, 37)])
 
 

@@ -32,8 +32,8 @@ def mix(
     Args:
         attn: the block's attention.
         q: (B, heads, L, d).
-        k: likewise.
-        v: likewise.
+        k: the same shape as q.
+        v: the same shape as q.
         bias: (B, 1, 1, L) onto the scores of each key.
         fused: by ``scaled_dot_product_attention``; else by matrix products and a softmax.
     """

@@ -1,4 +1,4 @@
-"""Peers at the setting that matches a pruned model: equal FLOPs, or as many tokens at the end."""
+"""Peers at the setting that matches a pruned model: equal FLOPs, or equal tokens at the end."""
 
 from collections.abc import Callable
 from typing import Any

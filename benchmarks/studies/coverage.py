@@ -8,11 +8,11 @@ Arithmetic. 14 x 14 patches are 49 cells of 2 x 2: at keep ratio 0.25 K = 49, on
 `mixed` at its default gives 70 % of K to the best scores and 30 % to cluster centres.
 
 Measured on square crops of the real photos that scikit-image and scikit-learn bring along, at
-224 px and patches of 16, ranked by `contrast`. Nothing here is timed, nothing is random but the
-`random` selection, whose seed is 0. Means over all crops, with their quartiles:
+224 px and patches of 16, ranked by `contrast`. Nothing is timed. Only the `random` selection is
+random; its seed is 0. Means over all crops, with their quartiles:
     empty_cells   share of 2x2 cells without a kept patch
     distance      of a dropped patch to the nearest kept one, in patches
-    farthest      the largest such distance in an image
+    farthest      the largest of these distances in an image
     unlike        difference of a patch from the most similar kept one: root of the mean square over
                   its pixels, in grey levels of 255; kept patches count with 0
     score         the kept patches' ranks in the score map, over those of the best K

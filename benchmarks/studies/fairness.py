@@ -1,8 +1,8 @@
 """Does a selector that never saw a label treat all classes alike, and one that saw labels not?
 
-Claim. A selector trained with the labels of five digits keeps these and drops the other five; LTRP,
-contrast and whatever else sees no label keeps seen and unseen digits alike. What is left tells a
-judge more about unseen classes when it was chosen without labels.
+Claim. A selector trained with the labels of five digits keeps these and drops the other five.
+LTRP, contrast and other selectors without labels keep seen and unseen digits alike. A classifier
+recognises unseen classes better from patches that were chosen without labels.
 
 Arithmetic. Scenes of 64 px are 64 patches of 8; 2 to 4 digits cover 9 % of a scene, and the best
 16 patches can hold 95 % of their ink, a random 16 a quarter. A selector that misses all unseen
@@ -13,20 +13,20 @@ Without labels, 20 000 scenes train an MAE (`ltrp_timm.train.train_teacher`) and
 (`train_ranker`: removal × aggregate of the scores). With the labels of five digits they train a CNN
 (→ `cam`, blurred or not, `grad_cam`) and a ViT that starts from the MAE (→ `attention`); once for
 0-4 and once for 5-9: `seen` says which. The judge is one classifier of all ten digits, trained once
-under masks that favour nobody, which sees the kept patches alone. Measured on other scenes of other
+under masks that favour no selector. It gets only the kept patches. Measured on new scenes of other
 samples of the digits:
     recall   share of the ink of the digits in kept patches; mean over the five classes
     mAP      of the judge; mean over the five classes
     gap      seen − unseen. A class may be easier than another: of selectors without labels the gap
              of 5-9 is that of 0-4 with another sign, and `all patches` has the judge's own
-    own mAP  of the classifier whose selector it is, on whole scenes and its own classes
+    own mAP  of the classifier behind a selector, on whole scenes and its classes
     AUC      chance that a patch with ink outranks one without, for the teacher's own scores under
              one mask: what a ranker could learn from
 Scenes to train on are the same for every seed, those to measure on are each seed's own; settings
 were chosen in trials with other seeds and other scenes to measure on. On a network that pools by
-maximum Grad-CAM is CAM, by its definition. The run fails where one of its goals is not met: they
-are asked of means over the seeds, and a seed alone may miss one (the first's teacher does: 0.086 of
-AUC above `decoder` removal, where 0.1 is asked).
+maximum Grad-CAM is CAM, by its definition. The run fails where a goal is not met. Goals are for
+means over the seeds; a single seed may miss one (the teacher of the first does: its AUC is 0.086
+above that of `decoder` removal, the bound is 0.1).
 `low` and `high` are a 95 % interval over resampled scenes; in rows of all seeds, the least and the
 largest of the seeds. `smooth` scenes, without noise, blobs and strokes, are a control.
 `--quick` loads weights that were trained so (the third seed's) and measures fewer scenes.
@@ -74,7 +74,7 @@ SETTINGS += ("teacher_lr", "ranker_lr", "cnn_lr", "vit_lr")
 def goals(rows: list[Row]) -> list[Goal]:
     """What must hold of means over seeds, or the run fails.
 
-    LTRP against weight-free scores is told, not asked.
+    There is no goal for LTRP against weight-free scores.
     """
     halves = tuple(dict.fromkeys(row["seen"] for row in rows if row["seen"] != "both"))
     case = {"seed": "all", "images": "clutter", "keep_ratio": 0.25}
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> tuple[list[Row], 
     return [{**row, **fixed, **where} for row in [*rows, *over_seeds(rows)]], first
 
 
-def told(row: Row, column: str, spec: str) -> str:
+def text_of(row: Row, column: str, spec: str) -> str:
     """A figure as text; – for none."""
     return tables.figure(row, column, spec) if row[column] != "" else "–"
 
@@ -148,14 +148,14 @@ def table(rows: list[Row]) -> list[Row]:
             "selector": row["method"],
             "labels": labels_of(row["method"]),
             **{
-                f"{name} {part}": told(row, f"{name.lower()}_{part}", ".2f")
+                f"{name} {part}": text_of(row, f"{name.lower()}_{part}", ".2f")
                 for name in ("recall", "mAP")
                 for part in PARTS
             },
-            "unseen mAP − contrast's": told(row, "map_unseen_above_contrast", "+.3f"),
-            "teacher's AUC": told(row, "teacher_auc", ".2f"),
-            "own mAP": told(row, "own_map", ".2f"),
-            "ms an image": told(row, "rank_ms", ".3f"),
+            "unseen mAP − contrast's": text_of(row, "map_unseen_above_contrast", "+.3f"),
+            "teacher's AUC": text_of(row, "teacher_auc", ".2f"),
+            "own mAP": text_of(row, "own_map", ".2f"),
+            "ms an image": text_of(row, "rank_ms", ".3f"),
         }
         for row in shown
     ]
@@ -169,7 +169,7 @@ def main() -> None:
     """
     parser = make_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="load what was trained before, measure 400 scenes")
+    add("--quick", action="store_true", help="load trained weights, measure at most 400 scenes")
     add("--teacher-epochs", type=positive, default=8, help="of the MAE, batches of 64")
     add_epochs(parser, "--cnn-epochs", [3, 3], "of each CNN, batches of 64")
     add_epochs(parser, "--vit-epochs", [3], "of each ViT, batches of 64")
@@ -177,9 +177,9 @@ def main() -> None:
     add("--teacher-lr", type=float, default=3e-3, help="learning rate")
     add("--cnn-lr", type=float, default=4e-3, help="learning rate, the judge's too")
     add("--vit-lr", type=float, default=1e-3, help="learning rate")
-    text = "keep what is trained here; started again, it goes on"
+    text = "folder for what is trained; a second run continues there"
     add("--runs", type=Path, help=text)
-    add("--ship", action="store_true", help="write the first seed's weights for --quick")
+    add("--ship", action="store_true", help="write the weights of the first seed for --quick")
     parser.set_defaults(name=NAME)
     args = parser.parse_args()
     if args.quick and (args.ship or args.runs):

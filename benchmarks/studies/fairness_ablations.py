@@ -2,8 +2,8 @@
 
 Claim. The mean change over the masked patches says little about what lies in a patch; the
 strongest local change (`max`), or the squared one (`mse`), says more, and longer training says it
-better. What such a ranker does not learn, how much a patch shows, `contrast` knows: one that learns
-from both by halves keeps more of what nobody named than either.
+better. A ranker of this kind does not learn how much a patch shows, which `contrast` measures: one
+that learns from both by halves keeps more of unlabelled objects than either.
 
 Arithmetic. At 64 patches a mask ratio of 0.75 leaves 16 visible, 0.5 leaves 32 and 0.9 leaves 6, of
 which a list has at most 10. A ranker of 64 channels and 4 blocks has 0.15 M weights and sees 10 000

@@ -1,7 +1,7 @@
 """What does dropping patches cost a fine-tuned classifier, and what does it save?
 
-Claim. A small ViT that was trained on all patches, fine-tuned on half of them, tells digits in
-clutter apart nearly as well (within 3 points) and its epochs are shorter; which patches are kept
+Claim. A small ViT that was trained on all patches and fine-tuned on half of them classifies digits
+in clutter nearly as well (within 3 points), and its epochs are shorter. The choice of patches
 matters: a random quarter is at least 10 points worse than the best quarter by `contrast`.
 
 Arithmetic. Scenes of 64 px are 64 patches of 8; a digit covers a quarter of the scene, 16 to 25
@@ -11,18 +11,18 @@ operators and on reading pictures: benchmarks/training_speed.py has the figures 
 
 Data: real handwritten digits (scikit-learn's) among textured blobs; held-out scenes show other
 handwriting. One plain ViT (sin-cos position embedding to begin with) is trained on all patches, and
-every row goes on from its weights for as many epochs, with nothing else between them:
+every row continues from its weights for the same number of epochs; all else is equal:
     full       all patches
     contrast   the weight-free ranker
-    learned    the conv ranker that comes along, frozen, on pictures of twice the size (its patches
-               are 16 pixels wide); it was trained without labels on scenes of this kind
+    learned    the shipped conv ranker, frozen, on pictures of twice the size (its patches are 16
+               pixels wide); it was trained without labels on scenes of this kind
     random     one random set of patches for all images
     gate       a conv ranker, untrained at first, that learns with the model through the
                straight-through gate: it sees labels, unlike a ranker from `train-ranker`
 `top1` is that of the last epoch on held-out scenes, not the best one. One seed; twice the binomial
-standard error of 1000 images at 80 % is 2.5 points. Times are of training alone as the log has
-them, row after row and each once: whatever else the machine does is in them, so no goal is held
-against them. What a step gains is measured in turns by benchmarks/training_speed.py.
+standard error of 1000 images at 80 % is 2.5 points. Times are those of training in the log, one row
+after another, measured once. Other load on the machine affects them, so they have no goal.
+benchmarks/training_speed.py measures the speed of a step.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def sizes(args: argparse.Namespace) -> Row:
 
 
 def write_start(args: argparse.Namespace, path: Path) -> None:
-    """Weights to begin with: where a patch lies is told by a sin-cos embedding, not to be found."""
+    """Weights to begin with; a sin-cos embedding holds the places of patches."""
     torch.manual_seed(args.seed)
     vit = timm.create_model(MODEL, img_size=SIDE, num_classes=10, **sizes(args))
     positions = build_sincos2d_pos_embed([SIDE // 8, SIDE // 8], vit.embed_dim)
@@ -147,14 +147,14 @@ def _tune(data: Scenes, output: Path, **options: Any) -> None:
     """Fine-tune, or go on with it.
 
     Raises:
-        SystemExit: it was asked to stop; what was reached is saved.
+        SystemExit: The training was stopped; its state is saved.
     """
     if finetune(MODEL, data, output, **options).stopped_by:
         raise SystemExit(f"{output} was stopped; started again with the same --runs, it goes on")
 
 
 def compared(row: Row, rows: list[Row]) -> Row:
-    """A row beside the one of all patches, and the one of as many random patches."""
+    """A row compared with all patches, and with an equal number of random patches."""
     full = rows[0]
     same = [r for r in rows if r["method"] == "random" and r["keep_ratio"] == row["keep_ratio"]]
     return {
@@ -174,7 +174,7 @@ def table(rows: list[Row]) -> list[Row]:
             "− full": f"{100 * row['over_full']:+.1f}",
             "− random": "–" if row["over_random"] == "" else f"{100 * row['over_random']:+.1f}",
             "seconds per epoch": f"{row['seconds_per_epoch']:.1f}",
-            "times as fast (see script)": f"{row['speedup']:.2f}",
+            "speed-up over all patches (one run)": f"{row['speedup']:.2f}",
         }
         for row in rows
     ]
@@ -206,7 +206,7 @@ def main() -> None:
     add("--epochs", type=positive, default=4, help="of each method")
     add("--lr", type=float, default=1.5e-3, help="on all patches; a third of it afterwards")
     add("--seed", type=not_negative, default=0, help="of the training")
-    text = "keep weights and logs here; started again, it goes on"
+    text = "folder for weights and logs; a second run continues there"
     add("--runs", type=Path, help=text)
     args = parser.parse_args()
     where = set_up(args)

@@ -2,11 +2,11 @@
 
 Claim. A `conv` ranker that saw nothing but images and a small masked autoencoder (MAE) trained on
 the same images puts the patches of new images in its teacher's order, clearly more so than any
-score that needs no weights; and it finds objects that nobody named, on any kind of image better
-than chance. Whether it finds them better than scores without weights is asked too: as long as it
-does not, `contrast` stays the default ranker. How far that holds stands in the README, under *Where
-it falls short*. The ranker of the first seed is what `create_ranker("conv", pretrained=True)`
-loads: with `--ship ltrp_timm/weights` it goes there.
+score that needs no weights. It finds objects without labels, better than chance on any kind of
+image. A further goal is to find them better than scores without weights do; until it is met,
+`contrast` stays the default ranker. The README lists what does not hold under *Where it falls
+short*. The ranker of the first seed is what `create_ranker("conv", pretrained=True)` loads; `--ship
+ltrp_timm/weights` writes it there.
 
 Arithmetic. Images of 128 px are 64 patches of 16; at mask ratio 0.5 the teacher sees V = 32, and a
 list has 10 of them. It costs 11 encodings and paintings of the small teacher. Chance is a Spearman
@@ -15,20 +15,20 @@ of 0, an object AUC of 0.5, and a loss of ln(10!) = 15.1.
 Images: generated scenes (digits among textured blobs, the ink is known) and squares of the photos
 of scikit-image and scikit-learn. What is measured is new: scenes of other digits, squares of other
 photos, and digits on these photos, a kind that no training saw. At 224 px, 196 patches, the same
-kinds are judged by their ink alone: there is no teacher of that size. Settings were chosen by runs
-that were held against other digits and photos (an MAE that paints normalised patches, `--norm-pix`,
-made rankers that were near chance for digits on photos); goals and seeds were set before those
-measured here were looked at. The weights of the last epoch count.
+kinds are judged by their ink alone: there is no teacher of that size. Settings were chosen in runs
+measured on other digits and photos (an MAE that paints normalised patches, `--norm-pix`, gave
+rankers near chance for digits on photos). Goals and seeds were fixed before the figures here were
+seen. The weights of the last epoch count.
     spearman     of a score with the teacher's, over lists of visible patches, mean of an image
     map_spearman of a score with the teacher's mean rank over all lists of an image, 64 patches:
                  what a patch is worth depends on what else is seen, its mean rank less so
     object_auc   chance that a patch with ink (10 % of its pixels or more) outranks one without
     ink_kept     share of the ink in the best 25 % of the patches
 Squares of four photos are no sample of all photos: their spread says little. `teacher` is the mean
-rank of the teacher's own scores over half of the lists of an image; it is held against the other
-half, and says how far lists of one image agree. `ink` is the truth. Rows of `all` images are means
-over the kinds and sizes; `above_random` is the least that a score's object AUC is above that of
-random scores on any of them.
+rank of the teacher's scores over half of the lists of an image, compared with the other half: it
+shows how far lists of one image agree. `ink` is the truth. Rows of `all` images are means over the
+kinds and sizes; `above_random` is the smallest margin of a score's object AUC over that of random
+scores on any of them.
 """
 
 import argparse
@@ -74,7 +74,7 @@ AGGREGATES = ("mean", "max")
 
 
 def goals() -> list[Goal]:
-    """What the claim says, and what is asked beside it."""
+    """What the claim says."""
     conv = {"method": tuple(f"conv, {name}" for name in AGGREGATES)}
     found = [
         Goal(
@@ -111,7 +111,7 @@ def all_scores(images: Tensor, home: Path, aggregates: list[str]) -> dict[str, T
             name: ranker.eval()(as_seen_by(ranker, images)).flatten(1)
             for name, ranker in rankers.items()
         }
-    draw = torch.Generator().manual_seed(0)  # an order of its own for each image
+    draw = torch.Generator().manual_seed(0)  # another order for each image
     maps["random"] = torch.rand(maps["contrast"].shape, generator=draw)
     return maps
 
@@ -290,9 +290,9 @@ def main() -> None:
     text = "of the scores over the masked patches; a ranker for each"
     add("--aggregates", nargs="+", choices=AGGREGATES, default=["mean"], help=text)
     add("--draws", type=positive, default=4, help="orders of the patches that are cut into lists")
-    text = "keep images, runs and weights here; started again, it goes on and times the rest"
+    text = "folder for images, runs and weights; a second run continues there"
     add("--runs", type=Path, help=text)
-    text = "copy the weights of the first seed's first ranker into this folder, as conv.safetensors"
+    text = "copy the first ranker of the first seed into this folder, as conv.safetensors"
     add("--ship", type=Path, metavar="FOLDER", help=text)
     args = parser.parse_args()
     where = set_up(args)

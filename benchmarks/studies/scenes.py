@@ -1,4 +1,4 @@
-"""Images to judge a selection by: generated scenes whose objects are known, crops of real photos.
+"""Images to judge a selection: generated scenes with known objects, crops of real photos.
 
 Objects are real digits of scikit-learn; their ink is known for each pixel. Photos are those that
 scikit-image and scikit-learn bring along. Digits and photos have parts: what is measured on one was
@@ -128,7 +128,7 @@ def make_cluttered_scenes(
     """Scenes (B, 3, side, side) of digits among textured blobs, and their ink.
 
     The blobs, 3 to 6 of noise or of stripes, vary as much as the digits do: the standard deviation
-    of a patch does not tell them apart.
+    of a patch does not separate them.
     """
     generator = torch.Generator().manual_seed(seed)
     background = _background(count, side, generator)

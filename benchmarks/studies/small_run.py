@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, float]
     """Teacher and rankers of a seed into folders of their names; seconds of training of each.
 
     Raises:
-        SystemExit: it was asked to stop; what was reached is saved.
+        SystemExit: The training was stopped; its state is saved.
     """
     home = folder / f"seed_{seed}"
     home.mkdir(parents=True, exist_ok=True)

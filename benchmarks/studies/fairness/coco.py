@@ -1,8 +1,8 @@
 r"""What do rankers keep of annotated objects, of kinds that labels named and of others?
 
 Claim. A ranker that never saw a label keeps as much of objects of kinds that ImageNet-1k names
-("seen") as of other kinds ("unseen"); one that was made with its labels may not. This script holds
-no figures of its own: it measures on a folder of images with COCO's instance annotations.
+("seen") as of other kinds ("unseen"); one that was made with its labels may not. This script has no
+committed figures: it measures on a folder of images with COCO's instance annotations.
 
     python benchmarks/studies/fairness/coco.py val2017 annotations/instances_val2017.json \
         --rankers contrast pixel_std conv=my-ranker cam --pretrained --keep-ratios 0.5 0.25 0.125
@@ -13,13 +13,13 @@ shows. The gap is seen − unseen. Random patches keep K / N of any object, so t
 Kinds differ in size and place, which moves the gap of every ranker: hold a gap against those of
 `random`, `centre` and `contrast` in the same table, not against 0 alone.
 
-Images: prepared by timm's evaluation transform of the ranker (the shorter side to 224, the middle
-square of it; `--crop-mode squash` shows all of the image), or of `--model`. Masks go through the
-same transform, by box averages, so an object is what the ViT can see of it; objects of which
-nothing is left in the picture count nowhere. Polygons are drawn at the image's own size, pixels
-whose middle lies inside; RLE must be uncompressed. Crowds are left out (`--crowds` takes them),
-and so are objects that have a box alone: a box is no object. Both are counted in the results.
-Patches are chosen by `top`; `random` draws anew for every image.
+Images go through timm's evaluation transform of the ranker or of `--model` (the shorter side to
+224, then the middle square; `--crop-mode squash` shows the whole image). Masks go through the same
+transform, by box averages, so an object is the part that the ViT sees; objects outside the picture
+do not count. Polygons are drawn at the size of the image: a pixel belongs to one if its middle lies
+inside. RLE must be uncompressed. Crowds are excluded (`--crowds` includes them), and so are objects
+that have only a box. The results count both. Patches are chosen by `top`; `random` draws a new
+order for every image.
 
 Intervals: 95 %, of `--resamples` draws of images with replacement (percentiles; the same draws for
 every row). A draw that lacks all seen or all unseen categories has no gap and is left out.
@@ -29,8 +29,8 @@ line, as `ltrp-timm evaluate` takes them) in its place. It has COCO's 80 categor
 and, compared by hand with timm's names of the ImageNet-1k classes (the first name of each), one
 class that is the same kind of thing, a kind of it (golden retriever: dog), a wider kind that takes
 it in (street sign: stop sign), or a part by which the images show all of it (toilet seat: toilet).
-Empty: there is none; the same word for another thing (kite, the bird) does not count. Where in
-doubt a category is seen, for labels may have told of it; a person is (ballplayer).
+The column is empty where there is no class; the same word for another thing (kite, the bird) does
+not count. In doubt a category is seen, as labels may have shown it; a person is (ballplayer).
 
 Written to `--output`: coco.csv, .md and .png, coco_categories.csv with the mean of each category,
 and coco_seen.txt, the seen categories for `ltrp-timm evaluate … --multi-label --seen-classes`.

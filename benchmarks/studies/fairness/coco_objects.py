@@ -28,7 +28,7 @@ class AnnotatedImage:
 
     Attributes:
         name: of its file, relative to the folder of the images.
-        size: (height, width) of the annotations, where they tell.
+        size: (height, width) by the annotations, or None.
         objects: of each, the number of its category and its segmentation as COCO writes it.
     """
 
@@ -62,7 +62,7 @@ def find_objects(lists: CocoLists, with_crowds: bool = False) -> Annotated:
         with_crowds: take a crowd's region for an object.
 
     Raises:
-        ValueError: a segmentation is no polygons and no uncompressed RLE, or there is none at all.
+        ValueError: A segmentation is neither polygons nor an uncompressed RLE, or none exists.
     """
     columns = {category["id"]: column for column, category in enumerate(lists.categories)}
     objects: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in lists.images}

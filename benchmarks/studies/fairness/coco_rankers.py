@@ -27,10 +27,10 @@ class Entry:
 
 
 def open_rankers(args: argparse.Namespace, device: str) -> list[Entry]:
-    """The rankers asked for, and random.
+    """The rankers of the options, and random.
 
     Raises:
-        ValueError: there is no such thing.
+        ValueError: A name or an argument is unknown.
     """
     labels = list(dict.fromkeys(args.rankers))
     labels += [] if RANDOM in labels else [RANDOM]

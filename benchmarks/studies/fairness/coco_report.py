@@ -1,4 +1,4 @@
-"""Means over seen and unseen categories, their intervals, and the files that tell them."""
+"""Means over seen and unseen categories, their intervals, and the files of the results."""
 
 import argparse
 import textwrap

@@ -13,7 +13,7 @@ WEIGHT_FREE = ("random", "centre", "pixel_std", "gradient", "colour", "contrast"
 CAM = "cam, blurred"
 OF_CNN = ("cam", "grad_cam")
 WITH_LABELS = (*OF_CNN, "attention")
-TOP = 2  # classes whose maps count: a scene has 2 to 4 digits, half of them with labels
+TOP = 2  # the maps of that many classes count: a scene has 2 to 4 digits, half of them with labels
 
 
 def label_free(trained: Trained) -> dict[str, Any]:

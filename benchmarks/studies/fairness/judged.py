@@ -34,8 +34,8 @@ ABOVE = {
 def judge_all(trained: Trained, seed: int, args: argparse.Namespace) -> list[Row]:
     """Rows of one seed: every selector, for each half of the digits with labels.
 
-    Each seed has test scenes of its own.
-    Smooth scenes are the control: what is kept there; the judge has not learned them.
+    Each seed has separate test scenes. Smooth scenes are a control without mAP, as the judge has
+    not learned them.
     """
     clutter = make_scenes(args.test_scenes, TEST_SEED + seed, TEST)
     smooth = make_scenes(args.test_scenes, TEST_SEED + seed, TEST, smooth=True)
@@ -144,8 +144,8 @@ def differences(what: Kept, others: dict[str, Kept], seen: list[int]) -> Row:
     """How far a selector lies above others, scene by scene the same, with intervals.
 
     Args:
-        what: it keeps.
-        others: likewise, by the names of ``ABOVE``; what is not there leaves its columns empty.
+        what: what it keeps.
+        others: what others keep, by the names of ``ABOVE``; columns of missing ones are empty.
         seen: the classes with labels.
     """
     unseen = [number for number in range(CLASSES) if number not in seen]

@@ -1,4 +1,4 @@
-"""What a selection keeps of each class, and what a judge still tells from it."""
+"""What a selection keeps of each class, and what a judge recognises in it."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""What labels train: two classifiers whose maps are selectors, and the judge of all selectors."""
+"""Networks trained with labels: classifiers for map-based selectors, and the judge of all."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -145,7 +145,7 @@ def fit(
     Args:
         net: images -> logits, one for each of ``classes``.
         scenes: makes them, with labels of all classes; the others are not looked at.
-        classes: the digits whose labels it gets.
+        classes: the digits with labels.
         epochs: over the scenes.
         lr: learning rate.
         seed: of order and shifts.

@@ -26,7 +26,7 @@ class Scenes(NamedTuple):
     Attributes:
         images: (B, 3, 64, 64) uint8.
         labels: (B, 10) uint8, 1 where a digit of the class was drawn.
-        classes: (B, 64, 64) uint8, the digit whose ink a pixel is, plus 1; 0 for none.
+        classes: (B, 64, 64) uint8, 1 + the digit that a pixel is ink of; 0 without ink.
     """
 
     images: Tensor

@@ -34,8 +34,8 @@ class Trained(NamedTuple):
     Attributes:
         teacher: the MAE.
         rankers: LTRP's, by removal and aggregate.
-        cnns: by the half of the digits whose labels it saw.
-        vits: likewise.
+        cnns: by the half of the digits that had labels.
+        vits: the same.
         judge: of kept patches.
         seconds: of the training of each, by its name.
     """
