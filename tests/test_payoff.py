@@ -184,10 +184,10 @@ def test_recommendations() -> None:
 @pytest.mark.parametrize(
     ("rankers", "ratios", "mode", "text"),
     [
-        ([], [0.5], None, "needs a ranker"),
-        (["contrast"], [], None, "and a keep ratio"),
+        ([], [0.5], None, "needs at least one ranker"),
+        (["contrast"], [], None, "and one keep ratio"),
         (["contrast"], [1.0], None, r"in \(0, 1\), got 1.0"),
-        (["full"], [0.5], None, "may be called 'full'"),
+        (["full"], [0.5], None, "'full' is reserved"),
         (["contrast"], [0.5], "fast", "got 'fast'"),
     ],
 )

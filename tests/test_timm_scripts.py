@@ -28,7 +28,7 @@ from train_setup import make_photos
 import ltrp_timm
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.data.labels import open_labelled
-from ltrp_timm.measure.accuracy import measure_accuracy
+from ltrp_timm.measure.evaluate import measure_all
 from ltrp_timm.runtime.world import World
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -132,7 +132,9 @@ def our_accuracy(model: Any, folder: Path, config: dict[str, Any]) -> float:
     keyed = KeyedImages(images, range(len(images)), transform, 0, (3, 64, 64))
     sampler = HeldOutSampler(len(images), World(0, 1, CPU))
     batches = [Batch(s, 0, -1, CPU) for s in make_loader(keyed, sampler, batch_size=4, device=CPU)]
-    return measure_accuracy(model, batches).top1
+    with torch.inference_mode():
+        results, _ = measure_all({1.0: lambda b: model(b.images)}, batches, World(0, 1, CPU))
+    return results[1.0].accuracy.top1
 
 
 @pytest.mark.parametrize("torchscript", [False, True])

@@ -16,7 +16,8 @@ from train_setup import make_photos
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, KeyedStream, make_loader
 from ltrp_timm.data.labels import LabelledImages, match_classes, open_labelled
 from ltrp_timm.data.sources import crop_transforms
-from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_accuracy
+from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks
+from ltrp_timm.measure.evaluate import measure_all
 from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")
@@ -104,17 +105,19 @@ def test_the_folder_gives_the_labels_each_image_once(tmp_path: Path) -> None:
     assert targets[real].tolist() == [0, 0, 0, 1, 1, 2]
     assert targets[~real].tolist() == [-1]
 
-    def always_cat(x: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([[1.0, 0.0, 0.0]]).expand(len(x), -1)
+    def accuracy_of_cat(found: list[Batch], world: World) -> Any:
+        always_cat = torch.tensor([[1.0, 0.0, 0.0]])
+        results, _ = measure_all({1.0: lambda b: always_cat.expand(len(b), -1)}, found, world)
+        return results[1.0].accuracy
 
-    one = measure_accuracy(always_cat, found)
+    one = accuracy_of_cat(found, World(0, 1, CPU))
     assert (one.top1, one.top5, one.images) == (3 / 6, 1.0, 6)
     second = AccuracyCounter()
     for batch in batches(images, 2, World(1, 2, CPU)):
         assert batch.targets is not None
         second.add(torch.eye(3)[:1].expand(len(batch), -1), batch.targets, batch.real)
     half = batches(images, 2, World(0, 2, CPU))
-    both = measure_accuracy(always_cat, half, TwoProcesses([*second.hits, second.images]))
+    both = accuracy_of_cat(half, TwoProcesses([*second.hits, second.images]))
     assert both == one
 
 

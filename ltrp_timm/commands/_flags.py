@@ -209,8 +209,10 @@ def _help(text: str, default: Any, names: Mapping[str, Any]) -> str:
         return _flag(match[1]) if match[1] in names else match[1]
 
     text = re.sub(r"``(.+?)``", spell, text).removesuffix(".")
-    if re.match(r"[a-z]+[ ,]", text):
+    if re.match(r"(?!timm\b)[a-z]+[ ,]", text):
         text = text[0].upper() + text[1:]
+    if default is True:
+        text += " (on by default)"
     if default not in (None, "", ()) and not isinstance(default, bool):
         values = default if isinstance(default, (tuple, list)) else (default,)
         if isinstance(default, Mapping):

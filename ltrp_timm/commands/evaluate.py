@@ -1,8 +1,9 @@
 """``ltrp-timm evaluate``: accuracy and images/s of a model at several keep ratios."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,39 +138,6 @@ class EvaluateOptions(ModelOptions):
             require_matplotlib()
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is evaluated.
-
-    Attributes:
-        options: The user's.
-        world: The processes that share the images.
-        model: In eval mode, on the device.
-        weights: Their origin; None for random weights.
-        images: Labelled with the model's class numbers.
-        matched: How the classes of data and model were matched.
-        config: timm's data configuration.
-        ratios: Shares of patches to keep.
-    """
-
-    options: EvaluateOptions
-    world: World
-    model: Any
-    weights: str | None
-    images: LabelledImages | MultiLabelImages
-    matched: str
-    config: dict[str, Any]
-    ratios: Sequence[float]
-
-    @property
-    def classes(self) -> Sequence[int] | None:
-        """The classes that compete for an image; None for all of the model's."""
-        if isinstance(self.images, MultiLabelImages) or self.options.all_classes:
-            return None
-        present = self.images.present
-        return None if len(present) in (0, self.model.num_classes) else present
-
-
 def add_evaluate(commands: Any) -> None:
     """Add ``ltrp-timm evaluate``."""
     about = "Measure accuracy on labelled images and images/s at several keep ratios."
@@ -182,27 +150,221 @@ def _run(**given: Any) -> int:
     options = EvaluateOptions(**given)
     options.check()
     with join_world(options.device) as world:
-        return _evaluate(_prepare(options, world))
+        case = Evaluation(options, world)
+        if world.main:
+            case.describe()
+        results, tables = case.measure()
+        unreadable = world.gather_names(case.problems)
+        if world.main:
+            case.report(results, tables, len(unreadable))
+    return 2 if unreadable else 0
 
 
-def _prepare(options: EvaluateOptions, world: World) -> Evaluation:
-    if options.multi_label:
-        images: Any = open_multi_label(options.data, options.labels, allow_empty=True)
-    else:
-        images = open_labelled(
-            options.data,
-            root=options.data_root,
-            split=options.split,
-            input_key=options.input_key,
-            target_key=options.target_key,
-            allow_empty=True,
+class Evaluation:
+    """A model, labelled images and the keep ratios to measure.
+
+    Args:
+        options: The user's.
+        world: The processes that share the images.
+
+    Raises:
+        ValueError: The model cannot be built, or its classes are not those of the images.
+        OSError: Images or weights are missing.
+    """
+
+    def __init__(self, options: EvaluateOptions, world: World) -> None:
+        self.options, self.world = options, world
+        self.images: Any = _open_images(options)
+        self.model, self.weights = _open_model(options)
+        self.model.to(world.device)
+        names = _class_names(options, self.model)
+        self.matched = self.images.match(self.model.num_classes, names)
+        self.ratios = _keep_ratios(options, self.model)
+        present = () if options.all_classes else getattr(self.images, "present", ())
+        every = len(present) in (0, self.model.num_classes)
+        self.classes: Sequence[int] | None = None if every else present  # those that compete
+        self.problems: list[str] = []
+        self.first: Tensor | None = None  # images of the first batch
+        config = image_config(self.model, options.img_size)
+        transform: Any = create_transform(**config, is_training=False)
+        if options.index_cache is not None:
+            transform = cached_transform(options.index_cache, self.model, self.images, transform)
+        indices, size = range(len(self.images)), config["input_size"]
+        self.keyed = KeyedImages(self.images, indices, transform, 0, size)
+        self.keyed.check_readable()
+
+    def batches(self) -> Iterator[Batch]:
+        """Every image of this process once."""
+        workers, device = self.options.num_workers, self.world.device
+        if workers is None:
+            workers = 0 if device.type == "cpu" else NUM_WORKERS
+        sampler = HeldOutSampler(len(self.keyed), self.world)
+        size = max(1, min(self.options.batch_size, len(sampler)))
+        loader = make_loader(
+            self.keyed, sampler, batch_size=size, device=device, num_workers=workers
         )
-    model, weights = _open_model(options)
-    model.to(world.device)
-    matched = images.match(model.num_classes, _class_names(options, model))
-    config = image_config(model, options.img_size)
-    ratios = _keep_ratios(options, model)
-    return Evaluation(options, world, model, weights, images, matched, config, ratios)
+        hidden = None if self.world.main else True  # None: hidden where there is no terminal
+        with tqdm(total=len(sampler), unit="image", disable=hidden, leave=False) as bar:
+            for sample in loader:
+                batch = Batch(sample, 0, HELD_OUT, device)
+                self.first = batch.images if self.first is None else self.first
+                for line in batch.problems:
+                    self.problems.append(line)
+                    complain(f"skipped {line}")
+                yield batch
+                bar.update(len(batch))
+
+    def logits(self, keep_ratio: float, batch: Batch) -> Tensor:
+        """Run the model at a keep ratio."""
+        model = self.model
+        with autocast(self.world.device, self.options.precision):
+            if not isinstance(model, LTRPModel):
+                logits: Tensor = model(batch.images)
+                return logits
+            if keep_ratio == 1.0:
+                return model.backbone(batch.images)  # the plain model, whatever the selection
+            if model.keep_ratio != keep_ratio:
+                model.keep_ratio = keep_ratio
+            if batch.scores is None:
+                return model(batch.images)
+            return model(batch.images, keep_indices=model.select(batch.scores, batch.images))
+
+    def num_kept(self, keep_ratio: float) -> float | None:
+        """Patches that an image keeps; the mean over the first batch where they differ."""
+        model = self.model
+        if not isinstance(model, LTRPModel):
+            return None
+        if model.budget is not None and keep_ratio < 1.0 and self.first is not None:
+            return float(model.keep_counts(self.first).double().mean())
+        return float(num_keep(model.num_patches, keep_ratio))
+
+    def measure(self) -> tuple[dict[float, Measured], dict[str, Sequence[Row]]]:
+        """Accuracy and speed by keep ratio, and tables by name; all processes must call this."""
+        options, names = self.options, self.images.class_names
+        if options.multi_label:
+            seen = seen_classes(options.seen_classes, names)
+            counters: Any = {share: PrecisionCounter(names, seen) for share in self.ratios}
+        else:
+            counters = {share: AccuracyCounter(self.classes) for share in self.ratios}
+        calls = {share: partial(self.logits, share) for share in self.ratios}
+        with torch.inference_mode(), quiet_about_training():
+            results, predictions = measure_all(calls, self.batches(), self.world, counters)
+            rows = [_row(results, share, self.num_kept(share)) for share in results]
+        tables: dict[str, Sequence[Row]] = {CSV_NAME: rows}
+        if options.per_image and options.multi_label:
+            tables[PER_IMAGE_NAME] = _label_rows(counters, self.images, self.world)
+        elif options.per_image:
+            tables[PER_IMAGE_NAME] = _image_rows(self.world.gather(predictions), self.images)
+        if options.multi_label:
+            tables[PER_CLASS_NAME] = _class_rows(results, counters[self.ratios[0]])
+        return results, tables
+
+    def describe(self) -> None:
+        """Print what is measured on what."""
+        model, images, options = self.model, self.images, self.options
+        if isinstance(model, LTRPModel):
+            describe_model(model, options.model, self.weights, self.ratios)
+        else:
+            say(f"model       {printable(options.model)}, a plain model: it cannot drop patches")
+            say(f"weights     {self.weights or RANDOM}")
+        named, how = len(images.class_names), self.matched
+        classes = f"{named} classes, matched {how}" if named else f"classes {how}"
+        say(f"data        {printable(options.data)}, {len(images)} images, {classes}")
+        if self.classes is not None:
+            others = model.num_classes - len(self.classes)
+            say(f"            {others} classes that the data does not have are excluded (use")
+            say("            --all-classes to include them)")
+        if images.empty and not options.multi_label:  # those of several classes follow the table
+            say(f"            classes without any image: {', '.join(map(printable, images.empty))}")
+
+    def report(
+        self,
+        results: Mapping[float, Measured],
+        tables: Mapping[str, Sequence[Row]],
+        unreadable: int,
+    ) -> None:
+        """Print the table of keep ratios, and write all tables.
+
+        Raises:
+            OSError: ``--output`` cannot be written.
+        """
+        rows, options = tables[CSV_NAME], self.options
+        self._print(rows)
+        found: Any = next(iter(results.values())).accuracy
+        facts = {"images": found.images, "unreadable": unreadable}
+        if options.multi_label:
+            absent = [printable(name) for name in found.absent]
+            facts["absent"] = SEPARATOR.join(absent)
+            if absent:
+                say(f"  classes without any image, excluded ({len(absent)}): {', '.join(absent)}")
+        if unreadable:
+            say(f"unreadable images, excluded: {unreadable}")
+        if options.output is None:
+            return
+        facts |= self._conditions()
+        folder = Path(options.output)
+        with output_errors(options.output):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, table in tables.items():
+                if table:
+                    lines = [{**row, **facts} for row in table] if name == CSV_NAME else table
+                    write_text(folder / name, csv_text(lines))
+            text = json.dumps({**facts, "results": list(rows)}, indent=2) + "\n"
+            write_text(folder / JSON_NAME, text)
+            if options.plot:
+                _draw(rows, options.model, folder / PLOT_NAME)
+        say(f"\nwritten to {printable(options.output)}")
+
+    def _print(self, rows: Sequence[Row]) -> None:
+        titles = {name: title for name, title in TITLES.items() if name in rows[0]}
+        widths = {name: max(9, len(title) + 4) for name, title in titles.items()}
+        header = "".join(f"{title:<{widths[name]}}" for name, title in titles.items())
+        say(f"\nkeep    patches    {header}images/s    speed-up")
+        for row in rows:
+            kept = "-" if row["num_keep"] is None else f"{row['num_keep']:.4g}"
+            values = "".join(f"{row[name]:<{widths[name]}.2f}" for name in titles)
+            spread = f"({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+            speed = f"{row['images_per_second']:<12.4g}{row['speedup']:.2f} {spread}"
+            say(f"{row['keep_ratio']:<8g}{kept:<11}{values}{speed}")
+        first, device = rows[0], self.world.device.type
+        where = f"{device}, {self.options.precision}, batches of {first['timed_batch']}"
+        where += f", {torch.get_num_threads()} thread(s)" if device == "cpu" else ""
+        ranking = "ranking read from a file" if self.options.index_cache else "ranking included"
+        say(f"  images/s: {where}, {ranking}, reading images excluded;")
+        say(f"  median of {first['rounds']} interleaved rounds; speed-up over the first row")
+
+    def _conditions(self) -> Row:
+        """What the figures depend on."""
+        model, options, world = self.model, self.options, self.world
+        ranker = getattr(model, "ranker", None)
+        return {
+            "model": options.model,
+            "weights": self.weights or "random",
+            "ranker": ranker and getattr(ranker, "name", type(ranker).__name__),
+            "selection": getattr(model, "selection", None),
+            "index_cache": options.index_cache is not None,
+            "data": options.data,
+            "split": options.split,
+            "classes": self.matched,
+            "num_classes": len(self.classes or range(model.num_classes)),
+            "precision": options.precision,
+            "device": world.device.type,
+            "processes": world.size,
+            **environment(world.device),
+        }
+
+
+def _open_images(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
+    if options.multi_label:
+        return open_multi_label(options.data, options.labels, allow_empty=True)
+    return open_labelled(
+        options.data,
+        root=options.data_root,
+        split=options.split,
+        input_key=options.input_key,
+        target_key=options.target_key,
+        allow_empty=True,
+    )
 
 
 def _open_model(options: EvaluateOptions) -> tuple[Any, str | None]:
@@ -236,116 +398,6 @@ def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:
     if not set(given) <= set(own):
         raise ValueError(f"an adaptive model has its own budget: use --keep-ratio 1 {own[1]:g}.")
     return list(dict.fromkeys(given))
-
-
-def _evaluate(case: Evaluation) -> int:
-    options, world, images = case.options, case.world, case.images
-    reader = _Reader(case)
-    if isinstance(images, MultiLabelImages):
-        names = images.class_names
-        seen = seen_classes(options.seen_classes, names)
-        counters: Any = {share: PrecisionCounter(names, seen) for share in case.ratios}
-    else:
-        counters = {share: AccuracyCounter(case.classes) for share in case.ratios}
-    if world.main:
-        _describe(case)
-    calls = {share: _call(case, share) for share in case.ratios}
-    with torch.inference_mode(), quiet_about_training():
-        results, predictions = measure_all(calls, reader.batches(), world, counters)
-        kept = {share: _num_kept(case, share, reader.first) for share in case.ratios}
-    unreadable = world.gather_names(reader.problems)
-    by_image: list[Row] = []
-    if options.per_image:
-        if options.multi_label:
-            by_image = _label_rows(counters, images, world)
-        else:
-            by_image = _image_rows(world.gather(predictions), images)
-    if not world.main:
-        return 2 if unreadable else 0
-    rows = [_row(results, share, kept[share]) for share in results]
-    _print_table(case, rows)
-    found: Any = next(iter(results.values())).accuracy
-    facts = {"images": found.images, "unreadable": len(unreadable), **_conditions(case)}
-    tables = {CSV_NAME: [{**row, **facts} for row in rows], PER_IMAGE_NAME: by_image}
-    if options.multi_label:
-        absent = [printable(name) for name in found.absent]
-        facts["absent"] = SEPARATOR.join(absent)
-        if absent:
-            say(f"  classes without any image, excluded ({len(absent)}): {', '.join(absent)}")
-        tables[PER_CLASS_NAME] = _class_rows(results, counters[case.ratios[0]])
-    if unreadable:
-        say(f"unreadable images, excluded: {len(unreadable)}")
-    if options.output is not None:
-        _write(case, rows, facts, tables)
-    return 2 if unreadable else 0
-
-
-class _Reader:
-    """The batches of this process; notes the first images and what could not be read."""
-
-    def __init__(self, case: Evaluation) -> None:
-        self.world, options, images = case.world, case.options, case.images
-        transform: Any = create_transform(**case.config, is_training=False)
-        if options.index_cache is not None:
-            transform = cached_transform(options.index_cache, case.model, images, transform)
-        size = case.config["input_size"]
-        keyed = KeyedImages(images, range(len(images)), transform, 0, size)
-        keyed.check_readable()
-        sampler = HeldOutSampler(len(keyed), self.world)
-        self.count = len(sampler)
-        workers = options.num_workers
-        if workers is None:
-            workers = 0 if self.world.device.type == "cpu" else NUM_WORKERS
-        batch_size = max(1, min(options.batch_size, self.count))
-        device = self.world.device
-        self.loader = make_loader(
-            keyed, sampler, batch_size=batch_size, device=device, num_workers=workers
-        )
-        self.problems: list[str] = []
-        self.first: Tensor | None = None
-
-    def batches(self) -> Iterator[Batch]:
-        """Every image of this process once."""
-        hidden = None if self.world.main else True  # None: hidden where there is no terminal
-        with tqdm(total=self.count, unit="image", disable=hidden, leave=False) as bar:
-            for sample in self.loader:
-                batch = Batch(sample, 0, HELD_OUT, self.world.device)
-                self.first = batch.images if self.first is None else self.first
-                for line in batch.problems:
-                    self.problems.append(line)
-                    complain(f"skipped {line}")
-                yield batch
-                bar.update(len(batch))
-
-
-def _call(case: Evaluation, keep_ratio: float) -> Callable[[Batch], Tensor]:
-    model, device, precision = case.model, case.world.device, case.options.precision
-
-    def call(batch: Batch) -> Tensor:
-        with autocast(device, precision):
-            if not isinstance(model, LTRPModel):
-                logits: Tensor = model(batch.images)
-                return logits
-            if keep_ratio == 1.0:
-                return model.backbone(batch.images)  # the plain model, whatever the selection
-            if model.keep_ratio != keep_ratio:
-                model.keep_ratio = keep_ratio
-            if batch.scores is None:
-                return model(batch.images)
-            keep = model.select(batch.scores, batch.images)
-            return model(batch.images, keep_indices=keep)
-
-    return call
-
-
-def _num_kept(case: Evaluation, keep_ratio: float, images: Tensor | None) -> float | None:
-    """Patches that an image keeps; an adaptive model's mean over these images."""
-    model = case.model
-    if not isinstance(model, LTRPModel):
-        return None
-    if model.budget is not None and keep_ratio < 1.0 and images is not None:
-        return float(model.keep_counts(images).double().mean())
-    return float(num_keep(model.num_patches, keep_ratio))
 
 
 def _row(results: Mapping[float, Measured], keep_ratio: float, num_kept: float | None) -> Row:
@@ -413,83 +465,6 @@ def _class_rows(results: Mapping[float, Measured], counter: PrecisionCounter) ->
             row[f"ap@{share:g}"] = "" if value is None else 100 * value
         rows.append(row)
     return rows
-
-
-def _describe(case: Evaluation) -> None:
-    model, images, options = case.model, case.images, case.options
-    if isinstance(model, LTRPModel):
-        describe_model(model, options.model, case.weights, case.ratios)
-    else:
-        say(f"model       {printable(options.model)}, a plain model: it cannot drop patches")
-        say(f"weights     {case.weights or RANDOM}")
-    named = len(images.class_names)
-    classes = f"{named} classes, matched {case.matched}" if named else f"classes {case.matched}"
-    say(f"data        {printable(options.data)}, {len(images)} images, {classes}")
-    if case.classes is not None:
-        others = model.num_classes - len(case.classes)
-        say(f"            {others} classes that the data does not have are excluded (use")
-        say("            --all-classes to include them)")
-    if images.empty and not options.multi_label:  # those of several classes follow the table
-        say(f"            classes without any image: {', '.join(map(printable, images.empty))}")
-
-
-def _print_table(case: Evaluation, rows: Sequence[Row]) -> None:
-    titles = {name: title for name, title in TITLES.items() if name in rows[0]}
-    widths = {name: max(9, len(title) + 4) for name, title in titles.items()}
-    header = "".join(f"{title:<{widths[name]}}" for name, title in titles.items())
-    say(f"\nkeep    patches    {header}images/s    speed-up")
-    for row in rows:
-        kept = "-" if row["num_keep"] is None else f"{row['num_keep']:.4g}"
-        values = "".join(f"{row[name]:<{widths[name]}.2f}" for name in titles)
-        spread = f"({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
-        speed = f"{row['images_per_second']:<12.4g}{row['speedup']:.2f} {spread}"
-        say(f"{row['keep_ratio']:<8g}{kept:<11}{values}{speed}")
-    first, device = rows[0], case.world.device.type
-    where = f"{device}, {case.options.precision}, batches of {first['timed_batch']}"
-    if device == "cpu":
-        where += f", {torch.get_num_threads()} thread(s)"
-    say(f"  images/s: {where}, median of {first['rounds']} interleaved rounds, without reading")
-    ranking = "read from the cache" if case.options.index_cache else "included"
-    say(f"  images, ranking {ranking}; speed-up over the first row: median and quartiles")
-
-
-def _conditions(case: Evaluation) -> Row:
-    """What the figures depend on."""
-    model, options, world = case.model, case.options, case.world
-    pruned = isinstance(model, LTRPModel)
-    return {
-        "model": options.model,
-        "weights": case.weights or "random",
-        "ranker": getattr(model.ranker, "name", type(model.ranker).__name__) if pruned else None,
-        "selection": model.selection if pruned else None,
-        "index_cache": options.index_cache is not None,
-        "data": options.data,
-        "split": options.split,
-        "classes": case.matched,
-        "num_classes": len(case.classes or range(model.num_classes)),
-        "precision": options.precision,
-        "device": world.device.type,
-        "processes": world.size,
-        **environment(world.device),
-    }
-
-
-def _write(
-    case: Evaluation, rows: Sequence[Row], facts: Row, tables: Mapping[str, Sequence[Row]]
-) -> None:
-    """Write the files, each atomically."""
-    output = str(case.options.output)
-    folder = Path(output)
-    with output_errors(output):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            if table:
-                write_text(folder / name, csv_text(table))
-        results = json.dumps({**facts, "results": list(rows)}, indent=2)
-        write_text(folder / JSON_NAME, results + "\n")
-        if case.options.plot:
-            _draw(rows, case.options.model, folder / PLOT_NAME)
-    say(f"\nwritten to {printable(output)}")
 
 
 def _draw(rows: Sequence[Row], model: str, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Accuracy and mean average precision of a whole set, over any batches and processes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ltrp_timm._text import first_names
-from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.label_files import read_names
 from ltrp_timm.metrics import average_precision
 from ltrp_timm.runtime.world import World
@@ -118,32 +117,6 @@ class AccuracyCounter:
         if not images:
             raise ValueError("no readable image in the evaluation set; cannot compute accuracy.")
         return Accuracy(top1 / images, top5 / images, int(images))
-
-
-def measure_accuracy(
-    model: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    world: World | None = None,
-    classes: Sequence[int] | None = None,
-) -> Accuracy:
-    """Accuracy of a model over labelled batches; the caller sets eval mode and autocast.
-
-    Args:
-        model: Images (B, 3, H, W) -> logits (B, C).
-        batches: With targets; unreadable images do not count.
-        world: The processes that share the set; None for this one alone.
-        classes: See ``AccuracyCounter``.
-
-    Raises:
-        ValueError: No image could be read, or a label is not a class of the model.
-    """
-    counter = AccuracyCounter(classes)
-    with torch.no_grad():
-        for batch in batches:
-            if batch.targets is None:
-                raise ValueError("the images have no labels.")
-            counter.add(model(batch.images), batch.targets, batch.real)
-    return counter.total(world)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Does dropping patches pay? One model in full, at its ceiling, and behind rankers, in turns.
+"""Does dropping patches pay? The full model, its ideal and pruned ones, timed interleaved.
 
-The ceiling ("ideal") is the plain model that is given K patches for nothing and embeds only these.
-Between it and a pruned model lie the ranking, which may cost more than it saves, the selection and
-the gather.
+The ideal model gets K patches without ranking and embeds only these: it is the ceiling. A pruned
+model also ranks, which may cost more than it saves, selects and gathers.
 """
 
 import contextlib
@@ -31,18 +30,18 @@ CompileMode = Literal["default", "freezing", "reduce-overhead", "max-autotune"]
 
 @dataclass(frozen=True)
 class Payoff:
-    """One variant of a model beside the full one.
+    """One variant of a model compared with the full one.
 
     Attributes:
-        method: "full", "ideal" (the plain model on K patches), "no ranking" (the front-end with
-            indices that are given), or the name of a ranker.
-        keep_ratio: share of the patches; 1 for the full model.
+        method: "full", "ideal" (the plain model on K patches), "no ranking" (the pruned model with
+            given indices), or the name of a ranker.
+        keep_ratio: Share of the patches; 1 for the full model.
         num_kept: K.
-        timing: seconds of each round, peak memory.
-        speedup: times as fast as the full model.
-        achieved: time of the ideal model ÷ time of this one; None where there is no ideal one.
-        ranking: time that the ranking adds ÷ time of the full model, a median over rounds; None
-            where nothing is ranked.
+        timing: Seconds of each round, and peak memory.
+        speedup: Speed-up over the full model.
+        achieved: Time of the ideal model ÷ time of this one; None without an ideal model.
+        ranking: Time that ranking adds ÷ time of the full model, median over rounds; None without
+            ranking.
     """
 
     method: str
@@ -55,34 +54,33 @@ class Payoff:
 
 
 class FirstPatchEmbed(KeptPatchEmbed):
-    """Embeds the first ``num_kept`` patches of each image alone."""
+    """Embeds only the first ``num_kept`` patches of each image."""
 
     num_kept: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> as timm's, but for the tokens of other patches."""
+        """Images (B, C, H, W) -> timm's embedding, with zeros for the other patches."""
         self.keep_indices = torch.arange(self.num_kept, device=x.device).expand(x.shape[0], -1)
         return super().forward(x)
 
 
 def twin(model: Any) -> Any:
-    """Modules of its own, the weights in common with ``model``."""
+    """Copy a model's modules; the weights are shared."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def ideal(full: Any, kept: int) -> Any:
-    """The ceiling: a twin of the plain model that is given K patches for nothing.
+    """Build the ceiling: a twin of the plain model that encodes the first K patches.
 
-    It encodes the first K patches. It embeds only these where a pruned model would, so that all it
-    does is part of what a pruned model does.
+    It embeds only these if a pruned model would: all its work is also work of a pruned model.
 
     Args:
-        full: a timm ViT.
+        full: A timm ViT.
         kept: K.
 
     Returns:
-        The twin, or None for a family that needs more of a selection than fewer tokens (relative
-        position bias, NaFlexViT): there is no plain model on K tokens.
+        The twin, or None for a family whose blocks need the indices of the tokens (relative
+        position bias, NaFlexViT).
     """
     adapter = find_adapter(full)
     first = adapter.first_tokens(full, kept)
@@ -110,29 +108,27 @@ def measure_payoff(
     warmup: int = 2,
     memory: bool = False,
 ) -> list[Payoff]:
-    """Time the full model, and at each keep ratio the ideal one and those behind each ranker.
-
-    All of them take turns in one process, so that a ratio of two compares the same moments.
+    """Time the full model and, at each keep ratio, the ideal and the pruned ones, interleaved.
 
     Args:
-        full: a timm ViT, in eval, where and in the dtype it is to be timed; it is not changed.
+        full: A timm ViT in eval mode, on the device and in the dtype to time; it is not changed.
         images: (B, C, H, W), normalised, of the same device and dtype.
-        rankers: by the names to show, as ``create_ranker`` makes them.
-        keep_ratios: shares of patches to keep, below 1.
-        selection: how scores become patches.
-        compile_mode: None for eager; "default", "reduce-overhead" or "max-autotune" of
-            torch.compile; "freezing" also packs the weights, on a CPU.
-        repeats: timed rounds.
-        warmup: rounds before them; the first one compiles.
-        memory: also measure the peak of one call each.
+        rankers: Rankers by name.
+        keep_ratios: Shares of patches to keep, in (0, 1).
+        selection: How scores choose patches.
+        compile_mode: A mode of torch.compile, or "freezing", which also packs the weights on a CPU;
+            None for eager.
+        repeats: Number of timed rounds.
+        warmup: Number of rounds before them; the first one compiles.
+        memory: Also measure the peak memory of one call each.
 
     Returns:
-        The full model's line, then those of each keep ratio, largest first.
+        The full model, then the variants at each keep ratio, largest first.
 
     Raises:
-        TypeError: patches cannot be dropped from this model.
-        ValueError: no keep ratios or no rankers, a keep ratio that is not in (0, 1), an unknown
-            mode.
+        TypeError: Patches cannot be dropped from this model.
+        ValueError: There is no keep ratio or no ranker, a keep ratio is not in (0, 1), or the mode
+            is unknown.
 
     >>> import timm
     >>> from ltrp_timm import create_ranker
@@ -148,15 +144,14 @@ def measure_payoff(
         calls = {
             key: _inference(prepare(model), *inputs) for key, (model, inputs) in variants.items()
         }
-        names = {str(key): key for key in calls}
         timings = compare(
-            {name: calls[key] for name, key in names.items()},
+            {str(key): call for key, call in calls.items()},
             repeats=repeats,
             warmup=max(warmup, 1) if compile_mode else warmup,
             device=images.device,
             memory=memory,
         )
-    by_key = {key: timings[name] for name, key in names.items()}
+    by_key = dict(zip(calls, timings.values()))
     return [_payoff(key, by_key) for key in by_key]
 
 
@@ -167,13 +162,13 @@ def _check(
     rankers: Mapping[str, nn.Module], keep_ratios: Sequence[float], compile_mode: CompileMode | None
 ) -> None:
     if not rankers or not keep_ratios:
-        raise ValueError("measure_payoff needs a ranker and a keep ratio at least.")
+        raise ValueError("measure_payoff needs at least one ranker and one keep ratio.")
     reserved = sorted({FULL, IDEAL, GIVEN} & set(rankers))
     if reserved:
-        raise ValueError(f"no ranker may be called {reserved[0]!r} here.")
+        raise ValueError(f"{reserved[0]!r} is reserved; give the ranker another name.")
     for keep_ratio in keep_ratios:
         if not 0 < keep_ratio < 1:
-            raise ValueError(f"keep ratios must be in (0, 1), got {keep_ratio}.")
+            raise ValueError(f"keep_ratios must be in (0, 1), got {keep_ratio}.")
     if compile_mode is not None and compile_mode not in get_args(CompileMode):
         modes = ", ".join(get_args(CompileMode))
         raise ValueError(f"compile_mode must be one of {modes}, got {compile_mode!r}.")
@@ -186,7 +181,7 @@ def _variants(
     keep_ratios: Sequence[float],
     selection: str,
 ) -> dict[Key, tuple[nn.Module, tuple[Tensor, ...]]]:
-    """Models of their own modules and common weights, and what each is called with."""
+    """Models with shared weights, and the inputs of each."""
     probe = drop_patches(twin(full), ranker="random")
     h, w = probe.grid_size(images)
     found: dict[Key, tuple[nn.Module, tuple[Tensor, ...]]] = {(FULL, 1.0, h * w): (full, (images,))}
@@ -209,7 +204,7 @@ def _variants(
 def _compiling(
     mode: str | None, graphs: int
 ) -> Iterator[Callable[[nn.Module], Callable[..., Any]]]:
-    """What makes a callable of a model; within, torch.compile may make that many graphs."""
+    """Give a function that compiles a model; allow as many graphs as there are variants."""
     if mode is None:
         yield lambda model: model
         return
@@ -246,12 +241,12 @@ def break_even(keep_ratios: Sequence[float], costs: Sequence[float]) -> float:
     """The largest keep ratio that costs no more than the full model.
 
     Args:
-        keep_ratios: ascending.
-        costs: time of the pruned model ÷ time of the full one at each.
+        keep_ratios: Ascending.
+        costs: Time of the pruned model ÷ time of the full one at each.
 
     Returns:
-        The ratio where the cost crosses 1, linear between neighbours, the largest keep ratio when
-        all pay above the last crossing, 0 when none does.
+        The last ratio where the cost crosses 1, interpolated linearly; the largest keep ratio if
+        it pays, 0 if none does.
 
     >>> break_even([0.25, 0.5], [0.8, 1.2])
     0.375
@@ -266,7 +261,7 @@ def break_even(keep_ratios: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def by_ranker(lines: Sequence[Payoff]) -> dict[str, list[Payoff]]:
-    """The lines of each ranker, keep ratios ascending."""
+    """The variants of each ranker, keep ratios ascending."""
     found: dict[str, list[Payoff]] = {}
     for line in sorted(lines, key=lambda line: line.keep_ratio):
         if line.method not in (FULL, IDEAL, GIVEN):
@@ -275,22 +270,21 @@ def by_ranker(lines: Sequence[Payoff]) -> dict[str, list[Payoff]]:
 
 
 def pays_up_to(lines: Sequence[Payoff]) -> float:
-    """``break_even`` of one ranker's lines."""
+    """``break_even`` of one ranker's variants."""
     costs = [1 / line.speedup.median for line in lines]
     return break_even([line.keep_ratio for line in lines], costs)
 
 
 def recommend(lines: Sequence[Payoff]) -> str:
-    """Which ranker to use for speed, and which loses time: a sentence about these measurements.
+    """Say which ranker to use for speed, and which loses time.
 
-    A ranker counts as faster where even the lower quartile of its speed-up is above 1. What the
-    rankers keep, hence accuracy, is another question.
+    A ranker is faster if the lower quartile of its speed-up is above 1. Accuracy is not considered.
 
     Args:
-        lines: of one call of ``measure_payoff``.
+        lines: Results of one call of ``measure_payoff``.
 
     Returns:
-        The sentence, without a full stop.
+        A sentence without a full stop.
     """
     found = by_ranker(lines)
     order = sorted(

@@ -1,7 +1,7 @@
-"""Measure callables honestly: side by side in one process, interleaved, with medians and quartiles.
+"""Time callables side by side in one process, interleaved, with medians and quartiles.
 
-What is compared must be timed in turns (A B C A B C …): a machine that slows down for a second then
-slows all of them, and the ratio of two calls of one round is worth more than that of two averages.
+Calls take turns (A B C A B C …), so that a machine that slows down for a second slows all of them,
+and speeds are compared round by round.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import ctypes
 import gc
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,21 +16,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one callable took.
+    """The times of one callable.
 
     Args:
-        name: what was timed.
-        seconds: one figure per round, in the order of the rounds.
-        peak_memory: bytes at the highest point of one call above what was in use before it; None
-            where it was not measured.
+        name: What was timed.
+        seconds: Seconds of each round, in order.
+        peak_memory: Bytes that one call needed at its highest point; None if not measured.
 
     Raises:
-        ValueError: there are no rounds.
+        ValueError: There are no rounds.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Timing:
         return quartiles(self.seconds)[2]
 
     def items_per_second(self, n: int) -> float:
-        """Throughput at the median, for a callable that works on ``n`` items (images) per call."""
+        """Throughput at the median, with ``n`` items (images) per call."""
         return n / self.median
 
 
@@ -72,24 +71,21 @@ class Ratio:
 
 
 def ratio(slow: Timing, fast: Timing) -> Ratio:
-    """How many times longer ``slow`` took: median and quartiles of ``slow_i / fast_i``.
+    """Speed-up of ``fast`` over ``slow``: median and quartiles of ``slow_i / fast_i``.
 
     Args:
-        slow: the numerator.
-        fast: the denominator, from the same call of ``compare``.
-
-    Returns:
-        The ratio; above 1 where ``fast`` is the faster one.
+        slow: The numerator.
+        fast: The denominator, from the same call of ``compare``.
 
     Raises:
-        ValueError: the timings have different numbers of rounds: they are not of one comparison.
+        ValueError: The timings have different numbers of rounds, so they are not of one comparison.
 
     >>> ratio(Timing("a", (4.0, 6.0, 9.0)), Timing("b", (2.0, 2.0, 2.0)))
     Ratio(median=3.0, low=2.5, high=3.75)
     """
     if len(slow.seconds) != len(fast.seconds):
         raise ValueError(
-            "ratio needs two timings of one comparison, pair by pair: "
+            "ratio needs two timings of one comparison: "
             f"{slow.name!r} has {len(slow.seconds)} rounds, {fast.name!r} has {len(fast.seconds)}."
         )
     low, median, high = quartiles([a / b for a, b in zip(slow.seconds, fast.seconds)])
@@ -97,14 +93,12 @@ def ratio(slow: Timing, fast: Timing) -> Ratio:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile, linear in between; one value stands for all three.
+    """Lower quartile, median and upper quartile, interpolated linearly.
 
     >>> quartiles([1.0, 3.0, 2.0])
     (1.5, 2.0, 2.5)
     """
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return low, median, high
 
 
@@ -117,7 +111,7 @@ def measure(
     device: str | torch.device | None = None,
     memory: bool = False,
 ) -> Timing:
-    """Time one callable; see ``compare``, which is the thing to use for two.
+    """Time one callable; see ``compare``.
 
     >>> measure(lambda: sum(range(100)), name="sum", repeats=3).name
     'sum'
@@ -134,24 +128,24 @@ def compare(
     device: str | torch.device | None = None,
     memory: bool = False,
 ) -> dict[str, Timing]:
-    """Time callables in turns: A B C A B C …, each call for itself.
+    """Time callables interleaved: A B C A B C ….
 
-    Each call runs between two synchronisations of the device, with the garbage collector off.
-    Gradients are the caller's business: to time inference, wrap each callable in
-    ``torch.inference_mode()``. What a callable returns is freed after its clock has stopped.
+    Each call runs between two synchronisations of the device, with the garbage collector off. Its
+    result is freed after the clock has stopped. To time inference, wrap each callable in
+    ``torch.inference_mode()``.
 
     Args:
-        fns: callables without arguments, by name.
-        repeats: timed rounds.
-        warmup: rounds before them that are not counted.
-        device: where the work runs; a device other than the CPU is waited for. None is the CPU.
-        memory: also measure peak memory, one more call each, after all timing.
+        fns: Callables without arguments, by name.
+        repeats: Number of timed rounds.
+        warmup: Number of untimed rounds before them.
+        device: Device to synchronise with; None is the CPU.
+        memory: Also measure peak memory, with one more call each after all timing.
 
     Returns:
         A Timing by name, in the order of ``fns``; the i-th seconds of all are from the same round.
 
     Raises:
-        ValueError: no callables, ``repeats`` below 1 or ``warmup`` below 0.
+        ValueError: There are no callables, or ``repeats`` or ``warmup`` is out of range.
     """
     if not fns:
         raise ValueError("compare needs at least one callable, got an empty mapping.")
@@ -172,7 +166,7 @@ def compare(
 
 
 def timed(fn: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """One call between two synchronisations: what it returns, and its seconds.
+    """Call once between two synchronisations; return the result and the seconds.
 
     >>> timed(lambda: 3, torch.device("cpu"))[0]
     3
@@ -191,7 +185,7 @@ def _time_once(fn: Callable[[], Any], device: torch.device) -> float:
 
 
 def _synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was asked; a no-op on the CPU."""
+    """Wait for the work queued on the device; a no-op on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type != "cpu":
@@ -212,17 +206,17 @@ def _collector_off() -> Iterator[None]:
 
 
 def peak_memory(fn: Callable[[], Any], device: str | torch.device | None = None) -> int | None:
-    """Bytes at the highest point of one call above what was in use before it.
+    """Bytes that one call needs at its highest point, above what was in use before it.
 
-    On CUDA the allocator's own count; on a Linux CPU the resident set of the process, to some
-    pages. A first call also pays for libraries and buffers that stay: call ``fn`` once before.
+    The allocator counts on CUDA, the resident set of the process (to a few pages) on a Linux CPU.
+    Call ``fn`` once before: a first call also loads libraries and buffers that stay.
 
     Args:
-        fn: the callable.
-        device: where its memory is; None is the CPU.
+        fn: The callable.
+        device: Device of its memory; None is the CPU.
 
     Returns:
-        Bytes, or None where neither count is available.
+        Bytes, or None on other devices and systems.
     """
     where = torch.device("cpu" if device is None else device)
     gc.collect()
@@ -255,7 +249,7 @@ def _peak_resident(fn: Callable[[], Any]) -> int | None:
 
 
 def _return_free_memory() -> None:
-    """Have glibc give freed heap back: kept from one call, it would hide what the next needs."""
+    """Make glibc return freed heap, which would hide what the next call needs."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another libc, another system
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -264,8 +258,8 @@ def _status_bytes(field: str) -> int:
     """A size from Linux's ``/proc/self/status``, which counts in KiB.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it has no such line.
+        OSError: The system has no such file.
+        ValueError: The file has no such line.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -274,15 +268,13 @@ def _status_bytes(field: str) -> int:
 
 
 def environment(device: str | torch.device | None = None) -> dict[str, str]:
-    """What a figure depends on, as columns for every row of a CSV file.
-
-    No names of hosts or users and no paths.
+    """Machine and versions behind a figure, as columns of a CSV file, without hosts and paths.
 
     Args:
-        device: where the work ran; for CUDA the machine is named after its GPU first.
+        device: Device of the work; the machine's name then begins with the GPU's.
 
     Returns:
-        machine, cores, threads, torch, timm, ltrp_timm, python and platform; none is empty.
+        machine, cores, threads, torch, timm, ltrp_timm, python and platform, none of them empty.
     """
     machine = _cpu_model()
     if device is not None and torch.device(device).type == "cuda":
@@ -309,13 +301,13 @@ def _cpu_model() -> str:
 
 
 def num_cores() -> int:
-    """Cores that this process may use, where the system says; else those of the machine."""
+    """Cores that this process may use; those of the machine if the system does not tell."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-NUM_WORKERS = min(4, num_cores())  # processes that read images, where nobody says
+NUM_WORKERS = min(4, num_cores())  # default number of processes that read images
 
 
 def _version(distribution: str) -> str:
