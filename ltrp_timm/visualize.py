@@ -34,7 +34,7 @@ __all__ = [
 
 _Pixels = npt.NDArray[Any]
 
-# dark violet, blue, teal, green, yellow: lightness rises steadily, also for the colour-blind
+# dark violet, blue, teal, green, yellow: lightness increases steadily, also for the colour-blind
 _RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
 _GREY = np.array([0.299, 0.587, 0.114])
 _MIN_PANEL, _MAX_PANEL = 224, 264  # pixels; a row of five stays below 1400
@@ -43,18 +43,18 @@ _CAPTION = 24
 
 
 def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
-    """A picture as the model wants it, through timm's evaluation transform.
+    """Prepare a picture for the model with timm's evaluation transform.
 
     Args:
-        image: of any size; it is resized and cropped.
-        model: says size, crop, interpolation, mean and std.
+        image: Of any size; it is resized and cropped.
+        model: Its data configuration is used.
 
     Returns:
         (1, 3, H, W) float32, normalised for the backbone, on the CPU.
 
     Raises:
-        ValueError: the model takes no RGB pictures, or the picture is a strip more than 50 times
-            longer than wide.
+        ValueError: The model does not take RGB pictures, or one side of the picture is more than 50
+            times the other.
     """
     from timm.data import create_transform
 
@@ -68,14 +68,14 @@ def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
 
 
 def to_image(x: Tensor, model: LTRPModel) -> Image.Image:
-    """The inverse of ``to_tensor`` but for the crop: the pixels that the model sees.
+    """The pixels that the model sees: the inverse of ``to_tensor``, except for the crop.
 
     Args:
         x: (1, 3, H, W) or (3, H, W), normalised for the backbone.
-        model: says mean and std.
+        model: Its mean and std are used.
 
     Raises:
-        ValueError: any other shape.
+        ValueError: `x` has another shape.
     """
     if x.dim() not in (3, 4) or x.shape[-3] != 3 or (x.dim() == 4 and x.shape[0] != 1):
         raise ValueError(f"expected one image (1, 3, H, W), got {list(x.shape)}.")
@@ -94,13 +94,12 @@ def show_images(
 
 
 def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) -> Image.Image:
-    """A heat map over the photo, one colour per patch: violet the lowest score, yellow the highest.
+    """Draw a heat map over the picture: violet is the lowest score, yellow the highest.
 
-    Colours go by rank, ties share theirs: only the order of scores means anything. NaN counts as
-    the lowest.
+    Each patch is coloured by its rank; ties have one colour, and NaN is the lowest.
 
     Args:
-        image: the picture that was ranked, whole patches only.
+        image: The ranked picture, whole patches only.
         scores: (N,), (1, N) or (h, w), higher = keep first.
         grid_size: (h, w).
 
@@ -108,7 +107,7 @@ def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) ->
         A picture of the same size.
 
     Raises:
-        ValueError: scores or picture do not fit the grid.
+        ValueError: `scores` or `image` does not fit the grid.
 
     >>> score_map(Image.new("RGB", (32, 32)), torch.arange(4.0), (2, 2)).size
     (32, 32)
@@ -127,10 +126,10 @@ def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) ->
 def kept_patches(
     image: Image.Image, keep_indices: Tensor, grid_size: tuple[int, int]
 ) -> Image.Image:
-    """The photo with its kept patches as they are and the dropped ones dark and grey.
+    """Draw the picture with its dropped patches dark and grey.
 
     Args:
-        image: the picture that was ranked, whole patches only.
+        image: The ranked picture, whole patches only.
         keep_indices: (K,) or (1, K) integers, row by row from the upper left.
         grid_size: (h, w).
 
@@ -138,7 +137,7 @@ def kept_patches(
         A picture of the same size.
 
     Raises:
-        ValueError: the picture does not fit the grid, or indices lie outside it.
+        ValueError: `image` does not fit the grid, or an index is outside of it.
 
     >>> kept_patches(Image.new("RGB", (32, 32)), torch.tensor([0, 3]), (2, 2)).size
     (32, 32)
@@ -157,7 +156,7 @@ def kept_patches(
     mask = np.zeros(h * w, bool)
     mask[keep.flatten().numpy()] = True
     pixels = _pixels(image)
-    dim = 0.25 * (pixels @ _GREY)[..., None] + 36.0  # never black: that is a kept colour
+    dim = 0.25 * (pixels @ _GREY)[..., None] + 36.0  # not black: a kept patch may be
     return _picture(np.where(_to_pixels(mask.reshape(h, w, 1), image), pixels, dim))
 
 
@@ -167,19 +166,19 @@ def overview(
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     captions: bool = True,
 ) -> Image.Image:
-    """One row: the photo as the model sees it, its score map, what is kept at each ratio.
+    """Draw a row: the photo as the model sees it, its score map, what is kept at each ratio.
 
     Args:
-        image: of any size.
-        model: ranks and selects; its own ``keep_ratio`` is as before afterwards.
-        keep_ratios: one picture each.
-        captions: a line of text above each picture.
+        image: Of any size.
+        model: Ranks and selects; its ``keep_ratio`` is restored.
+        keep_ratios: One picture each.
+        captions: Write a line above each picture.
 
     Returns:
-        The row, each picture 224 to 264 pixels wide whatever the model's input size.
+        The row; each picture is 224 to 264 pixels wide.
 
     Raises:
-        ValueError: a ratio outside (0, 1], or a picture that ``to_tensor`` refuses.
+        ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.
     """
     x = to_tensor(image, model)
     parameter = next(model.backbone.parameters())
@@ -201,13 +200,13 @@ def overview(
 
 
 def row(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures side by side, each at a size for reading, its caption above; "" for none."""
-    return _side_by_side([_panel(picture, caption) for picture, caption in panels])
+    """Place pictures side by side, resized to a readable size, with captions above them."""
+    return _paste([_panel(picture, caption) for picture, caption in panels], down=False)
 
 
 @contextlib.contextmanager
 def keeping(model: LTRPModel, keep_ratio: float) -> Iterator[None]:
-    """The model at another keep ratio, for a while."""
+    """Set the model's keep ratio for a while."""
     before = model.keep_ratio
     model.keep_ratio = keep_ratio
     try:
@@ -217,19 +216,24 @@ def keeping(model: LTRPModel, keep_ratio: float) -> Iterator[None]:
 
 
 def stack_rows(rows: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one below the other on white.
+    """Place pictures one below the other on white.
 
     Raises:
-        ValueError: there are none.
+        ValueError: There is no picture.
     """
     if not rows:
         raise ValueError("stack_rows needs at least one picture, got none.")
-    height = sum(row.height for row in rows) + _GAP * (len(rows) - 1)
-    out = Image.new("RGB", (max(row.width for row in rows), height), "white")
-    top = 0
-    for row in rows:
-        out.paste(row, (0, top))
-        top += row.height + _GAP
+    return _paste(rows, down=True)
+
+
+def _paste(pictures: Sequence[Image.Image], down: bool) -> Image.Image:
+    widths, heights = zip(*(picture.size for picture in pictures))
+    gaps = _GAP * (len(pictures) - 1)
+    size = (max(widths), sum(heights) + gaps) if down else (sum(widths) + gaps, max(heights))
+    out, place = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        out.paste(picture, (0, place) if down else (place, 0))
+        place += (picture.height if down else picture.width) + _GAP
     return out
 
 
@@ -265,7 +269,7 @@ def _ramp(levels: _Pixels) -> _Pixels:
 
 
 def _panel(picture: Image.Image, caption: str) -> Image.Image:
-    """A picture brought to a size for reading, its caption above."""
+    """Resize a picture to a readable size; write its caption above it."""
     if picture.width > _MAX_PANEL or picture.width < _MIN_PANEL:
         width = _MAX_PANEL if picture.width > _MAX_PANEL else _MIN_PANEL
         height = max(1, round(picture.height * width / picture.width))
@@ -280,15 +284,4 @@ def _panel(picture: Image.Image, caption: str) -> Image.Image:
     fonts = (ImageFont.load_default(size) for size in range(16, 8, -1))
     font = next((f for f in fonts if draw.textlength(caption, font=f) < out.width), None)
     draw.text((1, 3), caption, fill="black", font=font or ImageFont.load_default(8))
-    return out
-
-
-def _side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in a row on white."""
-    width = sum(picture.width for picture in panels) + _GAP * (len(panels) - 1)
-    out = Image.new("RGB", (width, max(picture.height for picture in panels)), "white")
-    left = 0
-    for picture in panels:
-        out.paste(picture, (left, 0))
-        left += picture.width + _GAP
     return out

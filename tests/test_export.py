@@ -207,7 +207,7 @@ def test_parity_sees_a_full_model_a_nan_and_another_shape(pruned_of: Callable[..
         full = check_parity(model, model.backbone, SIZE, 1, dynamic=False)
     with pytest.raises(RuntimeError, match=r"does not give the model's outputs"):
         full.raise_if_wrong(1e-4)
-    with pytest.raises(RuntimeError, match="cannot be told from the full model"):
+    with pytest.raises(RuntimeError, match="cannot be distinguished from the full model"):
         full.raise_if_wrong(1e3)  # logits may be small: it is the distances that count
     lost = check_parity(model, lambda x: torch.full_like(model(x), torch.nan), SIZE, 1, False)
     with pytest.raises(RuntimeError, match=r"does not give .* pruned outputs nan"):
@@ -330,7 +330,7 @@ def test_what_cannot_be_exported_is_one_line(
         ({"batch_size": True}, ValueError, "got True"),
         ({"batch_size": 1.5}, ValueError, "got 1.5"),
         ({"opset": 12}, ValueError, "opset must be 18 or later, got 12"),
-        ({"path": "a.pt", "format": "torchscript", "opset": 18}, ValueError, "goes with format="),
+        ({"path": "a.pt", "format": "torchscript", "opset": 18}, ValueError, "requires format="),
         ({"path": "there.onnx"}, FileExistsError, r"there\.onnx exists already"),
         ({"path": "no/a.onnx"}, FileNotFoundError, "the folder .*no does not exist"),
         ({"path": "folder.onnx", "overwrite": True}, IsADirectoryError, "is a folder"),
@@ -359,14 +359,18 @@ def test_wrong_models(
 ) -> None:
     model, _ = pruned_of()
     path = tmp_path / "a.onnx"
-    with pytest.raises(TypeError, match=r"takes an LTRPModel, got VisionTransformer: drop_patches"):
+    with pytest.raises(
+        TypeError, match=r"takes an LTRPModel, got VisionTransformer: use drop_patches"
+    ):
         export_model(model.backbone, path)
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         export_model(model.train(), path)
     with pytest.raises(ValueError, match=r"takes a float32 model, got torch\.bfloat16"):
         export_model(model.eval().bfloat16(), path)
     monkeypatch.setattr(export_module, "ONNX_LIMIT", 1000)
-    with pytest.raises(ValueError, match=r"less than 2 GiB, the weights are 0\.0 GiB: use format"):
+    with pytest.raises(
+        ValueError, match=r"smaller than 2 GiB, the weights have 0\.0 GiB: use format"
+    ):
         export_model(model.float(), path)
     assert not list(tmp_path.iterdir())
 

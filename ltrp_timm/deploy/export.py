@@ -1,7 +1,7 @@
 """Write a pruned model for deployment, as ONNX, ``torch.export``, AOTInductor or TorchScript.
 
-A file holds one K: its keep ratio is fixed. It takes the batch size it was written for, or any with
-``dynamic_batch``; TorchScript files take any. No file is written that does not do what it should.
+The keep ratio of a file is fixed. Its batch size is too, without ``dynamic_batch``; TorchScript
+files accept any. A file whose outputs differ from the model's is not written.
 """
 
 import os
@@ -25,18 +25,18 @@ from ltrp_timm.selection import num_keep
 from ltrp_timm.weights.files import PathLike, write_atomically
 
 TOLERANCE = 1e-4
-ONNX_LIMIT = 2**31 - 2**20  # bytes of one ONNX file; the graph itself takes some
+ONNX_LIMIT = 2**31 - 2**20  # bytes of weights in an ONNX file; the graph takes the rest of 2 GiB
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written.
+    """An exported file.
 
     Args:
-        path: where it is.
+        path: The file.
         format: "onnx", "pt2", "aoti" or "torchscript".
-        metadata: what is written in it, see ``describe``.
-        parity: the figures of the check; None where it was not asked for.
+        metadata: The metadata in the file, see ``describe``.
+        parity: Results of the check; None without ``check``.
     """
 
     path: Path
@@ -57,34 +57,34 @@ def export_model(
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a pruned model to one file; it ranks and drops as the model does at its keep ratio.
+    """Write a pruned model, its ranker included, to one file.
 
-    The file is loaded back and run before it gets its name: it must give the eager pruned outputs,
-    and not those of the full model. A file that fails leaves nothing behind. The input of an ONNX
-    file is ``images`` (B, C, H, W), normalised for the backbone, its output ``logits``.
+    Before the file gets its name it is loaded and run: its outputs must be those of the eager
+    pruned model and not those of the full model. A failed export leaves no file. An ONNX file has
+    the input ``images`` (B, C, H, W), normalised for the backbone, and the output ``logits``.
 
     Args:
-        model: in eval mode; exported on its device.
-        path: ends in .onnx, in .pt2 for pt2 and aoti, or in .pt or .ts for TorchScript.
-        format: "onnx", "pt2" (``torch.export``), "aoti" (the same compiled by AOTInductor, for this
-            kind of machine; needs a C++ compiler) or "torchscript" (``torch.jit.script``).
-        batch_size: B of the file; of a dynamic one only the size of the example.
-        dynamic_batch: take any batch size. TorchScript files do so always.
-        opset: version of the ONNX operators; None is torch's choice.
-        check: load the file back and compare.
-        tolerance: largest allowed difference of an output from the eager one.
-        overwrite: replace an existing file.
+        model: In eval mode, on the device to export for.
+        path: Ends in .onnx, in .pt2 for pt2 and aoti, or in .pt or .ts for TorchScript.
+        format: "onnx", "pt2" (``torch.export``), "aoti" (a pt2 file compiled by AOTInductor for
+            this kind of machine; needs a C++ compiler) or "torchscript" (``torch.jit.script``).
+        batch_size: B of the file; with ``dynamic_batch`` only of the example.
+        dynamic_batch: Accept any batch size; TorchScript files always do.
+        opset: Version of the ONNX operators; None is torch's choice.
+        check: Load the file and compare.
+        tolerance: Largest allowed difference of an output from the eager one.
+        overwrite: Replace an existing file.
 
     Returns:
-        What was written, with the figures of the check.
+        The file and the results of the check.
 
     Raises:
-        TypeError: no LTRPModel.
-        ValueError: an argument is out of its range, the model is in training mode, or the format
-            cannot hold it; the message says why.
-        RuntimeError: the file does not do what the model does; the message has the figures.
-        ImportError: an extra is missing; the message says what to install.
-        OSError: the file exists already, or cannot be written.
+        TypeError: ``model`` is not an LTRPModel.
+        ValueError: An argument is out of range, the model is in training mode, or the format does
+            not support it.
+        RuntimeError: The outputs of the file are not those of the model.
+        ImportError: An extra is not installed.
+        OSError: The file exists already, or cannot be written.
 
     >>> import tempfile, timm, ltrp_timm
     >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
@@ -104,7 +104,7 @@ def export_model(
         raise FileNotFoundError(f"the folder {target.parent} does not exist.")
     dynamic = dynamic_batch or format == "torchscript"
     metadata = describe(model, format, None if dynamic else batch_size)
-    with torch.no_grad():  # what the model itself refuses is best said by it
+    with torch.no_grad():  # the model's own errors are clearer than an exporter's
         model(torch.zeros(1, *input_size(model), device=_device(model)))
     parity: list[Parity] = []
 
@@ -113,7 +113,7 @@ def export_model(
         if check:
             run, found = load_exported(temporary, format, _device(model))
             if found != metadata:
-                raise RuntimeError(f"the metadata of the file is {found}, not {metadata}.")
+                raise RuntimeError(f"the file has the metadata {found}, expected {metadata}.")
             parity.append(check_parity(model, run, input_size(model), batch_size, dynamic))
             parity[0].raise_if_wrong(tolerance)
 
@@ -126,12 +126,12 @@ def _check_arguments(model: Any, path: Path, format: str, batch_size: Any, opset
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if not isinstance(model, LTRPModel):
         raise TypeError(
-            f"export_model takes an LTRPModel, got {type(model).__name__}: drop_patches makes one."
+            f"export_model takes an LTRPModel, got {type(model).__name__}: use drop_patches first."
         )
     if any(part.training for part in model.modules()):
         raise ValueError("the model is in training mode: call model.eval() first.")
     dtypes = {str(parameter.dtype) for parameter in model.parameters()}
-    if dtypes != {"torch.float32"}:  # rounding of 16 bits would hide what the check looks for
+    if dtypes != {"torch.float32"}:  # rounding to 16 bits would hide the errors to check for
         raise ValueError(f"export takes a float32 model, got {', '.join(sorted(dtypes))}.")
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number from 1, got {batch_size!r}.")
@@ -139,27 +139,27 @@ def _check_arguments(model: Any, path: Path, format: str, batch_size: Any, opset
         endings = " or ".join(FORMATS[format])
         raise ValueError(f"the path of a {format} file must end in {endings}, got {path}.")
     if opset is not None and format != "onnx":
-        raise ValueError(f"opset goes with format='onnx', got format={format!r}.")
+        raise ValueError(f"opset requires format='onnx', got format={format!r}.")
     if opset is not None and opset < OLDEST_OPSET:
         raise ValueError(f"opset must be {OLDEST_OPSET} or later, got {opset}.")
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if format == "onnx" and size > ONNX_LIMIT:
         raise ValueError(
-            f"one ONNX file holds less than 2 GiB, the weights are {size / 2**30:.1f} GiB: "
+            f"an ONNX file must be smaller than 2 GiB, the weights have {size / 2**30:.1f} GiB: "
             "use format='pt2'."
         )
 
 
 def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str, Any]:
-    """The metadata of a file: all that one needs to feed it, and what it does.
+    """The metadata of a file: how to prepare images, and what the model does.
 
     Args:
-        model: the model that is exported.
+        model: The model to export.
         format: "onnx", "pt2", "aoti" or "torchscript".
-        batch_size: None for any.
+        batch_size: B of the file; None for any.
 
     Returns:
-        What JSON can hold: ltrp_timm, torch and timm (versions), format, architecture, input_size
+        JSON values: ltrp_timm, torch and timm (versions), format, architecture, input_size
         [C, H, W], batch_size, mean and std (of pixels in [0, 1]), interpolation, crop_pct,
         num_classes, keep_ratio, num_keep (K), num_patches (N), ranker, selection.
     """

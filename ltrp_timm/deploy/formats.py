@@ -1,4 +1,4 @@
-"""The formats of deployment: one file each, written and loaded back."""
+"""Write and load the file formats for deployment."""
 
 import contextlib
 import importlib
@@ -19,23 +19,23 @@ from torch import Tensor
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.weights.files import PathLike
 
-# format -> endings of its files, the first is the usual one
+# format -> endings of its files, the usual one first
 FORMATS = {
     "onnx": (".onnx",),
     "pt2": (".pt2",),
     "aoti": (".pt2",),
     "torchscript": (".pt", ".ts"),
 }
-OLDEST_OPSET = 18  # of torch's exporter
-METADATA_KEY = "ltrp_timm"  # of ONNX's metadata_props
-METADATA_FILE = "ltrp_timm.json"  # in the archives of torch
+OLDEST_OPSET = 18  # that torch's exporter writes
+METADATA_KEY = "ltrp_timm"  # in ONNX's metadata_props and in AOTInductor's metadata
+METADATA_FILE = "ltrp_timm.json"  # in torch's archives
 
 
 def require(format: str) -> None:
-    """Check that what a format needs is installed.
+    """Check that the packages of a format are installed.
 
     Raises:
-        ImportError: the command to type.
+        ImportError: A package is missing; the message has the command to install it.
     """
     for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
         try:
@@ -45,7 +45,7 @@ def require(format: str) -> None:
 
 
 def input_size(model: LTRPModel) -> tuple[int, int, int]:
-    """(C, H, W) of the model's images."""
+    """Size (C, H, W) of the model's images."""
     h, w = model.data_config()["input_size"][-2:]
     channels: Any = model.in_chans
     return int(channels), int(h), int(w)
@@ -60,14 +60,14 @@ def write_file(
     opset: int | None,
     metadata: dict[str, Any],
 ) -> None:
-    """Write a model, unchecked; see ``export_model``."""
+    """Write a model without a check; arguments as in ``export_model``."""
     parameter = next(model.backbone.parameters())
-    # torch.export takes an example of one image for a fixed batch size of 1
+    # torch.export takes an example of one image for a fixed batch size
     batch = max(2, batch_size) if dynamic else batch_size
     images = torch.zeros(batch, *input_size(model), device=parameter.device, dtype=parameter.dtype)
     text = json.dumps(metadata)
     with torch.no_grad(), warnings.catch_warnings():
-        # what the exporters say of themselves is no news to the user who asked for them
+        # the exporters' warnings about themselves do not help a user
         warnings.simplefilter("ignore")
         if format == "torchscript":
             torch.jit.save(_script(model), str(path), _extra_files={METADATA_FILE: text})
@@ -78,26 +78,26 @@ def write_file(
             return
         try:
             program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-        except Exception as error:  # of the tracer; no common type
+        except Exception as error:  # the tracer's errors have no common type
             raise _refusal("torch.export", model, error) from error
         if format == "aoti":
             path.write_bytes(_compile(model, program, text))
             return
-        with open(path, "wb") as file:  # of a name that does not end in .pt2 it would complain
+        with open(path, "wb") as file:  # a name must end in .pt2, a temporary one does not
             torch.export.save(program, file, extra_files={METADATA_FILE: text})
 
 
 def _compile(model: LTRPModel, program: torch.export.ExportedProgram, text: str) -> bytes:
     on_cpu = next(model.backbone.parameters()).device.type == "cpu"
     options: dict[str, Any] = {"aot_inductor.metadata": {METADATA_KEY: text}}
-    # on a CPU weights are packed for its kernels; the file leaves the number of threads open
+    # weights are packed for the CPU's kernels; the number of threads is chosen at run time
     options |= {"freezing": True, "cpp.dynamic_threads": True} if on_cpu else {}
     package = io.BytesIO()
     try:
-        with _without_log("torch.utils.cpp_extension"):  # of a GPU that is not asked for
+        with _without_log("torch.utils.cpp_extension"):  # it logs a missing CUDA toolkit
             compile_program = importlib.import_module("torch._inductor").aoti_compile_and_package
             compile_program(program, package_path=package, inductor_configs=options)
-    except Exception as error:  # of the compilers, torch's and C++; no common type
+    except Exception as error:  # the errors of torch's and C++'s compilers have no common type
         raise _refusal("AOTInductor", model, error) from error
     return package.getvalue()
 
@@ -117,7 +117,7 @@ def _write_onnx(
     model: LTRPModel, images: Tensor, path: Path, opset: int | None, shapes: Any, text: str
 ) -> None:
     try:
-        with _without_log("onnxscript"):  # a conversion that failed is told below, as an error
+        with _without_log("onnxscript"):  # a failed conversion becomes an error below
             program = torch.onnx.export(
                 model,
                 (images,),
@@ -128,12 +128,12 @@ def _write_onnx(
                 opset_version=opset,
                 verbose=False,
             )
-    except Exception as error:  # of the exporter and of the converter between opsets
+    except Exception as error:  # the errors of exporter and converter have no common type
         raise _refusal("torch.onnx.export", model, error.__cause__ or error) from error
     if program is None:
         raise ValueError("torch.onnx.export gave no program.")
     got = program.model.opset_imports.get("")
-    if opset is not None and got != opset:  # torch has a log line for that and goes on
+    if opset is not None and got != opset:  # torch only logs this
         raise ValueError(f"this model cannot be written for ONNX opset {opset}: try {got}.")
     program.model.metadata_props[METADATA_KEY] = text
     program.save(str(path), external_data=False)
@@ -147,7 +147,7 @@ def _script(model: LTRPModel) -> Any:
 
 
 def _refusal(tool: str, model: LTRPModel, error: BaseException, advice: str = "") -> ValueError:
-    """An exporter's error of many lines as one: what it says first, without colours and places."""
+    """An exporter's error on one line: its first sentence, without colours and source places."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip() or type(error).__name__)
     reason = textwrap.shorten(re.split(r":?\s*\n?\s*File \"", text)[0], 300, placeholder=" …")
     parts = f"{type(model.backbone).__name__} with {type(model.ranker).__name__}"
@@ -157,15 +157,15 @@ def _refusal(tool: str, model: LTRPModel, error: BaseException, advice: str = ""
 def load_exported(
     path: PathLike, format: str, device: str | torch.device = "cpu"
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """Load a file of ``export_model`` in its own runtime.
+    """Load an exported file in its own runtime.
 
     Args:
-        path: the file.
+        path: The file.
         format: "onnx" (onnxruntime on the CPU), "pt2", "aoti" or "torchscript".
-        device: where a TorchScript file runs; pt2 and aoti files run where they were made.
+        device: Device of a TorchScript file; pt2 and aoti files keep that of the export.
 
     Returns:
-        images (B, C, H, W) -> logits, and the metadata.
+        A function, images (B, C, H, W) -> logits, and the metadata.
     """
     if format == "onnx":
         return _load_onnx(path)
@@ -190,7 +190,7 @@ def _load_compiled(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str
     batch, size = metadata["batch_size"], metadata["input_size"]
 
     def run(images: Tensor) -> Tensor:
-        # compiled code takes what it is given for what it was compiled for
+        # compiled code does not check its input
         shape = [len(images) if batch is None else batch, *size]
         if list(images.shape) != shape or images.dtype != torch.float32:
             found = f"{images.dtype} of shape {list(images.shape)}"
@@ -209,7 +209,7 @@ def _load_onnx(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str, An
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # its threads would go on spinning between calls, at the cost of what runs next
+    # threads that spin between calls would slow down whatever runs next
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         os.fspath(path), options, providers=["CPUExecutionProvider"]

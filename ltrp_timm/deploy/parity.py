@@ -1,4 +1,4 @@
-"""Does another form of a pruned model give its outputs, and not those of the full model?"""
+"""Check that an exported model gives the outputs of the pruned model, not of the full one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from torch import Tensor
 
 from ltrp_timm.models.ltrp import LTRPModel
 
-_NOISE = 5e-6  # of a pixel: more than the rounding of any float32 runtime
-_MARGIN = 10.0  # times nearer to the pruned outputs than to the full model's
-_IMAGES = 4  # at least
-_DRAWS = 8  # times as many images are drawn before giving up
+_NOISE = 5e-6  # relative change of a pixel, above the rounding of any float32 runtime
+_MARGIN = 10.0  # least ratio of the distances from the full and from the pruned outputs
+_IMAGES = 4  # least number of images
+_DRAWS = 8  # images drawn for each one needed, before giving up
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the outputs of a file are from those of a model.
+    """Differences between the outputs of a file and of a model.
 
     Args:
-        error: largest absolute difference from the eager pruned outputs.
-        from_full: the same from the full model, in the batch where it is least; None where all
-            patches are kept.
-        scale: largest absolute output.
-        batch_sizes: of the batches that were run.
-        left_out: images drawn and not used: their last kept patch is a near tie.
+        error: Largest absolute difference from the eager pruned outputs.
+        from_full: Largest absolute difference from the full model, in the batch where it is
+            smallest; None if all patches are kept.
+        scale: Largest absolute output.
+        batch_sizes: Sizes of the batches.
+        left_out: Number of excluded images, in which the last kept patch is a near tie.
     """
 
     error: float
@@ -36,17 +36,20 @@ class Parity:
 
     @property
     def num_images(self) -> int:
-        """How many images were run."""
+        """Number of images."""
         return sum(self.batch_sizes)
 
     def raise_if_wrong(self, tolerance: float) -> None:
-        """Accept errors up to ``tolerance``, far below the distance from the full model.
+        """Check that the error is small, also compared with the distance from the full model.
+
+        Args:
+            tolerance: Largest allowed error.
 
         Raises:
-            RuntimeError: the figures, and what they mean.
+            RuntimeError: The error is too large, or the file may be the full model.
         """
         figures = f"largest difference from the eager pruned outputs {self.error:.1e}"
-        if not self.error <= tolerance:  # a NaN is no parity
+        if not self.error <= tolerance:  # NaN fails too
             raise RuntimeError(
                 f"the file does not give the model's outputs: {figures}, allowed {tolerance:.1e} "
                 f"(outputs up to {self.scale:.1e}, batches of {_listed(self.batch_sizes)})."
@@ -55,8 +58,9 @@ class Parity:
             return
         if not self.from_full > _MARGIN * self.error:
             raise RuntimeError(
-                f"the file cannot be told from the full model: {figures}, from the full model's "
-                f"{self.from_full:.1e}. Weights may be missing (LayerScale near 0 hides patches)."
+                f"the file cannot be distinguished from the full model: {figures}, from the full "
+                f"model's {self.from_full:.1e}. Weights may be missing (LayerScale near 0 hides "
+                "patches)."
             )
 
 
@@ -74,18 +78,18 @@ def check_parity(
 ) -> Parity:
     """Run a loaded file and its model on the same images.
 
-    Where two scores at the cut differ by no more than rounding, a runtime may keep the other patch
-    and be right: such images are left out, and counted.
+    When two scores at the cut are nearly equal, another runtime may keep the other patch. Such
+    images are excluded and counted.
 
     Args:
-        model: the eager model.
-        run: images (B, C, H, W) -> outputs, the file in its runtime.
+        model: The eager model.
+        run: The file in its runtime: images (B, C, H, W) -> outputs.
         input_size: (C, H, W).
         batch_size: B of the file.
-        dynamic: also run batches of 1 and of other sizes.
+        dynamic: Also run batches of other sizes.
 
     Raises:
-        RuntimeError: hardly an image has a clear order.
+        RuntimeError: The shapes differ, or too few images have a clear order of patches.
     """
     sizes = [1, 2, batch_size + 2] if dynamic else [batch_size] * max(2, -(-_IMAGES // batch_size))
     parameter = next(model.backbone.parameters())
@@ -116,7 +120,7 @@ def _keeps_all(model: LTRPModel, images: Tensor) -> bool:
 def _clear_images(
     model: LTRPModel, input_size: tuple[int, int, int], count: int, like: Tensor
 ) -> tuple[Tensor, int]:
-    """``count`` images (count, C, H, W) whose kept patches survive rounding; how many did not."""
+    """Images (count, C, H, W) whose kept patches survive rounding; the number of excluded ones."""
     kept: list[Tensor] = []
     left_out = 0
     generator = torch.Generator().manual_seed(0)
@@ -129,15 +133,15 @@ def _clear_images(
         if len(kept) == count:
             return torch.cat(kept), left_out
     raise RuntimeError(
-        f"only {len(kept)} of {count * _DRAWS} images have a clear order of patches: the ranker's "
-        "scores are too close to each other to compare runtimes."
+        f"only {len(kept)} of {count * _DRAWS} images have a clear order of patches: the scores "
+        "are too close to each other to compare runtimes."
     )
 
 
 def _draw(
     input_size: tuple[int, int, int], count: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Images (1, C, H, W), normalised: noise, and soft shapes with texture here and there."""
+    """Normalised images (1, C, H, W): noise, and soft shapes with some texture."""
     channels, h, w = input_size
     for number in range(count):
         noise = torch.randn(1, channels, h, w, generator=generator)
