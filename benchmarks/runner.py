@@ -1,4 +1,4 @@
-"""The runner of the timed benchmarks: options, measuring or pooling, table, goals, picture."""
+"""The runner of the benchmarks: options, measuring or pooling, table, goals, picture."""
 
 import argparse
 import math
@@ -47,7 +47,7 @@ SPEEDUP = "speed-up over the full model (quartiles)"
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A timed benchmark, all of it.
+    """All parts of a benchmark.
 
     Args:
         name: of the script and of the files it writes.
@@ -78,7 +78,7 @@ class Benchmark:
         parser = self.parser((self.doc or "").splitlines()[0])
         args = parser.parse_args()
         self.check(parser, args)
-        rows = self.pooled(args) if args.pool else self.measured(args)
+        rows = self.pooled(args) if vars(args).get("pool") else self.measured(args)
         picture = self.plot(rows, args)
         tables.conclude(self.name, self.title, rows, self.table(rows), self.goals(), picture, args)
 
@@ -88,7 +88,7 @@ class Benchmark:
         for case in self.run(args):
             same = {name: value for name, value in case[0].items() if name in pooling.CASE}
             same = {k: v for k, v in same.items() if all(row[k] == v for row in case)}
-            same["rounds"] = case[0]["rounds"]
+            same |= {"rounds": case[0]["rounds"]} if "rounds" in case[0] else {}
             head = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in same.items())
             text = "; ".join(self.progress.format(**row) for row in case)
             print(f"{head}: {text}", flush=True)

@@ -264,6 +264,7 @@ def test_a_quick_run_of_few_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     flags = ["--quick", "--test-scenes", "50", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["fairness", *flags])
     monkeypatch.setattr(measures, "_RESAMPLES", 3)
+    monkeypatch.setattr(judged, "KEEP_RATIOS", (0.25,))
     with contextlib.suppress(SystemExit):  # so few scenes may miss a goal
         load("fairness").main()
     files = [f"fairness_quick{end}" for end in (".csv", ".md", ".png", "_scenes.png")]

@@ -20,15 +20,16 @@ random; its seed is 0. Means over all crops, with their quartiles:
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # started by its path, only its own folder is on the path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tables
 import torch
-from common import Row, base_parser, load_pyplot, set_up, summary
+from common import Row, base_parser, summary
+from runner import Benchmark, cells, figure, panels, plain
 from tables import Goal
 from torch import Tensor
 
@@ -44,8 +45,6 @@ from ltrp_timm.selection import (
 from ltrp_timm.selection.coverage import squared_distances
 from studies.scenes import load_crops
 
-NAME = "coverage"
-TITLE = "What each selection covers of real photos"
 GRID = (14, 14)
 MEASURES = ("empty_cells", "distance", "farthest", "unlike", "score")
 # selection, as the table names it -> name and options
@@ -77,8 +76,8 @@ def cover(keep: Tensor, scores: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     position = torch.stack([place // w, place % w], dim=1).float()
     away = torch.cdist(position[keep], position.expand(len(keep), -1, -1)).amin(dim=1)
     dropped = torch.ones(len(keep), h * w).scatter(1, keep, 0.0)
-    cells = (place // w // 2) * (-(-w // 2)) + place % w // 2
-    full = torch.zeros(len(keep), int(cells.max()) + 1).scatter(1, cells[keep], 1.0)
+    cell = (place // w // 2) * (-(-w // 2)) + place % w // 2
+    full = torch.zeros(len(keep), int(cell.max()) + 1).scatter(1, cell[keep], 1.0)
     unlike = gather_patches(squared_distances(pixels), keep).amin(dim=1).sqrt()
     ranks = mean_rank(scores)
     best = ltrp_timm.select_top(scores, keep.shape[1])
@@ -91,50 +90,34 @@ def cover(keep: Tensor, scores: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def run(args: argparse.Namespace, where: Row) -> list[Row]:
+def run(args: argparse.Namespace) -> Iterator[list[Row]]:
     """All selections at every keep ratio."""
     images = load_crops()
     scores = ltrp_timm.create_ranker("contrast")(images).flatten(1)
     pixels = patch_pixels(images, GRID)
-    rows: list[Row] = []
     for ratio in args.keep_ratios:
         k = ltrp_timm.num_keep(scores.shape[1], ratio)
         found: dict[str, dict[str, Tensor]] = {}
+        rows = []
         for label, (name, changes) in SELECTIONS.items():
             options = check_selection_args(name, changes)
             tokens = patch_pixels(images, GRID, int(options.get("pixels", 0)))
             keep = select(scores, k, name, options, GRID, tokens)
             found[label] = cover(keep, scores, pixels)
             row: Row = {"keep_ratio": ratio, "patches_kept": k, "method": label}
-            row |= {"images": len(images)}
+            row["images"] = len(images)
             for measure in MEASURES:
                 row |= summary(measure, found[label][measure])
-            row |= summary("unlike_of_top", found[label]["unlike"] / found["top"]["unlike"])
-            rows.append({**row, **where})
-    return rows
+            rows.append(
+                row | summary("unlike_of_top", found[label]["unlike"] / found["top"]["unlike"])
+            )
+        yield rows
 
 
-def table(rows: list[Row]) -> list[Row]:
-    """The figures as text."""
-    return [
-        {
-            "keep": f"{row['keep_ratio']:g}",
-            "selection": row["method"],
-            "empty 2x2 cells": tables.figure(row, "empty_cells", ".1%"),
-            "distance": tables.figure(row, "distance", ".2f"),
-            "farthest": tables.figure(row, "farthest", ".1f"),
-            "unlike": tables.figure(row, "unlike", ".1f"),
-            "score": tables.figure(row, "score", ".2f"),
-        }
-        for row in rows
-    ]
-
-
-def plot(rows: list[Row]) -> Any:
+def plot(rows: list[Row], args: argparse.Namespace) -> Any:
     """A panel for each measure, a line for each selection."""
-    pyplot = load_pyplot()
-    panels = len(MEASURES) + 1  # the last is for the legend
-    figure, axes = pyplot.subplots(1, panels, figsize=(3.2 * panels, 3.8))
+    picture, axes = panels(1, len(MEASURES) + 1)  # the last is for the legend
+    axes = axes[0]
     for ax, measure in zip(axes, MEASURES):
         for label in SELECTIONS:
             line = sorted(
@@ -144,22 +127,40 @@ def plot(rows: list[Row]) -> Any:
         ax.set_title(measure.replace("_", " "), fontsize=9)
         ax.set_xlabel("keep ratio")
         ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.3)
     axes[-1].axis("off")
     axes[-1].legend(axes[0].get_lines(), list(SELECTIONS), loc="center", fontsize=9)
-    return figure
+    return picture
 
 
-def main() -> None:
-    """Measure, write CSV, PNG and Markdown, check the goals."""
-    description = (__doc__ or "").splitlines()[0]
-    parser = base_parser(description)
-    ratios = [0.1, 0.25, 0.5, 0.75]
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options."""
+    options, ratios = base_parser(description), [0.1, 0.25, 0.5, 0.75]
     text = "shares of patches to keep"
-    parser.add_argument("--keep-ratios", nargs="+", type=keep_ratio, default=ratios, help=text)
-    args = parser.parse_args()
-    rows = run(args, set_up(args))
-    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
+    options.add_argument("--keep-ratios", nargs="+", type=keep_ratio, default=ratios, help=text)
+    return options
+
+
+main = Benchmark(
+    name="coverage",
+    doc=__doc__,
+    title="What each selection covers of real photos",
+    run=run,
+    progress="{method} leaves {empty_cells:.1%} of the cells empty",
+    table=cells(
+        {
+            "keep": figure("keep_ratio", "g"),
+            "selection": plain("method"),
+            "empty 2x2 cells (quartiles)": figure("empty_cells", ".1%"),
+            "distance (quartiles)": figure("distance", ".2f"),
+            "farthest (quartiles)": figure("farthest", ".1f"),
+            "unlike (quartiles)": figure("unlike", ".1f"),
+            "score (quartiles)": figure("score", ".2f"),
+        }
+    ),
+    goals=goals,
+    plot=plot,
+    parser=parser,
+).main
 
 
 if __name__ == "__main__":
