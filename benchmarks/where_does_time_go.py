@@ -53,7 +53,8 @@ from torch import Tensor
 
 import ltrp_timm
 from ltrp_timm.measure import throughput
-from ltrp_timm.selection import keep_tokens, patch_pixels
+from ltrp_timm.selection.coverage import patch_pixels
+from ltrp_timm.selection.rules import keep_tokens
 
 
 def goals() -> list[Goal]:

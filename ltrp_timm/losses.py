@@ -21,7 +21,7 @@ from ltrp_timm.metrics import (
     reduce_lists,
     widen,
 )
-from ltrp_timm.selection import best_first
+from ltrp_timm.selection.rules import best_first
 
 MultiLabelLoss = Literal["asymmetric", "bce"]
 MULTI_LABEL_LOSSES: tuple[str, ...] = get_args(MultiLabelLoss)

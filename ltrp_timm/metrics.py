@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ltrp_timm.selection import best_first, mean_rank, select_top
+from ltrp_timm.selection.rules import best_first, mean_rank, select_top
 
 REDUCTIONS = ("mean", "sum", "none")
 

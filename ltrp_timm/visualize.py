@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection import mean_rank, num_keep
+from ltrp_timm.selection.rules import mean_rank, num_keep
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)
 

@@ -27,7 +27,7 @@ from benchmark_setup import (
 from sections import SECTIONS
 
 from ltrp_timm.measure import payoff, throughput
-from ltrp_timm.selection import keep_tokens
+from ltrp_timm.selection.rules import keep_tokens
 
 pytestmark = pytest.mark.usefixtures("little_to_collect")
 

@@ -3,7 +3,7 @@ import torch
 
 from ltrp_timm import create_ranker, dpc_knn, select_top
 from ltrp_timm.rankers import DpcKnnRanker
-from ltrp_timm.selection import density_peaks, patch_pixels
+from ltrp_timm.selection.coverage import density_peaks, patch_pixels
 
 IMAGES = torch.rand(3, 3, 64, 48, generator=torch.Generator().manual_seed(0))
 

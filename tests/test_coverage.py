@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ltrp_timm import dpc_knn, select_mixed, select_stratified, select_top
-from ltrp_timm.selection import patch_pixels
-from ltrp_timm.selection.coverage import smallest, squared_distances
+from ltrp_timm.selection.coverage import patch_pixels, smallest, squared_distances
 
 DATA = load_file(Path(__file__).parent / "data" / "d_select_small.safetensors")
 

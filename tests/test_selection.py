@@ -15,8 +15,8 @@ from ltrp_timm import (
     select_stratified,
     select_top,
 )
-from ltrp_timm.selection import (
-    SELECTIONS,
+from ltrp_timm.selection.registry import SELECTIONS
+from ltrp_timm.selection.rules import (
     check_keep_indices,
     check_keep_ratio,
     keep_tokens,

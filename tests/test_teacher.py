@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from ltrp_timm.selection import patch_pixels
+from ltrp_timm.selection.coverage import patch_pixels
 from ltrp_timm.teacher import (
     MAETeacher,
     create_teacher,

@@ -35,14 +35,9 @@ from torch import Tensor
 
 import ltrp_timm
 from ltrp_timm.commands._flags import keep_ratio
-from ltrp_timm.selection import (
-    check_selection_args,
-    gather_patches,
-    mean_rank,
-    patch_pixels,
-    select,
-)
-from ltrp_timm.selection.coverage import squared_distances
+from ltrp_timm.selection.coverage import patch_pixels, squared_distances
+from ltrp_timm.selection.registry import check_selection_args, select
+from ltrp_timm.selection.rules import gather_patches, mean_rank
 from studies.scenes import load_crops
 
 GRID = (14, 14)

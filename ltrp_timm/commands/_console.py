@@ -18,7 +18,8 @@ from ltrp_timm.measure.throughput import Timing, ratio
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import check_name, open_model
 from ltrp_timm.rankers import list_rankers
-from ltrp_timm.selection import SELECTIONS, num_keep
+from ltrp_timm.selection import num_keep
+from ltrp_timm.selection.registry import SELECTIONS
 
 Selection = Annotated[str, tuple(SELECTIONS)]
 _LONGEST = 300  # characters of an error from another library

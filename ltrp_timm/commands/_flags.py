@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import torch
 
-from ltrp_timm.selection import check_keep_ratio
+from ltrp_timm.selection.rules import check_keep_ratio
 
 
 def keep_ratio(text: str) -> float:

@@ -12,17 +12,13 @@ from torch.utils._pytree import tree_map
 
 from ltrp_timm.layers import resize_score_map
 from ltrp_timm.models.timm_interface import TimmInterface
-from ltrp_timm.selection import (
-    AdaptiveBudget,
-    SelectionSettings,
-    as_budget,
-    buckets_of,
-    check_fill,
+from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
+from ltrp_timm.selection.dense import check_fill, scatter_features
+from ltrp_timm.selection.registry import SelectionSettings, select
+from ltrp_timm.selection.rules import (
     check_keep_indices,
     check_keep_ratio,
     num_keep,
-    scatter_features,
-    select,
     validate_keep_indices,
 )
 from ltrp_timm.slots import ScriptedSlots, install_slots, run_with_slots, swap_back

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.rankers.contrast import grid_of
-from ltrp_timm.selection import density_peaks, patch_pixels
+from ltrp_timm.selection.coverage import density_peaks, patch_pixels
 
 
 class DpcKnnRanker(PatchSizeRanker):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltrp_timm.rankers.base import PatchSizeRanker
-from ltrp_timm.selection import mean_rank
+from ltrp_timm.selection.rules import mean_rank
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
 STATISTICS = ("pixel_std", "gradient", "colour", "centre")

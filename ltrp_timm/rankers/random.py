@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.rankers.contrast import grid_of
-from ltrp_timm.selection import seeded_scores
+from ltrp_timm.selection.rules import seeded_scores
 
 
 class RandomRanker(PatchSizeRanker):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ltrp_timm._text import printable
 from ltrp_timm.data.images import Images
-from ltrp_timm.selection import best_first
+from ltrp_timm.selection.rules import best_first
 from ltrp_timm.weights.files import write_atomically, write_text
 from ltrp_timm.weights.untrusted import parse_json
 

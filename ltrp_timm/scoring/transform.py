@@ -16,7 +16,7 @@ from ltrp_timm.data.keyed import Transform
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.scoring.follow import FollowedTransform, Step, trace
 from ltrp_timm.scoring.store import IndexCache, image_ids, ranks_of
-from ltrp_timm.selection import SELECTIONS
+from ltrp_timm.selection.registry import SELECTIONS
 
 _VIEW = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ltrp_timm.selection import check_keep_ratio, num_keep
+from ltrp_timm.selection.rules import check_keep_ratio, num_keep
 
 UNNAMED = "owner/name"  # the repository in cards that are not on the Hub
 NOT_STATED = "not stated"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
-from ltrp_timm.selection import keep_tokens
+from ltrp_timm.selection.rules import keep_tokens
 
 torch.fx.wrap("keep_tokens")
 

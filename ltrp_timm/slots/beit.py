@@ -12,7 +12,7 @@ import torch
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
 from torch import Tensor, nn
 
-from ltrp_timm.selection import token_indices
+from ltrp_timm.selection.rules import token_indices
 from ltrp_timm.slots.base import SlotAdapter, TokenSlotWithDropout, as_kind, as_slot, renamed
 
 

@@ -13,7 +13,7 @@ from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from ltrp_timm.selection import token_indices
+from ltrp_timm.selection.rules import token_indices
 from ltrp_timm.slots.base import (
     SlotAdapter,
     TokenSlot,

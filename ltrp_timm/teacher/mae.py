@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ltrp_timm.layers.bridge import fit_channels
 from ltrp_timm.layers.pos_embed import sincos_pos_embed
 from ltrp_timm.layers.sizes import to_pair
-from ltrp_timm.selection import (
+from ltrp_timm.selection.coverage import patch_pixels
+from ltrp_timm.selection.rules import (
     check_keep_indices,
     gather_patches,
-    patch_pixels,
     select_top,
     validate_keep_indices,
 )

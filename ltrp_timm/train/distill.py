@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ltrp_timm.layers import make_bridge
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection import keep_tokens
+from ltrp_timm.selection.rules import keep_tokens
 from ltrp_timm.train.state import digest
 
 Gate = Literal["straight-through"]
