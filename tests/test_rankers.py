@@ -11,8 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ltrp_timm import create_ranker, drop_patches, list_rankers
-from ltrp_timm.layers import InputBridge
-from ltrp_timm.layers.bridge import resize_score_map
+from ltrp_timm.layers.bridge import InputBridge, resize_score_map
 from ltrp_timm.rankers import ContrastRanker, RandomRanker, StatisticRanker
 from ltrp_timm.rankers.contrast import border_contrast, centre_distance, patch_statistics
 from ltrp_timm.selection.rules import mean_rank

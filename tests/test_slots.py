@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.rankers import Ranker
-from ltrp_timm.slots import ADAPTERS, REFUSED, SlotAdapter, TokenSlot, find_adapter
-from ltrp_timm.slots.refused import REFUSED_MODELS
+from ltrp_timm.rankers.base import Ranker
+from ltrp_timm.slots import ADAPTERS, find_adapter
+from ltrp_timm.slots.base import SlotAdapter, TokenSlot
+from ltrp_timm.slots.refused import REFUSED, REFUSED_MODELS
 
 
 def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm.layers import InputBridge
+from ltrp_timm.layers.bridge import InputBridge
 from ltrp_timm.metrics import spearman
 from ltrp_timm.selection.rules import mean_rank, num_keep, select_top
 from ltrp_timm.teacher import num_visible

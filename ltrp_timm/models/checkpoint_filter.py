@@ -9,7 +9,7 @@ from ltrp_timm._timm import backbone_filter
 from ltrp_timm.layers.ml_decoder import BY_CLASS, MLDecoder, classifier_name
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.timm_interface import is_plain
-from ltrp_timm.rankers import adapt_channels
+from ltrp_timm.rankers.base import adapt_channels
 from ltrp_timm.weights.files import check_keys
 
 _logger = logging.getLogger(__name__)

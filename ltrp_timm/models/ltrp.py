@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ltrp_timm.layers import resize_score_map
+from ltrp_timm.layers.bridge import resize_score_map
 from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
-from ltrp_timm.selection.dense import check_fill, scatter_features
+from ltrp_timm.selection.dense import check_fill, scatter_patches
 from ltrp_timm.selection.registry import SelectionSettings, select
 from ltrp_timm.selection.rules import (
     check_keep_indices,
@@ -21,7 +21,9 @@ from ltrp_timm.selection.rules import (
     num_keep,
     validate_keep_indices,
 )
-from ltrp_timm.slots import ScriptedSlots, install_slots, run_with_slots, swap_back
+from ltrp_timm.slots import install_slots
+from ltrp_timm.slots.base import run_with_slots, swap_back
+from ltrp_timm.slots.scripted import ScriptedSlots
 
 
 def given_or_chosen(given: Optional[Tensor], chosen: Tensor, num_patches: int) -> Tensor:
@@ -417,7 +419,12 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         out, keep = self._run(call, x, keep_indices, output_fmt="NLC", **options)
         final, raw = (None, out) if intermediates_only else out
         features = [pair[0] for pair in raw] if with_prefix else list(raw)
-        features = scatter_features(features, keep, self.grid_size(x), fill, output_fmt)
+        grid = self.grid_size(x)
+        if keep is not None:
+            features = [scatter_patches(each, keep, grid, fill) for each in features]
+        if output_fmt == "NCHW":
+            maps = (each.reshape(each.shape[0], *grid, -1) for each in features)
+            features = [each.permute(0, 3, 1, 2).contiguous() for each in maps]
         prefix = [pair[1] for pair in raw] if with_prefix and return_prefix_tokens else None
         if output_dict:
             found = {"image_intermediates": features, "image_intermediates_prefix": prefix}

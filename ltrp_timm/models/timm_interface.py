@@ -9,7 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ltrp_timm import _timm
-from ltrp_timm.layers import make_bridge
+from ltrp_timm.layers.bridge import make_bridge
 from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head, put_head
 from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers import list_rankers, ranker_class

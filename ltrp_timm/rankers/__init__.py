@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Union
 from torch import nn
 
 from ltrp_timm.rankers.attention import AttentionRanker
-from ltrp_timm.rankers.base import Ranker, adapt_channels
+from ltrp_timm.rankers.base import adapt_channels
 from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
 from ltrp_timm.rankers.clusters import DpcKnnRanker
 from ltrp_timm.rankers.contrast import STATISTICS, ContrastRanker, StatisticRanker
@@ -18,23 +18,6 @@ from ltrp_timm.rankers.vit import VitRanker
 from ltrp_timm.weights.files import PathLike, build_and_load, read_weights
 from ltrp_timm.weights.hub import hub_errors
 from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args
-
-__all__ = [
-    "AttentionRanker",
-    "CamRanker",
-    "ContrastRanker",
-    "ConvRanker",
-    "DpcKnnRanker",
-    "GradCamRanker",
-    "RandomRanker",
-    "Ranker",
-    "StatisticRanker",
-    "VitRanker",
-    "adapt_channels",
-    "create_ranker",
-    "list_rankers",
-    "ranker_class",
-]
 
 PUBLISHED = "score_net."  # prefix of the ranker in checkpoints of the paper's authors
 _RANKERS: Dict[str, Callable[..., Any]] = {

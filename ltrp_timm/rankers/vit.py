@@ -12,7 +12,7 @@ from torch import Tensor
 from ltrp_timm.layers.pos_embed import sincos_pos_embed
 from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers.base import Ranker
-from ltrp_timm.slots import TokenSlot, run_with_slots
+from ltrp_timm.slots.base import TokenSlot, run_with_slots
 
 
 class VitRanker(Ranker, VisionTransformer):

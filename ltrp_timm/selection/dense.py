@@ -1,6 +1,6 @@
 """Dense features: tokens of kept patches go back to their places on the patch grid."""
 
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
@@ -59,30 +59,3 @@ def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:
         # distances are integers: the patch index as the last digit makes the minimum unique
         nearest.append((distance * (h * w) + kept).argmin(dim=1))
     return torch.stack(nearest)
-
-
-def scatter_features(
-    features: List[Tensor],
-    keep_indices: Optional[Tensor],
-    grid_size: Tuple[int, int],
-    fill: str = "zeros",
-    output_fmt: str = "NCHW",
-) -> List[Tensor]:
-    """Put the features of intermediate blocks back on the patch grid.
-
-    Args:
-        features: (B, K, D) each.
-        keep_indices: (B, K); None when all N patches were kept.
-        grid_size: (h, w) in patches.
-        fill: see ``scatter_patches``.
-        output_fmt: "NCHW" or "NLC".
-
-    Returns:
-        (B, D, h, w) each, or (B, N, D).
-    """
-    if keep_indices is not None:
-        features = [scatter_patches(each, keep_indices, grid_size, fill) for each in features]
-    if output_fmt == "NLC":
-        return features
-    maps = (each.reshape(each.shape[0], *grid_size, -1) for each in features)
-    return [each.permute(0, 3, 1, 2).contiguous() for each in maps]

@@ -6,35 +6,13 @@ import torch
 from torch import nn
 
 from ltrp_timm._timm import FEATURE_WRAPPERS
-from ltrp_timm.slots.base import (
-    SlotAdapter,
-    Swaps,
-    TokenSlot,
-    as_slot,
-    run_with_slots,
-    swap_back,
-    swap_in,
-)
+from ltrp_timm.slots.base import SlotAdapter, Swaps, as_slot, swap_in
 from ltrp_timm.slots.beit import BeitAdapter
 from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
 from ltrp_timm.slots.naflex import NaFlexAdapter
 from ltrp_timm.slots.refused import REFUSED, REFUSED_MODELS
 from ltrp_timm.slots.relpos import RelPosAdapter
-from ltrp_timm.slots.scripted import ScriptedSlots
 from ltrp_timm.slots.vit import CaitAdapter, EvaAdapter, VitAdapter
-
-__all__ = [
-    "ADAPTERS",
-    "REFUSED",
-    "ScriptedSlots",
-    "SlotAdapter",
-    "TokenSlot",
-    "find_adapter",
-    "install_slots",
-    "run_with_slots",
-    "support_rows",
-    "swap_back",
-]
 
 ADAPTERS = (
     VitAdapter(),

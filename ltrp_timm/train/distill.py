@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrp_timm.layers import make_bridge
+from ltrp_timm.layers.bridge import make_bridge
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection.rules import keep_tokens
 from ltrp_timm.train.state import digest

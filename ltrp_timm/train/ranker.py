@@ -17,7 +17,7 @@ from ltrp_timm import losses
 from ltrp_timm.data.images import check_data
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.sources import SCALE
-from ltrp_timm.layers import resize_score_map
+from ltrp_timm.layers.bridge import resize_score_map
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.layers import InputBridge, resize_score_map
+from ltrp_timm.layers.bridge import InputBridge, resize_score_map
 from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers import create_ranker, list_rankers, ranker_class
 from ltrp_timm.selection import select_top
