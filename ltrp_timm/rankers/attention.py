@@ -42,7 +42,7 @@ class AttentionRanker(ModelRanker):
     """
 
     name = "attention"
-    own_args = ("block", "heads")
+    own_args = (*ModelRanker.own_args, "block", "heads")
     not_recorded = (*ModelRanker.not_recorded, "num_classes")  # the backbone ends before its head
 
     def __init__(
@@ -53,7 +53,10 @@ class AttentionRanker(ModelRanker):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, **kwargs)
-        self.block = _block_index(block, len(self.backbone.blocks))
+        depth = len(self.backbone.blocks)
+        if not is_integer(block) or not -depth <= block < depth:
+            raise ValueError(f"block must lie in {-depth} … {depth - 1}, got {block!r}.")
+        self.block = block % depth
         self.heads = _head_indices(heads, self.backbone.blocks[self.block])
         _cut(self.backbone, self.block, self.heads or ())
 
@@ -70,8 +73,25 @@ class AttentionRanker(ModelRanker):
             raise
 
     def check(self, net: Any) -> None:
-        """Raise TypeError if the class token's attention of a model is not known."""
-        check_class_token(net)
+        """Raise TypeError, with the reason, if the class token's attention is not known."""
+        kind = type(net).__name__
+        reason = ""
+        if not isinstance(net, (VisionTransformer, Eva)):
+            reason = "it is no VisionTransformer or Eva of timm"
+            if getattr(net, "cls_token", None) is None:
+                reason += ", and it has no class token"
+        elif net.cls_token is None:
+            pool = net.global_pool
+            reason = f"it has no class token (it pools its patches, global_pool={pool!r})"
+        else:
+            block = net.blocks[-1]
+            known = type(block).__name__ in (*_PRE_NORM, *_POST_NORM, *_PARALLEL)
+            attn = getattr(block, "attn", None)
+            if not known or (attn is not None and type(attn).__name__ not in _ATTENTIONS):
+                what = type(block if attn is None else attn).__name__
+                reason = f"the attention of its {what} is not a single softmax over all tokens"
+        if reason:
+            raise TypeError(f"cannot rank by the class token of {kind}: {reason}.")
 
     def fit_size(self, net: Any, size: Optional[Tuple[int, int]]) -> Optional[Tuple[int, int]]:
         """Set the backbone to a size; returns the one size that it takes."""
@@ -83,10 +103,6 @@ class AttentionRanker(ModelRanker):
         """images (B, C, H, W) of ``img_size`` -> score map (B, h, w) float32, its sum below 1."""
         h, w = self.backbone.patch_embed.grid_size
         return self.backbone.forward_features(images).reshape(-1, h, w)
-
-    def extra_repr(self) -> str:
-        """Arguments for ``print(module)``."""
-        return f"block={self.block}, heads={self.heads}, img_size={self.img_size}"
 
 
 def _cut(backbone: Any, block: int, heads: Sequence[int]) -> None:
@@ -100,12 +116,6 @@ def _cut(backbone: Any, block: int, heads: Sequence[int]) -> None:
         if getattr(backbone, name, None) is not None:
             setattr(backbone, name, nn.Identity())
     backbone.attn_pool = None
-
-
-def _block_index(block: int, depth: int) -> int:
-    if not is_integer(block) or not -depth <= block < depth:
-        raise ValueError(f"block must lie in {-depth} … {depth - 1}, got {block!r}.")
-    return block % depth
 
 
 def _head_indices(heads: Union[int, Sequence[int], None], block: Any) -> Optional[List[int]]:
@@ -178,28 +188,6 @@ class ClassTokenAttention(nn.Module):
         if len(self.heads) > 0:
             attention = torch.stack([attention[:, head] for head in self.heads], dim=1)
         return attention.mean(dim=1)
-
-
-def check_class_token(backbone: Any) -> None:
-    """Raise TypeError, with the reason, if the class token's attention of a model is not known."""
-    kind = type(backbone).__name__
-    reason = ""
-    if not isinstance(backbone, (VisionTransformer, Eva)):
-        reason = "it is no VisionTransformer or Eva of timm"
-        if getattr(backbone, "cls_token", None) is None:
-            reason += ", and it has no class token"
-    elif backbone.cls_token is None:
-        pool = backbone.global_pool
-        reason = f"it has no class token (it pools its patches, global_pool={pool!r})"
-    else:
-        block = backbone.blocks[-1]
-        known = type(block).__name__ in (*_PRE_NORM, *_POST_NORM, *_PARALLEL)
-        attn = getattr(block, "attn", None)
-        if not known or (attn is not None and type(attn).__name__ not in _ATTENTIONS):
-            what = type(block if attn is None else attn).__name__
-            reason = f"the attention of its {what} is not a single softmax over all tokens"
-    if reason:
-        raise TypeError(f"cannot rank by the class token of {kind}: {reason}.")
 
 
 def _query_and_key(attn: Any) -> Tuple[nn.Linear, nn.Linear]:

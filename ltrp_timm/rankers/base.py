@@ -1,6 +1,6 @@
 """What all rankers share."""
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Ranker:
     """
 
     name: str = ""
+    own_args: ClassVar[Tuple[str, ...]] = ()  # attributes that rebuild it, for ``config``
     learned: bool = False
     has_published_weights: bool = False
     brings_weights: bool = False
@@ -41,12 +42,8 @@ class Ranker:
 
     def config(self) -> Dict[str, Any]:
         """Arguments of ``create_ranker`` that rebuild this ranker, as JSON can hold them."""
-        return {}
-
-    def sizes(self: Any) -> Dict[str, Any]:
-        """Patch and image size for ``config``."""
-        size = None if self.img_size is None else list(self.img_size)
-        return {"patch_size": list(self.patch_size), "img_size": size}
+        values = {name: getattr(self, name) for name in self.own_args}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
     def save(self: Any, directory: PathLike, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` for ``create_ranker(pretrained=…)``.
@@ -64,6 +61,10 @@ class Ranker:
     ) -> None:
         """Follow a backbone to another size; a ranker with a fixed grid does nothing."""
 
+    def extra_repr(self) -> str:
+        """Arguments for ``print(module)``."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.own_args)
+
 
 class PatchSizeRanker(Ranker, nn.Module):
     """A ranker without weights that follows the backbone's patch size; pixels are in [0, 1].
@@ -76,6 +77,8 @@ class PatchSizeRanker(Ranker, nn.Module):
         ValueError: `img_size` is smaller than a patch.
     """
 
+    own_args: ClassVar[Tuple[str, ...]] = ("patch_size", "img_size")
+
     def __init__(
         self,
         patch_size: Union[int, Sequence[int]] = 16,
@@ -86,10 +89,6 @@ class PatchSizeRanker(Ranker, nn.Module):
         self.img_size = to_img_size(img_size, self.patch_size)
         self.mean, self.std = [0.0], [1.0]
 
-    def config(self) -> Dict[str, Any]:
-        """Arguments of ``create_ranker`` that rebuild this ranker."""
-        return self.sizes()
-
     def set_input_size(
         self,
         img_size: Optional[Tuple[int, int]] = None,
@@ -98,10 +97,6 @@ class PatchSizeRanker(Ranker, nn.Module):
         """Take over the patch size; it accepts any image size."""
         if patch_size is not None:
             self.patch_size = to_pair(patch_size)
-
-    def extra_repr(self) -> str:
-        """Arguments for ``print(module)``."""
-        return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
 
 def adapt_channels(

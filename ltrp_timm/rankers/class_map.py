@@ -30,7 +30,7 @@ class ClassMapRanker(ModelRanker, ABC):
         ValueError: An argument is out of range.
     """
 
-    own_args = ("top", "blur")
+    own_args = (*ModelRanker.own_args, "top", "blur")
 
     def __init__(
         self,
@@ -86,10 +86,6 @@ class ClassMapRanker(ModelRanker, ABC):
     @abstractmethod
     def class_maps(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> (B, top, h, w) float32, the highest class first."""
-
-    def extra_repr(self) -> str:
-        """Arguments for ``print(module)``."""
-        return f"top={self.top}, blur={self.blur}, img_size={self.img_size}"
 
 
 class CamRanker(ClassMapRanker):

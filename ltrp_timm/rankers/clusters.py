@@ -1,6 +1,6 @@
 """Rankers by clusters: patches that represent many, far from other such patches, come first."""
 
-from typing import Any, Dict, Sequence, Tuple, Union
+from typing import Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class DpcKnnRanker(PatchSizeRanker):
     torch.Size([1, 4, 4])
     """
 
+    own_args = ("patch_size", "img_size", "neighbours", "side")
+
     def __init__(
         self,
         patch_size: Union[int, Sequence[int]] = 16,
@@ -45,10 +47,6 @@ class DpcKnnRanker(PatchSizeRanker):
                 f"neighbours must be at least 1 and side at least 0, got {neighbours} and {side}."
             )
         self.neighbours, self.side = neighbours, side
-
-    def config(self) -> Dict[str, Any]:
-        """Arguments of ``create_ranker`` that rebuild this ranker."""
-        return {**self.sizes(), "neighbours": self.neighbours, "side": self.side}
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""

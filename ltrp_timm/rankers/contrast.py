@@ -1,7 +1,7 @@
 """Weight-free rankers from statistics of patches: one statistic, or ranks of three combined."""
 
 import math
-from typing import Any, Dict, Sequence, Tuple, Union
+from typing import Dict, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class ContrastRanker(PatchSizeRanker):
     """
 
     name = "contrast"
+    own_args = ("patch_size", "img_size", "parts")
 
     def __init__(
         self,
@@ -41,23 +42,13 @@ class ContrastRanker(PatchSizeRanker):
         weights = parts if isinstance(parts, dict) else {part: PARTS.get(part) for part in parts}
         if not weights or any(part not in PARTS for part in weights):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {parts!r}.")
-        self.std_weight = float(weights.get("std") or 0.0)
-        self.colour_weight = float(weights.get("colour") or 0.0)
-        self.centre_weight = float(weights.get("centre") or 0.0)
-        total = abs(self.std_weight) + abs(self.colour_weight) + abs(self.centre_weight)
-        if not 0.0 < total < math.inf:
+        self.parts = {part: float(weights.get(part) or 0.0) for part in PARTS}
+        if not 0.0 < sum(abs(weight) for weight in self.parts.values()) < math.inf:
             raise ValueError(f"the weights of parts must be finite and not all 0, got {parts!r}.")
-
-    def config(self) -> Dict[str, Any]:
-        """Arguments of ``create_ranker`` that rebuild this ranker."""
-        parts = {"std": self.std_weight, "colour": self.colour_weight, "centre": self.centre_weight}
-        return {**self.sizes(), "parts": parts}
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""
-        return contrast_scores(
-            images, self.patch_size, self.std_weight, self.colour_weight, self.centre_weight
-        )
+        return contrast_scores(images, self.patch_size, self.parts)
 
 
 class StatisticRanker(PatchSizeRanker):
@@ -81,6 +72,8 @@ class StatisticRanker(PatchSizeRanker):
     torch.Size([1, 4, 4])
     """
 
+    own_args = ("statistic", "patch_size", "img_size")
+
     def __init__(
         self,
         statistic: str,
@@ -97,17 +90,9 @@ class StatisticRanker(PatchSizeRanker):
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""
         return statistic_scores(images, self.patch_size, self.statistic)
 
-    def extra_repr(self) -> str:
-        """Arguments for ``print(module)``."""
-        return f"statistic={self.statistic!r}, {super().extra_repr()}"
-
 
 def contrast_scores(
-    images: Tensor,
-    patch_size: Tuple[int, int],
-    std_weight: float,
-    colour_weight: float,
-    centre_weight: float,
+    images: Tensor, patch_size: Tuple[int, int], weights: Dict[str, float]
 ) -> Tensor:
     """images (B, C, H, W) -> (B, h, w) float32: the weighted sum of the ranks of the parts."""
     h, w = grid_of(images, patch_size)
@@ -118,8 +103,8 @@ def contrast_scores(
     # all parts in one sort; NaN comes lowest
     ranks = mean_rank(torch.nan_to_num(parts.flatten(1), nan=-1.0)).reshape(3, batch, h, w)
     std, colour, centre = ranks.unbind(0)
-    scores = torch.add(std * std_weight, colour, alpha=colour_weight)
-    return torch.sub(scores, centre, alpha=centre_weight)
+    scores = torch.add(std * weights["std"], colour, alpha=weights["colour"])
+    return torch.sub(scores, centre, alpha=weights["centre"])
 
 
 def statistic_scores(images: Tensor, patch_size: Tuple[int, int], statistic: str) -> Tensor:

@@ -34,6 +34,10 @@ class ConvRanker(Ranker, nn.Module):
     """
 
     name = "conv"
+    own_args = (
+        *("patch_size", "img_size", "width", "depth", "kernel_size"),
+        *("in_chans", "mean", "std"),
+    )
     learned = True
     has_published_weights = True
     brings_weights = True
@@ -68,15 +72,9 @@ class ConvRanker(Ranker, nn.Module):
         self.head = nn.Conv2d(width, 1, 1, **dd)
         self.apply(_init_weights)
 
-    def config(self) -> Dict[str, Any]:
-        """Arguments that rebuild this ranker."""
-        names = ("width", "depth", "kernel_size", "in_chans", "mean", "std")
-        return {**self.sizes(), **{name: getattr(self, name) for name in names}}
-
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w)."""
-        x = self.stem(images)
-        x = self.blocks(x)
+        x = self.blocks(self.stem(images))
         return self.head(self.norm(x)).squeeze(1)
 
 

@@ -36,7 +36,7 @@ class ModelRanker(Ranker, nn.Module):
     learned = True
     has_published_weights = True
     follows_patch_size = False
-    own_args: ClassVar[Tuple[str, ...]] = ()  # arguments of a subclass, for ``config``
+    own_args: ClassVar[Tuple[str, ...]] = ("img_size", "in_chans", "mean", "std")
     # arguments of timm.create_model that a saved ranker does not need
     not_recorded: ClassVar[Tuple[str, ...]] = (
         *("img_size", "in_chans", "checkpoint_path", "pretrained_cfg_overlay"),
@@ -107,8 +107,7 @@ class ModelRanker(Ranker, nn.Module):
         return {
             **self._backbone_args,
             "backbone": timm_name(self.backbone) or self.backbone,
-            "img_size": None if self.img_size is None else list(self.img_size),
-            **{name: getattr(self, name) for name in (*self.own_args, "in_chans", "mean", "std")},
+            **super().config(),
         }
 
     def save(self, directory: PathLike, overwrite: bool = False) -> None:

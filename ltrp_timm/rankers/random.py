@@ -1,6 +1,6 @@
 """A ranker that ignores the image: the baseline for every other one."""
 
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class RandomRanker(PatchSizeRanker):
     """
 
     name = "random"
+    own_args = ("patch_size", "seed")  # a generator cannot be saved
 
     def __init__(
         self,
@@ -32,10 +33,6 @@ class RandomRanker(PatchSizeRanker):
         self.mean = self.std = None  # images need no normalisation
         self.seed = int(seed)
         self.generator = generator
-
-    def config(self) -> Dict[str, Any]:
-        """Arguments that rebuild this ranker; the generator is not saved."""
-        return {"patch_size": list(self.patch_size), "seed": self.seed}
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w) float32 in [0, 1)."""

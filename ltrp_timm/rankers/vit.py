@@ -1,7 +1,7 @@
 """The paper's ranker: a plain ViT with one logit per patch position from its class token."""
 
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -35,6 +35,10 @@ class VitRanker(Ranker, VisionTransformer):
     """
 
     name = "vit_small"  # the registered sizes are this class with other numbers
+    own_args = (
+        *("patch_size", "img_size", "embed_dim", "depth", "num_heads"),
+        *("in_chans", "mean", "std"),
+    )
     learned = True
     follows_patch_size = False
 
@@ -65,19 +69,13 @@ class VitRanker(Ranker, VisionTransformer):
             device=device,
             dtype=dtype,
         )
-        table = sincos_pos_embed(embed_dim, grid)
         with torch.no_grad():
-            self.pos_embed.copy_(table)
+            self.pos_embed.copy_(sincos_pos_embed(embed_dim, grid))
         self.pos_embed.requires_grad_(False)
         self.patch_drop = TokenSlot(self.num_prefix_tokens)
         self.img_size, self.patch_size = size, patch
         self.mean, self.std = list(mean), list(std)
         self.depth, self.num_heads = depth, num_heads
-
-    def config(self) -> Dict[str, Any]:
-        """Arguments that rebuild this ranker."""
-        names = ("embed_dim", "depth", "num_heads", "in_chans", "mean", "std")
-        return {**self.sizes(), **{name: getattr(self, name) for name in names}}
 
     def forward(self, x: Tensor, visible_indices: Optional[Tensor] = None) -> Tensor:
         """images (B, C, H, W) -> score map (B, h, w).
