@@ -84,8 +84,7 @@ class InputBridge(nn.Module):
     def init_non_persistent_buffers(self, device: Any = None) -> None:
         """Fill the buffers again; timm calls this on a model that leaves the meta device.
 
-        Args:
-            device: device for buffers that are still on the meta device; None leaves them there.
+        ``device`` is that of buffers that are still on the meta device; None leaves them there.
         """
         for name, values in (("scale", self._scale), ("shift", self._shift)):
             buffer = getattr(self, name)

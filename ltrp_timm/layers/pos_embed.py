@@ -9,15 +9,9 @@ from torch import Tensor
 def sincos_pos_embed(
     embed_dim: int, grid_size: Tuple[int, int], num_prefix_tokens: int = 1
 ) -> Tensor:
-    """The fixed sine-cosine position table of MAE.
+    """The fixed sine-cosine position table of MAE, (1, P + N, D) float32.
 
-    Args:
-        embed_dim: D, a multiple of 4.
-        grid_size: (h, w) in patches.
-        num_prefix_tokens: rows of zeros in front.
-
-    Returns:
-        (1, P + N, D) float32; the first half of D encodes the column, the second the row.
+    The first half of D encodes the column, the second the row; the P rows in front are zeros.
 
     Raises:
         ValueError: `embed_dim` is not a multiple of 4.

@@ -73,24 +73,43 @@ def create_ltrp(
     front, features, rest = _split_kwargs(kwargs)
     whole = not generic or bool(pretrained_cfg) or any(overlay.get(key) for key in _SOURCES)
     front["cache_dir"] = cache_dir
-    if not whole:
+    if whole:
+        base = pretrained_cfg or (wrap_pretrained_cfg(_cfg_of(backbone)) if generic else None)
+        base = base.to_dict() if isinstance(base, PretrainedCfg) else base
+        saved = _check_saved(base, kwargs.get("pretrained_model_args"))
+        cfg = _timm.resolve_pretrained_cfg(variant, base, overlay).to_dict()
+        if saved and "device" not in rest:
+            own = {name: value for name, value in front.items() if name != "ranker_weights"}
+            size = _weights_size(cfg, cache_dir) if pretrained else None
+            shapes_of(lambda: drop_patches(_bare_backbone(backbone, cfg, rest), **own), saved, size)
+        net = _bare_backbone(backbone, cfg, rest)
+    else:
         source = {"pretrained": pretrained, "cache_dir": cache_dir}
         with hub_errors(str(_cfg_of(backbone).get("hf_hub_id") or backbone)):
             net = timm.create_model(
                 backbone, pretrained_cfg_overlay=overlay or None, **source, **rest
             )
         cfg = wrap_pretrained_cfg(getattr(net, "pretrained_cfg", None))
-        return _assemble(net, variant, False, cfg, front, features, rest, cache_dir)
-    base = _plain(pretrained_cfg or (wrap_pretrained_cfg(_cfg_of(backbone)) if generic else None))
-    saved = _check_saved(base, kwargs.get("pretrained_model_args"))
-    cfg = _timm.resolve_pretrained_cfg(variant, base, overlay).to_dict()
-    if saved and "device" not in rest:
-        own = {name: value for name, value in front.items() if name != "ranker_weights"}
-        weights = _weights_size(cfg, cache_dir) if pretrained else None
-        shapes_of(lambda: drop_patches(_bare_backbone(backbone, cfg, rest), **own), saved, weights)
-    net = _bare_backbone(backbone, cfg, rest)
+        pretrained = False  # the backbone has its weights
+
+    def wrap(**_: Any) -> LTRPModel:
+        model = drop_patches(net, **front)
+        model._fixed_backbone = not generic
+        return model
+
     with hub_errors(str(cfg.get("hf_hub_id") or variant)):
-        return _assemble(net, variant, pretrained, cfg, front, features, rest, cache_dir)
+        model: nn.Module = build_model_with_cfg(
+            wrap,
+            variant,
+            pretrained,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            cache_dir=cache_dir,
+            **rest,
+            **features,
+        )
+    return model
 
 
 def _weights_size(cfg: Mapping[str, Any], cache_dir: Optional[str]) -> Optional[int]:
@@ -104,11 +123,7 @@ def _weights_size(cfg: Mapping[str, Any], cache_dir: Optional[str]) -> Optional[
 
 
 def _check_saved(cfg: Any, args: Any) -> str:
-    """Check a configuration from a folder or repository; returns its source, or "".
-
-    Raises:
-        ValueError: It sets what only the caller may set, or a value is invalid.
-    """
+    """Check that a configuration from a folder or repository is safe; returns its source, or ""."""
     if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
         return ""
     source = str(cfg.get("file") or cfg.get("hf_hub_id"))
@@ -138,43 +153,8 @@ def _bare_backbone(name: str, cfg: Mapping[str, Any], kwargs: Dict[str, Any]) ->
     return timm.create_model(architecture, pretrained_cfg=_unwrap_cfg(cfg, architecture), **kwargs)
 
 
-def _assemble(
-    net: nn.Module,
-    variant: str,
-    pretrained: bool,
-    cfg: Dict[str, Any],
-    front: Dict[str, Any],
-    features: Dict[str, Any],
-    rest: Dict[str, Any],
-    cache_dir: Optional[str],
-) -> nn.Module:
-    """Wrap a built backbone and have timm load weights and make feature wrappers."""
-
-    def wrap(**_: Any) -> LTRPModel:
-        model = drop_patches(net, **front)
-        model._fixed_backbone = variant != GENERIC
-        return model
-
-    model: nn.Module = build_model_with_cfg(
-        wrap,
-        variant,
-        pretrained,
-        pretrained_cfg=cfg,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        cache_dir=cache_dir,
-        **rest,
-        **features,
-    )
-    return model
-
-
 def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Any]]:
-    """Arguments for the front-end, for timm's feature wrapper, and for the backbone.
-
-    Raises:
-        ValueError: The feature wrapper would return tokens without their places.
-    """
+    """Arguments for the front-end, for timm's feature wrapper, and for the backbone."""
     front = {name: kwargs[name] for name in _FRONT_END if name in kwargs}
     features = {name: kwargs[name] for name in _FEATURES if name in kwargs}
     rest = {name: kwargs[name] for name in kwargs if name not in (*_FRONT_END, *_FEATURES)}
@@ -206,10 +186,6 @@ def _cfg_of(backbone: str) -> Dict[str, Any]:
         return {}
     cfg = timm.models.get_pretrained_cfg(backbone)
     return cfg.to_dict() if cfg is not None else {}
-
-
-def _plain(cfg: Any) -> Any:
-    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg
 
 
 def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:

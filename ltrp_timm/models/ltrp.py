@@ -187,13 +187,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return h, w
 
     def patch_scores(self, x: Tensor) -> Tensor:
-        """Rank the patches of images normalised for the backbone.
+        """Images x (B, C, H, W), normalised for the backbone -> scores (B, N) float32.
 
-        Args:
-            x: (B, C, H, W).
-
-        Returns:
-            (B, N) float32, higher = keep first. Only the order matters; no gradient.
+        Higher = keep first; only the order matters. They have no gradient.
 
         Raises:
             ValueError: The backbone would refuse the images, the ranker's map is not (B, h, w), or
@@ -223,14 +219,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return F.pad(x, (0, w * cols - x.shape[-1], 0, h * rows - x.shape[-2]))
 
     def select(self, scores: Tensor, images: Tensor) -> Tensor:
-        """Choose patches by their scores, with the model's selection and keep ratio or budget.
+        """Scores (B, N), images (B, C, H, W) -> keep_indices (B, K) int64, ascending.
 
-        Args:
-            scores: (B, N), higher = keep first.
-            images: (B, C, H, W); "mixed" clusters their pixels.
-
-        Returns:
-            keep_indices (B, K) int64, ascending.
+        The model's selection and keep ratio or budget decide; "mixed" clusters the images' pixels.
 
         Raises:
             ValueError: By its budget, the images of the batch keep different numbers of patches.
@@ -442,13 +433,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return run_with_slots(self._adapter.slots(self.backbone), keep, call, x, **kwargs), keep
 
     def keep_counts(self, x: Tensor) -> Tensor:
-        """How many patches each image keeps by the budget.
-
-        Args:
-            x: images (B, C, H, W), normalised for the backbone.
-
-        Returns:
-            (B,) int64.
+        """Images x (B, C, H, W) -> (B,) int64: how many patches each keeps by the budget.
 
         Raises:
             ValueError: The model has no budget, or the shape of the images is wrong.

@@ -28,11 +28,9 @@ def is_source(name: str) -> bool:
 
 
 def check_name(name: str, label: str = "model") -> None:
-    """Check that timm knows a model.
+    """Check that timm knows a model, but not a repository or a folder.
 
-    Args:
-        name: as in ``open_model``; a repository or a folder is not looked at.
-        label: how the error calls the name.
+    ``label`` is the name of the argument in the error.
 
     Raises:
         ValueError: the name or its tag is unknown; the message lists similar names.

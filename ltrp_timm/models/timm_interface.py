@@ -28,11 +28,7 @@ _NOT_RECORDED = (
 
 
 class TimmInterface(nn.Module):
-    """A ranker and a backbone that answer timm's tools as one model.
-
-    Args:
-        ranker: see ``LTRPModel``.
-        backbone: a timm ViT; it is not changed.
+    """A ranker and a backbone that answer timm's tools as one model; the backbone stays as it is.
 
     Raises:
         TypeError: Patches cannot be dropped from the backbone; the message says why.
@@ -46,7 +42,9 @@ class TimmInterface(nn.Module):
     def __init__(self, ranker: nn.Module, backbone: Any) -> None:
         super().__init__()
         self._adapter = find_adapter(backbone)
-        _check_disjoint(ranker, backbone)
+        own = {id(parameter) for parameter in backbone.parameters()}
+        if any(id(parameter) in own for parameter in ranker.parameters()):  # the ranker is frozen
+            raise ValueError("the ranker shares parameters with the backbone: give it a copy.")
         self.ranker: Any = ranker
         self.bridge = make_bridge(ranker, backbone).eval()
         self.backbone = backbone
@@ -207,15 +205,9 @@ class TimmInterface(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights of this model, or of its plain backbone; the ranker then keeps its own.
+        """As in ``nn.Module``, for weights of this model or of its plain backbone.
 
-        Args:
-            state_dict: names ``backbone.*`` and ``ranker.*``, or those of the plain ViT.
-            strict: as in ``nn.Module``.
-            assign: as in ``nn.Module``.
-
-        Raises:
-            RuntimeError: Names or shapes do not match (``strict``).
+        The ranker keeps its own weights beside those of a plain backbone.
         """
         own = {f"ranker.{name}": tensor for name, tensor in self.ranker.state_dict().items()}
         if is_plain(state_dict):
@@ -232,13 +224,6 @@ class TimmInterface(nn.Module):
             if changed:
                 self.ranker.origin = ""
         return result
-
-
-def _check_disjoint(ranker: nn.Module, backbone: nn.Module) -> None:
-    """The ranker gets frozen: it must not hold parameters of the backbone."""
-    own = {id(parameter) for parameter in backbone.parameters()}
-    if any(id(parameter) in own for parameter in ranker.parameters()):
-        raise ValueError("the ranker shares parameters with the backbone: give it a copy.")
 
 
 def is_plain(state_dict: Mapping[str, Any]) -> bool:

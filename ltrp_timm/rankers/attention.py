@@ -132,12 +132,8 @@ def _head_indices(heads: Union[int, Sequence[int], None], block: Any) -> Optiona
 class ClassTokenAttention(nn.Module):
     """Replaces a block: the class token's attention in it.
 
-    It holds copies of the block's norm and of its projections of q and k only.
-
-    Args:
-        block: a block of a timm ViT or Eva.
-        num_prefix_tokens: P, the class token first.
-        heads: the heads to average, from 0; all if empty.
+    It holds copies of the block's norm and of its projections of q and k only, and averages the
+    given heads; all if there are none.
     """
 
     heads: List[int]
@@ -166,11 +162,7 @@ class ClassTokenAttention(nn.Module):
     ) -> Tensor:
         """Tokens (B, P + N, D) -> (B, N) float32: the class token's attention to the patches.
 
-        Args:
-            x: the block's input.
-            rope: rotary embedding of the patches, as timm passes it to a block.
-            attn_mask: part of a block's interface; not used.
-            is_causal: part of a block's interface; not used.
+        The arguments are those of timm's blocks; ``rope`` is the rotary embedding of the patches.
         """
         x = self.norm(x)
         batch, length = x.shape[0], x.shape[1]

@@ -24,10 +24,6 @@ class ClassMapRanker(ModelRanker, ABC):
         blur: average the map over 3 x 3 places, as some published comparisons do.
         **kwargs: further arguments of ``ModelRanker``; ``img_size=None`` accepts any size, unless
             the backbone has one size.
-
-    Raises:
-        TypeError: This model has no such map; the message says why.
-        ValueError: An argument is out of range.
     """
 
     own_args = (*ModelRanker.own_args, "top", "blur")

@@ -53,10 +53,7 @@ class AdaptiveBudget:
         return round_up(patches_needed(scores, self.rule, self.level), sizes)
 
     def calibrated(self, scores: List[Tensor]) -> Tuple["AdaptiveBudget", float]:
-        """Find the level at which images keep ``mean_keep_ratio`` of their patches on average.
-
-        Args:
-            scores: (B, N) each.
+        """Find the level at which images with scores (B, N) keep ``mean_keep_ratio`` on average.
 
         Returns:
             The budget with that level, and the mean share that these images keep: the largest that
@@ -115,15 +112,10 @@ def bucket_sizes(num_patches: int, buckets: int) -> List[int]:
 
 
 def patches_needed(scores: Tensor, rule: str, level: float) -> Tensor:
-    """How many patches the scores of each image ask for; see ``AdaptiveBudget``.
+    """Scores (B, N) -> how many patches each image asks for (B,) int64, see ``AdaptiveBudget``.
 
-    Args:
-        scores: (B, N), higher = keep first; "mass" counts values that are not finite as the lowest.
-        rule: "mass" or "threshold".
-        level: the share of mass, or the threshold.
-
-    Returns:
-        (B,) int64, at least 1; a flat score map needs 1 by its mass.
+    It is at least 1; a flat score map needs 1 by its mass. "mass" counts values that are not finite
+    as the lowest.
     """
     if rule == "threshold":
         return (scores >= level).sum(dim=1).clamp(min=1)
@@ -142,10 +134,7 @@ def round_up(counts: Tensor, sizes: List[int]) -> Tensor:
 
 
 def buckets_of(counts: Tensor) -> Tuple[List[Tuple[int, Tensor]], Tensor]:
-    """Sort a batch into buckets of images that keep equally many patches; reads from the device.
-
-    Args:
-        counts: (B,) patches that each image keeps.
+    """Sort a batch by the counts (B,) of kept patches into buckets; reads from the device.
 
     Returns:
         For each bucket K and the rows (b,) of its images, K ascending; and the position (B,) of

@@ -17,13 +17,8 @@ from ltrp_timm.selection.rules import best_first, check_k, select_top
 def patch_pixels(images: Tensor, grid_size: Tuple[int, int], side: int = 0) -> Tensor:
     """Pixels of each patch; pixels beyond the last whole patch are cut off.
 
-    Args:
-        images: (B, C, H, W).
-        grid_size: (h, w) in patches.
-        side: average each patch to side x side pixels first; 0 keeps its pixels.
-
-    Returns:
-        (B, N, C * p * q) for patches of p x q pixels, or (B, N, C * side * side).
+    Images (B, C, H, W), grid_size (h, w) -> (B, N, C * p * q) for patches of p x q pixels. With a
+    ``side``, each patch is averaged to side x side pixels first: (B, N, C * side * side).
     """
     h, w = grid_size
     rows, cols = images.shape[2] // h, images.shape[3] // w
@@ -66,16 +61,10 @@ def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
 
 
 def density_peaks(tokens: Tensor, k: int = 5) -> Tensor:
-    """How well each patch represents a cluster: density times separation, see ``dpc_knn``.
+    """Tokens (B, N, C) -> (B, N) float32: how well each patch represents a cluster.
 
-    For any K, the K largest values are the centres of ``dpc_knn`` with K clusters.
-
-    Args:
-        tokens: (B, N, C).
-        k: number of neighbours for the density, at most N are used.
-
-    Returns:
-        (B, N) float32.
+    That is density times separation, see ``dpc_knn`` (also for ``k``). For any K, the K largest
+    values are the centres of ``dpc_knn`` with K clusters.
 
     Raises:
         ValueError: `k` is below 1.

@@ -7,17 +7,11 @@ from torch import Tensor
 
 from ltrp_timm.selection.rules import gather_patches
 
-FILLS = ("zeros", "nearest")
-
 
 def check_fill(fill: str) -> str:
-    """Return ``fill``.
-
-    Raises:
-        ValueError: `fill` is not one of ``FILLS``.
-    """
-    if fill not in FILLS:
-        raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {fill!r}.")
+    """Return ``fill``, or raise ValueError if it is unknown."""
+    if fill not in ("zeros", "nearest"):
+        raise ValueError(f"fill must be one of zeros, nearest, got {fill!r}.")
     return fill
 
 

@@ -68,30 +68,22 @@ def select(
 
     Returns:
         (B, K) int64 indices, ascending.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
     if selection == "top":
         return select_top(scores, k)
     if selection == "random":
         return select_random(scores, k, seed=int(args["seed"]))
     if selection == "mixed":
-        tokens = source
         if source.dim() == 4:
-            tokens = patch_pixels(source.detach(), grid_size, int(args["pixels"]))
-        return select_mixed(scores, k, tokens, args["ratio"], int(args["neighbours"]))
+            source = patch_pixels(source.detach(), grid_size, int(args["pixels"]))
+        return select_mixed(scores, k, source, args["ratio"], int(args["neighbours"]))
     if selection == "stratified":
         return select_stratified(scores, k, grid_size, int(args["cell"]))
     raise ValueError("selection must be a name of SELECTIONS, got " + selection + ".")
 
 
 def check_selection(selection: str) -> str:
-    """Return ``selection``.
-
-    Raises:
-        ValueError: `selection` is not a name of ``SELECTIONS``.
-    """
+    """Return ``selection``, or raise ValueError if it is not a name of ``SELECTIONS``."""
     if selection == "adaptive":
         raise ValueError(
             "selection 'adaptive' needs a budget: call model.calibrate(images, mean_keep_ratio=…) "

@@ -200,16 +200,7 @@ def token_indices(keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def keep_tokens(tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Keep the prefix tokens and the chosen patch tokens.
-
-    Args:
-        tokens: (B, P + N, D).
-        keep_indices: (B, K), prefix tokens not counted.
-        num_prefix_tokens: P.
-
-    Returns:
-        (B, P + K, D).
-    """
+    """Tokens (B, P + N, D), keep_indices (B, K) without prefix tokens -> (B, P + K, D)."""
     if num_prefix_tokens == 0:
         return gather_patches(tokens, keep_indices)
     kept = gather_patches(tokens[:, num_prefix_tokens:], keep_indices)

@@ -21,11 +21,7 @@ torch.fx.wrap("keep_tokens")
 
 
 class TokenSlot(nn.Module):
-    """Stands at ``patch_drop`` of a ViT: tokens (B, P + N, D) -> (B, P + K, D).
-
-    Args:
-        num_prefix_tokens: P.
-    """
+    """Stands at ``patch_drop`` of a ViT with P prefix tokens."""
 
     keep_indices: Optional[Tensor]
 
@@ -48,12 +44,7 @@ class TokenSlot(nn.Module):
 
 
 class TokenSlotWithDropout(TokenSlot):
-    """Stands at ``pos_drop`` of models without a ``patch_drop``: their dropout, then the slot.
-
-    Args:
-        num_prefix_tokens: P at this place.
-        p: probability of the replaced dropout.
-    """
+    """Stands at ``pos_drop`` of models without a ``patch_drop``: their dropout, then the slot."""
 
     def __init__(self, num_prefix_tokens: int, p: float) -> None:
         super().__init__(num_prefix_tokens)

@@ -26,12 +26,7 @@ torch.fx.wrap("kept_pairs")
 
 
 class PairIndexSlot(nn.Module):
-    """Stands at ``rel_pos_bias`` of a BEiT with one table per block.
-
-    Args:
-        window_size: the patch grid (h, w).
-        device: device of the index.
-    """
+    """Stands at ``rel_pos_bias`` of a BEiT with one table per block, for a grid (h, w)."""
 
     keep_indices: Optional[Tensor]
     pair_index: Tensor

@@ -17,16 +17,10 @@ from ltrp_timm.slots.base import renamed
 def embed_kept(
     images: Tensor, keep_indices: Tensor, weight: Tensor, bias: Optional[Tensor]
 ) -> Tensor:
-    """The projection of a patch embedding, for kept patches only.
+    """Images (B, C, H, W), keep_indices (B, K) -> (B, h, w, D), zeros at dropped places.
 
-    Args:
-        images: (B, C, H, W), whole patches.
-        keep_indices: (B, K), row-major positions on the grid (h, w).
-        weight: (D, C, p, q) of a convolution with stride = kernel size.
-        bias: (D,), or None.
-
-    Returns:
-        (B, h, w, D), zeros at dropped places.
+    The projection of a patch embedding: weight (D, C, p, q) of a convolution with stride = kernel
+    size, bias (D,) or None.
 
     Raises:
         ValueError: The images do not divide into whole patches.

@@ -22,14 +22,10 @@ class TokenSlotWithNorm(TokenSlot, LayerNorm):
 
 
 def rope_of_kept(rope: Tensor, keep_indices: Tensor) -> Any:
-    """Rotary embedding of all patches -> that of the kept ones.
+    """Rotary embedding of all patches, keep_indices (B, K) -> that of the kept ones.
 
-    Args:
-        rope: (N, 2d), or (depth, H, N, 2d) with one embedding per block.
-        keep_indices: (B, K).
-
-    Returns:
-        (B, 1, K, 2d), or an iterator over blocks of (B, H, K, 2d): never all of them in memory.
+    It is (N, 2d) -> (B, 1, K, 2d). One for each block, (depth, H, N, 2d), becomes an iterator over
+    blocks of (B, H, K, 2d): never are all of them in memory.
     """
     if rope.dim() == 2:
         return rope[keep_indices].unsqueeze(1)
