@@ -47,15 +47,9 @@ def create_ltrp(
     for a ``pretrained_cfg`` of the generic model, or an overlay with a weight source; without them,
     its ``pretrained=True`` loads the backbone's weights as timm does.
 
-    Args:
-        variant: the registered name.
-        pretrained: load weights.
-        backbone: name of the timm ViT; for the generic model also with a tag, or a source as in
-            timm.
-        pretrained_cfg: as in timm.
-        pretrained_cfg_overlay: as in timm.
-        cache_dir: as in timm.
-        **kwargs: arguments of ``drop_patches``, of timm's feature wrapper and of the backbone.
+    The other arguments are as in timm: ``backbone`` is the name of a ViT, for the generic model
+    also with a tag or a source; ``kwargs`` are arguments of ``drop_patches``, of timm's feature
+    wrapper and of the backbone.
 
     Raises:
         TypeError: Patches cannot be dropped from the backbone, or an argument is unknown.
@@ -149,8 +143,15 @@ def _bare_backbone(name: str, cfg: Mapping[str, Any], kwargs: Dict[str, Any]) ->
         return timm.create_model(name, **kwargs)
     if cfg.get("fixed_input_size"):  # a tag may have been trained at another size
         kwargs = {"img_size": tuple(cfg["input_size"][-2:]), **kwargs}
-    architecture = timm.models.get_arch_name(name)
-    return timm.create_model(architecture, pretrained_cfg=_unwrap_cfg(cfg, architecture), **kwargs)
+    own = {key: value for key, value in cfg.items() if key not in (*_SOURCES, "source", "tag")}
+    own["architecture"] = timm.models.get_arch_name(name)
+    for key in ("first_conv", "classifier"):
+        value = own.get(key)
+        if isinstance(value, str):
+            own[key] = value.removeprefix(_PREFIX)
+        elif value is not None:
+            own[key] = tuple(part.removeprefix(_PREFIX) for part in value)
+    return timm.create_model(own["architecture"], pretrained_cfg=own, **kwargs)
 
 
 def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Any]]:
@@ -197,16 +198,3 @@ def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:
     # the Hub has native weights even if the url names an original JAX file
     changes = {"url": None, "custom_load": False, "architecture": None, "tag": None, **changes}
     return dataclasses.replace(PretrainedCfg(**wrapped), **changes)
-
-
-def _unwrap_cfg(cfg: Mapping[str, Any], backbone: str) -> Dict[str, Any]:
-    """The whole model's cfg as its backbone's, without a weight source."""
-    out = {name: value for name, value in cfg.items() if name not in (*_SOURCES, "source", "tag")}
-    out["architecture"] = timm.models.get_arch_name(backbone)
-    for name in ("first_conv", "classifier"):
-        value = out.get(name)
-        if isinstance(value, str):
-            out[name] = value.removeprefix(_PREFIX)
-        elif value is not None:
-            out[name] = tuple(part.removeprefix(_PREFIX) for part in value)
-    return out

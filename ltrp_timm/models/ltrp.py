@@ -22,8 +22,7 @@ from ltrp_timm.selection.rules import (
     validate_keep_indices,
 )
 from ltrp_timm.slots import install_slots
-from ltrp_timm.slots.base import run_with_slots, swap_back
-from ltrp_timm.slots.scripted import ScriptedSlots
+from ltrp_timm.slots.base import ScriptedSlots, run_with_slots, swap_back
 
 
 def given_or_chosen(given: Optional[Tensor], chosen: Tensor, num_patches: int) -> Tensor:
@@ -107,16 +106,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         self.ranker.requires_grad_(False).eval()
         self._swaps = install_slots(backbone, self._adapter)
 
-    @property
-    def keep_ratio(self) -> float:
-        """Share of patches to keep, in (0, 1]. ``torch.compile`` makes one graph for each K.
-
-        With a budget: its mean, or 1 to keep all patches for a while.
-        """
-        return self._keep_ratio
-
-    @keep_ratio.setter
+    @SelectionSettings.keep_ratio.setter  # type: ignore[attr-defined]
     def keep_ratio(self, value: float) -> None:
+        """With a budget: only its mean, or 1 to keep all patches for a while."""
         value = check_keep_ratio(value)
         if self._budget is not None and value not in (1.0, self._budget.mean_keep_ratio):
             raise ValueError(
@@ -376,20 +368,10 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     ) -> Any:
         """Features of intermediate blocks; kept tokens go back to their places on the grid.
 
-        Args:
-            x: images (B, C, H, W).
-            indices: the last n blocks for an int, all for None, else these blocks.
-            return_prefix_tokens: also return prefix tokens (B, P, D) with each feature.
-            norm: apply the final norm to every feature.
-            stop_early: stop after the last block in ``indices``.
-            output_fmt: "NCHW" for (B, D, h, w), "NLC" for (B, N, D).
-            intermediates_only: return the list of features only.
-            output_dict: return a dict with timm's names instead.
-            keep_indices: (B, K) int64 patches to encode instead of ranked ones.
-            fill: what dropped places hold: "zeros" or "nearest" (default: ``self.fill``).
-
-        Returns:
-            As in timm: (final tokens (B, P + K, D), features), features, or a dict.
+        Arguments and results are those of timm: (final tokens (B, P + K, D), features), features
+        alone, or a dict; features are (B, D, h, w) or, with ``output_fmt="NLC"``, (B, N, D). Also:
+        ``keep_indices`` (B, K) int64 are patches to encode instead of ranked ones, ``fill`` is what
+        dropped places hold, "zeros" or "nearest" (default: ``self.fill``).
 
         Raises:
             ValueError: `output_fmt` or `fill` is unknown.

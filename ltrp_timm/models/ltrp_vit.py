@@ -13,46 +13,28 @@ from ltrp_timm.models.factory import GENERIC, backbone_cfg, create_ltrp
 
 _GENERIC_BACKBONE = "vit_base_patch16_224"
 
-# registered name -> what its backbone is, its name in timm, and the tags of its published weights
-_BACKBONES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
-    "ltrp_vit_tiny": ("ViT-Ti/16", "vit_tiny_patch16_224", ("augreg_in21k_ft_in1k",)),
-    "ltrp_vit_small": ("ViT-S/16", "vit_small_patch16_224", ("augreg_in21k_ft_in1k", "dino")),
-    "ltrp_vit_base": ("ViT-B/16", "vit_base_patch16_224", ("augreg2_in21k_ft_in1k", "mae", "dino")),
-    "ltrp_vit_large": ("ViT-L/16", "vit_large_patch16_224", ("augreg_in21k_ft_in1k", "mae")),
-    "ltrp_vit_huge": ("ViT-H/14", "vit_huge_patch14_224", ("mae",)),
-    "ltrp_deit3_small": ("DeiT-3 S/16", "deit3_small_patch16_224", ("fb_in22k_ft_in1k", "fb_in1k")),
-    "ltrp_deit3_base": ("DeiT-3 B/16", "deit3_base_patch16_224", ("fb_in22k_ft_in1k", "fb_in1k")),
-    "ltrp_dinov2_small": (
-        "DINOv2 S/14 with 4 registers",
-        "vit_small_patch14_reg4_dinov2",
-        ("lvd142m",),
-    ),
-    "ltrp_dinov2_base": (
-        "DINOv2 B/14 with 4 registers",
-        "vit_base_patch14_reg4_dinov2",
-        ("lvd142m",),
-    ),
-    "ltrp_dinov3_small": ("DINOv3 S/16", "vit_small_patch16_dinov3", ("lvd1689m",)),
-    "ltrp_dinov3_base": ("DINOv3 B/16", "vit_base_patch16_dinov3", ("lvd1689m",)),
-    "ltrp_dinov3_large": ("DINOv3 L/16", "vit_large_patch16_dinov3", ("lvd1689m", "sat493m")),
-    "ltrp_clip_base": (
-        "CLIP ViT-B/16 image tower",
-        "vit_base_patch16_clip_224",
-        ("laion2b_ft_in12k_in1k", "openai"),
-    ),
-    "ltrp_siglip2_base": (
-        "SigLIP-2 ViT-B/16 image tower",
-        "vit_base_patch16_siglip_224",
-        ("v2_webli",),
-    ),
-    "ltrp_beitv2_base": ("BEiT v2 B/16", "beitv2_base_patch16_224", ("in1k_ft_in22k_in1k",)),
+# registered name -> its backbone's name in timm, and the tags of its published weights
+_BACKBONES: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+    "ltrp_vit_tiny": ("vit_tiny_patch16_224", ("augreg_in21k_ft_in1k",)),
+    "ltrp_vit_small": ("vit_small_patch16_224", ("augreg_in21k_ft_in1k", "dino")),
+    "ltrp_vit_base": ("vit_base_patch16_224", ("augreg2_in21k_ft_in1k", "mae", "dino")),
+    "ltrp_vit_large": ("vit_large_patch16_224", ("augreg_in21k_ft_in1k", "mae")),
+    "ltrp_vit_huge": ("vit_huge_patch14_224", ("mae",)),
+    "ltrp_deit3_small": ("deit3_small_patch16_224", ("fb_in22k_ft_in1k", "fb_in1k")),
+    "ltrp_deit3_base": ("deit3_base_patch16_224", ("fb_in22k_ft_in1k", "fb_in1k")),
+    "ltrp_dinov2_small": ("vit_small_patch14_reg4_dinov2", ("lvd142m",)),
+    "ltrp_dinov2_base": ("vit_base_patch14_reg4_dinov2", ("lvd142m",)),
+    "ltrp_dinov3_small": ("vit_small_patch16_dinov3", ("lvd1689m",)),
+    "ltrp_dinov3_base": ("vit_base_patch16_dinov3", ("lvd1689m",)),
+    "ltrp_dinov3_large": ("vit_large_patch16_dinov3", ("lvd1689m", "sat493m")),
+    "ltrp_clip_base": ("vit_base_patch16_clip_224", ("laion2b_ft_in12k_in1k", "openai")),
+    "ltrp_siglip2_base": ("vit_base_patch16_siglip_224", ("v2_webli",)),
+    "ltrp_beitv2_base": ("beitv2_base_patch16_224", ("in1k_ft_in22k_in1k",)),
     "ltrp_eva02_tiny": (
-        "EVA-02 Ti/14",
         "eva02_tiny_patch14_224",
         ("mim_in22k", "eva02_tiny_patch14_336.mim_in22k_ft_in1k"),
     ),
     "ltrp_eva02_base": (
-        "EVA-02 B/14",
         "eva02_base_patch14_224",
         ("mim_in22k", "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k"),
     ),
@@ -62,7 +44,7 @@ _BACKBONES: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
 def _default_cfgs() -> Dict[str, Any]:
     """timm's cfgs by ``name.tag``, the default tag of a name first."""
     cfgs: Dict[str, Any] = {}
-    for name, (_, backbone, tags) in _BACKBONES.items():
+    for name, (backbone, tags) in _BACKBONES.items():
         for tag in tags:
             cfg = backbone_cfg(tag if "." in tag else f"{backbone}.{tag}")
             if cfg is not None:  # older versions of timm lack some tags
@@ -82,7 +64,7 @@ def ltrp(pretrained: bool = False, backbone: str = _GENERIC_BACKBONE, **kwargs: 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     """The function that timm registers under a name."""
-    what, backbone, _ = _BACKBONES[name]
+    backbone = _BACKBONES[name][0]
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if "backbone" in kwargs:
@@ -92,7 +74,7 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
         return create_ltrp(name, pretrained, backbone=backbone, **kwargs)
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"LTRP front-end on {what}."
+    build.__doc__ = f"LTRP front-end on timm's {backbone}."
     return build
 
 

@@ -111,10 +111,9 @@ class ModelRanker(Ranker, nn.Module):
         }
 
     def save(self, directory: PathLike, overwrite: bool = False) -> None:
-        """Write ``config.json`` and ``model.safetensors`` for ``create_ranker(pretrained=…)``.
+        """As in ``Ranker``.
 
         Raises:
-            FileExistsError: The folder holds a saved model and ``overwrite`` is False.
             ValueError: timm has no name for the backbone, so it could not be rebuilt.
         """
         if timm_name(self.backbone) is None:

@@ -1,6 +1,6 @@
 """How each timm family drops tokens, and which models are refused and why."""
 
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, List
 
 import torch
 from torch import nn
@@ -63,16 +63,15 @@ def install_slots(backbone: nn.Module, adapter: SlotAdapter) -> Swaps:
 def support_rows() -> List[Dict[str, str]]:
     """Which timm models can drop patches, and why the others cannot, as rows of a table."""
     rows = [
-        _support_row(kinds, "supported", models, adapter.how)
+        (kinds, "supported", models, adapter.how)
         for adapter in ADAPTERS
         for kinds, models in adapter.examples.items()
     ]
-    for reason, models in REFUSED_MODELS.items():
-        kinds = ", ".join(f"`{kind}`" for kind in models)
-        rows.append(_support_row(kinds, "refused", list(models.values())[:2], reason))
-    return rows
-
-
-def _support_row(kinds: str, answer: str, models: Iterable[str], why: str) -> Dict[str, str]:
-    names = ", ".join(f"`{name}`" for name in models)
-    return {"family": kinds, "drops patches": answer, "examples": names, "how, or why not": why}
+    for reason, refused in REFUSED_MODELS.items():
+        kinds = ", ".join(f"`{kind}`" for kind in refused)
+        rows.append((kinds, "refused", tuple(refused.values())[:2], reason))
+    columns = ("family", "drops patches", "examples", "how, or why not")
+    return [
+        dict(zip(columns, (kinds, answer, ", ".join(f"`{name}`" for name in models), why)))
+        for kinds, answer, models, why in rows
+    ]

@@ -8,7 +8,7 @@ slot is the identity.
 from abc import ABC, abstractmethod
 from operator import attrgetter
 from types import FunctionType
-from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -206,3 +206,30 @@ class SlotAdapter(ABC):
             )
         modules.append(self.embed_of(backbone))
         return [module for module in modules if hasattr(module, "keep_indices")]
+
+
+class ScriptedSlots:
+    """A mixin for scripted modules with a ``backbone``: the slots of all families in one method.
+
+    TorchScript reaches a module only through the attributes of its parents, resolved at compile
+    time. A second registered reference to a slot would become a copy, which the backbone never
+    reads.
+    """
+
+    if TYPE_CHECKING:  # torch.jit.script would read the annotation as a TorchScript type
+        backbone: Any
+
+    def _fill_slots(self, keep: Optional[Tensor]) -> None:
+        """Put keep indices (B, K), or None, into the backbone's slots."""
+        if hasattr(self.backbone, "patch_drop"):
+            self.backbone.patch_drop.keep_indices = keep
+        elif hasattr(self.backbone, "shared_rel_pos"):
+            self.backbone.patch_embed.norm.keep_indices = keep
+            self.backbone.shared_rel_pos.keep_indices = keep
+        else:
+            self.backbone.pos_drop.keep_indices = keep
+            if hasattr(self.backbone, "rel_pos_bias"):
+                if self.backbone.rel_pos_bias is not None:
+                    self.backbone.rel_pos_bias.keep_indices = keep
+        if hasattr(self.backbone.patch_embed, "keep_indices"):
+            self.backbone.patch_embed.keep_indices = keep
