@@ -19,11 +19,7 @@ def resize_images(
 
 
 def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:
-    """Score map (B, h', w') -> scores (B, h * w) float32, resized if the grids differ.
-
-    Raises:
-        ValueError: `scores` is not a map (B, h, w) of real numbers.
-    """
+    """Score map (B, h', w') -> scores (B, h * w) float32, resized if the grids differ."""
     if not torch.jit.is_scripting():
         if not isinstance(scores, Tensor) or scores.is_complex():
             kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
@@ -100,11 +96,7 @@ class InputBridge(nn.Module):
 
 
 def fit_channels(values: Sequence[float], in_chans: int) -> List[float]:
-    """A mean or std for ``in_chans`` channels; RGB values are averaged to one, as in timm.
-
-    Raises:
-        ValueError: `values` does not have 1, 3 or ``in_chans`` values.
-    """
+    """A mean or std for ``in_chans`` channels; RGB values are averaged to one, as in timm."""
     if len(values) == in_chans:
         return list(values)
     if len(values) not in (1, 3):

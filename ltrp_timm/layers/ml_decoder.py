@@ -53,8 +53,9 @@ class MLDecoder(nn.Module):
         drop: float = 0.1,
     ) -> None:
         super().__init__()
-        sizes = {"num_classes": num_classes, "in_features": in_features, "embed_dim": embed_dim}
-        sizes.update(num_groups=num_groups, num_heads=num_heads, mlp_dim=mlp_dim)
+        self._config = {"embed_dim": embed_dim, "num_groups": num_groups}
+        self._config.update(num_heads=num_heads, mlp_dim=mlp_dim)
+        sizes = {"num_classes": num_classes, "in_features": in_features, **self._config}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -63,8 +64,6 @@ class MLDecoder(nn.Module):
         if not 0.0 <= drop < 1.0:
             raise ValueError(f"drop must be in [0, 1), got {drop}.")
         self.num_classes, self.in_features = num_classes, in_features
-        self._config = {"embed_dim": embed_dim, "num_groups": num_groups, "num_heads": num_heads}
-        self._config.update(mlp_dim=mlp_dim)
         self._drop = drop
         groups = min(num_groups, num_classes)
         self.embed_standart = nn.Linear(in_features, embed_dim)

@@ -12,9 +12,6 @@ def sincos_pos_embed(
     """The fixed sine-cosine position table of MAE, (1, P + N, D) float32.
 
     The first half of D encodes the column, the second the row; the P rows in front are zeros.
-
-    Raises:
-        ValueError: `embed_dim` is not a multiple of 4.
     """
     if embed_dim % 4:
         raise ValueError(

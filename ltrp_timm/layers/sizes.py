@@ -4,11 +4,7 @@ from typing import Optional, Sequence, Tuple, Union
 
 
 def to_pair(value: Union[int, Sequence[int]]) -> Tuple[int, int]:
-    """16 -> (16, 16); [16, 8] -> (16, 8).
-
-    Raises:
-        ValueError: `value` is not one or two positive integers.
-    """
+    """16 -> (16, 16); [16, 8] -> (16, 8). ValueError unless these are positive integers."""
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
         raise ValueError(f"expected a positive size or a pair (height, width), got {value!r}.")
@@ -20,8 +16,7 @@ def to_img_size(
 ) -> Optional[Tuple[int, int]]:
     """A ranker's image size: 224 -> (224, 224); None accepts any size.
 
-    Raises:
-        ValueError: `img_size` is not a size, or smaller than a patch.
+    A size that is smaller than a patch is a ValueError.
     """
     if img_size is None:
         return None

@@ -164,22 +164,18 @@ def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any
         raise ValueError(f"features of a pruned model need feature_cls='getter', got {wrapper!r}.")
     saved = kwargs.get("pretrained_model_args") or {}
     if front.get("selection") == "adaptive" == saved.get("selection"):
-        budget = _budget_of(saved)
-        saved, front = {**saved, **budget}, {**front, **budget}
+        # it was saved when "adaptive" was a selection
+        args, mean = saved.get("selection_args") or {}, saved.get("keep_ratio", 0.5)
+        rule = "mass" if args.get("mass") else "threshold"
+        budget = AdaptiveBudget(rule, args.get(rule, 0.0), args.get("buckets", 8), mean)
+        now = {"selection": "top", "selection_args": None, "budget": budget}
+        saved, front = {**saved, **now}, {**front, **now}
     pairs = (("ranker", "ranker_args"), ("selection", "selection_args"), ("keep_ratio", "budget"))
     for part, options in pairs:
         if saved and front.get(part) != saved.get(part):
             if front.get(options) == saved.get(options):
                 front.pop(options, None)  # saved for another one
     return front, features, rest
-
-
-def _budget_of(saved: Mapping[str, Any]) -> Dict[str, Any]:
-    """The budget of a model that was saved when "adaptive" was a selection."""
-    args, mean = saved.get("selection_args") or {}, saved.get("keep_ratio", 0.5)
-    rule = "mass" if args.get("mass") else "threshold"
-    budget = AdaptiveBudget(rule, args.get(rule, 0.0), args.get("buckets", 8), mean)
-    return {"selection": "top", "selection_args": None, "budget": budget}
 
 
 def _cfg_of(backbone: str) -> Dict[str, Any]:

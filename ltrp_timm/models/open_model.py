@@ -28,12 +28,9 @@ def is_source(name: str) -> bool:
 
 
 def check_name(name: str, label: str = "model") -> None:
-    """Check that timm knows a model, but not a repository or a folder.
+    """Raise ValueError if timm does not know a model; a repository or a folder is not checked.
 
     ``label`` is the name of the argument in the error.
-
-    Raises:
-        ValueError: the name or its tag is unknown; the message lists similar names.
     """
     if is_source(name):
         return
@@ -105,7 +102,10 @@ def open_model(
     if checkpoint is None:
         with _known_errors(name):
             model, origin = _create(name, pretrained, plain, front, kwargs)
-        return model.eval(), _with_head(origin, model)
+        published = (model.pretrained_cfg or {}).get("num_classes")
+        if origin and model.num_classes not in (0, published):
+            origin += f"; the head for {model.num_classes} classes is new and random"
+        return model.eval(), origin
     found = read_weights(checkpoint)
     if ranker_weights is not None and any(key.startswith("ranker.") for key in found.tensors):
         raise ValueError(f"{checkpoint} has a ranker: leave ranker_weights (--ranker-weights) out.")
@@ -176,13 +176,6 @@ def _cached_weights(name: str) -> str | None:
     repository, _, revision = repository.partition("@")
     found = try_to_load_from_cache(repository, "model.safetensors", revision=revision or None)
     return found if isinstance(found, str) else None
-
-
-def _with_head(origin: str | None, model: Any) -> str | None:
-    published = (model.pretrained_cfg or {}).get("num_classes")
-    if origin and model.num_classes not in (0, published):
-        return f"{origin}; the head for {model.num_classes} classes is new and random"
-    return origin
 
 
 def _num_classes(name: str, weights: Mapping[str, Tensor]) -> int:

@@ -28,12 +28,7 @@ _NOT_RECORDED = (
 
 
 class TimmInterface(nn.Module):
-    """A ranker and a backbone that answer timm's tools as one model; the backbone stays as it is.
-
-    Raises:
-        TypeError: Patches cannot be dropped from the backbone; the message says why.
-        ValueError: The ranker shares parameters with the backbone.
-    """
+    """A ranker and a backbone that answer timm's tools as one model."""
 
     in_chans: int
     num_classes: int

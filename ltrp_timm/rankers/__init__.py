@@ -45,11 +45,7 @@ def list_rankers() -> List[str]:
 
 
 def ranker_class(name: str) -> Any:
-    """The class of a ranker.
-
-    Raises:
-        ValueError: `name` is unknown.
-    """
+    """The class of a ranker; ValueError if the name is unknown."""
     if name not in _RANKERS:
         raise ValueError(
             f"ranker must be one of {', '.join(list_rankers())} or an nn.Module, got {name!r}."

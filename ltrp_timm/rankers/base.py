@@ -72,9 +72,6 @@ class PatchSizeRanker(Ranker, nn.Module):
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         img_size: its image size, (H, W) or one side; None accepts any size.
-
-    Raises:
-        ValueError: `img_size` is smaller than a patch.
     """
 
     own_args: ClassVar[Tuple[str, ...]] = ("patch_size", "img_size")

@@ -143,11 +143,7 @@ class GradCamRanker(ClassMapRanker):
     name = "grad_cam"
 
     def class_maps(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> (B, top, h, w) float32, the highest class first.
-
-        Raises:
-            RuntimeError: The ranker is traced or exported.
-        """
+        """images (B, C, H, W) -> (B, top, h, w) float32, the highest class first."""
         traced = isinstance(images, torch.fx.Proxy) or torch.jit.is_tracing()
         if traced or torch.compiler.is_exporting():
             raise RuntimeError(
@@ -188,11 +184,7 @@ class GradCamRanker(ClassMapRanker):
 
 
 def to_map(net: Any, features: Tensor, images: Tensor) -> Tensor:
-    """Features of a timm model, in any layout -> (B, C, h, w), without prefix tokens.
-
-    Raises:
-        TypeError: The features are not on a grid.
-    """
+    """Features of a timm model, in any layout -> (B, C, h, w), without prefix tokens."""
     if features.dim() == 4:
         nhwc = getattr(net, "output_fmt", "NCHW") == "NHWC"
         return features.permute(0, 3, 1, 2) if nhwc else features

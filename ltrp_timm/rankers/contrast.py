@@ -125,11 +125,7 @@ torch.fx.wrap("statistic_scores")
 
 
 def grid_of(images: Tensor, patch_size: Tuple[int, int]) -> Tuple[int, int]:
-    """images (B, C, H, W) -> (h, w), the number of whole patches.
-
-    Raises:
-        ValueError: The image is smaller than a patch.
-    """
+    """images (B, C, H, W) -> (h, w), the number of whole patches."""
     h, w = images.shape[-2] // patch_size[0], images.shape[-1] // patch_size[1]
     if not torch.jit.is_scripting() and not torch.jit.is_tracing() and (h < 1 or w < 1):
         size = f"{images.shape[-2]}x{images.shape[-1]}"

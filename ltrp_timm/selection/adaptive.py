@@ -86,12 +86,7 @@ class AdaptiveBudget:
 
 
 def as_budget(value: Any) -> Optional[AdaptiveBudget]:
-    """A budget, None, or the mapping of a saved one -> budget or None.
-
-    Raises:
-        TypeError: `value` has another type.
-        ValueError: The mapping has other names, or a value is out of range.
-    """
+    """A budget, None, or the mapping of a saved one, which is checked -> budget or None."""
     if value is None or isinstance(value, AdaptiveBudget):
         return value
     if not isinstance(value, Mapping):

@@ -55,19 +55,10 @@ def select(
     grid_size: Tuple[int, int],
     source: Tensor,
 ) -> Tensor:
-    """Choose patches by the selection of that name.
+    """Scores (B, N) -> (B, K) int64, ascending: the patches that a selection of that name keeps.
 
-    Args:
-        scores: (B, N), higher = keep first.
-        k: number of patches to keep, 1 <= k <= N.
-        selection: a name of ``SELECTIONS``.
-        args: its options, as ``check_selection_args`` returns them.
-        grid_size: (h, w), N = h * w.
-        source: what "mixed" clusters: tokens (B, N, C), or images (B, C, H, W) for the pixels of
-            their patches.
-
-    Returns:
-        (B, K) int64 indices, ascending.
+    ``args`` are options as ``check_selection_args`` returns them. "mixed" clusters ``source``:
+    tokens (B, N, C), or images (B, C, H, W) for the pixels of their patches.
     """
     if selection == "top":
         return select_top(scores, k)
@@ -203,15 +194,9 @@ class PatchSelector(SelectionSettings, nn.Module):
     def forward(
         self, tokens: Tensor, scores: Tensor, grid_size: Optional[Tuple[int, int]] = None
     ) -> Tuple[Tensor, Tensor]:
-        """Keep the prefix tokens and the chosen patch tokens.
+        """Tokens (B, P + N, D), scores (B, N) -> tokens (B, P + K, D), keep_indices (B, K).
 
-        Args:
-            tokens: (B, P + N, D).
-            scores: (B, N), higher = keep first.
-            grid_size: (h, w), N = h * w, for "stratified" (default: a square).
-
-        Returns:
-            tokens (B, P + K, D), keep_indices (B, K).
+        "stratified" needs the ``grid_size`` (h, w), N = h * w, if that is not a square.
 
         Raises:
             ValueError: The shapes of tokens, scores and grid do not match.

@@ -22,11 +22,7 @@ def num_keep(num_patches: int, keep_ratio: float) -> int:
 
 
 def check_keep_ratio(keep_ratio: float, name: str = "keep_ratio") -> float:
-    """Return a keep ratio as a float; ``name`` is the argument's name in the error.
-
-    Raises:
-        ValueError: `keep_ratio` is not a number in (0, 1].
-    """
+    """Return a keep ratio as a float, or raise ValueError if it is not a number in (0, 1]."""
     number = isinstance(keep_ratio, (int, float)) and not isinstance(keep_ratio, bool)
     if not number or not 0.0 < keep_ratio <= 1.0:  # a NaN fails both comparisons
         raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}.")
@@ -133,13 +129,9 @@ def seeded_scores(batch_size: int, num_patches: int, seed: int, device: torch.de
 def check_keep_indices(
     keep_indices: Tensor, batch_size: int, num_patches: int, name: str = "keep_indices"
 ) -> None:
-    """Check shape (B, K), 1 <= K <= N, and dtype int64; values are not read.
+    """Raise TypeError unless indices are int64, ValueError unless they are (B, K), 1 <= K <= N.
 
-    ``name`` is the argument's name in the error.
-
-    Raises:
-        ValueError: The shape is wrong.
-        TypeError: `keep_indices` is not an int64 tensor.
+    Values are not read; ``name`` is the argument's name in the error.
     """
     if not torch.jit.is_scripting():
         if not isinstance(keep_indices, Tensor):
@@ -158,11 +150,7 @@ def check_keep_indices(
 def validate_keep_indices(
     keep_indices: Tensor, num_patches: int, name: str = "keep_indices"
 ) -> None:
-    """Check that indices (B, K) are in range and without duplicates; reads from the device.
-
-    Raises:
-        ValueError: An index is outside 0 … N - 1, or a row has the same index twice.
-    """
+    """Raise ValueError if indices (B, K) are out of range or twice in a row; reads the device."""
     if keep_indices.numel() == 0:
         return
     low, high = int(keep_indices.min()), int(keep_indices.max())

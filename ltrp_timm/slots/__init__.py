@@ -25,11 +25,7 @@ ADAPTERS = (
 
 
 def find_adapter(backbone: object) -> SlotAdapter:
-    """The adapter for a timm ViT.
-
-    Raises:
-        TypeError: This model cannot drop patches; the message says why. Nothing was changed.
-    """
+    """The adapter for a timm ViT; TypeError, with the reason, for a model without one."""
     kind = type(backbone).__name__
     for adapter in ADAPTERS:
         if isinstance(backbone, adapter.host):

@@ -115,11 +115,7 @@ def _put(backbone: nn.Module, place: str, module: Optional[nn.Module]) -> None:
 def run_with_slots(
     slots: List[Any], keep: Optional[Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case.
-
-    Raises:
-        RuntimeError: The model ran without using one of the slots.
-    """
+    """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case."""
     for slot in slots:
         slot.keep_indices = keep
     try:
@@ -194,11 +190,7 @@ class SlotAdapter(ABC):
         return int(rows), int(cols)
 
     def slots(self, backbone: Any) -> List[Any]:
-        """The modules that hold keep indices while the backbone runs, the tokens' slot first.
-
-        Raises:
-            RuntimeError: There is no slot for the tokens.
-        """
+        """The modules that hold keep indices while the backbone runs, the tokens' slot first."""
         modules = [attrgetter(place)(backbone) for place in self.places]
         if not hasattr(modules[0], "keep_indices"):
             raise RuntimeError(

@@ -21,9 +21,6 @@ def embed_kept(
 
     The projection of a patch embedding: weight (D, C, p, q) of a convolution with stride = kernel
     size, bias (D,) or None.
-
-    Raises:
-        ValueError: The images do not divide into whole patches.
     """
     rows, cols = weight.shape[-2:]
     h, w = images.shape[2] // rows, images.shape[3] // cols

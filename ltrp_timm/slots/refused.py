@@ -73,15 +73,11 @@ REFUSED_MODELS: Dict[str, Dict[str, str]] = {
 
 _WRAPPER = "it is a wrapper; drop patches from the model inside, then wrap"
 
-REFUSED_WRAPPERS: Dict[str, str] = {
+REFUSED: Dict[str, str] = {
     "LTRPModel": "it drops patches already; set its keep_ratio instead",
     "OptimizedModule": "it is compiled; drop patches first, then compile",
     "DataParallel": _WRAPPER,
     "DistributedDataParallel": _WRAPPER,
     "RecursiveScriptModule": "it is scripted; drop patches first, then script",
-}
-
-REFUSED: Dict[str, str] = {
-    **REFUSED_WRAPPERS,
     **{kind: reason for reason, kinds in REFUSED_MODELS.items() for kind in kinds},
 }
