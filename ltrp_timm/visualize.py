@@ -270,12 +270,11 @@ def _ramp(levels: _Pixels) -> _Pixels:
 
 def _panel(picture: Image.Image, caption: str) -> Image.Image:
     """Resize a picture to a readable size; write its caption above it."""
-    if picture.width > _MAX_PANEL or picture.width < _MIN_PANEL:
-        width = _MAX_PANEL if picture.width > _MAX_PANEL else _MIN_PANEL
+    width = min(max(picture.width, _MIN_PANEL), _MAX_PANEL)
+    if width != picture.width:
         height = max(1, round(picture.height * width / picture.width))
-        shrinks = picture.width > width
-        filter_ = Image.Resampling.LANCZOS if shrinks else Image.Resampling.NEAREST
-        picture = picture.resize((width, height), filter_)
+        smooth = Image.Resampling.LANCZOS if width < picture.width else Image.Resampling.NEAREST
+        picture = picture.resize((width, height), smooth)
     if not caption:
         return picture
     out = Image.new("RGB", (picture.width, picture.height + _CAPTION), "white")

@@ -1,12 +1,12 @@
 """``ltrp-timm benchmark``: does dropping patches pay for this model, on this machine?"""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._console import (
@@ -30,7 +30,7 @@ from ltrp_timm.measure.payoff import (
     pays_up_to,
     recommend,
 )
-from ltrp_timm.measure.throughput import Ratio, environment
+from ltrp_timm.measure.throughput import environment
 from ltrp_timm.models.front_end import make_ranker
 from ltrp_timm.weights.files import write_text
 
@@ -147,7 +147,17 @@ def _measure_model(
     for batch in dict.fromkeys(options.batch_size):
         say(f"\n{printable(name)}, {size[1]}x{size[2]} pixels, batch {batch}")
         images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-        lines = _lines(full, images.to(**form), rankers, options)
+        lines = measure_payoff(
+            full,
+            images.to(**form),
+            rankers,
+            options.keep_ratio,
+            selection=options.selection,
+            compile_mode=options.compile_mode,
+            repeats=options.repeats,
+            warmup=options.warmup,
+            memory=options.memory,
+        )
         _print_lines(lines, batch)
         say(f"-> {printable(name)} at batch {batch}: {recommend(lines)}.")
         case = {"model": name, "img_size": size[1], "batch": batch, "device": str(device)}
@@ -162,38 +172,11 @@ def _rankers(
     """The rankers by these names; without names the model's own, or some to choose from."""
     if names is None and name.startswith(("ltrp", "hf-hub:", "hf_hub:", "local-dir:")):
         return {getattr(own, "name", type(own).__name__): own}
-    found = {}
-    for ranker in dict.fromkeys(names or RANKERS):
-        try:
-            found[ranker] = make_ranker(ranker, full)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"--ranker {ranker}: {one_line(error)}") from error
-    return found
-
-
-def _lines(
-    full: nn.Module, images: Tensor, rankers: Mapping[str, nn.Module], options: BenchmarkOptions
-) -> list[Payoff]:
-    try:
-        return measure_payoff(
-            full,
-            images,
-            rankers,
-            options.keep_ratio,
-            selection=options.selection,
-            compile_mode=options.compile_mode,
-            repeats=options.repeats,
-            warmup=options.warmup,
-            memory=options.memory,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot measure this model: {one_line(error)}") from error
+    return {ranker: make_ranker(ranker, full) for ranker in names or RANKERS}
 
 
 def _print_lines(lines: Sequence[Payoff], batch: int) -> None:
-    say(f"{'':<18}{'ms':>20}{'images/s':>10}{'x full':>21}{'of ideal':>10}{'MiB':>9}")
+    say(f"{'':<18}{'ms':>20}{'images/s':>10}{'speed-up':>21}{'of ideal':>10}{'MiB':>9}")
     keep = 1.0
     for line in lines:
         if line.method != FULL and line.keep_ratio != keep:
@@ -212,15 +195,12 @@ def _text(line: Payoff, batch: int) -> str:
     timing, name = line.timing, f"{'' if line.method == FULL else '  '}{line.method}"
     low, median, high = (f"{1e3 * t:.4g}" for t in (timing.low, timing.median, timing.high))
     time = f"{median} ({low} – {high})"
-    gain = "" if line.method == FULL else _ratio(line.speedup)
+    gain = f"{line.speedup.median:.2f} ({line.speedup.low:.2f} – {line.speedup.high:.2f})"
+    gain = "" if line.method == FULL else gain
     ideal = "" if line.achieved is None else f"{line.achieved.median:.3f}"
     memory = "" if timing.peak_memory is None else f"{timing.peak_memory / 2**20:.1f}"
     rate = f"{timing.items_per_second(batch):.4g}"
     return f"{name:<18}{time:>20}{rate:>10}{gain:>21}{ideal:>10}{memory:>9}".rstrip()
-
-
-def _ratio(value: Ratio) -> str:
-    return f"{value.median:.2f} ({value.low:.2f} – {value.high:.2f})"
 
 
 def _row(line: Payoff, batch: int) -> dict[str, Any]:

@@ -167,8 +167,7 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
 
     from ltrp_timm import __version__
 
-    config, (channels, h, w) = model.data_config(), input_size(model)
-    rows, cols = model.patch_grid
+    config = model.data_config()
     cfg = getattr(model.backbone, "pretrained_cfg", None) or {}
     classes: Any = model.num_classes
     return {
@@ -177,7 +176,7 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
         "timm": timm.__version__,
         "format": format,
         "architecture": cfg.get("architecture") or type(model.backbone).__name__,
-        "input_size": [channels, h, w],
+        "input_size": list(input_size(model)),
         "batch_size": batch_size,
         "mean": list(config["mean"]),
         "std": list(config["std"]),
@@ -185,8 +184,8 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
         "crop_pct": config["crop_pct"],
         "num_classes": int(classes),
         "keep_ratio": model.keep_ratio,
-        "num_keep": num_keep(rows * cols, model.keep_ratio),
-        "num_patches": rows * cols,
+        "num_keep": num_keep(model.num_patches, model.keep_ratio),
+        "num_patches": model.num_patches,
         "ranker": getattr(model.ranker, "name", "") or type(model.ranker).__name__,
         "selection": model.selection,
     }

@@ -50,9 +50,10 @@ class Parity:
         """
         figures = f"largest difference from the eager pruned outputs {self.error:.1e}"
         if not self.error <= tolerance:  # NaN fails too
+            batches = ", ".join(map(str, self.batch_sizes))
             raise RuntimeError(
                 f"the file does not give the model's outputs: {figures}, allowed {tolerance:.1e} "
-                f"(outputs up to {self.scale:.1e}, batches of {_listed(self.batch_sizes)})."
+                f"(outputs up to {self.scale:.1e}, batches of {batches})."
             )
         if self.from_full is None:
             return
@@ -62,10 +63,6 @@ class Parity:
                 f"model's {self.from_full:.1e}. Weights may be missing (LayerScale near 0 hides "
                 "patches)."
             )
-
-
-def _listed(batch_sizes: tuple[int, ...]) -> str:
-    return ", ".join(str(size) for size in batch_sizes)
 
 
 @torch.no_grad()
@@ -108,13 +105,9 @@ def check_parity(
         from_full.append((out - full).abs().max().item())
         if error != error:
             break
-    all_kept = _keeps_all(model, images[:1])
-    return Parity(error, None if all_kept else min(from_full), scale, tuple(sizes), left_out)
-
-
-def _keeps_all(model: LTRPModel, images: Tensor) -> bool:
     h, w = model.grid_size(images)
-    return model.keep_indices(images).shape[1] == h * w
+    all_kept = model.keep_indices(images[:1]).shape[1] == h * w
+    return Parity(error, None if all_kept else min(from_full), scale, tuple(sizes), left_out)
 
 
 def _clear_images(
