@@ -214,6 +214,21 @@ def test_a_failed_check_leaves_no_file(
     assert os.listdir(here) == []
 
 
+@pytest.mark.parametrize("format", ["onnx", "pt2", "torchscript"])
+def test_a_full_disk_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))  # the file has 3 MB
+    try:
+        assert main([*FAST, "--format", format]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written: File too large." in one_line(capsys.readouterr().err)
+    assert os.listdir(here) == []
+
+
 def test_a_missing_extra_is_said_before_any_work(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,41 +65,39 @@ def write_file(
     # torch.export takes an example of one image for a fixed batch size
     batch = max(2, batch_size) if dynamic else batch_size
     images = torch.zeros(batch, *input_size(model), device=parameter.device, dtype=parameter.dtype)
-    text = json.dumps(metadata)
+    text, data = json.dumps(metadata), io.BytesIO()
+    shapes = {"x": {0: torch.export.Dim("batch", min=1)}} if dynamic else None
     with torch.no_grad(), warnings.catch_warnings():
         # the exporters' warnings about themselves do not help a user
         warnings.simplefilter("ignore")
-        if format == "torchscript":
-            torch.jit.save(_script(model), str(path), _extra_files={METADATA_FILE: text})
-            return
-        shapes = {"x": {0: torch.export.Dim("batch", min=1)}} if dynamic else None
         if format == "onnx":
             _write_onnx(model, images, path, opset, shapes, text)
             return
-        try:
-            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-        except Exception as error:  # the tracer's errors have no common type
-            raise _refusal("torch.export", model, error) from error
-        if format == "aoti":
-            path.write_bytes(_compile(model, program, text))
-            return
-        with open(path, "wb") as file:  # a name must end in .pt2, a temporary one does not
-            torch.export.save(program, file, extra_files={METADATA_FILE: text})
+        if format == "torchscript":
+            with _refusals("torch.jit.script", model, "use format='onnx' or 'pt2'"):
+                module = torch.jit.script(model)
+            torch.jit.save(module, data, _extra_files={METADATA_FILE: text})
+        else:
+            with _refusals("torch.export", model):
+                program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+            if format == "aoti":
+                _compile(model, program, data, text)
+            else:
+                torch.export.save(program, data, extra_files={METADATA_FILE: text})
+    path.write_bytes(data.getbuffer())  # torch itself aborts the process when a disk is full
 
 
-def _compile(model: LTRPModel, program: torch.export.ExportedProgram, text: str) -> bytes:
+def _compile(
+    model: LTRPModel, program: torch.export.ExportedProgram, package: io.BytesIO, text: str
+) -> None:
     on_cpu = next(model.backbone.parameters()).device.type == "cpu"
     options: dict[str, Any] = {"aot_inductor.metadata": {METADATA_KEY: text}}
     # weights are packed for the CPU's kernels; the number of threads is chosen at run time
     options |= {"freezing": True, "cpp.dynamic_threads": True} if on_cpu else {}
-    package = io.BytesIO()
-    try:
-        with _without_log("torch.utils.cpp_extension"):  # it logs a missing CUDA toolkit
-            compile_program = importlib.import_module("torch._inductor").aoti_compile_and_package
-            compile_program(program, package_path=package, inductor_configs=options)
-    except Exception as error:  # the errors of torch's and C++'s compilers have no common type
-        raise _refusal("AOTInductor", model, error) from error
-    return package.getvalue()
+    compile_program = importlib.import_module("torch._inductor").aoti_compile_and_package
+    # torch logs a missing CUDA toolkit
+    with _refusals("AOTInductor", model), _without_log("torch.utils.cpp_extension"):
+        compile_program(program, package_path=package, inductor_configs=options)
 
 
 @contextlib.contextmanager
@@ -116,20 +114,18 @@ def _without_log(name: str) -> Iterator[None]:
 def _write_onnx(
     model: LTRPModel, images: Tensor, path: Path, opset: int | None, shapes: Any, text: str
 ) -> None:
-    try:
-        with _without_log("onnxscript"):  # a failed conversion becomes an error below
-            program = torch.onnx.export(
-                model,
-                (images,),
-                dynamo=True,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=shapes,
-                opset_version=opset,
-                verbose=False,
-            )
-    except Exception as error:  # the errors of exporter and converter have no common type
-        raise _refusal("torch.onnx.export", model, error.__cause__ or error) from error
+    # a failed conversion is logged, and becomes an error here
+    with _refusals("torch.onnx.export", model), _without_log("onnxscript"):
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=shapes,
+            opset_version=opset,
+            verbose=False,
+        )
     if program is None:
         raise ValueError("torch.onnx.export gave no program.")
     got = program.model.opset_imports.get("")
@@ -139,19 +135,23 @@ def _write_onnx(
     program.save(str(path), external_data=False)
 
 
-def _script(model: LTRPModel) -> Any:
+@contextlib.contextmanager
+def _refusals(tool: str, model: LTRPModel, advice: str = "") -> Iterator[None]:
+    """Turn an exporter's error of any type into one line: its first sentence, without places.
+
+    Raises:
+        ValueError: The exporter raised an error.
+    """
     try:
-        return torch.jit.script(model)
-    except Exception as error:  # the compiler's errors have no common type
-        raise _refusal("torch.jit.script", model, error, "use format='onnx' or 'pt2'") from error
-
-
-def _refusal(tool: str, model: LTRPModel, error: BaseException, advice: str = "") -> ValueError:
-    """An exporter's error on one line: its first sentence, without colours and source places."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip() or type(error).__name__)
-    reason = textwrap.shorten(re.split(r":?\s*\n?\s*File \"", text)[0], 300, placeholder=" …")
-    parts = f"{type(model.backbone).__name__} with {type(model.ranker).__name__}"
-    return ValueError(f"{tool} cannot take {parts}: {reason}{advice and f' ({advice})'}")
+        yield
+    except Exception as error:
+        source = error.__cause__ if tool == "torch.onnx.export" else None
+        text = str(source or error).strip() or type(error).__name__
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours
+        reason = textwrap.shorten(re.split(r":?\s*\n?\s*File \"", text)[0], 300, placeholder=" …")
+        parts = f"{type(model.backbone).__name__} with {type(model.ranker).__name__}"
+        hint = advice and f" ({advice})"
+        raise ValueError(f"{tool} cannot take {parts}: {reason}{hint}") from error
 
 
 def load_exported(
