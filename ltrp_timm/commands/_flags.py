@@ -117,13 +117,14 @@ def add_command(
         if key in positional:
             parser.add_argument(key, **{**kwargs, "metavar": key.upper()})
             continue
-        flags = [*(["-o"] if key == "output" else []), _flag(key)]
+        flags = [*(["-o"] if key == "output" else []), flag(key)]
         parser.add_argument(
             *flags, dest=key, default=argparse.SUPPRESS, required=required, **kwargs
         )
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The flag of an option: ``--img-size`` for ``img_size``."""
     return "--" + name.replace("_", "-")
 
 
@@ -203,11 +204,15 @@ def _texts(source: Any) -> dict[str, str]:
 
 
 def _help(text: str, default: Any, names: Mapping[str, Any]) -> str:
-    """A docstring's entry as help: names of options as flags, the default at the end."""
+    """A docstring's entry as help: names of options as flags, the default at the end.
+
+    A last sentence that begins with "In Python" is left out.
+    """
 
     def spell(match: re.Match[str]) -> str:
-        return _flag(match[1]) if match[1] in names else match[1]
+        return flag(match[1]) if match[1] in names else match[1]
 
+    text = re.sub(r" In Python\b.*$", "", text)
     text = re.sub(r"``(.+?)``", spell, text).removesuffix(".")
     if re.match(r"(?!timm\b)[a-z]+[ ,]", text):
         text = text[0].upper() + text[1:]

@@ -60,6 +60,7 @@ class EvaluateOptions(ModelOptions):
     """Options of ``ltrp-timm evaluate``.
 
     Args:
+        model: An ``ltrp_*`` name, any timm model, hf-hub:OWNER/NAME or local-dir:DIR.
         data: Labelled images: a folder with a subfolder for each class, a .tar of one, hfds/NAME or
             torch/NAME.
         split: Split of the data; the subfolder of that name if a folder has one.

@@ -39,13 +39,13 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
     which a run continues.
 
     Args:
-        model: An ``ltrp_*`` name, any timm model, ``hf-hub:…`` or ``local-dir:…``; or a module,
-            which is trained in place. A ``keep_ratio`` or a ``ranker`` turns a plain timm ViT into
-            a pruned one; without them it is trained as it is.
+        model: An ``ltrp_*`` name, any timm model, ``hf-hub:…`` or ``local-dir:…``. A
+            ``keep_ratio`` or a ``ranker`` turns a plain timm ViT into a pruned one; without them it
+            is trained as it is. In Python also a module, which is trained in place.
         data: Labelled images: a folder with a folder for each class (below ``train``, if there is
-            such a folder), a ``.tar`` of one, a name that timm's ``create_dataset`` takes
-            (``hfds/…``, ``wds/…``, ``torch/…``), or a torch dataset of (picture, class number).
-            With ``multi_label``, the folder of the files that ``labels`` names.
+            such a folder), a ``.tar`` of one or a name that timm's ``create_dataset`` takes
+            (``hfds/…``, ``wds/…``, ``torch/…``). With ``multi_label``, the folder of the files that
+            ``labels`` names. In Python also a torch dataset of (picture, class number).
         output: Folder of the run, new or empty.
         **options: See ``Recipe`` (model, budget, teacher), ``Augmentation`` (images and labels)
             and ``Settings`` (optimisation and bookkeeping). Defaults are the published ones: 50

@@ -41,7 +41,8 @@ def train_teacher(
     """Train an MAE to reconstruct masked patches; ``create_teacher(output)`` loads it.
 
     Args:
-        data: Images without labels, see ``train_ranker``.
+        data: Images without labels: a folder, a ``.tar`` or a name that timm's ``create_dataset``
+            takes (``hfds/…``, ``wds/…``, ``torch/…``). In Python also a torch dataset of pictures.
         output: Folder of the run, new or empty.
         img_size: Side of the images (default: 224, or that of ``init_from``).
         teacher_args: More arguments of ``MAETeacher``: patch size, widths, depths, heads.

@@ -73,8 +73,8 @@ def train_ranker(
     a run continues.
 
     Args:
-        data: Images without labels: a folder, a ``.tar``, a name that timm's ``create_dataset``
-            takes (``hfds/…``, ``wds/…``, ``torch/…``), or a torch dataset of pictures.
+        data: Images without labels: a folder, a ``.tar`` or a name that timm's ``create_dataset``
+            takes (``hfds/…``, ``wds/…``, ``torch/…``). In Python also a torch dataset of pictures.
         output: Folder of the run, new or empty.
         ranker: Name of a ranker that learns.
         teacher: An MAE (a Hub id, a folder or a file), or None with ``distill_from`` alone.

@@ -73,7 +73,7 @@ class Recipe:
         keep_schedule_epochs: Epochs until ``keep_ratio`` is reached (default: half of all).
         img_size: Side of the images (default: the model's).
         model_kwargs: More arguments of timm's ``create_model``.
-        drop_path: Rate of stochastic depth (in Python, None keeps the model's own).
+        drop_path: Rate of stochastic depth, or None for the model's own.
         distill: Unpruned model to learn from besides the labels: "self" for the start weights, a
             model's name, ``local-dir:…`` or ``hf-hub:…``.
         distill_weight: Share of the distillation in the loss.
