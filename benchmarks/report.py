@@ -15,7 +15,8 @@ from sections import SECTIONS, Cell, Section, images_of, laid_out, number, score
 from studies.fairness.compared import labels_of
 from tables import markdown_table, read_csv
 
-from ltrp_timm.slots import support_rows
+from ltrp_timm.slots import ADAPTERS
+from ltrp_timm.slots.refused import REFUSED_MODELS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +28,23 @@ CARD = ROOT / "ltrp_timm" / "weights" / "conv.md"
 def ends(marker: str) -> tuple[str, str]:
     """The comments around a section."""
     return f"<!-- {marker}: written by benchmarks/report.py -->", f"<!-- /{marker} -->"
+
+
+def support_rows() -> list[dict[str, str]]:
+    """Which timm models can drop patches, and why the others cannot, as rows of a table."""
+    rows = [
+        (kinds, "supported", models, adapter.how)
+        for adapter in ADAPTERS
+        for kinds, models in adapter.examples.items()
+    ]
+    for reason, refused in REFUSED_MODELS.items():
+        kinds = ", ".join(f"`{kind}`" for kind in refused)
+        rows.append((kinds, "refused", tuple(refused.values())[:2], reason))
+    columns = ("family", "drops patches", "examples", "how, or why not")
+    return [
+        dict(zip(columns, (kinds, answer, ", ".join(f"`{name}`" for name in models), why)))
+        for kinds, answer, models, why in rows
+    ]
 
 
 def framed(marker: str, body: str) -> str:

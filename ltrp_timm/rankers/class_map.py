@@ -166,18 +166,20 @@ class GradCamRanker(ClassMapRanker):
 
     def _features_and_logits(self, images: Tensor) -> Tuple[Tensor, Tensor]:
         """Features that require a gradient, though nothing before them does, and the logits."""
-        if not _reads_prefix(self.backbone):
-            features = self.backbone.forward_features(images).detach().requires_grad_()
-            return features, self.backbone.forward_head(features)
+        net = self.backbone
+        # a ViT's head may read prefix tokens alone: patches then have no gradient at the end
+        if not hasattr(net, "blocks") or getattr(net, "global_pool", None) not in ("token", ""):
+            features = net.forward_features(images).detach().requires_grad_()
+            return features, net.forward_head(features)
         caught = []
 
         def cut(_: nn.Module, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
             caught.append(args[0].detach().requires_grad_())
             return (caught[0], *args[1:])
 
-        handle = self.backbone.blocks[-1].register_forward_pre_hook(cut)
+        handle = net.blocks[-1].register_forward_pre_hook(cut)
         try:
-            logits = self.backbone(images)
+            logits = net(images)
         finally:
             handle.remove()
         return caught[0], logits
@@ -220,8 +222,3 @@ def _pools_places(net: Any, like: Tensor, images: Tensor) -> bool:
         pools = (places.mean(2), places.amax(2), (places.mean(2) + places.amax(2)) / 2)
         errors = [float((pooled @ weight.T - logits).abs().max()) for pooled in pools]
         return min(errors) <= 1e-2 * float(logits.abs().max())
-
-
-def _reads_prefix(net: Any) -> bool:
-    """Whether a ViT's head reads prefix tokens; patches then have no gradient at the end."""
-    return hasattr(net, "blocks") and getattr(net, "global_pool", None) in ("token", "")

@@ -98,7 +98,9 @@ def contrast_scores(
     h, w = grid_of(images, patch_size)
     batch = images.shape[0]
     mean, variance = patch_statistics(images, patch_size, h, w)
-    pixels = in_levels(torch.cat([variance.mean(1).sqrt(), border_contrast(mean)]))
+    pixels = torch.cat([variance.mean(1).sqrt(), border_contrast(mean)])
+    # whole sixteenths of a grey level: less is rounding noise, and flat patches must tie
+    pixels = (pixels * 4080.0).round()  # 255 * 16
     parts = torch.cat([pixels, centre_distance(h, w, images.device).expand(batch, -1, -1)])
     # all parts in one sort; NaN comes lowest
     ranks = mean_rank(torch.nan_to_num(parts.flatten(1), nan=-1.0)).reshape(3, batch, h, w)
@@ -169,11 +171,3 @@ def gradient_length(images: Tensor, patch_size: Tuple[int, int], h: int, w: int)
     squares = (pixels[:, :, :-1, 1:] - inner).square() + (pixels[:, :, 1:, :-1] - inner).square()
     length = squares.sum(1).sqrt()
     return length.reshape(-1, h, rows, w, cols).mean(4).mean(2)
-
-
-def in_levels(values: Tensor) -> Tensor:
-    """Pixel values in [0, 1] in whole sixteenths of a grey level.
-
-    Smaller differences are rounding noise: flat patches must tie.
-    """
-    return (values * 4080.0).round()  # 255 * 16

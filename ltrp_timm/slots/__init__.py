@@ -1,6 +1,6 @@
 """How each timm family drops tokens, and which models are refused and why."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from ltrp_timm.slots.base import SlotAdapter, Swaps, as_slot, swap_in
 from ltrp_timm.slots.beit import BeitAdapter
 from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
 from ltrp_timm.slots.naflex import NaFlexAdapter
-from ltrp_timm.slots.refused import REFUSED, REFUSED_MODELS
+from ltrp_timm.slots.refused import REFUSED
 from ltrp_timm.slots.relpos import RelPosAdapter
 from ltrp_timm.slots.vit import CaitAdapter, EvaAdapter, VitAdapter
 
@@ -54,20 +54,3 @@ def install_slots(backbone: nn.Module, adapter: SlotAdapter) -> Swaps:
         kept: Dict[str, Any] = {adapter.patch_embed: as_slot(embed, KeptPatchEmbed)}
         swaps.update(swap_in(backbone, kept))
     return swaps
-
-
-def support_rows() -> List[Dict[str, str]]:
-    """Which timm models can drop patches, and why the others cannot, as rows of a table."""
-    rows = [
-        (kinds, "supported", models, adapter.how)
-        for adapter in ADAPTERS
-        for kinds, models in adapter.examples.items()
-    ]
-    for reason, refused in REFUSED_MODELS.items():
-        kinds = ", ".join(f"`{kind}`" for kind in refused)
-        rows.append((kinds, "refused", tuple(refused.values())[:2], reason))
-    columns = ("family", "drops patches", "examples", "how, or why not")
-    return [
-        dict(zip(columns, (kinds, answer, ", ".join(f"`{name}`" for name in models), why)))
-        for kinds, answer, models, why in rows
-    ]

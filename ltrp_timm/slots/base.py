@@ -154,6 +154,7 @@ class SlotAdapter(ABC):
         places: attributes of the backbone where slots stand, the tokens' slot first.
         patch_embed: attribute of the module that cuts images into patches.
         prefix_in_blocks: whether the sequence has prefix tokens while the blocks run.
+        first_kind: a module that keeps the prefix and the first K patches, for ``places[0]``.
         how: where tokens are dropped, in words for a table.
         examples: kinds of models of this class -> names of such models.
     """
@@ -163,6 +164,7 @@ class SlotAdapter(ABC):
     places: Tuple[str, ...]
     patch_embed: str = "patch_embed"
     prefix_in_blocks: bool = True
+    first_kind: Optional[Callable[[int, int], nn.Module]] = None
     how: str
     examples: ClassVar[Dict[str, Tuple[str, ...]]]
 
@@ -174,11 +176,10 @@ class SlotAdapter(ABC):
         """Raise TypeError if this particular model cannot drop tokens."""
 
     def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
-        """A module for ``places[0]`` that keeps the first K patches, for timing.
-
-        None for families where dropping patches changes more than the tokens.
-        """
-        return None
+        """A module for ``places[0]`` that keeps the first K patches, for timing; or None."""
+        if self.first_kind is None:  # dropping patches changes more than the tokens
+            return None
+        return self.first_kind(backbone.num_prefix_tokens if self.prefix_in_blocks else 0, k)
 
     def embed_of(self, backbone: Any) -> Any:
         """The module that cuts images into patches."""

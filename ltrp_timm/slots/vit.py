@@ -50,6 +50,7 @@ class VitAdapter(SlotAdapter):
     family = "VisionTransformer"
     host = VisionTransformer
     places = ("patch_drop",)
+    first_kind = FirstTokens
     how = "in timm's own slot, `patch_drop`"
     examples: ClassVar = {
         "ViT, registers, average pooling": (
@@ -72,16 +73,13 @@ class VitAdapter(SlotAdapter):
         """Raise TypeError if ``patch_drop`` is in use."""
         check_free(backbone, "patch_drop")
 
-    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
-        """A module for ``patch_drop`` that keeps the first K patches."""
-        return FirstTokens(backbone.num_prefix_tokens, k)
-
 
 class EvaAdapter(VitAdapter):
     """Every model of timm's Eva class."""
 
     family = "Eva"
     host = Eva
+    first_kind = FirstTokensWithIndices
     how = "in timm's own slot, `patch_drop`; the RoPE follows"
     examples: ClassVar = {
         "EVA-02, RoPE ViTs, PE-core": (
@@ -97,10 +95,6 @@ class EvaAdapter(VitAdapter):
         make_rope_gather_a_leaf()
         return {"patch_drop": TokenSlotWithIndices(backbone.num_prefix_tokens)}
 
-    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
-        """A module for ``patch_drop`` that keeps the first K patches."""
-        return FirstTokensWithIndices(backbone.num_prefix_tokens, k)
-
 
 class CaitAdapter(SlotAdapter):
     """The slot stands at ``pos_drop``; the class token joins behind the blocks."""
@@ -111,11 +105,8 @@ class CaitAdapter(SlotAdapter):
     how = "at `pos_drop`; the class token joins behind the blocks"
     examples: ClassVar = {"CaiT": ("cait_xxs24_224",)}
     prefix_in_blocks = False
+    first_kind = FirstTokens
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot."""
         return {"pos_drop": TokenSlotWithDropout(0, backbone.pos_drop.p)}
-
-    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
-        """A module for ``pos_drop`` that keeps the first K patches."""
-        return FirstTokens(0, k)
