@@ -43,7 +43,7 @@ def run(command: str, checkpoint: str, *more: str) -> int:
     """A command that begins with a file of weights for three classes."""
     flags = ["--checkpoint", checkpoint, *more]
     if command == "evaluate":
-        flags += ["--data", "set", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
+        flags += ["--data", "set", "--batch-size", "4", "--device", "cpu", "--num-workers", "0"]
     elif command == "export":
         flags += ["--format", "torchscript", "--output", "out.pt", "--repeats", "0", "--no-check"]
     elif command == "finetune":
