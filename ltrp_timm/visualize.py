@@ -1,10 +1,11 @@
-"""Score maps and kept patches as PIL images.
+"""Score maps and kept patches as PIL images; the curves of a training.
 
 Every picture shows what the model sees: the photo after timm's own resizing and cropping.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection.rules import mean_rank, num_keep
+from ltrp_timm.weights.files import write_atomically
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)
 
@@ -284,3 +286,42 @@ def _panel(picture: Image.Image, caption: str) -> Image.Image:
     font = next((f for f in fonts if draw.textlength(caption, font=f) < out.width), None)
     draw.text((1, 3), caption, fill="black", font=font or ImageFont.load_default(8))
     return out
+
+
+def require_matplotlib() -> Any:
+    """matplotlib's Figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("curves need matplotlib: pip install 'ltrp-timm[demo]'") from error
+    return Figure
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot the loss beside its chance level, and the held-out metrics, over epochs."""
+    scores = [n for n in rows[-1] if n.startswith("val_") and n not in ("val_loss", "val_chance")]
+    figure = require_matplotlib()(figsize=(5 * (1 + bool(scores)), 4), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(scores), squeeze=False)[0]
+    for name, style in (("loss", "-"), ("val_loss", "-"), ("chance", "--")):
+        _plot(axes[0], rows, name, style)
+    axes[0].set_ylabel("loss")
+    for name in scores:
+        _plot(axes[1], rows, name, "-")
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _plot(axis: Any, rows: Sequence[Mapping[str, Any]], name: str, style: str) -> None:
+    points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+    if points:
+        marker = "o" if len(points) < 20 and style == "-" else None
+        label = {"loss": "training", "val_loss": "held out"}.get(name, name.removeprefix("val_"))
+        axis.plot(*zip(*points), linestyle=style, marker=marker, label=label)

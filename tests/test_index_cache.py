@@ -33,8 +33,9 @@ from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import CachedTransform, IndexCache, cached_transform
 from ltrp_timm.scoring.follow import FollowedTransform, trace
-from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids, ranker_hash, ranks_of
+from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids, ranks_of
 from ltrp_timm.train.finetune import finetune
+from ltrp_timm.weights.files import ranker_hash
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ("--model", NAME, "--img-size", "64", "--num-workers", "0", "--batch-size", "4")

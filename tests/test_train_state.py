@@ -22,7 +22,8 @@ from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.loop import Trainer
 from ltrp_timm.train.settings import _RANGES
-from ltrp_timm.train.state import check_same, digest, read_state, save_state
+from ltrp_timm.train.state import check_same, read_state, save_state
+from ltrp_timm.weights.files import digest
 
 # on a machine of one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -42,7 +42,7 @@ from ltrp_timm.scoring import cached_transform
 from ltrp_timm.selection import num_keep
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.head import image_config
-from ltrp_timm.train.logs import require_matplotlib
+from ltrp_timm.visualize import require_matplotlib
 from ltrp_timm.weights.files import write_atomically, write_text
 
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.25)

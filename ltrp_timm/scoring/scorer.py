@@ -11,7 +11,7 @@ from torch import Tensor
 from ltrp_timm.models.front_end import drop_patches, make_ranker
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model
-from ltrp_timm.scoring.store import ranker_hash
+from ltrp_timm.weights.files import ranker_hash
 
 CROP_MODES = ("center", "squash")
 IMG_SIZE, PATCH_SIZE = 224, 16  # without a model

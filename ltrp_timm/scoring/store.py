@@ -28,7 +28,7 @@ from torch import Tensor
 from ltrp_timm._text import printable
 from ltrp_timm.data.images import Images
 from ltrp_timm.selection.rules import best_first
-from ltrp_timm.weights.files import write_atomically, write_text
+from ltrp_timm.weights.files import ranker_hash, write_atomically, write_text
 from ltrp_timm.weights.untrusted import parse_json
 
 INDEX, SCORES, KEEP, DONE = "index.json", "scores.npy", "keep_indices.npy", "done.npy"
@@ -85,15 +85,6 @@ def _size_and_time(sample: Any) -> tuple[int, int]:
     except OSError:  # reading the image reports it
         return -1, 0
     return status.st_size, status.st_mtime_ns
-
-
-def ranker_hash(ranker: Any) -> str:
-    """A digest of what determines a ranker's scores: its kind, its arguments, its weights."""
-    digest = hashlib.sha256(json.dumps([ranker.name, ranker.config()], sort_keys=True).encode())
-    for name, tensor in sorted(ranker.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def ranks_of(scores: Tensor) -> Tensor:

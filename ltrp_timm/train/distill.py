@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltrp_timm.layers.bridge import make_bridge
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection.rules import keep_tokens
-from ltrp_timm.train.state import digest
+from ltrp_timm.weights.files import digest
 
 Gate = Literal["straight-through"]
 

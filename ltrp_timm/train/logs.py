@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, a table, TensorBoard events, curves."""
+"""What a run reports: a progress bar, a table, TensorBoard events."""
 
 import csv
 import io
@@ -10,10 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ltrp_timm._text import say
-from ltrp_timm.weights.files import write_atomically, write_text
+from ltrp_timm.weights.files import write_text
 
 LOG_NAME = "log.csv"
-CURVES_NAME = "curves.png"
 Row = dict[str, Any]
 
 
@@ -93,28 +92,12 @@ class Log:
         shown = [f"{name} {_short(value)}" for name, value in row.items() if value is not None]
         say(f"epoch {row['epoch']}/{epochs}: " + ", ".join(shown[1:]))
 
-    def plot(self) -> None:
-        """Plot the rows; see ``plot_curves``."""
-        plot_curves(self.rows, self.path.parent / CURVES_NAME)
-
     def close(self) -> None:
         """Close the bar and flush the events."""
         if self.bar is not None:
             self.bar.close()
         if self.writer:
             self.writer.close()
-
-
-def check_installed(tensorboard: bool, plot: bool) -> None:
-    """Check that what a run asks for is installed.
-
-    Raises:
-        ImportError: TensorBoard or matplotlib is missing.
-    """
-    if plot:
-        require_matplotlib()
-    if tensorboard:
-        find_writer(required=True)
 
 
 def find_writer(required: bool) -> Any:
@@ -143,42 +126,3 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _short(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
-
-
-def require_matplotlib() -> Any:
-    """matplotlib's Figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'ltrp-timm[demo]'") from error
-    return Figure
-
-
-def plot_curves(rows: Sequence[Row], path: Path) -> None:
-    """Plot the loss beside its chance level, and the held-out metrics, over epochs."""
-    scores = [n for n in rows[-1] if n.startswith("val_") and n not in ("val_loss", "val_chance")]
-    figure = require_matplotlib()(figsize=(5 * (1 + bool(scores)), 4), layout="constrained")
-    axes = figure.subplots(1, 1 + bool(scores), squeeze=False)[0]
-    for name, style in (("loss", "-"), ("val_loss", "-"), ("chance", "--")):
-        _plot(axes[0], rows, name, style)
-    axes[0].set_ylabel("loss")
-    for name in scores:
-        _plot(axes[1], rows, name, "-")
-    for axis in axes:
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def _plot(axis: Any, rows: Sequence[Row], name: str, style: str) -> None:
-    points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-    if points:
-        marker = "o" if len(points) < 20 and style == "-" else None
-        label = {"loss": "training", "val_loss": "held out"}.get(name, name.removeprefix("val_"))
-        axis.plot(*zip(*points), linestyle=style, marker=marker, label=label)

@@ -24,22 +24,21 @@ from ltrp_timm.data.sources import Sources
 from ltrp_timm.runtime.stopping import StopRequests, stop_requests
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
-from ltrp_timm.train.logs import Log, check_installed
+from ltrp_timm.train.logs import Log, find_writer
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.train.state import (
     CHECKPOINT_NAME,
     check_folder,
     check_same,
     claimed,
-    digest,
     read_state,
     save_state,
 )
-from ltrp_timm.visualize import row, stack_rows
-from ltrp_timm.weights.files import write_atomically
+from ltrp_timm.visualize import plot_curves, require_matplotlib, row, stack_rows
+from ltrp_timm.weights.files import digest, write_atomically
 
 BEST = "best"
-PICTURES_NAME = "pictures.png"
+CURVES_NAME, PICTURES_NAME = "curves.png", "pictures.png"
 
 
 class Task(abc.ABC):
@@ -138,7 +137,10 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
         NonFiniteLossError: The loss is not finite.
         OSError: The disk is full, or cannot be written to.
     """
-    check_installed(tensorboard=bool(settings.tensorboard), plot=settings.plot)
+    if settings.plot:
+        require_matplotlib()
+    if settings.tensorboard:
+        find_writer(required=True)
     trainer = Trainer(task, sources, settings, world, Path(output))
     with contextlib.ExitStack() as stack:
         resume = settings.resume == "auto"
@@ -372,7 +374,7 @@ class Trainer:
         self.save_checkpoint()
 
     def _plot(self, log: Log) -> None:
-        log.plot()
+        plot_curves(log.rows, self.folder / CURVES_NAME)
         with self.engine.measuring() as model:
             panels = self.task.panels(model, self.sources.fixed_batch())
         picture = stack_rows([row(parts) for parts in panels])

@@ -1,7 +1,6 @@
 """Checkpoints of a run: whole or the one before, and exact; and its claim on a folder."""
 
 import contextlib
-import hashlib
 import io
 import json
 import pickle
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ltrp_timm._text import one_line
 from ltrp_timm.scoring.store import locked
@@ -82,16 +80,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
         out.update({prefix + name: value} if inner is None else inner)
     return out
-
-
-def digest(state_dict: Mapping[str, Tensor]) -> str:
-    """Hash weights: equal values give equal digests, whatever file they came from."""
-    total = hashlib.blake2b(digest_size=8)
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach().cpu().contiguous()
-        total.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def check_folder(folder: Path, resume: bool) -> None:

@@ -22,8 +22,7 @@ from ltrp_timm.teacher import (
     random_visible_indices,
 )
 from ltrp_timm.teacher.density import semantic_density
-from ltrp_timm.train.state import digest
-from ltrp_timm.weights.files import read_weights
+from ltrp_timm.weights.files import digest, read_weights
 
 LIST_SIZE = 20
 

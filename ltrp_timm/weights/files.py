@@ -334,11 +334,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over names, shapes, types and bytes: safetensors itself does not detect damage."""
     out = hashlib.sha256(metadata.get(_METADATA_KEY, "").encode())
+    return _hash_tensors(out, tensors, "{} {} {}\n")
+
+
+def ranker_hash(ranker: Any) -> str:
+    """Hash what determines a ranker's scores: its kind, its arguments, its weights."""
+    out = hashlib.sha256(json.dumps([ranker.name, ranker.config()], sort_keys=True).encode())
+    return _hash_tensors(out, ranker.state_dict(), "{} {} {}")
+
+
+def digest(state_dict: Mapping[str, Tensor]) -> str:
+    """Hash weights: equal values give equal digests, whatever file they came from."""
+    return _hash_tensors(hashlib.blake2b(digest_size=8), state_dict, "{}{}{}")
+
+
+def _hash_tensors(out: Any, tensors: Mapping[str, Tensor], line: str) -> str:
+    """Add name, type, shape and bytes of each tensor to a hash; saved files fix each ``line``."""
     for name in sorted(tensors):
-        tensor = tensors[name]
-        out.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        out.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return out.hexdigest()
+        tensor = tensors[name].detach().cpu().contiguous()
+        out.update(line.format(name, tensor.dtype, list(tensor.shape)).encode())
+        out.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return str(out.hexdigest())
 
 
 def check_keys(
