@@ -6,6 +6,7 @@ Label files come from others: they are read as data and checked whole before any
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -118,14 +119,9 @@ def _read(file: Path, parse: Callable[[str], _T]) -> _T:
 
 
 def _check_once(values: Sequence[Any], problem: str) -> None:
-    """Check that no value comes twice.
-
-    Raises:
-        ValueError: ``problem``, with the first such values.
-    """
-    if len(set(values)) < len(values):
-        seen: set[Any] = set()
-        twice = [str(value) for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+    """Raise ValueError, with the first such values, if one comes twice."""
+    twice = [str(value) for value, count in Counter(values).items() if count > 1]
+    if twice:
         raise ValueError(f"{problem}: {first_names(twice)}.")
 
 

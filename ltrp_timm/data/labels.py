@@ -13,7 +13,6 @@ from torch.utils.data import IterableDataset
 
 from ltrp_timm._text import first_names, one_line, printable
 from ltrp_timm.data.images import Images, open_dataset, split_indices
-from ltrp_timm.weights.files import PathLike
 
 _STREAMS = ("hfids", "tfds", "wds")
 _HELD_OUT = ("validation", "val", "valid")
@@ -115,24 +114,19 @@ def _count_classes(data: Any, found: int, given: int | None) -> int:
 def open_labelled(
     data: Any,
     *,
-    root: PathLike | None = None,
-    split: str = "train",
-    input_key: str | None = None,
     target_key: str | None = None,
-    min_side: int = 1,
     allow_empty: bool = False,
+    **named: Any,
 ) -> "LabelledImages":
     """Open a data set of pictures with one class each.
 
     Args:
         data: a folder with a folder for each class, a ``.tar`` of one, ``hfds/…``, ``torch/…``, or
             a torch data set of (picture, class number).
-        root: folder of a named data set.
-        split: split of a named data set; for a folder, its subfolder of that name if there is one.
-        input_key: field of a named data set that holds the images.
         target_key: field of a named data set that holds the labels (default: "label").
-        min_side: pictures with a shorter side count as unreadable, as strips do.
         allow_empty: accept classes without any image (see ``LabelledImages.empty``).
+        **named: ``root``, ``split`` and ``input_key`` of ``open_dataset``; for a folder, ``split``
+            is its subfolder of that name if there is one.
 
     Raises:
         FileNotFoundError: ``data`` does not exist.
@@ -141,17 +135,10 @@ def open_labelled(
 
     >>> open_labelled("imagenet", split="validation")  # doctest: +SKIP
     """
-    dataset = open_dataset(
-        data,
-        root=root,
-        split=split,
-        input_key=input_key,
-        target_key=target_key or "label",
-        training=False,
-    )
+    dataset = open_dataset(data, target_key=target_key or "label", training=False, **named)
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{data} is a stream: its images cannot be counted and have no labels.")
-    images = LabelledImages(dataset, min_side)
+    images = LabelledImages(dataset)
     if not allow_empty:
         refuse_empty(images.empty, data)
     return images
@@ -173,7 +160,6 @@ class LabelledImages(Images):
 
     Args:
         dataset: one of timm's, or a map-style torch data set of (picture, class number).
-        min_side: pictures with a shorter side count as unreadable, as strips do.
 
     Attributes:
         class_names: names of all classes, in timm's natural order; () if the data set names none.
@@ -187,8 +173,8 @@ class LabelledImages(Images):
 
     blank = -1
 
-    def __init__(self, dataset: Any, min_side: int = 1) -> None:
-        super().__init__(dataset, min_side)
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset)
         numbers = _class_to_idx(dataset)
         self.empty = _empty_folders(self.reader, set(numbers))
         if _is_folder(self.reader):
@@ -319,7 +305,8 @@ def match_classes(
     if known and not unknown:
         return [places[name] for name in names], "by WordNet id" if wordnet else "by name"
     if not recorded or wordnet:
-        if all(_is_number(name) and int(name) < num_classes for name in names):
+        digits = all(name.isascii() and name.isdecimal() for name in names)
+        if digits and all(int(name) < num_classes for name in names):
             return [int(name) for name in names], "by number"
         if not recorded and len(names) == num_classes == len(unknown):
             return list(range(num_classes)), "in natural order"
@@ -347,10 +334,6 @@ def _imagenet_classes(num_classes: int) -> list[str]:
         return []
     names: list[str] = ImageNetInfo(subset).label_names()
     return names if len(names) == num_classes else []
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdecimal()
 
 
 def _class_to_idx(dataset: Any) -> dict[str, int]:

@@ -21,7 +21,6 @@ class MultiLabelImages(Images):
     Args:
         folder: folder of the images.
         table: labels of the images, see ``read_labels``.
-        min_side: pictures with a shorter side count as unreadable, as strips do.
 
     Attributes:
         class_names: C names.
@@ -33,7 +32,7 @@ class MultiLabelImages(Images):
         ValueError: The folder lacks images that the table names.
     """
 
-    def __init__(self, folder: Any, table: LabelTable, min_side: int = 1) -> None:
+    def __init__(self, folder: Any, table: LabelTable) -> None:
         root = Path(folder)
         if not root.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder of images.")
@@ -43,7 +42,7 @@ class MultiLabelImages(Images):
                 f"{len(absent)} of {len(table.names)} labelled images are not in {root}: "
                 f"{first_names(absent)}."
             )
-        super().__init__(ImageFiles(root, table.names), min_side)
+        super().__init__(ImageFiles(root, table.names))
         self.class_names, self.targets = table.classes, table.targets
         self.empty = [c for c, full in zip(table.classes, table.targets.any(dim=0)) if not full]
 
@@ -58,11 +57,7 @@ class MultiLabelImages(Images):
         return int((~self.targets.any(dim=1)).sum())
 
     def read_item(self, index: int) -> tuple[Image.Image, Tensor]:
-        """Read a picture and its target (C,) float32: 1 where it has a class.
-
-        Raises:
-            ValueError: The picture cannot be read; one line with its name and the reason.
-        """
+        """Read a picture and its target (C,) float32: 1 where it has a class."""
         return super().read_item(index)[0], self.targets[index].float()
 
     def match(self, num_classes: int, label_names: Any = None) -> str:
@@ -93,15 +88,12 @@ class MultiLabelImages(Images):
         return {**super().fingerprint(indices), "labels": sample_seed(0, 0, 0, text)}
 
 
-def open_multi_label(
-    folder: Any, labels: Any, *, min_side: int = 1, allow_empty: bool = False
-) -> MultiLabelImages:
+def open_multi_label(folder: Any, labels: Any, *, allow_empty: bool = False) -> MultiLabelImages:
     """Open the images of a folder with the labels of a file.
 
     Args:
         folder: folder of the images; images that the file does not name are ignored.
         labels: ``.json`` with COCO's instance annotations, or ``.csv`` (see ``read_labels``).
-        min_side: pictures with a shorter side count as unreadable, as strips do.
         allow_empty: accept classes without any image.
 
     Raises:
@@ -111,7 +103,7 @@ def open_multi_label(
 
     >>> open_multi_label("val2014", "annotations/instances_val2014.json")  # doctest: +SKIP
     """
-    images = MultiLabelImages(folder, read_labels(labels), min_side)
+    images = MultiLabelImages(folder, read_labels(labels))
     if not allow_empty:
         refuse_empty(images.empty, labels)
     return images

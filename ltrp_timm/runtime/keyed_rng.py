@@ -38,10 +38,17 @@ def generators(
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators for a while, then restore them."""
+    with restored():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.random.default_generator.manual_seed(seed)  # that of the CPU only
+        yield
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Restore Python's, numpy's and torch's global generators afterwards."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.random.default_generator.manual_seed(seed)  # that of the CPU only
     try:
         yield
     finally:

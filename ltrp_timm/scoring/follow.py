@@ -4,23 +4,22 @@ A place is a point (x, y) in pixels; (0, 0) is the upper left corner of the pict
 transform that moves pixels leaves a ``Step``; steps are followed back from the last to the first.
 """
 
-import contextlib
 import copy
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from timm.data import auto_augment
 from timm.data import transforms as timm_transforms
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
+
+from ltrp_timm.runtime.keyed_rng import restored
 
 Matrix = tuple[float, float, float, float, float, float]
 _Points = npt.NDArray[np.float64]
@@ -135,20 +134,8 @@ def _unknown(operation: Any) -> ValueError:
     )
 
 
-@contextlib.contextmanager
-def _drawn_again() -> Iterator[None]:
-    """Restore the random generators afterwards: the operation itself draws the same numbers."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
-
-
 def _crop(operation: Any, picture: Image.Image) -> tuple[Image.Image, Matrix]:
-    with _drawn_again():
+    with restored():  # the operation itself draws the same numbers
         top, left, height, width = operation.get_params(picture, operation.scale, operation.ratio)
     out = operation(picture)
     return out, _scaling((width, height), out.size, left, top)
@@ -158,7 +145,7 @@ def _flip(operation: Any, picture: Image.Image) -> tuple[Image.Image, Matrix]:
     """The place of a white pixel shows what happens to the picture."""
     probe = Image.new("L", (2, 2))
     probe.putpixel((0, 0), 255)
-    with _drawn_again():
+    with restored():  # the operation itself draws the same numbers
         box = operation(probe).getbbox()
     (width, height), (left, top) = picture.size, box[:2]
     x = (-1.0, 0.0, float(width)) if left else (1.0, 0.0, 0.0)

@@ -132,11 +132,7 @@ class ClassifyTask(Task):
         return torch.lerp(loss, distilled, self.distillation.weight)
 
     def checked_targets(self, batch: Batch) -> Tensor:
-        """The class numbers (B,) of a batch.
-
-        Raises:
-            ValueError: The batch has none, or one that is no class.
-        """
+        """The class numbers (B,) of a batch; ValueError if one is missing or is no class."""
         targets, count = batch.targets, self.model.num_classes
         if targets is None:
             raise ValueError("the images have no labels.")
@@ -245,11 +241,7 @@ class MultiLabelTask(ClassifyTask):
         return {**super().config(), "loss": self.loss_name}
 
     def checked_targets(self, batch: Batch) -> Tensor:
-        """The targets (B, C) of a batch.
-
-        Raises:
-            ValueError: The batch has none.
-        """
+        """The targets (B, C) of a batch; ValueError if it has none."""
         if batch.targets is None:
             raise ValueError("the images have no labels.")
         return batch.targets

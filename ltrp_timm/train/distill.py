@@ -130,12 +130,9 @@ def _all_tokens(model: Any, images: Tensor) -> Tensor:
     """Tokens (B, P + N, D) of a model that keeps all patches."""
     if not isinstance(model, LTRPModel):
         return model.forward_features(images)
-    return model.forward_features(images, keep_indices=_all_patches(model, images))
-
-
-def _all_patches(model: LTRPModel, images: Tensor) -> Tensor:
     h, w = model.grid_size(images)
-    return torch.arange(h * w, device=images.device).expand(len(images), -1)
+    every = torch.arange(h * w, device=images.device).expand(len(images), -1)
+    return model.forward_features(images, keep_indices=every)
 
 
 class Student(nn.Module):

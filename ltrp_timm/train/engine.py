@@ -130,7 +130,7 @@ class Engine:
                 self._seeded_model(step, number),
                 self._compiler(),
             ):
-                with self.autocast():
+                with autocast(self.device, self.precision):
                     loss = loss_of(self.forward, batch) / len(batches)
                 self.scaler.scale(loss).backward()
             total += loss.detach().float()
@@ -174,10 +174,6 @@ class Engine:
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
 
-    def autocast(self) -> Any:
-        """Autocast at the precision of the run."""
-        return autocast(self.device, self.precision)
-
     @contextlib.contextmanager
     def measuring(self) -> Iterator[nn.Module]:
         """Yield the trained model in eval mode, without gradients."""
@@ -185,7 +181,7 @@ class Engine:
         before = model.training
         model.eval()
         try:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), autocast(self.device, self.precision):
                 yield model
         finally:
             model.train(before)

@@ -127,16 +127,9 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
 def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
     """Open training and held-out images with one class each, or several."""
     if not recipe.multi_label:
-        return ClassData(
-            data,
-            split=common.split,
-            val_data=common.val_data,
-            val_split=common.val_split,
-            root=common.data_root,
-            input_key=common.input_key,
-            target_key=common.target_key,
-            num_classes=recipe.num_classes,
-        )
+        names = ("split", "val_data", "val_split", "input_key", "target_key")
+        named = {name: getattr(common, name) for name in names}
+        return ClassData(data, root=common.data_root, num_classes=recipe.num_classes, **named)
     for name in ("data_root", "input_key", "target_key", "num_samples"):
         if getattr(common, name) is not None:
             raise ValueError(f"{name} is for named datasets: no multi_label.")
@@ -201,11 +194,7 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
 
 
 def _prepare_ranker(net: Any, recipe: Recipe) -> None:
-    """Check that the ranker can be saved with the model; unfreeze it if it is trained.
-
-    Raises:
-        ValueError: The ranker has no weights, or untrained ones.
-    """
+    """Check that the ranker can be saved with the model; unfreeze it if it is trained."""
     if not isinstance(net, LTRPModel):
         if recipe.train_ranker:
             raise ValueError("train_ranker needs a pruned model: give a ranker or a keep_ratio.")
@@ -235,11 +224,7 @@ def make_plan(net: Any, recipe: Recipe, common: Settings) -> KeepPlan:
 def make_distillation(
     net: Any, recipe: Recipe, images: Mapping[str, Any], new_head: bool
 ) -> Distillation | None:
-    """Open the unpruned model to learn from, if there is one.
-
-    Raises:
-        ValueError: Its classes or its images differ from the student's.
-    """
+    """Open the unpruned model to learn from, if there is one, and check that it fits."""
     if recipe.distill is None:
         return None
     if recipe.distill == "self":

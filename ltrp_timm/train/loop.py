@@ -128,15 +128,7 @@ class Summary:
 
 
 def fit(task: Task, sources: Sources, settings: Settings, world: World, output: Any) -> Summary:
-    """Train, into an output folder.
-
-    Raises:
-        FileExistsError: The folder holds a run.
-        BlockingIOError: Another process writes to the folder.
-        ValueError: The folder's checkpoint is of another configuration.
-        NonFiniteLossError: The loss is not finite.
-        OSError: The disk is full, or cannot be written to.
-    """
+    """Train, into an output folder; raises what ``train_ranker`` and its siblings list."""
     if settings.plot:
         require_matplotlib()
     if settings.tensorboard:
@@ -146,7 +138,8 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
         resume = settings.resume == "auto"
         world.on_main(lambda: stack.enter_context(claimed(trainer.folder, resume)))
         trainer.start()
-        stack.callback(trainer.close)
+        if trainer.log:
+            stack.callback(trainer.log.close)
         with stop_requests() as requests:
             return trainer.run(requests)
 
@@ -228,11 +221,7 @@ class Trainer:
             self.log = Log(self.folder, p.epoch, p.step, s.tensorboard, s.progress)
 
     def read_checkpoint(self) -> dict[str, Any]:
-        """Read the checkpoint's progress; returns the whole of it.
-
-        Raises:
-            ValueError: It is of another configuration, or no checkpoint.
-        """
+        """Read the checkpoint, check its configuration, take over its progress."""
         state = read_state(self.checkpoint)
         check_same(state["config"], self.config(), self.checkpoint)
         self.progress = Progress(**state["progress"])
@@ -258,27 +247,20 @@ class Trainer:
         state = {"config": self.config(), "progress": progress, **self.engine.state_dict()}
         save_state(self.checkpoint, state)
 
-    def close(self) -> None:
-        """Close the log."""
-        if self.log:
-            self.log.close()
-
     def run(self, requests: StopRequests) -> Summary:
         """Train all epochs that are left."""
         while self.progress.epoch < self.settings.epochs:
             stopped = self.train_epoch(requests)
-            if stopped:
-                self._save_unfinished_epoch()
-                return self.summary(stopped)
-            self.end_epoch()
+            if not stopped:
+                self.end_epoch()
+                continue
+            if not self.sources.streaming:
+                self.world.on_main(self.save_checkpoint)
+            elif self.world.main:
+                epoch = f"epoch {self.progress.epoch + 1}"
+                say(f"Streams resume at epoch boundaries: {epoch} restarts from its first batch.")
+            return self.summary(stopped)
         return self.summary(None)
-
-    def _save_unfinished_epoch(self) -> None:
-        if not self.sources.streaming:
-            self.world.on_main(self.save_checkpoint)
-        elif self.world.main:
-            epoch = self.progress.epoch + 1
-            say(f"Streams resume at epoch boundaries: epoch {epoch} restarts from its first batch.")
 
     def train_epoch(self, requests: StopRequests) -> int:
         """Train the updates left in the epoch; returns the signal that ended it early, or 0."""
@@ -334,6 +316,9 @@ class Trainer:
         metrics = self.evaluate()
         unreadable = self.world.gather_names(self.problems)
         progress, metric = self.progress, metrics.get(self.task.metric)
+        sign = 1.0 if self.task.higher_is_better else -1.0
+        best = progress.best
+        better = metric is not None and (best is None or sign * metric > sign * best)
         log_row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -344,18 +329,11 @@ class Trainer:
             "unreadable": len(unreadable),
             "images_per_second": speed,
         }
-        better = self._is_best(metric)
         if better:
             progress.best = metric
         progress.epoch, progress.update, progress.loss_sum = progress.epoch + 1, 0, 0.0
         self.engine.end_epoch(progress.epoch, metric)
         self.world.on_main(lambda: self._write_epoch(log_row, better))
-
-    def _is_best(self, metric: float | None) -> bool:
-        best = self.progress.best
-        if metric is None or best is None:
-            return metric is not None
-        return metric > best if self.task.higher_is_better else metric < best
 
     def _write_epoch(self, log_row: dict[str, Any], better: bool) -> None:
         model = self.engine.trained_model

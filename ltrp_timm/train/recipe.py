@@ -257,17 +257,15 @@ class Augmentation:
         _keep_a_bit(train)
         return train, create_transform(**shared, **crop, is_training=False)
 
-    def loss_function(self) -> nn.Module:
+    def loss_function(self) -> Any:
         """Make the loss: (logits (B, C), targets (B,) or (B, C)) -> scalar."""
         if self.bce_loss:
-            loss: nn.Module = BinaryCrossEntropy(smoothing=self.smoothing)
-        elif self.mixes:
-            loss = SoftTargetCrossEntropy()
-        elif self.smoothing > 0.0:
-            loss = LabelSmoothingCrossEntropy(smoothing=self.smoothing)
-        else:
-            loss = nn.CrossEntropyLoss()
-        return loss
+            return BinaryCrossEntropy(smoothing=self.smoothing)
+        if self.mixes:
+            return SoftTargetCrossEntropy()
+        if self.smoothing > 0.0:
+            return LabelSmoothingCrossEntropy(smoothing=self.smoothing)
+        return nn.CrossEntropyLoss()
 
 
 def _keep_a_bit(transform: Any) -> None:
@@ -363,12 +361,7 @@ class KeepPlan:
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[Recipe, Augmentation, Settings]:
-    """Sort a user's values, by name, into recipe, augmentation and settings.
-
-    Raises:
-        TypeError: A name is in none of them.
-        ValueError: A value is out of its range.
-    """
+    """Sort a user's values, by name, into recipe, augmentation and settings."""
     recipe, augmentation = (
         {field.name: options[field.name] for field in fields if field.name in options}
         for fields in map(dataclasses.fields, (Recipe, Augmentation))

@@ -136,11 +136,7 @@ class Settings:
 
 
 def check_fields(options: Any) -> None:
-    """Check the fields of a dataclass by their annotations: ranges, and the values of a Literal.
-
-    Raises:
-        ValueError: A value is not allowed.
-    """
+    """Check the fields of a dataclass by their annotations: ranges, and the values of a Literal."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
         for part in (hint, *get_args(hint)) if value is not None else ():
@@ -151,21 +147,13 @@ def check_fields(options: Any) -> None:
 
 
 def check_value(name: str, value: Any, allowed: str) -> None:
-    """Check a value against one of the ranges that annotations name.
-
-    Raises:
-        ValueError: The value is out of the range.
-    """
+    """Raise ValueError if a value is outside of the range, one of those that annotations name."""
     if not _RANGES[allowed](value):
         raise ValueError(f"{name} must be {allowed}, got {value}.")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Check that a value is one of those allowed.
-
-    Raises:
-        ValueError: It is another one.
-    """
+    """Raise ValueError if a value is none of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
@@ -189,52 +177,27 @@ def make_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sett
     return Settings(**{**defaults, **given})
 
 
-def make_sources(
-    data: Any, settings: Settings, world: World, *, min_side: int = 1, **options: Any
-) -> Sources:
-    """Open the training and held-out batches of a run.
-
-    Args:
-        data: See ``open_dataset``; or ``Images`` of it.
-        settings: Names its parts and the held-out images, and how much is read at a time.
-        world: Processes that share the images.
-        min_side: Smallest side of a readable picture, in pixels.
-        **options: Transforms, sizes and labels, see ``Sources``.
-
-    Raises:
-        ValueError: The data does not suit a run, see ``Sources``.
-        FileNotFoundError: ``data`` or ``val_data`` does not exist.
-    """
+def make_sources(data: Any, settings: Settings, world: World, **options: Any) -> Sources:
+    """Open the training and held-out batches of a run; ``options`` go to ``Sources``."""
     s = settings
-    named: dict[str, Any] = {"root": s.data_root, "input_key": s.input_key}
-    named["num_samples"] = s.num_samples
-    train = open_dataset(data, split=s.split, seed=s.seed, training=True, **named)
+    named = {name: getattr(s, name) for name in ("input_key", "num_samples", "seed")}
+    named["root"] = s.data_root
+    train = open_dataset(data, split=s.split, training=True, **named)
     held_out = s.val_data
     if held_out is not None:
-        held_out = open_dataset(held_out, split=s.val_split, seed=s.seed, training=False, **named)
+        held_out = open_dataset(held_out, split=s.val_split, training=False, **named)
     if isinstance(held_out, IterableDataset):
         raise ValueError(f"val_data must not be a stream, got {s.val_data}.")
     if s.plot and held_out is None and isinstance(train, IterableDataset):
         raise ValueError("pictures of a stream's training need val_data, or plot=False.")
-    return Sources(
-        train,
-        held_out,
-        world,
-        min_side=min_side,
-        batch_size=s.batch_size,
-        accumulate=s.accumulate,
-        holdout=s.holdout,
-        num_samples=s.num_samples,
-        num_workers=s.num_workers,
-        seed=s.seed,
-        **options,
-    )
+    names = ("batch_size", "accumulate", "holdout", "num_samples", "num_workers", "seed")
+    return Sources(train, held_out, world, **{name: getattr(s, name) for name in names}, **options)
 
 
 def cropped_sources(
     data: Any, settings: Settings, world: World, model: Any, scale: Sequence[float]
 ) -> Sources:
-    """Open images without labels, as random crops and as centre crops; see ``make_sources``.
+    """Open images without labels, as random crops and as centre crops.
 
     Size, normalisation and the smallest side are those of ``model``, a teacher or targets.
     """

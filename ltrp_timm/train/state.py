@@ -111,11 +111,10 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """Lock an output folder for this run; see ``check_folder`` for the arguments.
+    """Lock an output folder for this run, if ``check_folder`` allows it and no other run holds it.
 
     Raises:
-        FileExistsError: The folder holds something else.
-        BlockingIOError: Another process writes to it.
+        BlockingIOError: Another process writes to the folder.
     """
     if not folder.is_dir():
         check_folder(folder, resume)

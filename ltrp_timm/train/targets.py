@@ -165,10 +165,9 @@ class Targets:
             uniform = draw_uniform(len(generators), self.num_patches, generators, self.device)
             indices = select_top(uniform, self.list_size)
         else:
-            visible, values, indices = self._score(
-                self.teacher, batch.images, generators, self.list_size
-            )
-            scores.append((self.shares[0] if self.other is not None else 1.0, values))
+            found = self._score(self.teacher, batch.images, generators, self.list_size)
+            visible, values, indices = found
+            scores.append((self.shares[0], values))
         if self.other is not None:
             every = resize_score_map(self.other(self.bridge(batch.images)), *self.grid_size)
             scores.append((self.shares[1] if scores else 1.0, every.gather(1, indices)))
