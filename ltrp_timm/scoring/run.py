@@ -6,7 +6,7 @@ depend on the number of processes or of interruptions.
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ def rank_images(
         writer = ScoreWriter(output, keeps=chooses)
         if len(writer) != len(images):
             raise ValueError(f"{output} is for {len(writer)} images, this process found another.")
-        draw = _Overlays(output, images, scorer) if overlays else None
-        failures = _rank(images, scorer, writer, draw, batch_size, num_workers, world)
+        pictures = output / OVERLAYS if overlays else None
+        failures = _rank(images, scorer, writer, pictures, batch_size, num_workers, world)
         world.barrier()
         failures = dict(world.gather(list(failures.items())))
         if world.main:
@@ -139,13 +139,8 @@ def _open_images(
     if split or data_root or input_key or any(map(_is_dataset, inputs)):
         if len(inputs) != 1:
             raise ValueError(f"a data set is ranked alone, got {len(inputs)} inputs.")
-        dataset = open_dataset(
-            inputs[0],
-            root=data_root,
-            split=split or "train",
-            input_key=input_key,
-            training=False,
-        )
+        named: dict[str, Any] = {"root": data_root, "input_key": input_key}
+        dataset = open_dataset(inputs[0], split=split or "train", training=False, **named)
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"{inputs[0]} is a stream; its images have no fixed numbers.")
         missing: list[str] = []
@@ -166,35 +161,30 @@ def _is_dataset(name: str) -> bool:
     return name.partition("/")[0].lower() in NAMED
 
 
-class _Overlays:
-    """Draws an image, its score map and its kept patches side by side, into a PNG."""
-
-    def __init__(self, output: Path, images: Images, scorer: Scorer) -> None:
-        self.folder, self.images = output / OVERLAYS, images
-        self.grid, self.patch = scorer.grid_size, scorer.patch_size
-
-    def __call__(self, index: int, pixels: Tensor, scores: Tensor, keep: Tensor) -> None:
-        (h, w), (rows, cols) = self.grid, self.patch
-        photo = Image.fromarray(pixels.permute(1, 2, 0).numpy()).crop((0, 0, w * cols, h * rows))
-        sheet = row(
-            [
-                (photo, f"{photo.width}x{photo.height}"),
-                (score_map(photo, scores, (h, w)), "yellow = keep first"),
-                (kept_patches(photo, keep, (h, w)), f"keeps {len(keep)} of {h * w}"),
-            ]
-        )
-        # an entry of an archive may be called ../x
-        name = os.path.normpath(f"/{self.images.name(index)}.png").lstrip("/")
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda place: sheet.save(place, "PNG"))
+def _draw(
+    folder: Path, name: str, scorer: Scorer, pixels: Tensor, scores: Tensor, keep: Tensor
+) -> None:
+    """Draw an image, its score map and its kept patches side by side, into a PNG."""
+    (h, w), (rows, cols) = scorer.grid_size, scorer.patch_size
+    photo = Image.fromarray(pixels.permute(1, 2, 0).numpy()).crop((0, 0, w * cols, h * rows))
+    sheet = row(
+        [
+            (photo, f"{photo.width}x{photo.height}"),
+            (score_map(photo, scores, (h, w)), "yellow = keep first"),
+            (kept_patches(photo, keep, (h, w)), f"keeps {len(keep)} of {h * w}"),
+        ]
+    )
+    # an entry of an archive may be called ../x
+    path = folder / os.path.normpath(f"/{name}.png").lstrip("/")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda place: sheet.save(place, "PNG"))
 
 
 def _rank(
     images: Images,
     scorer: Scorer,
     writer: ScoreWriter,
-    draw: Callable[[int, Tensor, Tensor, Tensor], None] | None,
+    pictures: Path | None,
     batch_size: int,
     num_workers: int,
     world: World,
@@ -222,8 +212,9 @@ def _rank(
             scores, keep = scorer(pixels)
             failures.update((i, reason) for i, reason in zip(rows, reasons) if reason)
             for place, number in enumerate(rows):
-                if draw is not None and readable[place]:
-                    draw(number, pixels[place], scores[place], keep[place])
+                if pictures is not None and readable[place]:
+                    one = (pixels[place], scores[place], keep[place])
+                    _draw(pictures, images.name(number), scorer, *one)
             writer.write(rows, scores, keep, readable)
             bar.update(len(rows))
             requests.check()

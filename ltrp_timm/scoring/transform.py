@@ -83,10 +83,16 @@ class CachedTransform:
         self.cache, self.transform = cache, transform
         self.rows = cache.rows(image_ids(images))
         own = cache.settings
-        self.exact = _view(transform) == _view(_own_transform(own))
+        config = {name: own[name] for name in _VIEW}
+        config["input_size"] = (3, *own["input_size"])
+        self.exact = _view(transform) == _view(create_transform(**config, is_training=False))
         self.follow: FollowedTransform | None = None
         if not self.exact:
-            self._check_whole()
+            if own["crop_mode"] != "squash" or own["crop_pct"] != 1.0:
+                raise ValueError(
+                    f"{printable(cache.folder)} has scores of images cropped for evaluation; other "
+                    "crops need scores of whole images: ltrp-timm rank --crop-mode squash."
+                )
             self.follow = FollowedTransform(transform)
         self.blank = torch.zeros(cache.grid_size[0] * cache.grid_size[1])
         sides, patch, grid = (
@@ -95,14 +101,6 @@ class CachedTransform:
         self._covered = sides / (patch * grid)  # sides of the picture, in those of the grid
         x, y = np.meshgrid(*((np.arange(n) + 0.5) * side for n, side in zip(grid, patch)))
         self._centres = np.stack([x.ravel(), y.ravel()], axis=1)
-
-    def _check_whole(self) -> None:
-        own = self.cache.settings
-        if own["crop_mode"] != "squash" or own["crop_pct"] != 1.0:
-            raise ValueError(
-                f"{printable(self.cache.folder)} has scores of images cropped for evaluation; "
-                "other crops need scores of whole images: ltrp-timm rank --crop-mode squash."
-            )
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """The transformed picture alone."""
@@ -133,12 +131,6 @@ class CachedTransform:
         grid = ranks.view(1, 1, h, w).double()
         sampled = F.grid_sample(grid, at, padding_mode="border", align_corners=False).flatten()
         return -torch.where(places[:, 0].isnan(), float(h * w), sampled).float()
-
-
-def _own_transform(settings: dict[str, Any]) -> Any:
-    config = {name: settings[name] for name in _VIEW}
-    config["input_size"] = (3, *config["input_size"])
-    return create_transform(**config, is_training=False)
 
 
 def _view(transform: Any) -> list[str]:

@@ -114,10 +114,6 @@ class Engine:
         model: nn.Module = self.ema.module if self.ema else self.model
         return model
 
-    def is_finite(self) -> bool:
-        """Whether every weight is finite."""
-        return all(bool(p.isfinite().all()) for p in self.model.parameters())
-
     def gradients(
         self, batches: list[Batch], loss_of: Callable[[nn.Module, Batch], Tensor], step: int
     ) -> float:

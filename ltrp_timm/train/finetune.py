@@ -249,7 +249,7 @@ def make_distillation(
 
 
 def _describe(task: ClassifyTask, sources: Sources) -> str:
-    held_out = len(sources.held_out) if sources.held_out is not None else 0
+    held_out = len(sources.held_out or ())
     if task.pruned:
         ratios = " ".join(f"{ratio:g}" for ratio in task.plan.ratios)
         kept = f"{task.model.ranker.name} keeps {ratios} of the patches"

@@ -158,7 +158,7 @@ def rehearse(
         finished = done >= settings.epochs
         state = "finished" if finished else f"{done} of {settings.epochs} epochs done"
     if world.main:
-        held = len(sources.held_out) if sources.held_out is not None else 0
+        held = len(sources.held_out or ())
         say(f"{folder}: {state}")
         say(
             f"{settings.epochs} epochs of {sources.updates_per_epoch} updates with "
@@ -387,7 +387,7 @@ class Trainer:
                 complain(f"skipped {line}")
 
     def _check_weights(self) -> None:
-        if not self.engine.is_finite():
+        if not all(bool(p.isfinite().all()) for p in self.engine.model.parameters()):
             raise NonFiniteLossError(self._not_finite("a weight is not finite"))
 
     def _not_finite(self, what: str) -> str:

@@ -77,8 +77,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields by dotted names; JSON makes tuples and lists equal."""
     out: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(dict(config))).items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        out.update({prefix + name: value} if inner is None else inner)
+        nested = isinstance(value, dict)
+        out |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return out
 
 
