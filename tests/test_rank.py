@@ -377,6 +377,7 @@ def test_what_is_an_image_and_what_it_is_called(
         (["a.png", "--model", "resnet10t"], "cannot drop patches from ResNet"),
         (["a.png", "--model", "nope"], r"model 'nope' is unknown: "),
         (["a.png", "--model", "x", "--patch-size", "8"], "--patch-size does not go with --model"),
+        (["a.png", "--crop-mode", "corner"], "crop_mode must be center or squash, got 'corner'"),
         (["a.png", "--device", "nope"], "device 'nope' cannot be used: "),
         (["a.png", "--num-workers", "-1"], "--num-workers: "),
         (["a.png", "text.png", "--split", "val"], "a data set is ranked alone, got 2 inputs"),

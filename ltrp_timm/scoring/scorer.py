@@ -101,6 +101,8 @@ def open_scorer(
         TypeError: patches cannot be dropped from the model, or a ranker argument is unknown.
         OSError: the weights are missing.
     """
+    if crop_mode not in (None, *CROP_MODES):
+        raise ValueError(f"crop_mode must be {' or '.join(CROP_MODES)}, got {crop_mode!r}.")
     net: LTRPModel
     if model is None:
         vit = _no_vit(img_size or IMG_SIZE, patch_size or PATCH_SIZE)
