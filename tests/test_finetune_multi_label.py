@@ -134,7 +134,7 @@ def test_published_defaults(tagged: Path, tmp_path: Path) -> None:
         ({"labels": "coco.json"}, "1 class has no image in .*coco.json: yellow"),
         ({"val_labels": "mauve.csv"}, "the held-out images do not fit: 1 of 1 .*: mauve"),
         ({"val_labels": None, "val_data": "images"}, "val_data needs val_labels"),
-        ({"seen_classes": "other.txt"}, "other.txt: 1 seen classes are no classes: mauve"),
+        ({"seen_classes": "other.txt"}, "other.txt: 1 seen classes are not classes: mauve"),
         ({"num_classes": 7}, "num_classes is 7, but .*full.json has 4 classes"),
         ({"loss": "focal"}, "loss must be one of asymmetric, bce, got 'focal'"),
         ({"head": "mlp"}, "head must be one of ml_decoder, got 'mlp'"),
