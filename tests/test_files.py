@@ -25,7 +25,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
     write_text(tmp_path / "a.txt", "text")
-    assert steps == ["fsync of 4 bytes", "rename"]
+    assert steps[:2] == ["fsync of 4 bytes", "rename"]  # then the folder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
