@@ -72,7 +72,7 @@ class StatisticRanker(PatchSizeRanker):
     torch.Size([1, 4, 4])
     """
 
-    own_args = ("statistic", "patch_size", "img_size")
+    own_args = ("patch_size", "img_size")  # the name says which statistic
 
     def __init__(
         self,
