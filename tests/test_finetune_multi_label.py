@@ -182,6 +182,7 @@ def test_a_head_needs_a_pruned_model(tagged: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @records_arguments
 def test_two_processes_are_one_with_twice_the_batch(tagged: Path, tmp_path: Path) -> None:
     flags = ["finetune", "ltrp_vit_tiny", "--data", str(tagged / "images"), "--multi-label"]

@@ -451,6 +451,7 @@ def test_an_interrupted_cache_goes_on(
     assert content("orders") != before
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(here: Path) -> None:
     rank("one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",

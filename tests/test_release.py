@@ -164,6 +164,7 @@ def test_what_is_half_trained_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
     assert same_bits(pushed, weights(tmp_path / "out" / "conv"))
 
 
+@pytest.mark.slow
 def test_two_processes(hub: Hub, tmp_path: Path) -> None:
     """They stay together from ranker to ranker, and one of them talks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

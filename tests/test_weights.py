@@ -88,7 +88,7 @@ def test_a_model_keeps_other_patches_by_them(
             kept[weights] = model.keep_indices(images)
         told = [str(warning.message) for warning in caught]
         assert len(told) == (0 if weights else 1)
-        assert weights or "ranker_weights=True (experimental ones" in told[0]
+        assert weights or "ranker_weights=True (experimental weights" in told[0]
     assert bool((kept[True] != kept[None]).any(dim=1).all())
 
 
