@@ -46,7 +46,6 @@ def test_a_part_is_rehearsed_in_this_process(gpu: ModuleType, tmp_path: Path) ->
         assert bool(row["share_of_ideal"]) is (row["method"] != "full")
 
 
-@pytest.mark.benchmarks
 def test_every_part_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path), "--smoke"],
