@@ -82,7 +82,8 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def environment_line(row: Mapping[str, Any]) -> str:
     """Machine, settings and versions of a row in one line of prose."""
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "timm", "ltrp_timm"))
-    where = f"{row['machine']} ({row['cores']} cores, {row['threads']} used)"
+    cores = f"{row['cores']} core{'s' if str(row['cores']) != '1' else ''}"
+    where = f"{row['machine']} ({cores}, {row['threads']} used)"
     short = "" if row["depth"] == "all" else f", models cut to {row['depth']} blocks"
     return f"{where}, {row['device']}, {row['dtype']}{short}; {versions}"
 
@@ -93,8 +94,8 @@ def runs_line(rows: Sequence[Mapping[str, Any]]) -> str:
     if runs[-1] == 1:
         return ""
     number = f"{runs[-1]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
-    ranges = "ranges from the lowest first quartile to the highest third quartile"
-    return f"medians of {number} runs of interleaved rounds, each in a separate process; {ranges}"
+    ranges = "ranges enclose the interquartile ranges of all runs"
+    return f"median over {number} runs of interleaved rounds, each in a separate process; {ranges}"
 
 
 def conclude(

@@ -14,7 +14,7 @@ from finetune_setup import NARROW, make_classes, small_vit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ltrp_timm import LTRPModel, create_ranker, create_teacher
+from ltrp_timm import LTRPModel, create_ranker, create_teacher, drop_patches, save_pretrained
 from ltrp_timm.commands import main
 from ltrp_timm.models.open_model import open_model
 from ltrp_timm.weights.files import read_weights
@@ -297,3 +297,25 @@ def test_a_saved_folder_gives_its_weights_unless_a_file_replaces_them(here: Path
     model, origin = open_model("local-dir:saved", pretrained=False)
     assert origin is None
     assert not same(model, small_vit().state_dict())
+
+
+def test_another_ranker_leaves_the_other_settings(tmp_path: Path) -> None:
+    vit = small_vit(img_size=32)
+    options: dict[str, Any] = {"selection_args": {"ratio": 0.3}, "fill": "nearest"}
+    save_pretrained(drop_patches(vit, "contrast", 0.4, "mixed", **options), tmp_path / "mixed")
+    name = f"local-dir:{tmp_path / 'mixed'}"
+    found, _ = open_model(name, ranker="pixel_std")
+    assert (found.ranker.name, found.keep_ratio, found.fill) == ("pixel_std", 0.4, "nearest")
+    assert (found.selection, found.selection_args["ratio"]) == ("mixed", 0.3)
+    other, _ = open_model(name, ranker="pixel_std", selection="stratified")
+    assert (other.selection, other.selection_args) == ("stratified", {"cell": 2})
+
+
+def test_another_ranker_ends_a_budget_at_its_mean(tmp_path: Path) -> None:
+    model = drop_patches(small_vit(img_size=32), "pixel_std", fill="nearest")
+    model.calibrate(torch.rand(6, 3, 32, 32), mean_keep_ratio=0.4)
+    save_pretrained(model, tmp_path / "budget")
+    name = f"local-dir:{tmp_path / 'budget'}"
+    assert open_model(name)[0].budget == model.budget
+    found, _ = open_model(name, ranker="gradient")
+    assert (found.budget, found.keep_ratio, found.fill) == (None, 0.4, "nearest")

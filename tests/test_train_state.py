@@ -16,7 +16,7 @@ import pytest
 import torch
 from train_setup import QUIET, TEACHER_ARGS, make_photos, run, same_bits, tiny_teacher, weights
 
-from ltrp_timm.scoring.store import locked
+from ltrp_timm.runtime.world import locked
 from ltrp_timm.train import Augmentation, NonFiniteLossError, Recipe, Settings, train_teacher
 from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.logs import read_log
@@ -295,7 +295,7 @@ def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     source = (
-        "import sys, time; from pathlib import Path; from ltrp_timm.scoring.store import locked\n"
+        "import sys, time; from pathlib import Path; from ltrp_timm.runtime.world import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(

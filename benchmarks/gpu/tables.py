@@ -61,7 +61,7 @@ GPU = [
     ),
     _section(
         "latency",
-        "One image, keep 0.5: milliseconds, and times as fast as the plain eager model. "
+        "One image, keep 0.5: milliseconds, and the speed-up over the plain eager model. "
         '*Graph* is a captured CUDA graph, *compiled* is `torch.compile(mode="reduce-overhead")`',
         lambda row: {"model": f"`{row['model']}`", "method": row["method"]},
         lambda row: row["form"],
@@ -70,7 +70,7 @@ GPU = [
     _section(
         "merging",
         "Ranking before the first block against token merging in each block, with fused attention: "
-        "milliseconds, and times as fast as the plain model. At *equal time* the smallest number "
+        "milliseconds, and the speed-up over the plain model. At *equal time* the smallest number "
         "of merges is taken that is as fast as `contrast`",
         lambda row: {
             "batch": row["batch"],
@@ -83,7 +83,7 @@ GPU = [
     ),
     _section(
         "multiple_of_8",
-        "Milliseconds of the encoder by number of tokens, and times as fast as the plain model",
+        "Milliseconds of the encoder by number of tokens, and the speed-up over the plain model",
         lambda row: {"model": f"`{row['model']}`", "batch": row["batch"]},
         lambda row: row["setting"].replace(" tokens", "") or "full",
         _milliseconds,
@@ -134,7 +134,7 @@ def gpu_text(folder: Path) -> str:
     if not found:
         return NOT_MEASURED
     machine = environment_line(found[0][1][0])
-    parts = [f"Measured on {machine}; medians of rounds in turns in one process."]
+    parts = [f"Measured on {machine}; medians of interleaved rounds in one process."]
     for section, rows in found:
         if any((row["device"], row["depth"]) != ("cuda", "all") for row in rows):
             raise SystemExit(f"{folder / section.file}.csv is of a rehearsal on a CPU.")

@@ -155,7 +155,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         h, w = self.patch_grid
         return h * w
 
-    def _settings(self) -> Dict[str, Any]:
+    def settings(self) -> Dict[str, Any]:
+        """The arguments of ``drop_patches`` that give another model these settings."""
         settings: Dict[str, Any] = {
             "keep_ratio": self._keep_ratio,
             "selection": self._selection,

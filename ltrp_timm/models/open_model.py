@@ -120,12 +120,18 @@ def open_model(
 
 
 def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
-    """Drop patches from a model with these settings; its own ranker stays unless one is named."""
+    """Drop patches from a model with these settings; all its other settings stay.
+
+    Another ranker ends an adaptive budget: its mean becomes the ``keep_ratio``.
+    """
     if not isinstance(found, LTRPModel):
         return drop_patches(found, **front)
     if {"ranker", "ranker_weights", "ranker_args"} & set(front):
         name = front.get("ranker") or getattr(found.ranker, "name", "")
-        own = {"keep_ratio": found.keep_ratio, "selection": found.selection}
+        own = {**found.settings(), "validate": found.validate}
+        if front.get("selection", found.selection) != found.selection:
+            own.pop("selection_args")
+        own.pop("budget", None)  # its level belongs to the scores of the old ranker
         return drop_patches(found.restore(), **{**own, **front, "ranker": name})
     for key, value in front.items():
         setattr(found, key, value)

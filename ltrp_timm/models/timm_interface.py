@@ -84,14 +84,14 @@ class TimmInterface(nn.Module):
         classifier = self.backbone.get_classifier()
         if isinstance(classifier, MLDecoder):
             args.update(head=HEADS[0], head_args=classifier.config())
-        return {**args, **self._settings()}
+        return {**args, **self.settings()}
 
     @_model_args.setter
     def _model_args(self, args: Mapping[str, Any]) -> None:
         """Record the arguments of the factory's call."""
         self._build_args = {name: args[name] for name in args if name not in _NOT_RECORDED}
 
-    def _settings(self) -> Dict[str, Any]:
+    def settings(self) -> Dict[str, Any]:
         """Arguments that a subclass adds to ``_model_args``."""
         return {}
 

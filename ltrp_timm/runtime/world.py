@@ -1,18 +1,21 @@
-"""The processes of a run, one or those that ``torchrun`` started, and their devices."""
+"""The processes of a run, one or those that ``torchrun`` started, their devices and folders."""
 
 import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ltrp_timm._text import printable
 from ltrp_timm._timm import init_distributed_device_so
 from ltrp_timm.runtime.stopping import signals_handled
 
+_LOCK = ".lock"
 T = TypeVar("T")
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
@@ -133,6 +136,32 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it for writing; the system releases it however the process ends.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: The folder cannot be made.
+    """
+    from filelock import FileLock, Timeout  # a dependency of torch; only writers need it
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{printable(folder)}: {error.strerror}.") from error
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        name = printable(folder)
+        raise BlockingIOError(f"another process is writing {name}; wait for it to end.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_environment() -> None:

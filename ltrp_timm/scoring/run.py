@@ -25,9 +25,9 @@ from ltrp_timm.data.images import (
     open_dataset,
 )
 from ltrp_timm.runtime.stopping import ignore_signals, stop_requests, stopped_by_sigterm
-from ltrp_timm.runtime.world import World, join_world
+from ltrp_timm.runtime.world import World, join_world, locked
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
-from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids, locked
+from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids
 from ltrp_timm.selection import num_keep
 from ltrp_timm.visualize import kept_patches, row, score_map
 from ltrp_timm.weights.files import PathLike, write_atomically

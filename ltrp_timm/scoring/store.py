@@ -10,12 +10,11 @@ A folder holds
 The arrays are memory maps: several processes write disjoint rows, and a reader loads single rows.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ltrp_timm.weights.files import ranker_hash, write_atomically, write_text
 from ltrp_timm.weights.untrusted import parse_json
 
 INDEX, SCORES, KEEP, DONE = "index.json", "scores.npy", "keep_indices.npy", "done.npy"
-OVERLAYS, LOCK = "overlays", ".lock"
+OVERLAYS = "overlays"
 PENDING, RANKED, FAILED = 0, 1, 2
 FLUSH_SECONDS = 1.0  # a run that is killed repeats at most the work of this time
 _FORMAT = 1
@@ -96,32 +95,6 @@ def ranks_of(scores: Tensor) -> Tensor:
     tensor([[2, 0, 1]])
     """
     return best_first(scores).argsort(dim=1)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it for writing; the system releases it however the process ends.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        OSError: the folder cannot be made.
-    """
-    from filelock import FileLock, Timeout  # a dependency of torch; only writers need it
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{printable(folder)}: {error.strerror}.") from error
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        name = printable(folder)
-        raise BlockingIOError(f"another process is writing {name}; wait for it to end.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def begin(

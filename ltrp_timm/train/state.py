@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ltrp_timm._text import one_line
-from ltrp_timm.scoring.store import locked
+from ltrp_timm.runtime.world import locked
 from ltrp_timm.train.logs import LOG_NAME
 from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, write_atomically
 
