@@ -13,14 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltrp_timm._timm import asymmetric_loss
-from ltrp_timm.metrics import (
-    check_lists,
-    check_top,
-    discounts,
-    gains,
-    reduce_lists,
-    widen,
-)
+from ltrp_timm.metrics import check_lists, check_top, discounts, gains, reduce_lists, widen
 from ltrp_timm.selection.rules import best_first
 
 MultiLabelLoss = Literal["asymmetric", "bce"]

@@ -11,14 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ltrp_timm.losses import (
-    focused_rank,
-    lambda_rank,
-    list_mle,
-    list_net,
-    pointwise_mse,
-    rank_net,
-)
+from ltrp_timm.losses import focused_rank, lambda_rank, list_mle, list_net, pointwise_mse, rank_net
 from ltrp_timm.metrics import ndcg
 
 VECTORS = load_file(Path(__file__).parent / "data" / "b_losses.safetensors")

@@ -53,14 +53,7 @@ import ltrp_timm
 from ltrp_timm.commands._flags import positive
 from ltrp_timm.metrics import spearman
 from ltrp_timm.weights.files import WEIGHTS_NAME
-from studies.judging import (
-    agreement,
-    as_seen_by,
-    ink_kept,
-    mean_map,
-    object_auc,
-    teacher_lists,
-)
+from studies.judging import agreement, as_seen_by, ink_kept, mean_map, object_auc, teacher_lists
 from studies.learning_pictures import draw_maps, plot
 from studies.small_run import KINDS, PATCH, SIDE, HeldOut, make_data, train
 

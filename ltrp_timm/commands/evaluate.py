@@ -23,11 +23,7 @@ from ltrp_timm.commands._console import (
     output_errors,
     quiet_about_training,
 )
-from ltrp_timm.commands._flags import (
-    PathName,
-    Positive,
-    add_command,
-)
+from ltrp_timm.commands._flags import PathName, Positive, add_command
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.data.label_files import SEPARATOR
 from ltrp_timm.data.labels import LabelledImages, open_labelled

@@ -16,14 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from ltrp_timm.data.images import (
-    NAMED,
-    ImageFiles,
-    Images,
-    PixelDataset,
-    find_images,
-    open_dataset,
-)
+from ltrp_timm.data.images import NAMED, ImageFiles, Images, PixelDataset, find_images, open_dataset
 from ltrp_timm.runtime.stopping import ignore_signals, stop_requests, stopped_by_sigterm
 from ltrp_timm.runtime.world import World, join_world, locked
 from ltrp_timm.scoring.scorer import Scorer, open_scorer

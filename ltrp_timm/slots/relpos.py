@@ -14,14 +14,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransfo
 from torch import Tensor, nn
 
 from ltrp_timm.selection.rules import token_indices
-from ltrp_timm.slots.base import (
-    SlotAdapter,
-    TokenSlot,
-    as_kind,
-    as_slot,
-    check_free,
-    renamed,
-)
+from ltrp_timm.slots.base import SlotAdapter, TokenSlot, as_kind, as_slot, check_free, renamed
 
 
 def bias_of_kept(bias: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -18,12 +18,7 @@ from ltrp_timm.teacher.mae import (
     num_visible,
     random_visible_indices,
 )
-from ltrp_timm.weights.files import (
-    PREPROCESSOR_NAME,
-    PathLike,
-    build_and_load,
-    read_weights,
-)
+from ltrp_timm.weights.files import PREPROCESSOR_NAME, PathLike, build_and_load, read_weights
 from ltrp_timm.weights.untrusted import check_saved_args, read_json
 
 __all__ = [

@@ -12,11 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any,
-    NamedTuple,
-    Union,
-)
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import safetensors.torch
