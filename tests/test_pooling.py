@@ -123,7 +123,7 @@ def test_a_benchmark_pools_what_it_wrote(name: str, tmp_path: Path) -> None:
     folders = [str(tmp_path / run) for run in "12"]
     both = run_once(name, tmp_path / "pooled", "--pool", *folders)  # and draws what they are of
     assert both.files == first.files
-    assert "Medians of 2 runs" in both.text
+    assert "Median over 2 runs" in both.text
     assert "No goal applies to these settings." in both.text  # the models are cut
     assert len(both.rows) == len(first.rows) == len(second.rows)
     for one, two, pooled in zip(first.rows, second.rows, both.rows):
