@@ -14,7 +14,6 @@ from timm.layers import (
     RotaryEmbeddingMixed,
     pos_embed_sincos,
 )
-from timm.loss import AsymmetricLossMultiLabel
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListNet
 from timm.models._features_fx import FeatureGraphNet
@@ -26,7 +25,6 @@ __all__ = [
     "FEATURE_WRAPPERS",
     "ROTARY_EMBEDDINGS",
     "FeatureGetterNet",
-    "asymmetric_loss",
     "backbone_filter",
     "init_distributed_device_so",
     "make_rope_gather_a_leaf",
@@ -88,14 +86,6 @@ def backbone_filter(state_dict: Dict[str, Any], backbone: nn.Module) -> Dict[str
             out: Dict[str, Any] = fn(state_dict, backbone, **options)
             return out
     return state_dict
-
-
-def asymmetric_loss(**kwargs: Any) -> nn.Module:
-    """timm's loss for multi-label images, summed; older versions always sum."""
-    known = inspect.signature(AsymmetricLossMultiLabel).parameters
-    how = {"reduction": "sum"} if "reduction" in known else {}
-    loss: nn.Module = AsymmetricLossMultiLabel(**kwargs, **how)
-    return loss
 
 
 def make_rope_gather_a_leaf() -> None:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm._timm import asymmetric_loss
 from ltrp_timm.metrics import check_lists, check_top, discounts, gains, reduce_lists, widen
 from ltrp_timm.selection.rules import best_first
 
@@ -248,8 +247,8 @@ def multi_label_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Look up a loss of logits (B, C) against targets (B, C), which gives a scalar.
 
     Args:
-        name: "asymmetric" (γ⁻ 4, γ⁺ 0, clip 0.05; summed over classes, mean over images) or "bce"
-            (binary cross entropy, mean over both).
+        name: "asymmetric" (γ⁻ 4, γ⁺ 0, clip 0.05; summed over classes, mean over images; no
+            gradient passes through its weights) or "bce" (binary cross entropy, mean over both).
 
     Raises:
         ValueError: ``name`` is not one of these.
@@ -262,10 +261,17 @@ def multi_label_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     if name == "bce":
         return _binary_cross_entropy
     if name == "asymmetric":
-        loss = asymmetric_loss(gamma_neg=4, gamma_pos=0, clip=0.05)
-        return lambda logits, targets: loss(logits.float(), targets.float()) / len(logits)
+        return _asymmetric
     raise ValueError(f"loss must be one of {', '.join(MULTI_LABEL_LOSSES)}, got {name!r}.")
 
 
 def _binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+
+
+def _asymmetric(logits: Tensor, targets: Tensor) -> Tensor:
+    positive, targets = logits.float().sigmoid(), targets.float()
+    negative = (1.0 - positive + 0.05).clamp(max=1.0)  # shifted: easy negatives cost nothing
+    weight = (1.0 - negative.detach()) ** 4
+    logs = [p.clamp(min=1e-8).log() for p in (positive, negative)]
+    return -(targets * logs[0] + (1.0 - targets) * weight * logs[1]).sum() / len(logits)

@@ -4,18 +4,35 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import small_teacher
+from finetune_setup import small_vit
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ltrp_timm.losses import focused_rank, lambda_rank, list_mle, list_net, pointwise_mse, rank_net
+from ltrp_timm import losses
+from ltrp_timm.losses import (
+    MULTI_LABEL_LOSSES,
+    focused_rank,
+    lambda_rank,
+    list_mle,
+    list_net,
+    multi_label_loss,
+    pointwise_mse,
+    rank_net,
+)
 from ltrp_timm.metrics import ndcg
+from ltrp_timm.train import Augmentation
+from ltrp_timm.train.distill import Distillation
+from ltrp_timm.train.ranker import LOSSES as RANKING_LOSSES
 
 VECTORS = load_file(Path(__file__).parent / "data" / "b_losses.safetensors")
 Loss = Callable[..., Tensor]
+Pair = tuple[tuple[int, ...], Callable[[Tensor], tuple[Tensor, Tensor]]]  # a shape; ours and plain
 LOSSES: dict[str, Loss] = {
     "list_mle": list_mle,
     "list_net": list_net,
@@ -140,6 +157,157 @@ def test_gradients(name: str) -> None:
     target = torch.rand(3, 7, dtype=torch.float64)
     assert gradcheck(lambda scores: LOSSES[name](scores, target), (pred,))
     assert gradcheck(lambda scores: LOSSES[name](scores, target, reduction="none"), (pred,))
+
+
+def plain_list_mle(pred: Tensor, target: Tensor, k: int | None = None) -> Tensor:
+    orders = target.argsort(dim=1, descending=True)[:, :k].tolist()
+    return sum(
+        row[order[i:]].exp().sum().log() - row[order[i]]
+        for row, order in zip(pred, orders)
+        for i in range(len(order))
+    ) / len(pred)
+
+
+def plain_pairs(pred: Tensor, target: Tensor, k: int | None = None) -> Tensor:
+    """Half the mean over pairs: all of them, or each of the top k with each of the rest."""
+    pairs = []
+    for s, t, order in zip(pred, target, target.argsort(dim=1, descending=True).tolist()):
+        for i in order[:k]:
+            for j in order if k is None else order[k:]:
+                label = 0.5 * (1 + torch.sign(t[i] - t[j])) if (t[i] - t[j]).abs() > 1e-3 else 0.5
+                p = 1 / (1 + (s[j] - s[i]).exp())
+                pairs.append(-label * p.log() - (1 - label) * (1 - p).log())
+    return torch.stack(pairs).mean() / 2
+
+
+def plain_lambda_rank(pred: Tensor, target: Tensor, k: int = 7, sigma: float = 1.0) -> Tensor:
+    total = torch.zeros(())
+    for s, t in zip(pred, target):
+        discount = [1 / math.log2(2 + place) if place < k else 0.0 for place in range(len(t))]
+        gain = (t - t.min()).tolist()
+        best = sum(g * d for g, d in zip(sorted(gain, reverse=True), discount))
+        place = s.argsort(descending=True).argsort().tolist()
+        for i in range(len(t)):
+            for j in range(len(t)):
+                if t[i] > t[j]:
+                    swap = (gain[i] - gain[j]) * abs(discount[place[i]] - discount[place[j]]) / best
+                    total = total + swap * (1 + (-sigma * (s[i] - s[j])).exp()).log()
+    return total / len(pred)
+
+
+def plain_asymmetric(logits: Tensor, targets: Tensor) -> Tensor:
+    p = 1 / (1 + (-logits).exp())
+    shifted = (p - 0.05).clamp(min=0)
+    focus = shifted.detach() ** 4  # the published loss holds its weights constant
+    costs = torch.where(targets > 0, -p.log(), -focus * (1 - shifted).log())
+    return costs.sum() / len(logits)
+
+
+def plain_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    p = 1 / (1 + (-logits).exp())
+    return torch.where(targets > 0, -p.log(), -(1 - p).log()).mean()
+
+
+def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Against shares (B, C) of the classes."""
+    return -(targets * (logits.exp() / logits.exp().sum(dim=1, keepdim=True)).log()).sum(1).mean()
+
+
+def smoothed(targets: Tensor) -> Tensor:
+    return 0.9 * targets + 0.1 / targets.shape[1]
+
+
+def distillation(logits: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Our loss, and the plain formula, of a student: logits (4, 3), tokens (4, 17, 32)."""
+    teacher = small_vit()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = Distillation(teacher, teacher, temperature=2.0, features=0.0 if tokens is None else 3.0)
+    with torch.no_grad():
+        wanted, features = teacher(images), teacher.forward_features(images)
+    p, q = (x.div(2.0).exp() / x.div(2.0).exp().sum(1, keepdim=True) for x in (wanted, logits))
+    plain = 4.0 * (p * (p / q).log()).sum() / 4
+    if tokens is not None:
+        lengths = tokens.square().sum(2).sqrt() * features.square().sum(2).sqrt()
+        plain = plain + 3.0 * (1 - (tokens * features).sum(2) / lengths).mean()
+    return found.loss(images, logits, tokens, None), plain
+
+
+def reconstruction(predictions: Tensor, norm_pix_loss: bool) -> tuple[Tensor, Tensor]:
+    """Our loss, and the plain formula, of predictions (4, 16, 192)."""
+    teacher = small_teacher(norm_pix_loss=norm_pix_loss)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    visible = torch.tensor([[0, 5, 9], [1, 2, 3], [4, 8, 15], [0, 1, 14]])
+    errors = []
+    for image, row, predicted in zip(images, visible.tolist(), predictions):
+        for patch in sorted(set(range(16)) - set(row)):
+            top, left = 8 * (patch // 4), 8 * (patch % 4)
+            pixels = image[:, top : top + 8, left : left + 8].permute(1, 2, 0).flatten()
+            if norm_pix_loss:
+                pixels = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
+            errors.append((predicted[patch] - pixels).square().mean())
+    return teacher.reconstruction_loss(images, predictions, visible), torch.stack(errors).mean()
+
+
+def ranked(name: str, plain: Loss, **options: Any) -> Pair:
+    """A ranking loss of lists (4, 7)."""
+    target = torch.rand(4, 7, generator=torch.Generator().manual_seed(1))
+    loss = getattr(losses, name)
+    return (4, 7), lambda pred: (loss(pred, target, **options), plain(pred, target))
+
+
+def labelled(loss: Loss, plain: Loss, numbers: bool = False) -> Pair:
+    """A loss of logits (4, 3) against one class each, as numbers or as shares."""
+    targets = torch.tensor([2, 0, 1, 1])
+    shares = torch.eye(3)[targets]
+    return (4, 3), lambda x: (loss(x, targets if numbers else shares), plain(x, shares))
+
+
+GRADIENTS: dict[str, Pair] = {
+    "list_mle": ranked("list_mle", plain_list_mle),
+    "list_net": ranked(
+        "list_net", lambda s, t: plain_cross_entropy(s, t.exp() / t.exp().sum(1, keepdim=True)) / 7
+    ),
+    "rank_net": ranked("rank_net", plain_pairs),
+    "focused_rank": ranked(
+        "focused_rank", lambda s, t: plain_list_mle(s, t, 3) + plain_pairs(s, t, 3), k=3
+    ),
+    "pointwise_mse": ranked("pointwise_mse", lambda s, t: ((s - t) ** 2).sum() / 28),
+    "lambda_rank": ranked("lambda_rank", plain_lambda_rank),
+    "lambda_rank, k": ranked(
+        "lambda_rank", lambda s, t: plain_lambda_rank(s, t, 2, 2.0), k=2, sigma=2.0
+    ),
+    "asymmetric": labelled(multi_label_loss("asymmetric"), plain_asymmetric),
+    "bce": labelled(multi_label_loss("bce"), plain_bce),
+    "cross entropy": labelled(
+        Augmentation(smoothing=0.0).loss_function(), plain_cross_entropy, numbers=True
+    ),
+    "smoothed": labelled(
+        Augmentation().loss_function(),
+        lambda x, t: plain_cross_entropy(x, smoothed(t)),
+        numbers=True,
+    ),
+    "mixed": labelled(Augmentation(mixup=0.8).loss_function(), plain_cross_entropy),
+    "bce_loss": labelled(Augmentation(bce_loss=True, smoothing=0.0).loss_function(), plain_bce),
+    "distillation": ((4, 3), distillation),
+    "distilled tokens": ((4, 17, 32), lambda tokens: distillation(tokens[:, 0, :3], tokens)),
+    "reconstruction": ((4, 16, 192), partial(reconstruction, norm_pix_loss=False)),
+    "normalised pixels": ((4, 16, 192), partial(reconstruction, norm_pix_loss=True)),
+}
+
+
+def test_every_loss_by_name_has_a_plain_formula() -> None:
+    assert {*RANKING_LOSSES, *MULTI_LABEL_LOSSES} <= GRADIENTS.keys()
+
+
+@pytest.mark.parametrize("name", list(GRADIENTS))
+def test_the_gradient_is_that_of_a_plain_formula(name: str) -> None:
+    shape, both = GRADIENTS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found, expected = both(x)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    slope, wanted = (torch.autograd.grad(value, x)[0] for value in (found, expected))
+    assert wanted.abs().max() > 1e-5
+    assert (slope - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 @every_loss
