@@ -90,6 +90,9 @@ every_format = pytest.mark.parametrize(
         for name in FORMATS
     ],
 )
+aoti_is_slow = pytest.mark.parametrize(  # one test of the default run compiles a file
+    "format", ["onnx", "pt2", "torchscript", pytest.param("aoti", marks=pytest.mark.slow)]
+)
 
 
 # TorchScript knows its builtins by their ids, also those that are gone (an ONNX export frees four):

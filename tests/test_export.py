@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import every_format, no_compiler
+from conftest import aoti_is_slow, every_format, no_compiler
 from torch import Tensor, nn
 
 import ltrp_timm
@@ -99,7 +99,7 @@ def test_a_file_gives_the_pruned_outputs_and_says_what_it_is(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # one file, nothing beside it
 
 
-@every_format
+@aoti_is_slow
 @torch.no_grad()
 def test_a_dynamic_batch_is_any_and_a_fixed_one_is_that(
     pruned_of: Callable[..., Any], tmp_path: Path, format: str
@@ -164,9 +164,7 @@ def test_all_patches_kept_is_the_full_model(pruned_of: Callable[..., Any], tmp_p
     assert parity.error <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "format", ["onnx", "pt2", "torchscript", pytest.param("aoti", marks=pytest.mark.slow)]
-)
+@aoti_is_slow
 @pytest.mark.parametrize("fault", ["full", "other"])
 def test_a_wrong_file_is_not_left_behind(
     pruned_of: Callable[..., Any],

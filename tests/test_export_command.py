@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import every_format
+from conftest import aoti_is_slow
 from safetensors.torch import save_file
 
 import ltrp_timm
@@ -51,7 +51,7 @@ def one_line(err: str) -> str:
     return err
 
 
-@every_format
+@aoti_is_slow
 def test_a_file_is_written_checked_and_timed(
     here: Path, capsys: pytest.CaptureFixture[str], format: str
 ) -> None:

@@ -71,6 +71,17 @@ def client(hub: Hub, home: Path, source: str, *args: Any, **more: str) -> list[s
     return done.stdout.splitlines()
 
 
+COMMANDS = """
+import contextlib, io, json, sys
+from ltrp_timm.commands import main
+for line in json.loads(sys.argv[1]):
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = main(line)
+    print(json.dumps([code, out.getvalue(), errors.getvalue()]))
+"""
+
+
 def command(hub: Hub, home: Path, *args: Any, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ltrp_timm", *map(str, args)],
@@ -364,7 +375,7 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
     assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     twin = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert torch.equal(twin.backbone.head.weight, vit.head.weight)
-    for args, message in (
+    refused = (
         (("push", folder, "--repo-id", "me/model"), "me/model already holds config.json and"),
         (("push", folder, "--repo-id", "me/new"), "wants a valid token for me/new (401)"),
         (("push", folder, "--repo-id", "../x"), "cannot name a repository"),
@@ -375,8 +386,10 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
             "fit the model: mismatched backbone.head",
         ),
         (("push", tmp_path / "no", "--repo-id", "me/x"), "holds no config.json and no model"),
-    ):
-        done = command(hub, home, *args)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+    )
+    lines = json.dumps([list(map(str, args)) for args, _ in refused])
+    for (_, message), found in zip(refused, client(hub, home, COMMANDS, lines), strict=True):
+        code, out, errors = json.loads(found)
+        assert (code, out) == (2, "")
+        assert message in errors
+        assert len(errors.splitlines()) == 1

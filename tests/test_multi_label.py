@@ -200,7 +200,7 @@ with join_world("cpu") as world:
 """
 
 
-@pytest.mark.parametrize("case", ["both", "empty"])
+@pytest.mark.parametrize("case", ["empty", pytest.param("both", marks=pytest.mark.slow)])
 def test_two_processes(case: str, tmp_path: Path) -> None:
     logits, targets = whole_set()
     torch.save((logits, targets), tmp_path / "set.pt")

@@ -30,6 +30,7 @@ SMALL = (
     "ltrp_eva02_tiny",
 )
 TINY = ("ltrp_vit_tiny", "ltrp_eva02_tiny")
+EVERY_KIND = (*TINY, "ltrp_dinov3_small")  # one of each kind of backbone is in the default run
 OTHERS = sorted(set(timm.list_models("ltrp*")) - set(SMALL))
 # timm's CI leaves these out altogether for their memory: they run here without GITHUB_ACTIONS
 HUGE = tuple(name for name in OTHERS if "huge" in name)
@@ -195,7 +196,10 @@ def test_the_plugin_adds_ours_beside_timms_vits_and_changes_nothing_else() -> No
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in EVERY_KIND else pytest.param(n, marks=pytest.mark.timm_suite) for n in SMALL],
+)
 def test_small_models_meet_timms_contracts(suite: Path, name: str) -> None:
     tests = released(suite, (*EVERY_RUN, PRUNE) if name in TINY else EVERY_RUN)
     assert run_suite(suite, name, tests) == expected_outcomes(name, tests)

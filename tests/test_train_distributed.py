@@ -80,6 +80,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder: Path) -> None:
     assert [row["unreadable"] for row in rows] == [1, 1]
 
 
+@pytest.mark.slow
 def test_accumulating_in_two_processes(folder: Path) -> None:
     data = ["--data", str(folder / "photos"), "--teacher", str(folder / "teacher")]
     data += ["--holdout", "0"]
@@ -108,6 +109,7 @@ raise SystemExit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_comes_late_starts_with_the_others(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "late.py"
     script.write_text(LATE)
