@@ -1,16 +1,19 @@
 import copy
+import json
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import grid_of
-from timm.models import group_parameters
+from conftest import FAMILIES, awaken, grid_of, make_backbone, records_arguments
+from timm.models import group_parameters, save_for_hf
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
 
@@ -291,6 +294,54 @@ def test_a_model_filled_from_the_meta_device(backbone_of: Callable[..., Any]) ->
             empty = empty if assign else empty.to_empty(device="cpu")
             empty.load_state_dict(model.state_dict(), assign=assign)
             assert torch.equal(empty.patch_scores(images), expected)
+
+
+@records_arguments
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "beit", "beit_shared", "relpos", "dinov3"])
+def test_transformers_fills_a_model_from_the_meta_device(family: str, tmp_path: Path) -> None:
+    name, changes, side = FAMILIES[family]
+    args = {"img_size": side, "depth": 2, "backbone": name, **changes}
+    model = awaken(timm.create_model("ltrp", ranker="contrast", **args)).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"].pop("num_classes")  # transformers passes it too
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wrapper = pytest.importorskip("transformers").TimmWrapperModel
+    loaded = wrapper.from_pretrained(tmp_path).timm_model
+    images = torch.randn(2, 3, side, side)
+    assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "ranker", "args"),
+    [
+        ("vit", "contrast", {}),
+        ("beit", "contrast", {}),
+        ("vit", "attention", {"backbone": "vit_small_patch16_dinov3", "depth": 1}),
+    ],
+)
+def test_a_model_built_without_memory_for_its_weights(
+    monkeypatch: pytest.MonkeyPatch, family: str, ranker: str, args: dict[str, Any]
+) -> None:
+    """As accelerate's ``init_empty_weights`` builds it: parameters are meta, buffers are real."""
+    model, images = make_backbone(family)
+    model = drop_patches(model, ranker, ranker_args=args)
+    with monkeypatch.context() as patch:
+        register = nn.Module.register_parameter
+
+        def register_empty(self: nn.Module, name: str, value: nn.Parameter | None) -> None:
+            register(self, name, None if value is None else nn.Parameter(value.to("meta")))
+
+        patch.setattr(nn.Module, "register_parameter", register_empty)
+        empty = drop_patches(make_backbone(family)[0], ranker, ranker_args=args)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    for name, value in model.state_dict().items():  # no load_state_dict of the model's own
+        parent, _, last = name.rpartition(".")
+        setattr(empty.get_submodule(parent), last, nn.Parameter(value))
+    empty.ranker.trained = model.ranker.trained = True
+    assert torch.equal(empty(images), model(images))
 
 
 def test_scores_carry_no_gradient(backbone_of: Callable[..., Any]) -> None:

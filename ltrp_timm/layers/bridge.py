@@ -1,6 +1,6 @@
 """Images for a ranker from those of a backbone, and score maps on the backbone's patch grid."""
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,25 @@ def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:
 torch.fx.wrap("resize_images")
 
 
-class InputBridge(nn.Module):
+class ComputedBuffers(nn.Module):
+    """A module with buffers that it computes from its settings; no checkpoint has them."""
+
+    def buffer_values(self, device: Any = None) -> Dict[str, Tensor]:
+        """The buffers by name, computed on a device."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self, device: Any = None) -> None:
+        """Compute the buffers again, in their dtype; timm calls this after the meta device.
+
+        ``device`` is where they go; None leaves them where they are.
+        """
+        own = next(self.buffers())
+        for name, value in self.buffer_values(device or own.device).items():
+            setattr(self, name, value.to(own.dtype))
+
+
+class InputBridge(ComputedBuffers):
     """Images normalised for a backbone -> the same images normalised and sized for a ranker.
 
     Args:
@@ -76,19 +94,10 @@ class InputBridge(nn.Module):
         self.register_buffer("shift", empty.clone(), persistent=False)
         self.init_non_persistent_buffers()
 
-    @torch.jit.ignore
-    def init_non_persistent_buffers(self, device: Any = None) -> None:
-        """Fill the buffers again; timm calls this on a model that leaves the meta device.
-
-        ``device`` is that of buffers that are still on the meta device; None leaves them there.
-        """
-        for name, values in (("scale", self._scale), ("shift", self._shift)):
-            buffer = getattr(self, name)
-            if buffer.is_meta and device is not None:
-                buffer = torch.empty_like(buffer, device=device)
-                setattr(self, name, buffer)
-            if not buffer.is_meta:
-                buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
+    def buffer_values(self, device: Any = None) -> Dict[str, Tensor]:
+        """Factors and offsets (1, C, 1, 1) of the channels."""
+        values = {"scale": self._scale, "shift": self._shift}
+        return {n: torch.tensor(v, device=device).view(1, -1, 1, 1) for n, v in values.items()}
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""
@@ -126,6 +135,6 @@ def make_bridge(ranker: Any, backbone: Any) -> nn.Module:
         (target[0], target[1]),
         None if size is None else to_pair(size),
         getattr(backbone, "in_chans", 3),
-        device=parameter.device,
+        device=None if parameter.is_meta else parameter.device,  # weights come, buffers must be
         dtype=parameter.dtype,
     )

@@ -99,4 +99,6 @@ def make_ranker(
     parameter = next(backbone.parameters())
     args = {**defaults, **(args or {}), **channels}
     ranker: nn.Module = create_ranker(name, weights or False, cache_dir=cache_dir, **args)
-    return ranker.to(device=parameter.device, dtype=parameter.dtype)
+    if not (parameter.is_meta and any(each.is_meta for each in ranker.parameters())):
+        ranker.to(parameter.device)  # accelerate's empty models have buffers: they stay
+    return ranker.to(parameter.dtype)

@@ -9,7 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ltrp_timm import _timm
-from ltrp_timm.layers.bridge import make_bridge
+from ltrp_timm.layers.bridge import ComputedBuffers, make_bridge
 from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head, put_head
 from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers import list_rankers, ranker_class
@@ -209,9 +209,11 @@ class TimmInterface(nn.Module):
             given = {f"backbone.{name}": tensor for name, tensor in state_dict.items()}
             state_dict = {**own, **given}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        refill = getattr(self.bridge, "init_non_persistent_buffers", None)
-        if refill is not None:  # checkpoints do not hold them, and to_empty() leaves them empty
-            refill(next(self.backbone.parameters()).device)
+        for module in self.modules():
+            if isinstance(module, ComputedBuffers):  # to_empty() leaves their buffers empty
+                missing = assign or any(buffer.is_meta for buffer in module.buffers())
+                place = next(self.backbone.parameters()).device if missing else None
+                module.init_non_persistent_buffers(place)
         if hasattr(self.ranker, "trained"):
             new = (name for name in own if name in state_dict)
             changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)

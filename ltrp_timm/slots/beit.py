@@ -12,6 +12,7 @@ import torch
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
 from torch import Tensor, nn
 
+from ltrp_timm.layers.bridge import ComputedBuffers
 from ltrp_timm.selection.rules import token_indices
 from ltrp_timm.slots.base import SlotAdapter, TokenSlotWithDropout, as_kind, as_slot, renamed
 
@@ -25,7 +26,7 @@ def kept_pairs(pair_index: Tensor, keep_indices: Tensor) -> Tensor:
 torch.fx.wrap("kept_pairs")
 
 
-class PairIndexSlot(nn.Module):
+class PairIndexSlot(ComputedBuffers):
     """Stands at ``rel_pos_bias`` of a BEiT with one table per block, for a grid (h, w)."""
 
     keep_indices: Optional[Tensor]
@@ -34,12 +35,18 @@ class PairIndexSlot(nn.Module):
     def __init__(self, window_size: Tuple[int, int], device: Any = None) -> None:
         super().__init__()
         self.keep_indices = None
-        index = gen_relative_position_index(window_size, device=device)
-        self.register_buffer("pair_index", index, persistent=False)
+        self._window_size = window_size
+        self.register_buffer("pair_index", None, persistent=False)
+        self.pair_index = self.buffer_values(device)["pair_index"]
+
+    def buffer_values(self, device: Any = None) -> Dict[str, Tensor]:
+        """timm's index (1 + N, 1 + N) of all pairs."""
+        return {"pair_index": gen_relative_position_index(self._window_size, device=device)}
 
     def set_window_size(self, window_size: Tuple[int, int]) -> None:
         """Follow the backbone to another patch grid; timm calls this."""
-        self.pair_index = gen_relative_position_index(window_size, device=self.pair_index.device)
+        self._window_size = window_size
+        self.init_non_persistent_buffers()
 
     def forward(self) -> Optional[Tensor]:
         """The pair index (B, 1 + K, 1 + K) of the kept patches; None when all stay."""
@@ -104,7 +111,7 @@ class BeitAdapter(SlotAdapter):
         if backbone.rel_pos_bias is not None:
             found["rel_pos_bias"] = as_slot(backbone.rel_pos_bias, SharedBiasSlot)
         elif first.relative_position_bias_table is not None:
-            device = first.relative_position_bias_table.device
+            device = first.relative_position_index.device
             found["rel_pos_bias"] = PairIndexSlot(first.window_size, device)
             for i, block in enumerate(backbone.blocks):
                 found[f"blocks.{i}.attn"] = as_kind(block.attn, PairAttention)
