@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from ltrp_timm import create_ranker, create_teacher, save_pretrained
 from ltrp_timm.rankers.vit import VitRanker
+from ltrp_timm.train.state import read_state
 from ltrp_timm.weights.files import read_weights
 from ltrp_timm.weights.untrusted import MAX_BYTES
 
@@ -402,6 +405,108 @@ def test_malicious_pickles_run_nothing(kind: str, tmp_path: Path) -> None:
         torch.load(tmp_path / "weights.pth", weights_only=False)  # the trap does work
         assert target.exists()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def rewritten(path: Path, records: dict[str, bytes], kind: int = zipfile.ZIP_STORED) -> None:
+    """Write weights again, with other contents for some of the records of their archive."""
+    torch.save({"weight": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, records.get(name.partition("/")[2], data))
+
+
+BIG = 2**26
+
+
+def deflated(path: Path) -> None:
+    rewritten(path, {"data/0": bytes(BIG)}, zipfile.ZIP_DEFLATED)
+
+
+def long_pickle(path: Path) -> None:
+    rewritten(path, {"data.pkl": bytes(BIG)}, zipfile.ZIP_DEFLATED)
+
+
+def claim(module: str) -> bytes:
+    return f"c{module}\nbytearray\n".encode() + b"J" + struct.pack("<i", BIG) + b"\x85R."
+
+
+def grows_when_unpickled(path: Path) -> None:
+    rewritten(path, {"data.pkl": b"\x80\x02" + claim("builtins")})
+
+
+def grows_in_an_old_file(path: Path) -> None:
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    content, empty = path.read_bytes(), pickle.dumps({}, protocol=2)[:-1]
+    start = content.rindex(empty)
+    path.write_bytes(content[:start] + b"\x80\x02" + claim("__builtin__") + content[start:])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (deflated, r"it has \d+ bytes but unpacks to 67\d+\.$"),
+        (long_pickle, r"it has \d+ bytes but unpacks to 67\d+\.$"),
+        (grows_when_unpickled, "it holds a bytearray, which could have any size"),
+        (grows_in_an_old_file, "it holds a bytearray, which could have any size"),
+    ],
+)
+@pytest.mark.parametrize("reader", [read_weights, read_state])
+def test_a_small_file_takes_little_memory(
+    reader: Callable[[Path], Any], write: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "model.pth"
+    write(path)
+    assert path.stat().st_size < 2**18
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + BIG // 2, hard))
+    try:
+        with pytest.raises(ValueError, match=message):
+            reader(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def no_weights(kind: str, path: Path) -> None:
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a module":
+        torch.save(torch.nn.Linear(1, 1), path)
+    elif kind == "an array":
+        torch.save({"weight": torch.zeros(1), "x": np.zeros(1)}, path)
+    elif kind == "cut short":
+        torch.save({"weight": torch.zeros(99)}, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "TorchScript":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
+    else:
+        path.write_text("" if kind == "empty" else "<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("a pipe", "is not a regular file."),
+        ("a module", "it holds torch.nn.modules.linear.Linear, which is no tensor or number; save"),
+        ("an array", "multiarray._reconstruct, which is no tensor or number; save the weights alone."),
+        ("cut short", "it is damaged or cut short."),
+        ("TorchScript", "it is a TorchScript program."),
+        ("empty", "it is empty."),
+        ("a web page", "it was not written by torch.save."),
+    ],
+)
+def test_what_is_no_file_of_weights(kind: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    no_weights(kind, path)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_weights(path)
+    text = str(caught.value)
+    assert text.isprintable()  # torch's colours are not
+    assert text.endswith(".")
+    assert len(text.removeprefix(str(path))) < 150
 
 
 @pytest.mark.parametrize(

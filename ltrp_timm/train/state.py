@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from ltrp_timm._text import one_line
 from ltrp_timm.runtime.world import locked
 from ltrp_timm.train.logs import LOG_NAME
-from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, write_atomically
+from ltrp_timm.weights.files import CONFIG_NAME, WEIGHTS_NAME, unpickle, write_atomically
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FORMER_NAME = "checkpoint.safetensors"  # of runs that an earlier version began
@@ -50,10 +49,9 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: The file is not such a checkpoint.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = one_line(error).partition(". ")[0]
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}.") from error
+        found = unpickle(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(found, dict) or _KEY not in found:
         raise ValueError(f"{path} is not a checkpoint of a training run.")
     state: dict[str, Any] = found[_KEY]

@@ -7,12 +7,15 @@ import argparse
 import contextlib
 import hashlib
 import json
+import mmap
 import os
+import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import IO, Any, NamedTuple, Union
 
 import numpy as np
 import safetensors.torch
@@ -209,6 +212,8 @@ def read_weights(
         if missing:
             raise FileNotFoundError(f"{path} holds no {' and no '.join(missing)}.")
         file, config = there[0], read_json(path / CONFIG_NAME)
+    elif not path.is_file():  # opening a pipe would wait forever
+        raise ValueError(f"{path} is not a regular file.")
     beside: dict[str, Any] = {}
     averaged = False
     if file.name.endswith(_INDEX_SUFFIX):
@@ -275,17 +280,67 @@ _SAFE = (
     (_number, "numpy.core.multiarray.scalar"),
     (_number, "numpy._core.multiarray.scalar"),
 )
+_BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # torch allows it; not for us
+
+
+def unpickle(path: Path) -> Any:
+    """Read a pickle of tensors and plain values onto the CPU; no code runs.
+
+    Raises:
+        ValueError: the file cannot be read, or takes far more memory than its size; the message
+            is the reason alone.
+    """
+    try:
+        _check_pickle(path)
+        with torch.serialization.safe_globals(list(_SAFE)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the unpickler raise anything
+        # torch puts advice to run the file's code around the unpickler's own reason
+        source = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+        reason = first_line(source or error).partition(". ")[0]
+        name = re.search(r"GLOBAL (\S+)", reason)
+        if name is not None:
+            reason = f"it holds {name[1]}, which is no tensor or number; save the weights alone"
+        raise ValueError(f"{reason.rstrip('.?')}.") from error
+
+
+def _check_pickle(path: Path) -> None:
+    """Raise ValueError for a file that is none of ``torch.save``, or grows when it is read."""
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError("it is empty")
+    with open(path, "rb") as file:
+        start = file.read(2)
+        if start == b"PK":
+            texts = _pickles_in(file, size)
+        elif start[:1] == b"\x80":
+            texts = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]
+        else:
+            raise ValueError("it was not written by torch.save")
+        if any(_BYTEARRAY.search(text) for text in texts):
+            raise ValueError("it holds a bytearray, which could have any size")
+
+
+def _pickles_in(file: IO[bytes], size: int) -> list[Any]:
+    """The pickles of a zip of ``torch.save``, which does not compress."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise ValueError("it is damaged or cut short") from error
+    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+        raise ValueError("it is a TorchScript program")
+    unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > size:
+        raise ValueError(f"it has {size} bytes but unpacks to {unpacked}")
+    return [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     """Weights, what lies beside them, and whether they are an average."""
     try:
-        with torch.serialization.safe_globals(list(_SAFE)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make the unpickler raise anything
-        raise ValueError(
-            f"{path} cannot be read as a pickle of weights only: {first_line(error)}"
-        ) from error
+        content = unpickle(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a pickle of weights only: {error}") from error
     beside: dict[str, Any] = {}
     averaged = False
     for key in (*_AVERAGES, "state_dict", "model", "state_dict"):
