@@ -1,6 +1,7 @@
 """Folders of images in, scores and pictures out: the same however the work is cut up."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -425,17 +426,18 @@ def test_strips_and_damaged_files(
             main(arguments)
     capsys.readouterr()
     scores = np.load("cut/scores.npy")
-    for content, text in ((b"damaged", "cut/scores.npy is damaged"), (None, "cut is damaged")):
+    for content in (b"damaged", None):
         np.save("cut/scores.npy", scores[:3])
         if content is not None:
             Path("cut/scores.npy").write_bytes(content)
         assert main(arguments) == 2
         err = capsys.readouterr().err
-        assert text in err
+        assert "cut/scores.npy is damaged" in err
         assert len(err.splitlines()) == 1
     Path("cut/scores.npy").unlink()
     assert main(arguments) == 2
     assert "cut/scores.npy is damaged" in capsys.readouterr().err
+    np.save("cut/scores.npy", scores)
     Path("cut/done.npy").write_bytes(b"damaged")
     assert main(arguments) == 2
     assert "cut/done.npy is damaged" in capsys.readouterr().err
@@ -444,6 +446,33 @@ def test_strips_and_damaged_files(
     assert "cut/index.json must be a JSON object" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 2
     assert load("cut")["finished"]
+
+
+def header(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    about = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, about)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "done.npy", "keep_indices.npy"])
+@pytest.mark.parametrize("content", [None, b"", b"PK\3\4", header((13, 2**33))])
+def test_an_array_that_lost_its_end_is_not_filled_with_zeros(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
+) -> None:
+    arguments = ["rank", "photos", "-o", "out", "--keep-ratio", "0.5", *SMALL]
+    assert main(arguments) == 2
+    index = Path("out/index.json")
+    index.write_text(index.read_text().replace('"finished": true', '"finished": false'))
+    path = Path("out") / name
+    short = path.read_bytes()[:-4] if content is None else content
+    path.write_bytes(short)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"out/{name} is damaged: " in line
+    assert line.endswith("rank the images again with --overwrite.")
+    assert path.read_bytes() == short
 
 
 def test_a_start_that_was_cut_off_is_made_again(

@@ -491,7 +491,10 @@ def no_weights(kind: str, path: Path) -> None:
     [
         ("a pipe", "is not a regular file."),
         ("a module", "it holds torch.nn.modules.linear.Linear, which is no tensor or number; save"),
-        ("an array", "multiarray._reconstruct, which is no tensor or number; save the weights alone."),
+        (
+            "an array",
+            "multiarray._reconstruct, which is no tensor or number; save the",
+        ),
         ("cut short", "it is damaged or cut short."),
         ("TorchScript", "it is a TorchScript program."),
         ("empty", "it is empty."),

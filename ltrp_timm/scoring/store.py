@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ltrp_timm._text import printable
+from ltrp_timm._text import one_line, printable
 from ltrp_timm.data.images import Images
 from ltrp_timm.selection.rules import best_first
 from ltrp_timm.weights.files import ranker_hash, write_atomically, write_text
@@ -117,7 +117,7 @@ def begin(
 
     Raises:
         FileExistsError: the folder holds finished scores, or files of another origin.
-        ValueError: it holds an unfinished run with other settings.
+        ValueError: it holds an unfinished run with other settings, or a damaged array.
         OSError: the disk is full.
     """
     name = printable(folder)
@@ -143,16 +143,17 @@ def begin(
             )
         about = {"dataset": ids.dataset, "images": list(ids.names), "sizes": list(ids.sizes)}
         _write_index(folder, {"format": _FORMAT, "finished": False, **settings, **about})
-    if (folder / DONE).is_file():
-        done: Any = _open(folder / DONE, "r+")
+    count = len(ids.names)
+    arrays: list[tuple[str, Any, tuple[int, ...]]] = [(SCORES, np.float32, (count, num_patches))]
+    arrays += [(KEEP, np.int64, (count, num_keep))] if num_keep is not None else []
+    arrays += [(DONE, np.uint8, (count,))]  # the last one: all are there
+    begun = (folder / DONE).is_file()
+    for file, kind, shape in arrays:
+        (_open if begun else _create)(folder / file, kind, shape)
+    if begun:
+        done: Any = _writable(folder / DONE)
         done[done == FAILED] = PENDING  # they are tried again
         done.flush()
-        return
-    count = len(ids.names)
-    _create(folder / SCORES, np.float32, (count, num_patches))
-    if num_keep is not None:
-        _create(folder / KEEP, np.int64, (count, num_keep))
-    _create(folder / DONE, np.uint8, (count,))  # the last one: all are there
 
 
 def _create(path: Path, kind: Any, shape: tuple[int, ...]) -> None:
@@ -192,20 +193,15 @@ class ScoreWriter:
     Args:
         folder: that ``begin`` has prepared.
         keeps: whether there is a ``keep_indices.npy`` to write.
-
-    Raises:
-        ValueError: an array is damaged.
     """
 
     def __init__(self, folder: Path, keeps: bool = False) -> None:
         self.folder = folder
         names = (SCORES, KEEP) if keeps else (SCORES,)
-        self._arrays: dict[str, Any] = {name: _open(folder / name, "r+") for name in names}
-        self._done: Any = _open(folder / DONE, "r+")
+        self._arrays: dict[str, Any] = {name: _writable(folder / name) for name in names}
+        self._done: Any = _writable(folder / DONE)
         self._waiting: list[tuple[int, int]] = []
         self._flushed = time.monotonic()
-        if {len(array) for array in self._arrays.values()} != {len(self._done)}:
-            raise ValueError(f"{printable(folder)} is damaged; use --overwrite to start again.")
 
     def __len__(self) -> int:
         return len(self._done)
@@ -262,11 +258,23 @@ class ScoreWriter:
         _write_index(self.folder, {**index, "finished": True})
 
 
-def _open(path: Path, mode: Any) -> _Array:
+def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> _Array:
+    """Map an array that is there in full; one mapped for writing would be made longer."""
+    reason, array = "", np.empty(0)
     try:
-        array: _Array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{printable(path)} is damaged: {error}.") from error
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, OverflowError) as error:
+        reason = one_line(error).rstrip(".")
+    if not reason and (array.shape != shape or array.dtype != kind):
+        reason = f"{array.dtype} {list(array.shape)}, expected {np.dtype(kind)} {list(shape)}"
+    if reason:
+        name = printable(path)
+        raise ValueError(f"{name} is damaged: {reason}; rank the images again with --overwrite.")
+    return array
+
+
+def _writable(path: Path) -> _Array:
+    array: _Array = np.lib.format.open_memmap(path, mode="r+")
     return array
 
 
@@ -304,21 +312,12 @@ class IndexCache:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{printable(self.folder / INDEX)} is damaged: {error!r}.") from error
         count = len(self._names)
-        self._done = np.array(self._array(DONE, np.uint8, (count,)))
+        self._done = np.array(_open(self.folder / DONE, np.uint8, (count,)))
         self._open_scores()
 
     def _open_scores(self) -> None:
         shape = (len(self._names), self.grid_size[0] * self.grid_size[1])
-        self._scores = self._array(SCORES, np.float32, shape)
-
-    def _array(self, name: str, kind: Any, shape: tuple[int, ...]) -> _Array:
-        array = _open(self.folder / name, "r")
-        if array.shape != shape or array.dtype != kind:
-            raise ValueError(
-                f"{printable(self.folder / name)} is damaged: {array.dtype} {list(array.shape)}, "
-                f"expected {np.dtype(kind)} {list(shape)}."
-            )
-        return array
+        self._scores = _open(self.folder / SCORES, np.float32, shape)
 
     def __len__(self) -> int:
         return len(self._names)
