@@ -75,14 +75,20 @@ def reset_to_tokens(backbone: Any, num_classes: int) -> None:
         backbone.attn_pool = None
 
 
-def backbone_filter(state_dict: Dict[str, Any], backbone: nn.Module) -> Dict[str, Any]:
-    """timm's ``checkpoint_filter_fn`` of a model's family: other layouts, other position tables."""
+def backbone_filter(
+    state_dict: Dict[str, Any], backbone: nn.Module, antialias: bool = True
+) -> Dict[str, Any]:
+    """timm's ``checkpoint_filter_fn`` of a model's family: other layouts, other position tables.
+
+    ``antialias`` is how tables are resized: True as timm does, False as MAE's authors do.
+    """
     for kind in type(backbone).__mro__:
         fn = getattr(importlib.import_module(kind.__module__), "checkpoint_filter_fn", None)
         if fn is not None:
             # DeiT-3 files name LayerScale differently; the option changes no other names
-            named = "adapt_layer_scale" in inspect.signature(fn).parameters
-            options = {"adapt_layer_scale": True} if named else {}
+            options = {"adapt_layer_scale": True, "antialias": antialias}
+            known = inspect.signature(fn).parameters
+            options = {name: value for name, value in options.items() if name in known}
             out: Dict[str, Any] = fn(state_dict, backbone, **options)
             return out
     return state_dict

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ltrp_timm import dpc_knn, select_mixed, select_stratified, select_top
+from ltrp_timm.selection import coverage
 from ltrp_timm.selection.coverage import patch_pixels, smallest, squared_distances
 
 DATA = load_file(Path(__file__).parent / "data" / "d_select_small.safetensors")
@@ -32,6 +33,10 @@ def test_distances_by_hand() -> None:
     exact = (tokens[:, :, None].double() - tokens[:, None].double()).square().mean(3)
     assert torch.allclose(squared_distances(tokens).double(), exact, atol=1e-4)
     assert (squared_distances(tokens).diagonal(dim1=1, dim2=2) == 0).all()
+    published = DATA["dist_matrix"]  # its own diagonal is rounding, up to 2e-3
+    assert torch.allclose(squared_distances(pixels()).sqrt(), published, atol=2e-3)
+    off = ~torch.eye(64, dtype=torch.bool)
+    assert torch.allclose(squared_distances(pixels()).sqrt()[:, off], published[:, off], atol=2e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 64, 70, 71, 200])
@@ -67,6 +72,31 @@ def test_mixed_keeps_the_published_ranked_part_and_the_largest_clusters(k: int) 
         sizes = labels[row].bincount(minlength=k).tolist()
         left = [(-sizes[i], int(c)) for i, c in enumerate(centres[row]) if int(c) not in ranked]
         assert kept - ranked == {patch for _, patch in sorted(left)[: k - len(ranked)]}
+
+
+@pytest.mark.parametrize("k", [16, 32, 48])
+def test_mixed_is_the_published_selection_with_its_random_members(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its random member of each cluster in place of our centre gives its patches."""
+    labels, members = DATA[f"k{k}_cluster"], DATA[f"k{k}_representative"]
+    for row in range(len(labels)):  # the member with the largest noise
+        noise = DATA[f"k{k}_noise"][row]
+        found = [noise.masked_fill(labels[row] != c, -1).argmax() for c in range(k)]
+        assert torch.equal(torch.stack(found), members[row])
+    monkeypatch.setattr(coverage, "dpc_knn", lambda *_: (labels, members))
+    keep = select_mixed(DATA["scores"], k, pixels())
+    sizes = DATA[f"k{k}_cluster_size"]
+    for row in range(len(keep)):
+        ranked = set(DATA[f"k{k}_ranked_part"][row].tolist())
+        published = set(DATA[f"k{k}_cluster_part"][row].tolist())
+        assert sorted(ranked | published) == DATA[f"k{k}_keep_sorted"][row].tolist()
+        assert ranked | published == set(DATA[f"k{k}_keep"][row].tolist())
+        chosen = set(keep[row].tolist()) - ranked
+        of = {int(patch): int(size) for patch, size in zip(members[row], sizes[row])}
+        assert sorted(of[patch] for patch in chosen) == sorted(of[patch] for patch in published)
+        least = min(of[patch] for patch in chosen)  # equal sizes may be chosen otherwise
+        assert {p for p in chosen if of[p] > least} == {p for p in published if of[p] > least}
 
 
 def test_mixed_limits() -> None:

@@ -46,11 +46,24 @@ LOSSES: dict[str, Loss] = {
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 
 
+def some_items(pred: Tensor, target: Tensor, case: str, k: int) -> Tensor:
+    """ListMLE on a published subset: columns with replacement, or up to k items of each list."""
+    draw = VECTORS[f"rand_{case}"]
+    if draw.dim() == 1:
+        items = (pred.shape[1] * draw).long().expand(len(pred), -1)
+    else:
+        items = draw.argsort(dim=1)[:, :k]
+    return list_mle(pred.gather(1, items), target.gather(1, items))
+
+
 @pytest.mark.parametrize(
     ("case", "loss"),
     [
         ("list_mle", list_mle),
         ("list_mleEx", list_mle),
+        ("list_mle_k7", partial(some_items, case="list_mle_k7", k=7)),
+        ("list_mleEx_k7", partial(some_items, case="list_mleEx_k7", k=7)),
+        ("list_mleEx_k20", partial(some_items, case="list_mleEx_k20", k=20)),
         ("list_net", list_net),
         ("rank_net_t0.001_s1", rank_net),
         ("rank_net_t0.01_s2", partial(rank_net, threshold=0.01, sigma=2.0)),

@@ -41,6 +41,7 @@ def parse(words: list[str]) -> Any:
     add("--device-modules", nargs="+")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
     add("--pretrained", action="store_true")
+    add("--warmup-prefix", action="store_true")
     parser.set_defaults(momentum=0.9, sched="cosine", sched_on_updates=False, opt_args={})
     return parser.parse_args(words)
 
@@ -95,7 +96,7 @@ def test_the_script_s_parts_take_our_models(tmp_path: Path) -> None:
     scheduler, epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=3
     )
-    assert epochs == args.epochs
+    assert epochs == args.epochs + args.warmup_epochs == 50  # the cosine follows the warm-up
     folder = make_classes(tmp_path / "data" / "train", 4).parent
     loader = create_loader(
         create_dataset("", root=str(folder), split="train", is_training=True),

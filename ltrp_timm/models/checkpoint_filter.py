@@ -16,12 +16,14 @@ _logger = logging.getLogger(__name__)
 _PREFIX = "backbone."
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(
+    state_dict: Dict[str, Any], model: LTRPModel, antialias: bool = True
+) -> Dict[str, Tensor]:
     """Weights of a plain backbone or of a whole model -> names and shapes of ``model``.
 
     The backbone's part goes through timm's own filter (other layouts, position embeddings of
-    another size). A plain file leaves the ranker's weights unchanged. Whatever is left out is
-    logged.
+    another size, see ``backbone_filter``). A plain file leaves the ranker's weights unchanged.
+    Whatever is left out is logged.
 
     Raises:
         RuntimeError: Names or shapes do not match; the message lists all of them.
@@ -31,7 +33,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[s
             state_dict = state_dict[wrapper]
     plain = is_plain(state_dict)
     inner = state_dict if plain else _with_prefix(state_dict, _PREFIX)
-    inner = _fit_pooling(backbone_filter(inner, model.backbone), model.backbone)
+    inner = _fit_pooling(backbone_filter(inner, model.backbone, antialias), model.backbone)
     inner = _fit_head(inner, model)
     own = model.ranker.state_dict()
     ranker = own if plain else adapt_channels(_with_prefix(state_dict, "ranker."), own)

@@ -65,8 +65,9 @@ def open_model(
             some; False loads none; None loads what is on this machine, in a repository or a folder
             that ``name`` stands for, or in the Hub's local cache.
         checkpoint: weights of the model or of its plain backbone instead (see ``read_weights``).
-            Position tables of another image size are resampled, and ``num_classes`` is that of the
-            file's head, unless it is given.
+            Position tables of another image size are resampled, as timm does, and where the file
+            holds its weights under "model" as MAE's and LTRP's authors do: without antialiasing.
+            ``num_classes`` is that of the file's head, unless it is given.
         plain: leave a timm model as it is; otherwise patches are dropped from it.
         ranker: replaces the model's ranker (a timm model has the default of ``drop_patches``).
         ranker_weights: as in ``drop_patches``.
@@ -114,7 +115,7 @@ def open_model(
     with _known_errors(name):
         model, _ = _create(name, False, plain, front, kwargs)
     fit = checkpoint_filter_fn if isinstance(model, LTRPModel) else backbone_filter
-    load_strictly(model, fit(found.tensors, model), str(checkpoint))
+    load_strictly(model, fit(found.tensors, model, not found.by_authors), str(checkpoint))
     average = " (average of the weights)" if found.averaged else ""
     return model.eval(), f"read from {printable(str(checkpoint))}{average}"
 

@@ -39,13 +39,17 @@ def make_optimizer(model: nn.Module, lr: float, settings: Settings) -> Any:
 
 
 def make_scheduler(optimizer: Any, updates_per_epoch: int, settings: Settings) -> Any:
-    """Make timm's schedule of that name, stepped at every update; None for "none"."""
+    """Make timm's schedule of that name, which runs after the warm-up; None for "none"."""
     warmup = settings.warmup_epochs
+    warmup = settings.epochs / 10 if warmup is None else warmup
+    if warmup * updates_per_epoch < 1.0:  # its only update would have the rate it starts at
+        warmup = 0.0
     return create_scheduler_v2(
         optimizer,
         settings.sched,
-        num_epochs=settings.epochs,
-        warmup_epochs=settings.epochs / 10 if warmup is None else warmup,
+        num_epochs=settings.epochs - warmup,
+        warmup_epochs=warmup,
+        warmup_prefix=True,
         warmup_lr=settings.warmup_lr,
         min_lr=settings.min_lr,
         step_on_epochs=False,

@@ -59,9 +59,10 @@ class Settings:
         weight_decay: Weight decay; biases and norm weights are excluded.
         opt_args: More arguments of the optimiser (default for AdamW: the recipe's betas).
         layer_decay: Factor of the learning rate from each layer to the one below it.
-        sched: Learning-rate schedule, by timm's name, stepped at every update; "none" keeps the
-            rate constant.
-        warmup_epochs: Epochs of linear warm-up (default: a tenth of the epochs).
+        sched: Learning-rate schedule after the warm-up, by timm's name, stepped at every update;
+            "none" keeps the rate constant.
+        warmup_epochs: Epochs of linear warm-up, fewer than ``epochs`` (default: a tenth of them;
+            none where that is less than one update).
         warmup_lr: Learning rate at the start of the warm-up.
         min_lr: Learning rate at the end of the schedule.
         clip_grad: Gradient clipping: the norm, value or AGC factor (default: no clipping).
@@ -128,6 +129,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be below epochs = {self.epochs}, got {self.warmup_epochs:g}."
+            )
+        if self.sched == "plateau":
+            raise ValueError(
+                "sched='plateau' follows a metric, and timm saves nothing of that: a run could not "
+                "resume exactly. Choose another schedule, such as cosine, step or none."
+            )
 
     def fixed(self) -> dict[str, Any]:
         """What a continuation must not change, as JSON can hold it."""

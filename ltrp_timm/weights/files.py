@@ -167,15 +167,25 @@ class Weights(NamedTuple):
         tensors: state dict, without the prefixes of wrappers.
         config: the configuration beside them; None when there is none.
         beside: the other entries of a training's checkpoint ("args", "epoch", …).
-        averaged: whether the file also held other weights than this average of them.
+        keys: the entries of the file in which the weights lay ("state_dict", "model", …).
         path: the local file or folder.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None
     beside: dict[str, Any]
-    averaged: bool
+    keys: tuple[str, ...]
     path: Path
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the file also held other weights than this average of them."""
+        return any(key in _AVERAGES for key in self.keys)
+
+    @property
+    def by_authors(self) -> bool:
+        """Whether the file has the layout of MAE's and LTRP's authors: weights under "model"."""
+        return any(key.startswith("model") for key in self.keys)
 
 
 def read_weights(
@@ -215,7 +225,7 @@ def read_weights(
     elif not path.is_file():  # opening a pipe would wait forever
         raise ValueError(f"{path} is not a regular file.")
     beside: dict[str, Any] = {}
-    averaged = False
+    keys: tuple[str, ...] = ()
     if file.name.endswith(_INDEX_SUFFIX):
         tensors = _read_shards(file)
     elif file.suffix == ".safetensors":
@@ -223,11 +233,11 @@ def read_weights(
         if config is None and _METADATA_KEY in metadata:
             config = parse_json(metadata[_METADATA_KEY], file)
     elif file.suffix in PICKLE_SUFFIXES:
-        tensors, beside, averaged = _read_pickle(file)
+        tensors, beside, keys = _read_pickle(file)
     else:
         kinds = ", ".join((*WEIGHT_SUFFIXES, _INDEX_SUFFIX))
         raise ValueError(f"{path} must be a folder or a file of the kinds {kinds}.")
-    return Weights(_without_wrappers(tensors), config, beside, averaged, path)
+    return Weights(_without_wrappers(tensors), config, beside, keys, path)
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -335,17 +345,17 @@ def _pickles_in(file: IO[bytes], size: int) -> list[Any]:
     return [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
-    """Weights, what lies beside them, and whether they are an average."""
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """Weights, what lies beside them, and the entries in which they lay."""
     try:
         content = unpickle(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a pickle of weights only: {error}") from error
     beside: dict[str, Any] = {}
-    averaged = False
+    keys: tuple[str, ...] = ()
     for key in (*_AVERAGES, "state_dict", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            averaged = averaged or key in _AVERAGES
+            keys += (key,)
             beside.update({str(name): value for name, value in content.items() if name != key})
             content = content[key]
     if not isinstance(content, Mapping) or not content:
@@ -356,7 +366,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     odd = [str(name) for name, tensor in content.items() if not _is_plain(tensor)]
     if odd:
         raise ValueError(f"{path} holds tensors that are not plain weights: {', '.join(odd[:5])}.")
-    return {str(name): tensor for name, tensor in content.items()}, beside, averaged
+    return {str(name): tensor for name, tensor in content.items()}, beside, keys
 
 
 def _is_plain(tensor: Tensor) -> bool:
