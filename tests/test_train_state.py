@@ -391,3 +391,22 @@ def test_a_teacher_goes_on_too(photos: Path, tmp_path: Path) -> None:
             train_teacher(photos, tmp_path / "cut", checkpoint_steps=1, **options)
     train_teacher(photos, tmp_path / "cut", resume="auto", **options)
     assert same_bits(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("handles", [None, 40])
+def test_an_error_ends_the_process(photos: Path, tmp_path: Path, handles: int | None) -> None:
+    """A traceback keeps the loader's workers alive: nothing else may wait for them then."""
+    script = (
+        "import resource, sys\n"
+        "from ltrp_timm.train import train_teacher\n"
+        "from ltrp_timm.train.loop import Trainer\n"
+        "def fail(*_): raise ValueError('on purpose')\n"
+        f"if {handles}: resource.setrlimit(resource.RLIMIT_NOFILE, ({handles}, {handles}))\n"
+        "else: Trainer.train_update = fail\n"
+        f"train_teacher({str(photos)!r}, {str(tmp_path / 'run')!r}, teacher_args={TEACHER_ARGS},\n"
+        "    epochs=1, batch_size=1, num_workers=4, tensorboard=False, progress=False)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert ("open files" if handles else "ValueError: on purpose") in done.stderr

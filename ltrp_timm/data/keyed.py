@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.photos import load_image
 from ltrp_timm.runtime.keyed_rng import HELD_OUT, generators, sample_seed, seeded
-from ltrp_timm.runtime.stopping import ignore_signals
+from ltrp_timm.runtime.stopping import worker_init
 from ltrp_timm.runtime.world import World
 
 Sample = dict[str, Any]
@@ -194,7 +194,7 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0 and persistent and sampler is not None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=worker_init(),
         generator=torch.Generator(),
     )
 

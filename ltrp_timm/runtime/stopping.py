@@ -1,9 +1,13 @@
 """Stop in order: a signal requests it, and the loop stops when its step is done."""
 
 import contextlib
+import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -76,11 +80,22 @@ def _leave(number: int, _: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def ignore_signals(_: int) -> None:
-    """Let a data worker ignore SIGINT and SIGTERM; its main process stops it.
+def worker_init() -> Callable[[int], None]:
+    """What a data worker does first: it ignores SIGINT and SIGTERM; its main process stops it.
 
     A terminal and torchrun send both to the whole group. A worker that dies of one is an error in
-    the main process, which could then not stop in order.
+    the main process, which could then not stop in order. Python sends SIGTERM too, to the workers
+    that are left when it ends, and waits for them: then a worker ends at once.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    leaving = multiprocessing.RawValue("b", 0)
+    Finalize(None, setattr, (leaving, "value", 1), exitpriority=0)  # before Python's SIGTERM
+    return partial(_ignore_signals, leaving)
+
+
+def _ignore_signals(leaving: Any, _: int) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        if leaving.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from ltrp_timm.data.images import NAMED, ImageFiles, Images, PixelDataset, find_images, open_dataset
-from ltrp_timm.runtime.stopping import ignore_signals, stop_requests, stopped_by_sigterm
+from ltrp_timm.runtime.stopping import stop_requests, stopped_by_sigterm, worker_init
 from ltrp_timm.runtime.world import World, join_world, locked
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids
@@ -192,7 +192,7 @@ def _rank(
         PixelDataset(images, scorer.transform(), scorer.img_size),
         batch_sampler=batches,
         num_workers=num_workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=worker_init(),
     )
     quiet = None if world.main else True  # None: silent where stderr is no terminal
     with (

@@ -59,7 +59,7 @@ from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, thread
 from ltrp_timm.data.label_files import read_coco
 from ltrp_timm.measure.accuracy import seen_classes
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment
-from ltrp_timm.runtime.stopping import ignore_signals
+from ltrp_timm.runtime.stopping import worker_init
 from ltrp_timm.runtime.world import join_world
 from ltrp_timm.scoring.scorer import CROP_MODES, Scorer
 from ltrp_timm.selection import num_keep
@@ -171,7 +171,7 @@ def measure(
         args.batch_size,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=worker_init(),
     )
     parts: list[tuple[Tensor, ...]] = []
     count = {"images": 0, "images_unreadable": 0, "objects_hidden": 0}
