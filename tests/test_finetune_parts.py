@@ -160,11 +160,17 @@ def test_layers_learn_at_the_rates_of_the_plain_model(family: str) -> None:
     name, changes, side = FAMILIES[family]
     vit = timm.create_model(name, img_size=side, depth=3, num_classes=7, **changes)
     plain = rates(vit)
-    assert rates(drop_patches(vit, ranker=create_ranker("conv", width=8, depth=1))) == plain
+    pruned = drop_patches(vit, ranker=create_ranker("conv", width=8, depth=1))
+    assert rates(pruned) == plain
     assert len({rate for rate, _ in plain.values()}) == 5  # embedding, three blocks, head
     assert plain["head.weight"] == (1e-3, 0.05)
     assert plain["head.bias"] == (1e-3, 0.0)
     assert plain["patch_embed.proj.weight"][0] == pytest.approx(1e-3 * 0.75**4)
+    pruned.ranker.requires_grad_(True)
+    together = rates(pruned)
+    ranker = {name: together.pop(name)[0] for name in list(together) if name.startswith("ranker.")}
+    assert together == plain
+    assert set(ranker.values()) == {1e-3}  # of the head: no layer of the backbone lies above it
     alone = rates(vit, sched="none")  # no schedule that would scale them
     assert all(alone[name] == pytest.approx(plain[name]) for name in plain)
 

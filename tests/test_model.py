@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import FAMILIES, awaken, grid_of, make_backbone, records_arguments
-from timm.models import group_parameters, save_for_hf
+from timm.models import group_modules, group_parameters, save_for_hf
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -362,12 +362,20 @@ def test_optimizer_groups(backbone_of: Callable[..., Any], family: str) -> None:
     model = drop_patches(copy.deepcopy(plain), ranker="conv")
     expected = group_parameters(plain, plain.group_matcher(), reverse=True)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
+    modules = group_modules(model, model.group_matcher(), reverse=True)
+    assert modules["backbone.blocks.1.norm1"] == groups["backbone.blocks.1.norm1.weight"]
     ranker = {groups.pop(name) for name in list(groups) if name.startswith("ranker.")}
-    assert ranker == {0}
-    assert groups == {f"backbone.{name}": group + 1 for name, group in expected.items()}
+    assert ranker == {max(expected.values())}  # the head's
+    assert groups == {f"backbone.{name}": group for name, group in expected.items()}
     assert model.no_weight_decay() == {f"backbone.{name}" for name in plain.no_weight_decay()}
     create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
     assert list(model.parameters())[-1].shape == list(plain.parameters())[-1].shape
+    plain.reset_classifier(0)
+    model.reset_classifier(0)
+    expected = group_parameters(plain, plain.group_matcher(), reverse=True)
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert all(groups[f"backbone.{name}"] == group for name, group in expected.items())
+    assert max(groups.values()) == max(expected.values())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ operators and on reading pictures: benchmarks/training_speed.py has the figures 
 
 Data: real handwritten digits (scikit-learn's) among textured blobs; held-out scenes show other
 handwriting. One plain ViT (sin-cos position embedding to begin with) is trained on all patches, and
-every row continues from its weights for the same number of epochs; all else is equal:
+every row continues from its weights for the same number of epochs, with the layer decay that
+fine-tuning has by default; all else is equal:
     full       all patches
     contrast   the weight-free ranker
     learned    the shipped conv ranker, frozen, on pictures of twice the size (its patches are 16
@@ -115,13 +116,14 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
     train, held = Scenes(args.scenes, 0, False), Scenes(args.held_out, 1, True)
     common: Row = {"num_classes": 10, "val_data": held, "num_workers": 0, "seed": args.seed}
     common |= {"img_size": SIDE, "model_kwargs": sizes(args), "device": args.device}
-    common |= {"batch_size": 32, "tensorboard": False, "layer_decay": None, "clip_grad": 1.0}
+    common |= {"batch_size": 32, "tensorboard": False, "clip_grad": 1.0}
     common |= {"aa": "none", "reprob": 0.0, "hflip": 0.0, "drop_path": 0.0, "smoothing": 0.0}
     common |= {"scale": (0.9, 1.0), "ratio": (1.0, 1.0), "resume": "auto"}
     common |= {"opt_args": {"betas": (0.9, 0.95)}}
     write_start(args, folder / "start.safetensors")
     start: Row = {"checkpoint": folder / "start.safetensors", "lr": args.lr}
-    _tune(train, folder / "first", epochs=args.first_epochs, **start, **common)
+    first: Row = {"epochs": args.first_epochs, "layer_decay": None}  # from random weights
+    _tune(train, folder / "first", **first, **start, **common)
     start = {"checkpoint": folder / "first" / "model.safetensors", "lr": args.lr / 3}
     learned = folder / "learned"
     ranker = create_ranker("conv", pretrained=True, img_size=2 * SIDE)

@@ -1,11 +1,11 @@
 """timm's model interface for a backbone inside another module, with a ranker beside it."""
 
 import copy
-import re
 from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.models import group_modules, group_parameters
 from torch import nn
 
 from ltrp_timm import _timm
@@ -160,22 +160,12 @@ class TimmInterface(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Any:
-        """timm's layer groups of the backbone; the ranker is a separate group in front."""
+        """timm's layer groups of the backbone; the ranker is in the last one, with the head."""
         matcher = self.backbone.group_matcher(coarse=coarse)
-        if callable(matcher):
-
-            def group(name: str) -> float:
-                ranks = name.startswith("ranker.")
-                return -1.0 if ranks else float(matcher(name.removeprefix("backbone.")))
-
-            return group
-        groups: Dict[str, Any] = {"ranker": r"^ranker\."}
-        for name, spec in matcher.items():
-            if isinstance(spec, str):
-                groups[name] = _prefix_pattern(spec)
-            elif spec is not None:
-                groups[name] = [(_prefix_pattern(pattern), *rest) for pattern, *rest in spec]
-        return groups
+        layers: Dict[str, int] = group_parameters(self.backbone, matcher, reverse=True)
+        last = max(layers.values())
+        layers = {**group_modules(self.backbone, matcher, reverse=True), **layers}
+        return lambda name: layers.get(name.removeprefix("backbone."), last)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -242,9 +232,3 @@ def _prefixed(names: Any) -> Any:
     if names is None or isinstance(names, str):
         return None if names is None else f"backbone.{names}"
     return tuple(f"backbone.{name}" for name in names)
-
-
-def _prefix_pattern(pattern: str) -> str:
-    """Move a pattern behind the prefix: its anchors go, its groups keep their numbers."""
-    free = re.sub(r"(?<!\[)\^", "", pattern)
-    return rf"^backbone\.(?:{free})"
