@@ -1,6 +1,7 @@
 """Maps of a classifier's classes, held against their definitions."""
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,24 @@ def test_grad_cam_says_that_it_cannot_be_traced() -> None:
         torch.jit.trace(ranker, IMAGES)
     with pytest.raises(RuntimeError, match="takes a gradient at every call"):
         torch.export.export(ranker, (IMAGES,))
+
+
+def test_two_threads_do_not_share_a_grad_cam() -> None:
+    ranker = create_ranker("grad_cam", backbone="vit_tiny_patch16_224", depth=2, img_size=64)
+    images, refused = torch.rand(1, 3, 64, 64), []
+    expected = ranker(images)
+
+    def second() -> None:
+        with pytest.raises(RuntimeError, match="this grad_cam ranker is running already"):
+            ranker(images)
+        refused.append(True)
+
+    def call_meanwhile(*_: Any) -> None:
+        hook.remove()
+        inner = threading.Thread(target=second)
+        inner.start()
+        inner.join()
+
+    hook = ranker.backbone.patch_embed.register_forward_pre_hook(call_meanwhile)
+    assert torch.equal(ranker(images), expected)
+    assert refused

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -428,3 +429,34 @@ def test_one_image_never_sees_another(backbone_of: Callable[..., Any]) -> None:
     keep[1, 0] = 35
     outputs = [model(batch, keep_indices=keep)[1:] for batch in (images, other)]
     assert torch.equal(*outputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "eva02", "beit", "relpos", "cait", "naflex"])
+def test_a_second_call_while_one_runs_is_refused(
+    backbone_of: Callable[..., tuple[Any, Tensor]], family: str
+) -> None:
+    backbone, images = backbone_of(family)
+    model = drop_patches(backbone, keep_ratio=0.5)
+    expected, found, refused = model(images), [], []
+
+    def call_meanwhile(*_: Any) -> None:
+        hook.remove()
+        inner = threading.Thread(target=second)
+        inner.start()
+        inner.join()
+
+    def second() -> None:
+        for call in (model, model.forward_features, model.backbone):
+            try:
+                found.append(call(images))
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    embed = model._adapter.embed_of(backbone)
+    hook = embed.register_forward_pre_hook(call_meanwhile)
+    assert torch.allclose(model(images), expected, atol=1e-5)
+    assert not found
+    assert len(refused) == 3
+    assert all("is running already, in another thread" in text for text in refused)
+    assert torch.equal(model(images), expected)

@@ -52,7 +52,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     """A timm ViT that ranks the patches of an image and encodes only the best.
 
     ``drop_patches`` and ``timm.create_model("ltrp…")`` build it. Use one instance per thread: keep
-    indices lie in the backbone while it runs. Calling ``model.backbone`` runs the plain model.
+    indices lie in the backbone while it runs; a second call meanwhile is a RuntimeError. Calling
+    ``model.backbone`` runs the plain model.
 
     Args:
         ranker: images (B, C, H, W) -> score map (B, h, w), higher = keep first. It is frozen and

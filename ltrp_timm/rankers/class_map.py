@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers.on_model import ModelRanker, is_integer
+from ltrp_timm.slots.base import alone
 
 
 class ClassMapRanker(ModelRanker, ABC):
@@ -177,11 +178,12 @@ class GradCamRanker(ClassMapRanker):
             caught.append(args[0].detach().requires_grad_())
             return (caught[0], *args[1:])
 
-        handle = net.blocks[-1].register_forward_pre_hook(cut)
-        try:
-            logits = net(images)
-        finally:
-            handle.remove()
+        with alone(net, f"{self.name} ranker"):
+            handle = net.blocks[-1].register_forward_pre_hook(cut)
+            try:
+                logits = net(images)
+            finally:
+                handle.remove()
         return caught[0], logits
 
 

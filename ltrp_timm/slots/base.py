@@ -2,11 +2,14 @@
 
 A slot stands where timm drops patches, right after the position embedding. It holds keep indices
 only while its model runs: the model fills it, and the slot empties itself when it is used. An empty
-slot is the identity.
+slot is the identity. So one thread at a time may run a model; another one gets an error.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
+from threading import get_ident
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple, Type
 
@@ -18,6 +21,24 @@ from torch import Tensor, nn
 from ltrp_timm.selection.rules import keep_tokens
 
 torch.fx.wrap("keep_tokens")
+
+_BUSY = (
+    "this {} is running already, in another thread or around this call: give each thread its own "
+    "model (copy.deepcopy), or use a lock."
+)
+_running: Dict[int, Tuple[int]] = {}  # id of a module -> the thread that runs it
+
+
+@contextmanager
+def alone(module: nn.Module, kind: str) -> Iterator[None]:
+    """Run a module that holds state while it runs; RuntimeError if it is running already."""
+    call = (get_ident(),)
+    if _running.setdefault(id(module), call) is not call:  # atomic
+        raise RuntimeError(_BUSY.format(kind))
+    try:
+        yield
+    finally:
+        del _running[id(module)]
 
 
 class TokenSlot(nn.Module):
@@ -32,11 +53,20 @@ class TokenSlot(nn.Module):
 
     def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Tokens (B, P + N, D) -> the kept tokens and the indices; the slot is empty afterwards."""
+        if not torch.jit.is_scripting():
+            self._check_thread()
         keep = self.keep_indices
         if keep is None:
             return x, None
         self.keep_indices = None
         return keep_tokens(x, keep, self.num_prefix_tokens), keep
+
+    @torch.jit.unused
+    def _check_thread(self) -> None:
+        """Raise RuntimeError where a plain backbone runs beside its model."""
+        if not torch.compiler.is_compiling():
+            if _running.get(id(self), (get_ident(),)) != (get_ident(),):
+                raise RuntimeError(_BUSY.format("backbone"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, P + N, D) -> (B, P + K, D)."""
@@ -116,17 +146,17 @@ def run_with_slots(
     slots: List[Any], keep: Optional[Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case."""
-    for slot in slots:
-        slot.keep_indices = keep
-    try:
-        out = call(*args, **kwargs)
+    kind = type(getattr(call, "__self__", call)).__name__
+    with nullcontext() if torch.compiler.is_compiling() else alone(slots[0], kind):
         for slot in slots:
-            if slot.keep_indices is not None:
-                kind = type(getattr(call, "__self__", call)).__name__
+            slot.keep_indices = keep
+        try:
+            out = call(*args, **kwargs)
+            if any(slot.keep_indices is not None for slot in slots):
                 raise RuntimeError(f"{kind} ran without visiting the place that drops patches.")
-    finally:
-        for slot in slots:
-            slot.keep_indices = None
+        finally:
+            for slot in slots:
+                slot.keep_indices = None
     return out
 
 
