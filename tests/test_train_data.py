@@ -1,6 +1,7 @@
 """Images by (epoch, place): the same sample from any worker or process, nothing counted twice."""
 
 import random
+import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from finetune_setup import make_classes, tune
 from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +22,8 @@ from ltrp_timm.data.keyed import HELD_OUT, HeldOutSampler, KeyedImages, KeyedSam
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.runtime.keyed_rng import generators, sample_seed, seeded
 from ltrp_timm.runtime.world import World
+from ltrp_timm.train.loop import Trainer
+from ltrp_timm.train.state import read_state
 
 # on a machine of one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -150,6 +154,78 @@ def test_an_unreadable_image_counts_nowhere(
     err = capsys.readouterr().err.splitlines()
     assert err.count("ltrp-timm: skipped 003.png: is not an image in a known format.") == 2
     assert err.count("ltrp-timm: skipped bad.jpg: is not an image in a known format.") == 1
+
+
+@pytest.mark.parametrize("what", ["ranker", "classes", "labels"])
+def test_images_that_vanish_stop_the_run(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unmounted disk: the black pictures in their place must not be learned."""
+    photos = make_classes(tmp_path / "photos", 8)
+    names = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.png"))
+    rows = [
+        f"{name},{name.split('/')[0]};{'odd' if int(name[-5]) % 2 else 'even'}" for name in names
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,labels", *rows]))
+    original = Trainer.end_epoch
+
+    def vanish(self: Any) -> None:
+        original(self)
+        shutil.rmtree(photos, ignore_errors=True)
+
+    monkeypatch.setattr(Trainer, "end_epoch", vanish)
+    common: dict[str, Any] = {"epochs": 4, "batch_size": 4, "holdout": 0.0}
+    text = r"none of 24 training images can be read; .*No such file or directory; .*checkpoint\.pt"
+    if what == "labels":
+        common |= {"multi_label": True, "labels": tmp_path / "labels.csv"}
+    train = run if what == "ranker" else tune
+    with pytest.raises(ValueError, match=text):
+        train(photos, tmp_path / "run", **common)
+    assert read_state(tmp_path / "run" / "checkpoint.pt")["progress"]["epoch"] == 1
+
+
+def test_held_out_images_that_vanish_stop_the_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = make_photos(tmp_path / "held", 4)
+    original = Trainer.evaluate
+
+    def vanish(self: Any) -> Any:
+        shutil.rmtree(held)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", vanish)
+    with pytest.raises(
+        ValueError, match=r"none of 4 held-out images can be read; 00[0-3]\.png: No"
+    ):
+        run(photos, tmp_path / "run", val_data=held)
+
+
+def test_a_run_that_can_read_less_than_half_stops(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos", 10)
+    for number in range(4, 9):
+        (folder / f"{number:03d}.png").write_text("text")
+    assert len(run(folder, tmp_path / "half", epochs=1, holdout=0.0).unreadable) == 5
+    (folder / "000.png").write_text("text")
+    with pytest.raises(
+        ValueError, match=r"more than 50% of 10 images cannot be read; 00.*not an image"
+    ):
+        run(folder, tmp_path / "less", epochs=2, holdout=0.0)
+
+
+def test_nobody_searches_twice_where_no_image_is_left(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos", 6)
+    dataset, tried = keyed(folder), []
+    shutil.rmtree(folder)
+    read = dataset.images.read_item
+    dataset.images.read_item = lambda index: (tried.append(index), read(index))[1]  # type: ignore
+    for place, count in ((2, 6), (3, 7), (4, 8)):
+        sample = dataset[0, place]
+        assert not sample["real"]
+        assert sample["problems"] == f"{place:03d}.png: No such file or directory."
+        assert len(tried) == count
+    make_photos(folder, 6)
+    assert dataset[0, 2]["real"]
 
 
 def tarred(photos: Path, file: Path) -> Path:

@@ -27,8 +27,8 @@ Transform = Callable[[Image.Image], Tensor]
 class KeyedImages(Dataset[Sample]):
     """Samples by (epoch, place); the place is a position in ``indices``.
 
-    If an image cannot be read, training gets the next readable one instead; a held-out sample is
-    marked as not real and does not count.
+    If an image cannot be read, training gets the next readable one instead. A held-out sample, and
+    one of training when no image can be read any more, is marked as not real and does not count.
 
     Args:
         images: images to read from.
@@ -50,13 +50,17 @@ class KeyedImages(Dataset[Sample]):
         self.images, self.indices, self.transform = images, list(indices), transform
         self.seed, self.shape = seed, shape
         self.scores: Any = getattr(transform, "with_scores", None) and transform
+        self._lost = False  # no image could be read last time: look no further than the next one
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, place = key
-        found, problems = self._read(place, 1 if epoch == HELD_OUT else len(self))
+        attempts = 1 if epoch == HELD_OUT or self._lost else len(self)
+        found, problems = self._read(place, attempts)
+        if epoch != HELD_OUT:
+            self._lost = found is None
         index, target = self.indices[place], self.images.blank
         if found is None:
             sample = _sample(torch.zeros(self.shape), index, problems, real=False)
@@ -87,7 +91,7 @@ class KeyedImages(Dataset[Sample]):
                 return (index, picture, target), problems
             except ValueError as error:
                 problems.append(str(error))
-        return None, problems
+        return None, problems[:1]  # of perhaps a million
 
     def check_readable(self) -> None:
         """Check that at least one image can be read.

@@ -195,6 +195,8 @@ class Sources:
         sets = [keyed for keyed in (self.held_out, self.train) if isinstance(keyed, KeyedImages)]
         every = (keyed[HELD_OUT, place] for keyed in sets for place in range(len(keyed)))
         samples = list(islice((sample for sample in every if sample["real"]), count))
+        if not samples:
+            raise ValueError("no image can be read any more.")
         return Batch(default_collate(samples), self.seed, HELD_OUT, self.world.device)
 
 

@@ -12,7 +12,7 @@ import math
 import signal
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 from safetensors import SafetensorError
@@ -39,6 +39,7 @@ from ltrp_timm.weights.files import digest, write_atomically
 
 BEST = "best"
 CURVES_NAME, PICTURES_NAME = "curves.png", "pictures.png"
+MAX_UNREADABLE = 0.5  # share of all images; a run that cannot read more of them stops
 
 
 class Task(abc.ABC):
@@ -189,7 +190,7 @@ class Trainer:
             num_graphs=task.num_graphs,
         )
         self.progress = Progress()
-        self.problems: list[str] = []
+        self.problems: dict[str, None] = {}  # a line for each unreadable image
         self.log: Log | None = None  # in the main process
         self.rate = 0.0  # of the last update
 
@@ -294,10 +295,10 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: Before anything has changed.
+            ValueError: Too many images cannot be read; likewise.
         """
         progress = self.progress
-        for batch in batches:
-            self._report_problems(batch)
+        self._check_images(batches)
         loss = self.engine.gradients(batches, self.task.loss, progress.step)
         sums = self.world.sum([loss, float(requests.signal is not None)])
         mean_loss = sums[0] / self.world.size
@@ -314,7 +315,8 @@ class Trainer:
         """Measure, save, log; the checkpoint comes last: a run killed here does all of it again."""
         speed = self.log.images_per_second() if self.log else 0.0
         metrics = self.evaluate()
-        unreadable = self.world.gather_names(self.problems)
+        self._check_images([])
+        unreadable = self.world.gather_names(list(self.problems))
         progress, metric = self.progress, metrics.get(self.task.metric)
         sign = 1.0 if self.task.higher_is_better else -1.0
         best = progress.best
@@ -374,6 +376,8 @@ class Trainer:
         names = self.world.gather_names(list(sums))
         totals = dict(zip(names, self.world.sum([sums.get(name, 0.0) for name in names])))
         count = totals.pop("images", 0.0)
+        if not count and self.sources.held_out:
+            self._stop_reading(f"none of {len(self.sources.held_out)} held-out images can be read")
         if not count:
             return {}
         means = {name: total / count for name, total in totals.items()}
@@ -383,8 +387,33 @@ class Trainer:
         """Report each unreadable image once."""
         for line in batch.problems:
             if line not in self.problems:
-                self.problems.append(line)
+                self.problems[line] = None
                 complain(f"skipped {line}")
+
+    def _check_images(self, batches: list[Batch]) -> None:
+        """Report unreadable images of an update; ValueError in all processes if too few are left.
+
+        A blank sample stands for no image: it must not enter a loss.
+        """
+        for batch in batches:
+            self._report_problems(batch)
+        if self.sources.streaming:  # it ends with the first image that cannot be read
+            return
+        count, held_out = len(self.sources.train), len(self.sources.held_out or ())
+        lost = any(batch.problems and not bool(batch.real.all()) for batch in batches)
+        many = len(self.problems) > MAX_UNREADABLE * (count + held_out)
+        lost_somewhere, many_somewhere = self.world.sum([lost, many])
+        if lost_somewhere:
+            self._stop_reading(f"none of {count} training images can be read")
+        if many_somewhere:
+            text = f"more than {MAX_UNREADABLE:.0%} of {count + held_out} images cannot be read"
+            self._stop_reading(text)
+
+    def _stop_reading(self, what: str) -> NoReturn:
+        """Raise ValueError with the last reason; all processes must call this."""
+        last = self.world.gather([*self.problems][-1:])[:1]
+        where = f"the last checkpoint stays in {self.checkpoint}."
+        raise ValueError("; ".join([what, *(line.rstrip(".") for line in last), where]))
 
     def _check_weights(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.engine.model.parameters()):
@@ -407,6 +436,6 @@ class Trainer:
             epochs=self.progress.epoch,
             steps=self.progress.step,
             metrics=dict(rows[-1]) if rows else {},
-            unreadable=self.world.gather_names(self.problems),
+            unreadable=self.world.gather_names(list(self.problems)),
             stopped_by=stopped_by,
         )
