@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from ltrp_timm import create_ranker, drop_patches
+from ltrp_timm import AdaptiveBudget, create_ranker, drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 
 TINY = {"img_size": 64, "depth": 2, "num_classes": 10}
@@ -379,6 +379,46 @@ def test_ranker_weights(tmp_path: Path) -> None:
     (tmp_path / "ranker" / "config.json").unlink()  # the saved model needs it no more
     twin = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     assert torch.equal(twin(images()), expected)
+
+
+@records_arguments
+def test_a_given_ranker_is_not_overwritten_by_a_saved_one(tmp_path: Path) -> None:
+    rankers = {}
+    for name in ("saved", "other"):
+        rankers[name] = create_ranker("conv", width=16)
+        rankers[name].save(tmp_path / name)
+    weights = str(tmp_path / "saved")
+    model = timm.create_model("ltrp_vit_tiny", ranker="conv", ranker_weights=weights, **TINY)
+    save_for_hf(model, tmp_path / "model", safe_serialization=True)
+    source, own = f"local-dir:{tmp_path / 'model'}", rankers["other"].stem.weight.clone()
+    overlay = {"file": str(tmp_path / "model" / "model.safetensors"), "num_classes": 10}
+    for name, given in (
+        (source, {"ranker_weights": str(tmp_path / "other")}),
+        (source, {"ranker": rankers["other"]}),
+        ("ltrp_vit_tiny", {"ranker": rankers["other"], "pretrained_cfg_overlay": overlay, **TINY}),
+    ):
+        found = timm.create_model(name, pretrained=True, **given)
+        assert torch.equal(found.ranker.stem.weight, own)
+        assert torch.equal(found.backbone.head.weight, model.backbone.head.weight)
+        assert found.ranker.trained is isinstance(given.get("ranker_weights"), str)
+    found = timm.create_model(source, pretrained=True)
+    assert torch.equal(found.ranker.stem.weight, model.ranker.stem.weight)
+
+
+@records_arguments
+def test_options_that_contradict_a_saved_model_or_each_other(tmp_path: Path) -> None:
+    model = timm.create_model("ltrp_vit_tiny", ranker="conv", ranker_weights=True, **TINY)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    budget = AdaptiveBudget("threshold", 0.1, 4, 0.3)
+    found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, budget=budget)
+    assert found.budget == budget  # the saved keep ratio was another one
+    grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    assert grey.ranker.in_chans == 1
+    vit = timm.create_model("vit_tiny_patch16_224", **TINY)
+    with pytest.raises(ValueError, match=r"in_chans of the ranker must be 3, .* got 1: leave it"):
+        drop_patches(vit, "conv", ranker_args={"in_chans": 1})
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        drop_patches(vit, "conv", ranker_weights="")
 
 
 def test_creation_on_the_meta_device() -> None:

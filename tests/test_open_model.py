@@ -273,6 +273,7 @@ def test_weights_that_do_not_fit_are_listed(here: Path) -> None:
         (NAME, {"keep_ratio": 2.0}, ValueError, r"keep_ratio must be in \(0, 1\]"),
         (NAME, {"no_such_argument": 1}, TypeError, "no_such_argument"),
         (NAME, {"checkpoint": "none.pth"}, FileNotFoundError, "none.pth does not exist"),
+        (NAME, {"pretrained": True, "checkpoint": "none.pth"}, ValueError, "give one, not both"),
         ("resnet10t", {}, TypeError, "cannot drop patches from ResNet"),
     ],
 )

@@ -17,13 +17,16 @@ _PREFIX = "backbone."
 
 
 def checkpoint_filter_fn(
-    state_dict: Dict[str, Any], model: LTRPModel, antialias: bool = True
+    state_dict: Dict[str, Any],
+    model: LTRPModel,
+    antialias: bool = True,
+    keep_ranker: bool = False,
 ) -> Dict[str, Tensor]:
     """Weights of a plain backbone or of a whole model -> names and shapes of ``model``.
 
     The backbone's part goes through timm's own filter (other layouts, position embeddings of
-    another size, see ``backbone_filter``). A plain file leaves the ranker's weights unchanged.
-    Whatever is left out is logged.
+    another size, see ``backbone_filter``). A plain file leaves the ranker's weights unchanged, and
+    so does ``keep_ranker``. Whatever is left out is logged.
 
     Raises:
         RuntimeError: Names or shapes do not match; the message lists all of them.
@@ -36,7 +39,9 @@ def checkpoint_filter_fn(
     inner = _fit_pooling(backbone_filter(inner, model.backbone, antialias), model.backbone)
     inner = _fit_head(inner, model)
     own = model.ranker.state_dict()
-    ranker = own if plain else adapt_channels(_with_prefix(state_dict, "ranker."), own)
+    ranker = (
+        own if plain or keep_ranker else adapt_channels(_with_prefix(state_dict, "ranker."), own)
+    )
     if ranker and not own:
         _logger.warning("Ignoring the checkpoint's ranker: this model's ranker has no weights.")
         ranker = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
@@ -67,6 +68,8 @@ def create_ltrp(
     front, features, rest = _split_kwargs(kwargs)
     whole = not generic or bool(pretrained_cfg) or any(overlay.get(key) for key in _SOURCES)
     front["cache_dir"] = cache_dir
+    # a ranker with weights of its own is not overwritten by that of a whole model
+    given = isinstance(front.get("ranker"), nn.Module) or bool(front.get("ranker_weights"))
     if whole:
         base = pretrained_cfg or (wrap_pretrained_cfg(_cfg_of(backbone)) if generic else None)
         base = base.to_dict() if isinstance(base, PretrainedCfg) else base
@@ -97,7 +100,7 @@ def create_ltrp(
             variant,
             pretrained,
             pretrained_cfg=cfg,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=partial(checkpoint_filter_fn, keep_ranker=given),
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             cache_dir=cache_dir,
             **rest,
@@ -170,11 +173,17 @@ def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any
         budget = AdaptiveBudget(rule, args.get(rule, 0.0), args.get("buckets", 8), mean)
         now = {"selection": "top", "selection_args": None, "budget": budget}
         saved, front = {**saved, **now}, {**front, **now}
-    pairs = (("ranker", "ranker_args"), ("selection", "selection_args"), ("keep_ratio", "budget"))
+    pairs = (
+        *(("ranker", "ranker_args"), ("selection", "selection_args")),
+        *(("keep_ratio", "budget"), ("budget", "keep_ratio")),
+    )
     for part, options in pairs:
         if saved and front.get(part) != saved.get(part):
             if front.get(options) == saved.get(options):
                 front.pop(options, None)  # saved for another one
+    args = front.get("ranker_args")
+    if args and args == saved.get("ranker_args"):  # the backbone's channels may be others now
+        front["ranker_args"] = {name: args[name] for name in args if name != "in_chans"}
     return front, features, rest
 
 

@@ -97,6 +97,8 @@ def open_model(
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if plain and front:
         raise ValueError(f"{', '.join(front)}: patches are not dropped from a plain model.")
+    if pretrained and checkpoint is not None:
+        raise ValueError("pretrained and checkpoint both name weights: give one, not both.")
     if pretrained and isinstance(ranker, str) and ranker_weights is None:
         if ranker_class(ranker).has_published_weights:
             front["ranker_weights"] = True

@@ -163,15 +163,13 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
             net = with_front_end(model, dict(front))
         notes = []
     else:
-        if recipe.pretrained and recipe.checkpoint is not None:
-            raise ValueError("pretrained and checkpoint both name weights: give one, not both.")
         kwargs = dict(recipe.model_kwargs or {})
         for name, value in (("img_size", recipe.img_size), ("drop_path_rate", recipe.drop_path)):
             if value is not None:
                 kwargs[name] = value
         net, origin = open_model(
             str(model),
-            pretrained=recipe.pretrained or is_source(str(model)),
+            pretrained=recipe.pretrained or (None if is_source(str(model)) else False),
             checkpoint=recipe.checkpoint,
             plain=not front,
             **front,
