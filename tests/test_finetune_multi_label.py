@@ -79,10 +79,10 @@ def test_two_epochs_and_evaluate_say_the_same(
 @records_arguments
 @pytest.mark.parametrize("head", [{}, HEAD], ids=["linear", "ml_decoder"])
 def test_it_learns(head: dict[str, Any], tagged: Path, tmp_path: Path) -> None:
-    options = {"epochs": 12, "lr": 4e-3, "ema_decay": None, "scale": (1.0, 1.0), "ratio": (1, 1)}
+    options = {"epochs": 24, "lr": 1e-2, "ema_decay": None, "scale": (1.0, 1.0), "ratio": (1, 1)}
     tune(tagged, tmp_path / "run", **options, **head)
     rows = read_log(tmp_path / "run" / "log.csv")
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert rows[-1]["val_map"] > max(0.75, rows[0]["val_map"] + 0.1)
 
 

@@ -1,6 +1,7 @@
 """Updates by hand: the rate of each one, and the average of the weights."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
+from ltrp_timm.train.logs import LOG_NAME, Log
 from ltrp_timm.train.settings import Settings
 
 
@@ -87,6 +89,26 @@ def test_the_average_starts_at_the_weights_of_the_first_update() -> None:
         update(engine, step)
         found += [parameter.item() for parameter in engine.trained_model.parameters()]
     weights = [-1.0, -2.0, -3.0, -4.0]  # lr 1, gradient 1
-    for weight, value in zip(weights, found, strict=True):
-        average = 0.75 * average + 0.25 * weight
+    for t, (weight, value) in enumerate(zip(weights, found, strict=True)):
+        decay = min(0.75, t / (10 + t))
+        average = decay * average + (1 - decay) * weight
         assert value == pytest.approx(average)
+    assert engine.ema is not None
+    assert engine.ema.get_decay(31) == 0.75  # from 30 updates on
+
+
+def test_the_average_of_a_short_run_has_learned() -> None:
+    engine = make_engine(Settings(ema_decay=0.9997, sched="none"), 0.1, updates_per_epoch=44)
+    for step in range(1, 45):
+        update(engine, step)
+    (averaged,) = engine.trained_model.parameters()
+    assert (averaged / engine.model.weight).item() == pytest.approx(0.9, abs=0.05)
+
+
+def test_a_log_is_written_as_it_was_read(tmp_path: Path) -> None:
+    text = "epoch,step,lr,loss,val_top1\n1,4,1e-05,2.0,\n"
+    (tmp_path / LOG_NAME).write_text(text)
+    log = Log(tmp_path, epoch=1, step=4, tensorboard=False, progress=False)
+    log.start_epoch(2, 2, 4, 0)
+    log.end_epoch({"epoch": 2, "step": 8, "lr": 0.0, "loss": 1.5, "val_top1": None}, 2)
+    assert (tmp_path / LOG_NAME).read_text() == text + "2,8,0.0,1.5,\n"

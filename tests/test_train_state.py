@@ -164,7 +164,8 @@ def test_a_checkpoint_of_another_configuration(photos: Path, tmp_path: Path) -> 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"lr": 0.5}, r"lr \(0.01 there, 0.5 here\)"),
         ({"seed": 3}, r"seed \(0 there, 3 here\)"),
-        ({"epochs": 2}, r"epochs \(1 there, 2 here\)"),
+        ({"epochs": 2}, r"other epochs \(1 there, 2 here\): its schedule \(cosine\) is laid out"),
+        ({"epochs": 2, "sched": "none"}, r"configuration: sched \(cosine there, none here\)\."),
         ({"batch_size": 2}, r"images_per_update \(4 there, 2 here\)"),
         ({"ranker_args": {"width": 8, "depth": 1}}, r"ranker.width \(16 there, 8 here\)"),
         ({"mask_ratio": 0.6}, r"mask_ratio \(0.5 there, 0.6 here\)"),
@@ -176,6 +177,22 @@ def test_a_checkpoint_of_another_configuration(photos: Path, tmp_path: Path) -> 
         with pytest.raises(ValueError, match=text):
             run(options.pop("data"), folder, resume="auto", **options)
     assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sched": "none"}, {"sched": "step", "warmup_epochs": 0.5}], ids=["none", "step"]
+)
+def test_a_finished_run_goes_on_where_the_rates_are_known(
+    photos: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run(photos, tmp_path / "whole", epochs=3, ema_decay=0.9, **changes)
+    run(photos, tmp_path / "run", epochs=1, ema_decay=0.9, **changes)
+    assert not same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    done = run(photos, tmp_path / "run", epochs=3, ema_decay=0.9, resume="auto", **changes)
+    assert done.epochs == 3
+    assert same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    rows = [_timeless(read_log(tmp_path / name / "log.csv")) for name in ("run", "whole")]
+    assert rows[0] == rows[1]
 
 
 class CrashError(Exception):

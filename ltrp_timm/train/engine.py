@@ -97,7 +97,9 @@ class Engine:
         self.scheduler = make_scheduler(self.optimizer, updates_per_epoch, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         decay = settings.ema_decay
-        self.ema = None if not decay else ModelEmaV3(model, decay=decay)
+        # at first a plain EMA would hold little but the start: its decay is t / (10 + t) until then
+        warmup = {"use_warmup": True, "warmup_gamma": 10.0, "warmup_power": 1.0}
+        self.ema = None if not decay else ModelEmaV3(model, decay=decay, **warmup)
 
     def wrap(self) -> None:
         """Wrap the model, with its final start weights, for several processes and the compiler."""

@@ -22,7 +22,7 @@ def read_log(path: Path) -> list[Row]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return [
-            {name: float(text) if text else None for name, text in row.items()}
+            {name: _number(text) if text else None for name, text in row.items()}
             for row in csv.DictReader(file)
         ]
 
@@ -113,6 +113,10 @@ def find_writer(required: bool) -> Any:
             raise ImportError("TensorBoard is missing: pip install 'ltrp-timm[train]'") from error
         return None
     return SummaryWriter
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)
 
 
 def _table(rows: Sequence[Row]) -> str:

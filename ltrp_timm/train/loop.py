@@ -220,11 +220,22 @@ class Trainer:
         if self.world.main:
             p, s = self.progress, self.settings
             self.log = Log(self.folder, p.epoch, p.step, s.tensorboard, s.progress)
+            if self.engine.ema:
+                say(f"measured and saved: an average of the weights, decay {s.ema_decay:g} at most")
 
     def read_checkpoint(self) -> dict[str, Any]:
         """Read the checkpoint, check its configuration, take over its progress."""
         state = read_state(self.checkpoint)
-        check_same(state["config"], self.config(), self.checkpoint)
+        saved, now, sched = state["config"], self.config(), self.settings.sched
+        if saved["epochs"] != now["epochs"]:
+            if not self.settings.open_ended and saved["sched"] == sched:
+                raise ValueError(
+                    f"{self.checkpoint} cannot go on to other epochs ({saved['epochs']} there, "
+                    f"{now['epochs']} here): its schedule ({sched}) is laid out for all of them. "
+                    "Start a new run from its weights, or train with sched='none'."
+                )
+            saved = {**saved, "epochs": now["epochs"]}
+        check_same(saved, now, self.checkpoint)
         self.progress = Progress(**state["progress"])
         return state
 
@@ -327,6 +338,7 @@ class Trainer:
             "lr": self.rate,
             "loss": progress.loss_sum / self.sources.updates_per_epoch,
             "chance": self.task.chance,
+            "ema_decay": self.engine.ema and self.engine.ema.get_decay(progress.step),
             **{f"val_{name}": value for name, value in metrics.items()},
             "unreadable": len(unreadable),
             "images_per_second": speed,

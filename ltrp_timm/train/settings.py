@@ -67,14 +67,16 @@ class Settings:
         min_lr: Learning rate at the end of the schedule.
         clip_grad: Gradient clipping: the norm, value or AGC factor (default: no clipping).
         clip_mode: What ``clip_grad`` limits.
-        ema_decay: Decay of an average of the weights, which is then measured and saved
-            (default, and 0: no average).
+        ema_decay: Decay of an average of the weights, which is then measured and saved; after t
+            updates it is t / (10 + t) at most (default, and 0: no average).
         precision: Autocast precision (default: bf16 on a GPU, fp32 elsewhere).
         compile: Use ``torch.compile``.
         seed: Seed of every random draw.
         device: Device to train on (default: a GPU if there is one).
         num_workers: Processes that read images.
-        resume: "never" refuses an output folder that holds a run; "auto" continues the run.
+        resume: "never" refuses an output folder that holds a run; "auto" continues the run, to
+            other ``epochs`` where the rates do not depend on their number: ``sched`` "none", or
+            "constant", "step" or "multistep" with ``warmup_epochs``.
         checkpoint_steps: Updates between checkpoints (default: one checkpoint per epoch).
         holdout: Share of the images to hold out when there is no ``val_data``; 0 holds out none.
         val_data: Held-out images, in any form that the training data may have.
@@ -138,6 +140,12 @@ class Settings:
                 "sched='plateau' follows a metric, and timm saves nothing of that: a run could not "
                 "resume exactly. Choose another schedule, such as cosine, step or none."
             )
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the rates are the same for any number of epochs."""
+        known = self.warmup_epochs is not None and self.sched in ("constant", "step", "multistep")
+        return known or self.sched == "none"
 
     def fixed(self) -> dict[str, Any]:
         """What a continuation must not change, as JSON can hold it."""
