@@ -312,6 +312,15 @@ def test_unreadable_images_are_counted_and_skipped(
     assert err.count("green/00.png") == 1
 
 
+def test_the_order_of_classes_without_names_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_classes(tmp_path / "photos", 4, ("1", "2", "10"))
+    tune(folder, tmp_path / "run", small_vit(), epochs=1, img_size=None, model_kwargs=None)
+    order = "in natural order (1, 2, 10), not in torchvision's (1, 10, 2)"
+    assert f"head: that of the weights, whose classes are taken {order}" in capsys.readouterr().out
+
+
 def test_held_out_classes_are_found_by_name(tmp_path: Path) -> None:
     folder = make_classes(tmp_path / "photos", 10)
     some = make_classes(tmp_path / "some", 4, ("green", "red"))  # 0 and 1 there, 1 and 2 here

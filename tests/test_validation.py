@@ -13,8 +13,9 @@ from timm.utils import accuracy
 from torch.utils.data import TensorDataset
 from train_setup import make_photos
 
+from ltrp_timm.data.images import open_dataset
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, KeyedStream, make_loader
-from ltrp_timm.data.labels import LabelledImages, match_classes, open_labelled
+from ltrp_timm.data.labels import ClassData, LabelledImages, match_classes, open_labelled
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks
 from ltrp_timm.measure.evaluate import measure_all
@@ -195,6 +196,93 @@ def test_numbered_folders_are_class_numbers() -> None:
     assert match_classes(["7", "12", "100"], 1000) == ([7, 12, 100], "by number")
     assert match_classes(["7", "12"], 1000, WORDNET) == ([7, 12], "by number")
     assert match_classes(["1", "2"], 2) == ([0, 1], "in natural order")
+    assert match_classes(["0", "2"], 3) == ([0, 2], "by number")
+    with pytest.raises(
+        ValueError, match=r"\(1, 2\) may be numbered from 0 or from 1; list the names"
+    ):
+        match_classes(["1", "2"], 3)
+    assert match_classes(["1", "2"], 3, ["1", "2", "3"]) == ([0, 1], "by name")
+
+
+def test_the_order_of_classes_is_said() -> None:
+    assert match_classes(["a", "b"], 2)[1] == "in natural order"
+    text = "in natural order (a, B, b2, b10), not in torchvision's (B, a, b10, b2)"
+    assert match_classes(["a", "B", "b2", "b10"], 4) == ([0, 1, 2, 3], text)
+    given = match_classes(["B", "a", "b10", "b2"], 4)  # as torchvision numbers its folders
+    assert given == ([0, 1, 2, 3], "in the order of the data set (B, a, b10, b2)")
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_hidden_and_system_folders_are_no_classes(tmp_path: Path, archive: bool) -> None:
+    folder = make_classes(tmp_path / ".set", cat=2, dog=1)
+    junk = {
+        "@eaDir": 1,
+        ".ipynb_checkpoints": 1,
+        "cat/@eaDir": 1,
+        "dog/.thumbs": 1,
+        "__MACOSX/cat": 1,
+    }
+    make_classes(folder, **junk)
+    (folder / "dog" / "._000.png").write_bytes(b"\0\5\x16\7")
+    (folder / "#recycle").mkdir()
+    data = folder
+    if archive:
+        data = tmp_path / "set.tar"
+        with tarfile.open(data, "w") as tar:
+            tar.add(folder, arcname=".")
+    images = open_labelled(data)
+    assert images.class_names == ("cat", "dog")
+    assert [images.read_item(index)[1] for index in range(len(images))] == [0, 0, 1]
+    assert images.numbers() == [0, 0, 1]
+    assert len(open_dataset(data)) == 3
+
+
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        (
+            {"seg_train/cat": 1, "seg_train/dog": 1, "seg_test/cat": 1},
+            "has the class cat at two places, seg_test/cat and seg_train/cat; give a folder",
+        ),
+        ({"cat": 1, "dog": 1, "dog/puppy": 1}, "different depths, such as in cat and dog/puppy"),
+        ({"animals/cat": 1, "car": 1}, "different depths, such as in car and animals/cat"),
+    ],
+)
+def test_a_class_is_one_folder_at_the_depth_of_all(
+    archive: bool, classes: dict[str, int], text: str, tmp_path: Path
+) -> None:
+    data = make_classes(tmp_path / "set", **classes)
+    if archive:
+        data = tmp_path / "set.tar"
+        with tarfile.open(data, "w") as tar:
+            tar.add(tmp_path / "set", arcname=".")
+    with pytest.raises(ValueError, match=text):
+        open_labelled(data)
+
+
+def test_a_folder_within_a_class_is_no_empty_class(tmp_path: Path) -> None:
+    folder = make_classes(tmp_path / "set", ant=1, cat=1)
+    (folder / "ant" / "drafts").mkdir()
+    (folder / "bee" / "drafts").mkdir(parents=True)
+    images = open_labelled(folder, allow_empty=True)
+    assert (images.class_names, images.empty) == (("ant", "bee", "cat"), ["bee"])
+
+
+@pytest.mark.parametrize("names", [("training", "validation"), ("Train", "VAL"), ("train", "Eval")])
+def test_splits_by_their_usual_names(names: tuple[str, str], tmp_path: Path) -> None:
+    train, held = names
+    folder = make_classes(tmp_path / "set", **{f"{train}/a": 2, f"{train}/b": 1, f"{held}/a": 1})
+    make_classes(folder / held, b=3)
+    data = ClassData(folder)
+    assert (len(data.train), len(data.held_out)) == (3, 4)
+    assert data.notes == [f"held-out images are those of {folder} itself"]
+    assert len(open_labelled(folder, split="valid")) == 4
+    (folder / train).rename(folder / "TRAIN")
+    (folder / "Training").mkdir()
+    with pytest.raises(ValueError, match="has TRAIN and Training: name the one to use as split"):
+        ClassData(folder)
+    assert len(ClassData(folder, split="TRAIN").train) == 3
 
 
 def test_recorded_names_decide() -> None:

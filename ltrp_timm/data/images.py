@@ -1,6 +1,7 @@
 """Pictures by index from every kind of data set; ``labels`` adds the classes."""
 
 import copy
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,15 @@ from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.runtime.keyed_rng import sample_seed
 from ltrp_timm.weights.files import PathLike
 
+CLASS_NUMBERS = ("class_to_idx", "class_name_to_idx")  # of timm's readers
 NAMED = ("hfds", "hfids", "tfds", "torch", "wds")  # prefixes of timm's readers
+_SPLITS = (
+    ("train", "training"),
+    ("validation", "val", "valid", "eval", "evaluation"),
+    ("test", "testing"),
+)
+_SYSTEM = "@eaDir|@__thumb|__MACOSX|#recycle|\\$RECYCLE.BIN|lost\\+found|System Volume Information"
+_HIDDEN = re.compile(rf"(^|[\\/])(\.[^.\\/]|({_SYSTEM})([\\/]|$))")
 _SUFFIX = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|ppm|pgm|avif)", re.IGNORECASE)
 
 
@@ -37,13 +46,14 @@ def open_dataset(
     """Open a data set by its name in timm; a data set that is given comes back as it is.
 
     ``load_image`` sees the orientation, bit depth and transparency of every image; only ``tfds/``
-    drops them when it decodes.
+    drops them when it decodes. Hidden files and folders, and those of file systems such as
+    ``@eaDir``, are skipped in folders and archives.
 
     Args:
         data: a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
             ``tfds/…``, ``torch/…``, ``wds/…``, or a torch data set of pictures.
         root: folder of a named data set.
-        split: as in timm's ``create_dataset``.
+        split: as in timm's ``create_dataset``; for a folder, see ``split_folder``.
         input_key: field of a named data set that holds the images.
         target_key: field of a named data set that holds the labels (default: labels are not read).
         num_samples: length of a stream that does not know its length.
@@ -59,6 +69,7 @@ def open_dataset(
         return data
     text, named = str(data), check_data(data)
     prefix = text.partition("/")[0].lower()
+    folder = None if named else split_folder(text, split)
     extra: dict[str, Any] = {"input_key": input_key} if named and input_key else {}
     if prefix == "hfds" and named:
         extra["target_key"] = target_key or input_key or "image"  # it need not have labels
@@ -67,8 +78,9 @@ def open_dataset(
     try:
         dataset = create_dataset(
             text if named else "",
-            root=root if named else text,
+            root=root if named else folder,
             split=split,
+            search_split=named,
             is_training=training,
             seed=seed,
             input_img_mode="",  # no conversion: load_image converts
@@ -76,6 +88,7 @@ def open_dataset(
         )
         if hasattr(dataset, "reader"):  # one of timm's
             dataset.transform = load_image
+            _skip_hidden(dataset.reader, "" if named else str(folder))
         return dataset
     except ImportError as error:
         raise ImportError(
@@ -84,6 +97,48 @@ def open_dataset(
         ) from error
     except Exception as error:  # timm and what it calls raise anything, AssertionError included
         raise ValueError(f"{text} cannot be read as a data set: {one_line(error)}") from error
+
+
+def split_folder(root: str, split: str) -> str:
+    """The subfolder of a split, under any of its usual names in any case; ``root`` without one.
+
+    Raises:
+        ValueError: Several subfolders could be meant.
+    """
+    if not os.path.isdir(root):
+        return root
+    wanted = split.split("[")[0]
+    names = next((names for names in _SPLITS if wanted.lower() in names), (wanted.lower(),))
+    found = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+    found = sorted(name for name in found if name.lower() in names)
+    if wanted in found:
+        found = [wanted]
+    if len(found) > 1:
+        raise ValueError(f"{root} has {' and '.join(found)}: name the one to use as split.")
+    return os.path.join(root, *found)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path leads through hidden files or folders, or those of a file system."""
+    return _HIDDEN.search(path) is not None
+
+
+def _skip_hidden(reader: Any, root: str) -> None:
+    """Leave out the images of timm's readers of folders and archives that ``is_hidden``."""
+    samples = getattr(reader, "samples", ())
+    places = (sample[0] for sample in samples)
+    seen = [not is_hidden(p[len(root) :] if isinstance(p, str) else p.path) for p in places]
+    if all(seen):
+        return
+    for name in ("samples", "targets"):  # an archive has both
+        if hasattr(reader, name):
+            setattr(reader, name, list(itertools.compress(getattr(reader, name), seen)))
+    labels = getattr(reader, "targets", None) or [sample[1] for sample in reader.samples]
+    used = set(map(int, labels))
+    for name in CLASS_NUMBERS:
+        if hasattr(reader, name):
+            known = getattr(reader, name).items()
+            setattr(reader, name, {key: number for key, number in known if number in used})
 
 
 def check_data(data: Any) -> bool:
@@ -247,7 +302,7 @@ def find_images(
 ) -> tuple[Path, list[str], list[str]]:
     """Find images below folders, by their suffix, and files by their name, each once.
 
-    Hidden files and folders are skipped; links to folders are not followed.
+    What ``is_hidden`` is skipped; links to folders are not followed.
 
     Args:
         inputs: files and folders.
@@ -280,10 +335,10 @@ def _walk(folder: str, skipped: set[str]) -> Iterator[str]:
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and os.path.join(place, name) not in skipped
+            if not is_hidden(name) and os.path.join(place, name) not in skipped
         ]
         for name in files:
-            if _SUFFIX.fullmatch(os.path.splitext(name)[1]) and not name.startswith("."):
+            if _SUFFIX.fullmatch(os.path.splitext(name)[1]) and not is_hidden(name):
                 yield os.path.join(place, name)
 
 

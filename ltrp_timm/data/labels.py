@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import ImageNetInfo, get_img_extensions, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
 from torch.utils.data import IterableDataset
 
 from ltrp_timm._text import first_names, one_line, printable
-from ltrp_timm.data.images import Images, open_dataset, split_indices
+from ltrp_timm.data.images import (
+    CLASS_NUMBERS,
+    Images,
+    is_hidden,
+    open_dataset,
+    split_folder,
+    split_indices,
+)
 
 _STREAMS = ("hfids", "tfds", "wds")
-_HELD_OUT = ("validation", "val", "valid")
 
 
 class ClassData:
@@ -94,9 +100,9 @@ def is_stream(data: Any) -> bool:
 
 def _has_held_out(data: Any, split: str) -> bool:
     """Whether a folder has a subfolder of held-out images beside that of training images."""
-    if not isinstance(data, (str, os.PathLike)) or not (Path(data) / split).is_dir():
+    if not isinstance(data, (str, os.PathLike)):
         return False
-    return any((Path(data) / name).is_dir() for name in _HELD_OUT)
+    return all(split_folder(str(data), name) != str(data) for name in (split, "validation"))
 
 
 def _count_classes(data: Any, found: int, given: int | None) -> int:
@@ -130,7 +136,8 @@ def open_labelled(
 
     Raises:
         FileNotFoundError: ``data`` does not exist.
-        ValueError: The data set is a stream, has no image or no classes, or a class has no image.
+        ValueError: The data set is a stream, has no image or no classes, a class has no image, or
+            the folders of classes lie at several places.
         ImportError: The package behind a prefix is not installed.
 
     >>> open_labelled("imagenet", split="validation")  # doctest: +SKIP
@@ -176,9 +183,9 @@ class LabelledImages(Images):
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset)
         numbers = _class_to_idx(dataset)
-        self.empty = _empty_folders(self.reader, set(numbers))
+        self.empty: list[str] = []
         if _is_folder(self.reader):
-            self._check_folders(numbers)
+            self.empty = self._check_folders(set(numbers))
             self.class_names = tuple(sorted([*numbers, *self.empty], key=natural_key))
         else:  # the data set's own numbers have a meaning
             self.class_names = tuple(sorted(numbers, key=numbers.__getitem__))
@@ -189,12 +196,35 @@ class LabelledImages(Images):
         self.present: tuple[int, ...] = tuple(range(len(self.class_names)))
         self._check_first_label()
 
-    def _check_folders(self, numbers: Mapping[str, int]) -> None:
-        root = printable(getattr(self.reader, "root", None) or "the archive")
-        if set(numbers) <= {""}:
-            raise ValueError(f"{root} has no folder for each class: all images are in one folder.")
-        if "" in numbers:
-            raise ValueError(f"{root} has images outside of its class folders.")
+    def _check_folders(self, names: set[str]) -> list[str]:
+        """Check that each class is one folder, all at one depth; returns those without an image."""
+        root = getattr(self.reader, "root", None) or "the archive"
+        name = printable(root)
+        folders = sorted(_folders(self.reader), key=natural_key)
+        if names <= {""}:
+            raise ValueError(f"{name} has no folder for each class: all images are in one folder.")
+        if "" in names:
+            raise ValueError(f"{name} has images outside of its class folders.")
+        deep, flat = (pick(folders, key=lambda path: path.count("/")) for pick in (max, min))
+        depth = deep.count("/")
+        if flat.count("/") != depth:
+            raise ValueError(
+                f"{name} has images at different depths, such as in {printable(flat)} and "
+                f"{printable(deep)}; all class folders must lie at one depth."
+            )
+        places: dict[str, str] = {}
+        for folder in folders:
+            other = places.setdefault(os.path.basename(folder), folder)
+            if other != folder:
+                raise ValueError(
+                    f"{name} has the class {printable(os.path.basename(folder))} at two places, "
+                    f"{printable(other)} and {printable(folder)}; give a folder that has it once."
+                )
+        if not os.path.isdir(root):
+            return []
+        every = (p for p in Path(root).glob("/".join(["*"] * (depth + 1))) if p.is_dir())
+        empty = {p.name for p in every if not is_hidden(str(p.relative_to(root)))} - names
+        return sorted(empty, key=natural_key)
 
     def _check_first_label(self) -> None:
         if not len(self):
@@ -276,10 +306,10 @@ def match_classes(
 
     Classes match by name if the names of the model are known: from its configuration, or the
     WordNet ids of ImageNet, inferred from the number of classes. Otherwise they match by number if
-    all names are numbers (as ImageNet-V2's), or by natural order if there are equally many.
+    all names are numbers (as ImageNet-V2's), or in their order if there are equally many.
 
     Args:
-        names: names of the data set's classes, in natural order.
+        names: names of the data set's classes, in its order.
         num_classes: number of the model's classes.
         label_names: names of the model's classes, in their order or by number; None if unknown.
 
@@ -307,9 +337,15 @@ def match_classes(
     if not recorded or wordnet:
         digits = all(name.isascii() and name.isdecimal() for name in names)
         if digits and all(int(name) < num_classes for name in names):
-            return [int(name) for name in names], "by number"
+            numbers = [int(name) for name in names]
+            if not known and 0 not in numbers:
+                raise ValueError(
+                    f"the classes ({first_names(names)}) may be numbered from 0 or from 1; list "
+                    f"the names of the model's {num_classes} classes in a file (--class-map)."
+                )
+            return numbers, "by number"
         if not recorded and len(names) == num_classes == len(unknown):
-            return list(range(num_classes)), "in natural order"
+            return list(range(num_classes)), order_of(names)
     if recorded or (wordnet and len(unknown) < len(names)):
         raise ValueError(
             f"{len(unknown)} of {len(names)} classes are not among the model's {num_classes}: "
@@ -318,6 +354,21 @@ def match_classes(
     raise ValueError(
         f"there are {len(names)} classes ({first_names(names)}), but the model has {num_classes}."
     )
+
+
+def order_of(names: Sequence[str]) -> str:
+    """Say in which order names of classes are: timm sorts folders another way than torchvision.
+
+    >>> order_of(["1", "2", "10"])
+    "in natural order (1, 2, 10), not in torchvision's (1, 10, 2)"
+    """
+    natural, plain = sorted(names, key=natural_key), sorted(names)
+    if list(names) != natural:
+        return f"in the order of the data set ({first_names(names)})"
+    if natural == plain:
+        return "in natural order"
+    shown, other = first_names(natural), first_names(plain)
+    return f"in natural order ({shown}), not in torchvision's ({other})"
 
 
 def listed_names(label_names: Any) -> list[str]:
@@ -339,7 +390,7 @@ def _imagenet_classes(num_classes: int) -> list[str]:
 def _class_to_idx(dataset: Any) -> dict[str, int]:
     """Class numbers by name, from timm's readers and torchvision's data sets."""
     reader = getattr(dataset, "reader", None)
-    for name in ("class_to_idx", "class_name_to_idx"):
+    for name in CLASS_NUMBERS:
         found = getattr(reader, name, None)
         if found is not None:
             return {str(key): int(number) for key, number in found.items()}
@@ -364,16 +415,11 @@ def _is_folder(reader: Any) -> bool:
     return reader is not None and hasattr(reader, "samples")
 
 
-def _empty_folders(reader: Any, full: set[str]) -> list[str]:
-    """Names of the innermost folders without an image; hidden ones are skipped."""
-    root = getattr(reader, "root", None)
-    if not _is_folder(reader) or not root or not os.path.isdir(root):
-        return []
-    kinds = get_img_extensions(as_set=True)
-    found = set()
-    for place, folders, files in os.walk(str(root), followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = any(os.path.splitext(name)[1].lower() in kinds for name in files)
-        if not folders and not images and place != str(root):
-            found.add(os.path.basename(place))
-    return sorted(found - full, key=natural_key)
+def _folders(reader: Any) -> set[str]:
+    """Folders of images below the root; an archive in an archive is a folder too."""
+    if len(reader.samples) and isinstance(reader.samples[0][0], str):
+        found = {os.path.dirname(sample[0]) for sample in reader.samples}
+        return {Path(os.path.relpath(folder, reader.root)).as_posix() for folder in found}
+    inner = ((part.path, child and child.path) for part, _, child in reader.samples)
+    parts = {(os.path.dirname(path), child or "") for path, child in inner}
+    return {os.path.normpath(os.path.join(os.path.splitext(c)[0], path)) for path, c in parts}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ltrp_timm._text import say
-from ltrp_timm.data.labels import ClassData
+from ltrp_timm.data.labels import ClassData, order_of
 from ltrp_timm.data.multi_label import MultiLabelData
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.measure.accuracy import seen_classes
@@ -177,11 +177,14 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
         )
         notes = [f"weights: {origin or RANDOM}"]
     _prepare_ranker(net, recipe)
+    named = bool((net.pretrained_cfg or {}).get("label_names"))
     new_head = fit_head(net, classes.num_classes, classes.class_names)
     if recipe.head is not None:
         new_head = put_head(net, recipe.head, recipe.head_args) or new_head
     classes.match(net.pretrained_cfg.get("label_names"))
     head = "a new one" if new_head else "that of the weights"
+    if not (new_head or named) and classes.class_names:
+        head += f", whose classes are taken {order_of(classes.class_names)}"
     notes.append(f"head: {head}, for {classes.num_classes} classes")
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
