@@ -318,7 +318,9 @@ def test_the_order_of_classes_without_names_is_said(
     folder = make_classes(tmp_path / "photos", 4, ("1", "2", "10"))
     tune(folder, tmp_path / "run", small_vit(), epochs=1, img_size=None, model_kwargs=None)
     order = "in natural order (1, 2, 10), not in torchvision's (1, 10, 2)"
-    assert f"head: that of the weights, whose classes are taken {order}" in capsys.readouterr().out
+    assert (
+        f"weights name no classes; those of the data are taken {order}\n" in capsys.readouterr().out
+    )
 
 
 def test_held_out_classes_are_found_by_name(tmp_path: Path) -> None:

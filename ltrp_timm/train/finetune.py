@@ -183,9 +183,10 @@ def make_network(model: Any, recipe: Recipe, classes: ClassData) -> tuple[Any, l
         new_head = put_head(net, recipe.head, recipe.head_args) or new_head
     classes.match(net.pretrained_cfg.get("label_names"))
     head = "a new one" if new_head else "that of the weights"
-    if not (new_head or named) and classes.class_names:
-        head += f", whose classes are taken {order_of(classes.class_names)}"
     notes.append(f"head: {head}, for {classes.num_classes} classes")
+    if not (new_head or named) and classes.class_names:
+        how = order_of(classes.class_names)
+        notes.append(f"the weights name no classes; those of the data are taken {how}")
     if recipe.channels_last:
         net = net.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
