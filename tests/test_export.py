@@ -122,7 +122,7 @@ def test_a_dynamic_batch_is_any_and_a_fixed_one_is_that(
 @pytest.mark.slow
 @every_format
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("ranker", ["contrast", "conv"])
+@pytest.mark.parametrize("ranker", ["border", "contrast", "conv"])
 @pytest.mark.parametrize("family", ["vit", "registers", "eva02", "dinov3", "beit", "cait"])
 def test_every_kind_of_backbone(
     pruned_of: Callable[..., Any],

@@ -18,7 +18,8 @@ FAMILIES += ["beit", "beit_shared", "cait", "relpos", "relpos_shared", "relpos_b
 ROPE = ["naflex_eva02", "naflex_mixed"]
 NAFLEX = ["naflex", "naflex_siglip", "naflex_clip", *ROPE]
 FAMILIES += NAFLEX
-RANKERS = ["contrast", "conv", "vit_tiny", "random", "attention", "contrast at 64", "conv at 64"]
+RANKERS = ["border", "contrast", "conv", "vit_tiny", "random", "attention"]
+RANKERS += ["contrast at 64", "conv at 64"]
 
 # every family with the default ranker, every ranker on one backbone of each slot
 CASES = [(family, "contrast") for family in FAMILIES] + [

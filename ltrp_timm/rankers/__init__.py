@@ -9,6 +9,7 @@ from torch import nn
 
 from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import adapt_channels
+from ltrp_timm.rankers.border import BorderRanker
 from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
 from ltrp_timm.rankers.clusters import DpcKnnRanker
 from ltrp_timm.rankers.contrast import STATISTICS, ContrastRanker, StatisticRanker
@@ -22,6 +23,7 @@ from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args
 PUBLISHED = "score_net."  # prefix of the ranker in checkpoints of the paper's authors
 _RANKERS: Dict[str, Callable[..., Any]] = {
     "attention": AttentionRanker,
+    "border": BorderRanker,
     "cam": CamRanker,
     "contrast": ContrastRanker,
     "conv": ConvRanker,
@@ -39,7 +41,7 @@ def list_rankers() -> List[str]:
     """Names that ``create_ranker`` accepts.
 
     >>> list_rankers()[:4]
-    ['attention', 'cam', 'centre', 'colour']
+    ['attention', 'border', 'cam', 'centre']
     """
     return sorted(_RANKERS)
 
