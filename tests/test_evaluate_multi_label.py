@@ -102,11 +102,27 @@ def test_cached_orders_give_the_same_map(tagged: Path, tmp_path: Path) -> None:
     assert abs(maps[0][0] - maps[0][1]) > 0.1
 
 
+def test_labelled_images_that_are_absent_are_left_out_if_asked(
+    tagged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, lines = saved_model(tmp_path / "model", NAMES), (tagged / "labels.csv").read_text()
+    (tagged / "long.csv").write_text(f"{lines}none.png,red\n")
+    command = ["evaluate", model, "--multi-label", "--data", str(tagged / "images")]
+    command += ["--labels", str(tagged / "long.csv"), "--device", "cpu", "--keep-ratio", "0.5"]
+    assert main(command) == 2
+    assert "1 of 25 labelled images are not in" in capsys.readouterr().err
+    assert main([*command, "--skip-absent"]) == 0
+    out = capsys.readouterr().out
+    assert "24 images, " in out
+    assert "1 labelled images are not there, left out" in out
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
         (["--labels", "coco.json"], "--labels requires --multi-label"),
         (["--seen-classes", "seen.txt"], "--seen-classes requires --multi-label"),
+        (["--skip-absent"], "--skip-absent requires --multi-label"),
         (["--multi-label"], "--multi-label requires --labels FILE"),
         (["--multi-label", "--labels", "none.csv"], "none.csv does not exist"),
         (

@@ -86,6 +86,19 @@ def test_it_learns(head: dict[str, Any], tagged: Path, tmp_path: Path) -> None:
     assert rows[-1]["val_map"] > max(0.75, rows[0]["val_map"] + 0.1)
 
 
+def test_absent_images_are_left_out_and_counted(
+    tagged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tagged / "long.csv").write_text(f"{(tagged / 'labels.csv').read_text()}none.png,red\n")
+    options = {"labels": tagged / "long.csv", "val_labels": tagged / "long.csv", "epochs": 1}
+    with pytest.raises(ValueError, match=r"none\.png \(skip_absent leaves them out\)"):
+        tune(tagged, tmp_path / "no", **options)
+    tune(tagged, tmp_path / "run", skip_absent=True, **options)
+    out = capsys.readouterr().out
+    assert "1 labelled training images are not there, left out" in out
+    assert "1 labelled held-out images are not there, left out" in out
+
+
 @records_arguments
 def test_a_csv_for_training_and_images_held_out_of_them(
     tagged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -125,6 +138,10 @@ def test_published_defaults(tagged: Path, tmp_path: Path) -> None:
     ("changes", "wanted"),
     [
         ({"multi_label": False, "labels": None}, "val_labels goes with multi_label"),
+        (
+            {"multi_label": False, "labels": None, "val_labels": None, "skip_absent": True},
+            "skip_absent goes with multi_label",
+        ),
         (
             {"multi_label": False, "labels": None, "val_labels": None, "head": "ml_decoder"},
             "head g",

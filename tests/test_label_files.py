@@ -88,6 +88,10 @@ def test_csv_with_a_column_for_each_class(tmp_path: Path) -> None:
             {"images": [{"id": n, "file_name": "a.png"} for n in (9, 3)]},
             "it names an image twice: a.png",
         ),
+        (
+            {"images": [{"id": 9, "file_name": "./a.png"}, {"id": 3, "file_name": "a.png"}]},
+            "it names an image twice: a.png",
+        ),
         ({"images": [{"id": 9, "file_name": "../a.png"}]}, "unknown image 3"),
         (
             {"images": [{"id": 9, "file_name": "../a.png"}], "annotations": []},
@@ -117,7 +121,25 @@ def test_wrong_coco(changes: dict[str, Any], wanted: str, tmp_path: Path) -> Non
         ("image,labels\na.png,\n", "no image has a label"),
         ("image,labels\na.png,cat,dog\n", "line 2 has 3 columns, the header 2"),
         ("image,labels\na.png,cat\n,dog\n", "line 3 names no image"),
-        ("image,labels\na.png,cat\na.png,dog\n", "it names an image twice: a.png"),
+        ("image,labels\na.png,cat\na.png,dog\n", "line 3 names an image twice: a.png, as line 2"),
+        (
+            "image,labels\n./a.png,cat\n\na.png,dog\n",
+            "line 4 names an image twice: a.png, as line 2",
+        ),
+        (
+            "image,cat\nb//a.png,1\nb/./a.png,0\n",
+            "line 3 names an image twice: b/./a.png, as line 2",
+        ),
+        ("a.jpg,1,0\nb.jpg,0,1\n", "line 1 must be a header, image,labels or .* got a.jpg,1,0"),
+        ("1.heic,cat,2\n2.heic,0,1\n", "line 1 must be a header, .* got 1.heic,cat,2"),
+        ("0001,1,0\n0002,0,1\n", "line 1 must be a header, .* got 0001,1,0"),
+        ("a.PNG,cat\n", "line 1 must be a header"),
+        (
+            "image,labels\na.png,cat\nb.png,cat|dog\n",
+            r"line 3 has the labels 'cat\|dog': join .* ';'",
+        ),
+        ('image,labels\na.png,"cat,dog"\n', "line 2 has the labels 'cat,dog': join labels by ';'"),
+        ("image,labels\na.png,cat\tdog\n", "line 2 has the labels .*dog': join labels by ';'"),
         ("image,cat,dog\na.png,1,2\n", "line 2 has '2' for 'dog', expected 0 or 1"),
         ("image,tags\na.png,cat\n", r"line 2 has 'cat' for 'tags', .*one column, labels"),
         ("image,cat,cat\na.png,1,0\n", "it names a class twice: cat"),

@@ -59,6 +59,15 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (folder / "001.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 labelled images are not in .*: 001\.png"):
         open_multi_label(folder, table(tmp_path, TEXT))
+    images = open_multi_label(folder, table(tmp_path, TEXT), allow_empty=True, skip_absent=True)
+    assert (images.absent, images.empty, images.unlabelled) == (1, ["owl"], 1)
+    assert [images.read_item(index)[1].tolist() for index in range(2)] == [[1, 1, 0], [0, 0, 0]]
+    assert images.name(1) == "002.png"
+    with pytest.raises(ValueError, match=r"1 class has no image in .*: owl"):
+        open_multi_label(folder, table(tmp_path, TEXT), skip_absent=True)
+    none = table(tmp_path, "image,labels\nnone.png,cat\n")
+    with pytest.raises(ValueError, match=r"1 of 1 labelled images are not in .*none\.png\.$"):
+        open_multi_label(folder, none, allow_empty=True, skip_absent=True)
     with pytest.raises(FileNotFoundError, match="none is not a folder"):
         open_multi_label(tmp_path / "none", table(tmp_path, TEXT))
     for name in ("a", "sub/b", "c"):

@@ -68,6 +68,7 @@ class EvaluateOptions(ModelOptions):
         multi_label: Report mAP of images with several classes.
         labels: With ``multi_label``, COCO annotations (.json) or a .csv; ``data`` is the folder of
             the images.
+        skip_absent: With ``multi_label``, leave out images of ``labels`` that ``data`` lacks.
         seen_classes: With ``multi_label``, a file of class names, one per line; also reports mAP of
             these and of the other classes.
         keep_ratio: Shares of patches to keep, in (0, 1] (default: 1 0.7 0.5 0.25).
@@ -93,6 +94,7 @@ class EvaluateOptions(ModelOptions):
     all_classes: bool = False
     multi_label: bool = False
     labels: PathName | None = None
+    skip_absent: bool = False
     seen_classes: PathName | None = None
     keep_ratio: Sequence[float] | None = None
     index_cache: PathName | None = None
@@ -118,7 +120,7 @@ class EvaluateOptions(ModelOptions):
             raise ValueError("--plot and --per-image require --output DIR.")
         if self.output == "":
             raise ValueError("--output must name a folder, got an empty name.")
-        verb, wrong = "requires", ["labels", "seen_classes"]
+        verb, wrong = "requires", ["labels", "skip_absent", "seen_classes"]
         if self.multi_label:
             verb, wrong = "excludes", ["data_root", "input_key", "target_key", "all_classes"]
         for name in wrong:
@@ -267,6 +269,8 @@ class Evaluation:
         named, how = len(images.class_names), self.matched
         classes = f"{named} classes, matched {how}" if named else f"classes {how}"
         say(f"data        {printable(options.data)}, {len(images)} images, {classes}")
+        if getattr(images, "absent", 0):
+            say(f"            {images.absent} labelled images are not there, left out")
         if self.classes is not None:
             others = model.num_classes - len(self.classes)
             say(f"            {others} classes that the data does not have are excluded (use")
@@ -353,7 +357,8 @@ class Evaluation:
 
 def _open_images(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
     if options.multi_label:
-        return open_multi_label(options.data, options.labels, allow_empty=True)
+        skip = options.skip_absent
+        return open_multi_label(options.data, options.labels, allow_empty=True, skip_absent=skip)
     return open_labelled(
         options.data,
         root=options.data_root,

@@ -6,6 +6,7 @@ Label files come from others: they are read as data and checked whole before any
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ltrp_timm._text import first_names, one_line, printable
 
 SEPARATOR = ";"  # between the labels of a cell
 _JOINED = ("label", "labels")  # names of a column that holds labels, not a class
+_OTHER_SEPARATORS = re.compile(r"[,|\t]")  # "cat|dog" is no class
 _T = TypeVar("_T")
 
 
@@ -128,8 +130,8 @@ def _check_once(values: Sequence[Any], problem: str) -> None:
 def _check_names(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise ValueError("it names no image.")
-    _check_once(names, "it names an image twice")
     paths = {name: PurePosixPath(name) for name in names}
+    _check_once([str(paths[name]) for name in names], "it names an image twice")  # ./a is a
     outside = [name for name, path in paths.items() if path.is_absolute() or ".." in path.parts]
     if outside:
         raise ValueError(f"images must lie below their folder, got {first_names(outside)}.")
@@ -197,13 +199,24 @@ def _read_csv(text: str) -> LabelTable:
     header, rows = lines[0][1], lines[1:]
     if len(header) < 2:
         raise ValueError(f"its header must be image,labels or image,CLASS,…, got {header}.")
+    _check_header(header, [row[0] for _, row in rows])
+    places: dict[PurePosixPath, int] = {}
     for number, row in lines:
         if len(row) != len(header):
             raise ValueError(f"line {number} has {len(row)} columns, the header {len(header)}.")
         if not row[0]:
             raise ValueError(f"line {number} names no image.")
+        first = places.setdefault(PurePosixPath(row[0]), number)
+        if first != number:
+            raise ValueError(f"line {number} names an image twice: {row[0]}, as line {first}.")
     files, classes = [row[0] for _, row in rows], header[1:]
     if len(classes) == 1 and classes[0].lower() in _JOINED:
+        for number, row in rows:
+            if _OTHER_SEPARATORS.search(row[1]):
+                raise ValueError(
+                    f"line {number} has the labels {printable(row[1])!r}: join labels by "
+                    f"{SEPARATOR!r}, or give each class a column of 0 and 1."
+                )
         labels = [[part.strip() for part in row[1].split(SEPARATOR)] for _, row in rows]
         labels = [[label for label in parts if label] for parts in labels]
         classes = sorted({label for parts in labels for label in parts}, key=natural_key)
@@ -222,6 +235,15 @@ def _read_csv(text: str) -> LabelTable:
                 )
     labels = [[name for name, cell in zip(classes, row[1:]) if cell == "1"] for _, row in rows]
     return _table(files, labels, classes)
+
+
+def _check_header(header: Sequence[str], files: Sequence[str]) -> None:
+    """Check that the first line is no image: it would be lost, and its cells become classes."""
+    first, *endings = (PurePosixPath(file.lower()).suffix for file in (header[0], *files))
+    if (first and first in (".jpg", ".jpeg", ".png", *endings)) or set(header[1:]) <= {"0", "1"}:
+        raise ValueError(
+            f"line 1 must be a header, image,labels or image,CLASS,…, got {','.join(header)}."
+        )
 
 
 def _table(

@@ -1,5 +1,6 @@
 """Images with several classes each: the files of a folder and the labels of a file."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ class MultiLabelImages(Images):
     Args:
         folder: folder of the images.
         table: labels of the images, see ``read_labels``.
+        skip_absent: leave out the images that the folder lacks, in place of an error.
 
     Attributes:
+        absent: number of images that were left out.
         class_names: C names.
         targets: (N, C) bool, whether an image has a class.
         empty: names of classes that no image has.
@@ -32,19 +35,21 @@ class MultiLabelImages(Images):
         ValueError: The folder lacks images that the table names.
     """
 
-    def __init__(self, folder: Any, table: LabelTable) -> None:
+    def __init__(self, folder: Any, table: LabelTable, skip_absent: bool = False) -> None:
         root = Path(folder)
         if not root.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder of images.")
-        absent = [name for name in table.names if not (root / name).is_file()]
-        if absent:
+        there = [(root / name).is_file() for name in table.names]
+        absent = [name for name, found in zip(table.names, there) if not found]
+        if absent and (not skip_absent or not any(there)):
             raise ValueError(
                 f"{len(absent)} of {len(table.names)} labelled images are not in {root}: "
-                f"{first_names(absent)}."
+                f"{first_names(absent)}{'' if skip_absent else ' (skip_absent leaves them out)'}."
             )
-        super().__init__(ImageFiles(root, table.names))
-        self.class_names, self.targets = table.classes, table.targets
-        self.empty = [c for c, full in zip(table.classes, table.targets.any(dim=0)) if not full]
+        self.absent = len(absent)
+        super().__init__(ImageFiles(root, list(itertools.compress(table.names, there))))
+        self.class_names, self.targets = table.classes, table.targets[torch.tensor(there)]
+        self.empty = [c for c, full in zip(table.classes, self.targets.any(dim=0)) if not full]
 
     @property
     def blank(self) -> Tensor:  # type: ignore[override]
@@ -88,13 +93,16 @@ class MultiLabelImages(Images):
         return {**super().fingerprint(indices), "labels": sample_seed(0, 0, 0, text)}
 
 
-def open_multi_label(folder: Any, labels: Any, *, allow_empty: bool = False) -> MultiLabelImages:
+def open_multi_label(
+    folder: Any, labels: Any, *, allow_empty: bool = False, skip_absent: bool = False
+) -> MultiLabelImages:
     """Open the images of a folder with the labels of a file.
 
     Args:
         folder: folder of the images; images that the file does not name are ignored.
         labels: ``.json`` with COCO's instance annotations, or ``.csv`` (see ``read_labels``).
         allow_empty: accept classes without any image.
+        skip_absent: leave out images that the file names and the folder lacks.
 
     Raises:
         FileNotFoundError: The folder or the file does not exist.
@@ -103,7 +111,7 @@ def open_multi_label(folder: Any, labels: Any, *, allow_empty: bool = False) -> 
 
     >>> open_multi_label("val2014", "annotations/instances_val2014.json")  # doctest: +SKIP
     """
-    images = MultiLabelImages(folder, read_labels(labels))
+    images = MultiLabelImages(folder, read_labels(labels), skip_absent)
     if not allow_empty:
         refuse_empty(images.empty, labels)
     return images
@@ -118,6 +126,7 @@ class MultiLabelData(ClassData):
         val_data: folder of the held-out images (default: ``data``).
         val_labels: label file of the held-out images (default: no held-out images).
         num_classes: C (default: counted from ``labels``).
+        skip_absent: leave out images that a file names and its folder lacks, see ``notes``.
 
     Raises:
         ValueError: See ``open_multi_label``; or ``num_classes`` is not the number of classes, or
@@ -133,10 +142,12 @@ class MultiLabelData(ClassData):
         val_data: Any = None,
         val_labels: Any = None,
         num_classes: int | None = None,
+        skip_absent: bool = False,
     ) -> None:
         if val_data is not None and val_labels is None:
             raise ValueError("val_data needs val_labels, with multi_label.")
         self.streaming, self.notes, self.held_out = False, [], None
+        self.skip_absent = skip_absent
         self.train = self._open(data, labels, "training")
         self.class_names = self.train.class_names
         self.num_classes = len(self.class_names)
@@ -151,7 +162,10 @@ class MultiLabelData(ClassData):
     def _open(
         self, folder: Any, labels: Any, what: str, allow_empty: bool = False
     ) -> MultiLabelImages:
-        images = open_multi_label(folder, labels, allow_empty=allow_empty)
+        skip = self.skip_absent
+        images = open_multi_label(folder, labels, allow_empty=allow_empty, skip_absent=skip)
+        if images.absent:
+            self.notes.append(f"{images.absent} labelled {what} images are not there, left out")
         if images.unlabelled:
             self.notes.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
         return images

@@ -139,6 +139,7 @@ def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
         val_data=common.val_data,
         val_labels=recipe.val_labels,
         num_classes=recipe.num_classes,
+        skip_absent=recipe.skip_absent,
     )
 
 

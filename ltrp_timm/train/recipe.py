@@ -49,7 +49,9 @@ MULTI_LABEL_KEEP_RATIO = 0.75
 Source = str | os.PathLike[str]
 Schedule = Literal["linear", "cosine"]
 _ONE_CLASS = ("smoothing", "mixup", "cutmix", "bce_loss")  # what needs one class per image
-_MULTI_LABEL = ("labels", "val_labels", "seen_classes", "loss", "head", "head_args")
+_MULTI_LABEL = (
+    *("labels", "val_labels", "skip_absent", "seen_classes", "loss", "head", "head_args"),
+)
 _BETAS = {"betas": (0.9, 0.999)}  # of AdamW
 
 
@@ -87,6 +89,7 @@ class Recipe:
         labels: COCO's instance annotations (``.json``), or a ``.csv`` (image,labels with labels
             joined by semicolons; or image and a column of 0 and 1 for each class).
         val_labels: Labels of ``val_data``, in the same form.
+        skip_absent: Leave out images that a label file names and its folder lacks.
         seen_classes: File of class names, one per line, to report the mAP of these classes and of
             all others separately.
         loss: Loss of several classes (default: asymmetric).
@@ -121,6 +124,7 @@ class Recipe:
     multi_label: bool = False
     labels: Source | None = None
     val_labels: Source | None = None
+    skip_absent: bool = False
     seen_classes: Source | None = None
     loss: MultiLabelLoss | None = None
     head: Head | None = None
@@ -148,7 +152,7 @@ class Recipe:
         self._check_multi_label()
 
     def _check_multi_label(self) -> None:
-        given = [name for name in _MULTI_LABEL if getattr(self, name) is not None]
+        given = [name for name in _MULTI_LABEL if getattr(self, name) not in (None, False)]
         if given and not self.multi_label:
             raise ValueError(f"{given[0]} goes with multi_label.")
         if self.multi_label and self.labels is None:
