@@ -432,7 +432,7 @@ def test_other_channel_counts(backbone_of: Callable[..., Any], ranker: str) -> N
     assert drop_patches(backbone)(images).shape == (3, 7)
 
 
-def test_a_plain_checkpoint_loads(backbone_of: Callable[..., Any]) -> None:
+def test_a_plain_checkpoint_loads(backbone_of: Callable[..., Any], tmp_path: Path) -> None:
     plain, _ = backbone_of("vit")
     weights = {name: torch.randn_like(tensor) for name, tensor in plain.state_dict().items()}
     model = drop_patches(copy.deepcopy(plain), ranker="conv")
@@ -444,8 +444,16 @@ def test_a_plain_checkpoint_loads(backbone_of: Callable[..., Any]) -> None:
     assert not model.ranker.trained
     model.load_state_dict(model.state_dict())
     assert not model.ranker.trained  # its own weights tell nothing new
-    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    other = copy.deepcopy(model.state_dict())
+    model.load_state_dict(other)
+    assert not model.ranker.trained  # those of an untrained ranker
+    torch.save(other, tmp_path / "untrained.pth")
+    model.load_state_dict(torch.load(tmp_path / "untrained.pth"))
+    assert not model.ranker.trained
+    model.load_state_dict(dict(other))  # weights that do not say what they are
     assert model.ranker.trained
+    model.load_state_dict(other)
+    assert not model.ranker.trained
     weights.pop("norm.weight")
     with pytest.raises(RuntimeError, match=r"Missing key\(s\).*backbone\.norm\.weight"):
         model.load_state_dict(weights)

@@ -93,8 +93,8 @@ def make_ranker(
     """Create a ranker that matches a backbone: its channels, patch size, device and dtype."""
     kind = ranker_class(name)
     defaults: Dict[str, Any] = {}
-    given = weights is not None and weights is not False
-    if not given and kind.follows_patch_size:
+    weights = False if weights is None else weights
+    if weights is False and kind.follows_patch_size:
         defaults["patch_size"] = find_adapter(backbone).patch_pixels(backbone)
     channels = {"in_chans": getattr(backbone, "in_chans", 3)} if kind.learned else {}
     if channels and (args or {}).get("in_chans", channels["in_chans"]) != channels["in_chans"]:
@@ -104,9 +104,7 @@ def make_ranker(
         )
     parameter = next(backbone.parameters())
     args = {**defaults, **(args or {}), **channels}
-    ranker: nn.Module = create_ranker(
-        name, weights if given else False, cache_dir=cache_dir, **args
-    )
+    ranker: nn.Module = create_ranker(name, weights, cache_dir=cache_dir, **args)
     if not (parameter.is_meta and any(each.is_meta for each in ranker.parameters())):
         ranker.to(parameter.device)  # accelerate's empty models have buffers: they stay
     return ranker.to(parameter.dtype)

@@ -44,6 +44,7 @@ class TimmInterface(nn.Module):
         self.bridge = make_bridge(ranker, backbone).eval()
         self.backbone = backbone
         self._build_args: Any = {}
+        self.register_state_dict_post_hook(_note_trained)
         self._copy_from_backbone()
         self.pretrained_cfg = wrap_pretrained_cfg(getattr(backbone, "pretrained_cfg", None))
         self.default_cfg = self.pretrained_cfg
@@ -207,10 +208,16 @@ class TimmInterface(nn.Module):
         if hasattr(self.ranker, "trained"):
             new = (name for name in own if name in state_dict)
             changed = any(state_dict[name].data_ptr() != own[name].data_ptr() for name in new)
-            self.ranker.trained = self.ranker.trained or changed
             if changed:
+                noted = getattr(state_dict, "_metadata", {}).get("", {})
+                self.ranker.trained = noted.get("ranker_trained", True)
                 self.ranker.origin = ""
         return result
+
+
+def _note_trained(model: Any, _: Any, prefix: str, metadata: Dict[str, Any]) -> None:
+    """Let a state dict say whether its ranker is trained."""
+    metadata["ranker_trained"] = getattr(model.ranker, "trained", True)
 
 
 def is_plain(state_dict: Mapping[str, Any]) -> bool:
