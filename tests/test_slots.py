@@ -137,6 +137,24 @@ def test_keeping_all_is_the_plain_model(backbone_of: Callable[..., Any], family:
     assert torch.equal(model.backbone(images), full)  # the bare backbone is always the plain model
 
 
+@pytest.mark.parametrize("family", ["vit", "eva02", "beit", "relpos", "cait", "naflex"])
+@torch.no_grad()
+def test_all_patches_in_another_order(backbone_of: Callable[..., Any], family: str) -> None:
+    backbone, images = backbone_of(family)
+    full, features = backbone(images), backbone.forward_features(images)
+    model = drop_patches(backbone, keep_ratio=0.5)
+    n, prefix = math.prod(grid_of(backbone, images)), model.num_prefix_tokens
+    order = torch.stack([torch.randperm(n) for _ in images])
+    found = model.forward_features(images, keep_indices=order)
+    expected = gather_patches(features[:, prefix:], order)
+    assert torch.allclose(found[:, prefix:], expected, atol=1e-4)
+    assert torch.allclose(found[:, :prefix], features[:, :prefix], atol=1e-4)
+    assert torch.allclose(model(images, keep_indices=order), full, atol=1e-4)
+    twice = torch.arange(n).expand(3, -1).clone()
+    twice[:, 1] = 0  # N indices that are not all patches
+    assert not torch.allclose(model(images, keep_indices=twice), full, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_restore_gives_the_same_object_back(backbone_of: Callable[..., Any], family: str) -> None:

@@ -33,6 +33,14 @@ def given_or_chosen(given: Optional[Tensor], chosen: Tensor, num_patches: int) -
     return given
 
 
+def may_read(values: Tensor) -> bool:
+    """Whether reading values costs nothing and does not end in a graph as a constant."""
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+    return values.device.type == "cpu"
+
+
 def check_eager(x: Any) -> None:
     """Raise ValueError where the number of kept patches must not depend on values."""
     if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
@@ -253,6 +261,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             if num_keep(n, self._keep_ratio) == n:
                 return None
             keep_indices = self._rank_and_select(x, n)
+            if keep_indices.shape[1] == n:
+                return None
         else:
             check_keep_indices(keep_indices, x.shape[0], n)
             if not torch.jit.is_scripting():
@@ -261,8 +271,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                     raise ValueError(f"keep_indices are on {places}: move them.")
                 if self.validate and not torch.compiler.is_compiling():
                     validate_keep_indices(keep_indices, n)
-        if keep_indices.shape[1] == n:
-            return None
+            if keep_indices.shape[1] == n and may_read(keep_indices):
+                if bool((keep_indices == torch.arange(n)).all()):
+                    return None
         return keep_indices
 
     def _rank_and_select(self, x: Tensor, n: int) -> Tensor:
@@ -326,7 +337,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Args:
             x: images (B, C, H, W), normalised for the backbone.
             keep_indices: (B, K) int64 patches to encode instead of ranked ones, 1 <= K <= N.
-                Tokens keep their order; with K = N the plain model runs.
+                Tokens keep their order; all patches in the grid's order run the plain model.
 
         Returns:
             (B, num_classes) logits, or the output of the backbone's head.
