@@ -64,7 +64,6 @@ def test_digits(run_benchmark: Callable[..., Done]) -> None:
     for (method, ratio), row in rows.items():
         gap = float(row["top1"]) - float(rows["full", "1.0"]["top1"])
         assert float(row["over_full"]) == pytest.approx(gap, abs=1e-4)
-        assert float(row["seconds_per_epoch"]) > 0
         if method != "full":
             gap = float(row["top1"]) - float(rows["random", ratio]["top1"])
             assert float(row["over_random"]) == pytest.approx(gap, abs=1e-4)

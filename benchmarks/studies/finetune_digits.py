@@ -1,13 +1,12 @@
-"""What does dropping patches cost a fine-tuned classifier, and what does it save?
+"""What does dropping patches cost a fine-tuned classifier?
 
 Claim. A small ViT that was trained on all patches and fine-tuned on half of them classifies digits
-in clutter nearly as well (within 3 points), and its epochs are shorter. The choice of patches
-matters: a random quarter is at least 10 points worse than the best quarter by `contrast`.
+in clutter nearly as well (within 3 points). The choice of patches matters: a random quarter is at
+least 10 points worse than the best quarter by `contrast`.
 
 Arithmetic. Scenes of 64 px are 64 patches of 8; a digit covers a quarter of the scene, 16 to 25
-patches, so a quarter of the patches can just hold it. A step on a quarter of the tokens has a
-quarter of the multiplications, but a model as small as this one spends much of a step on launching
-operators and on reading pictures: benchmarks/training_speed.py has the figures of a real size.
+patches, so a quarter of the patches can just hold it. What is saved: benchmarks/training_speed.py
+times the training of a model of a real size.
 
 Data: real handwritten digits (scikit-learn's) among textured blobs; held-out scenes show other
 handwriting. One plain ViT (sin-cos position embedding to begin with) is trained on all patches, and
@@ -21,9 +20,7 @@ fine-tuning has by default; all else is equal:
     gate       a conv ranker, untrained at first, that learns with the model through the
                straight-through gate: it sees labels, unlike a ranker from `train-ranker`
 `top1` is that of the last epoch on held-out scenes, not the best one. One seed; twice the binomial
-standard error of 1000 images at 80 % is 2.5 points. Times are those of training in the log, one row
-after another, measured once. Other load on the machine affects them, so they have no goal.
-benchmarks/training_speed.py measures the speed of a step.
+standard error of 1000 images at 80 % is 2.5 points.
 """
 
 import argparse
@@ -135,11 +132,8 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
         more = {**options, **weights, "keep_ratio": ratio, "epochs": args.epochs, **start, **common}
         _tune(train, output, **more)
         log = read_log(output / LOG_NAME)
-        speed = sum(row["images_per_second"] for row in log) / len(log)
         row: Row = {"method": method, "keep_ratio": ratio, "img_size": SIDE}
-        row |= {"top1": log[-1]["val_top1"], "top5": log[-1]["val_top5"]}
-        row |= {"seconds_per_epoch": round(len(train) / speed, 3)}
-        rows.append({**row, "images_per_second": round(speed, 2)})
+        rows.append({**row, "top1": log[-1]["val_top1"], "top5": log[-1]["val_top5"]})
     fixed = {"scenes": args.scenes, "held_out": args.held_out, "epochs": args.epochs}
     fixed |= {"first_epochs": args.first_epochs, "lr": args.lr, "seed": args.seed, **where}
     return [{**row, **compared(row, rows), **fixed} for row in rows]
@@ -162,7 +156,6 @@ def compared(row: Row, rows: list[Row]) -> Row:
     return {
         "over_full": round(row["top1"] - full["top1"], 5),
         "over_random": round(row["top1"] - same[0]["top1"], 5) if same else "",
-        "speedup": round(row["images_per_second"] / full["images_per_second"], 3),
     }
 
 
@@ -175,23 +168,19 @@ def table(rows: list[Row]) -> list[Row]:
             "top-1": f"{row['top1']:.1%}",
             "− full": f"{100 * row['over_full']:+.1f}",
             "− random": "–" if row["over_random"] == "" else f"{100 * row['over_random']:+.1f}",
-            "seconds per epoch": f"{row['seconds_per_epoch']:.1f}",
-            "speed-up over all patches (one run)": f"{row['speedup']:.2f}",
         }
         for row in rows
     ]
 
 
 def plot(rows: list[Row]) -> Any:
-    """Accuracy against images/s."""
+    """Accuracy against the share of patches."""
     figure, ax = load_pyplot().subplots(figsize=(7, 4.5))
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        speed, top1 = ([row[name] for row in own] for name in ("images_per_second", "top1"))
-        ax.plot(speed, top1, "-o", ms=4, label=method)
-        for x, y, row in zip(speed, top1, own):
-            ax.annotate(f"{row['keep_ratio']:g}", (x, y), fontsize=8)
-    ax.set_xlabel("images per second of training")
+        kept, top1 = ([row[name] for row in own] for name in ("keep_ratio", "top1"))
+        ax.plot(kept, top1, "-o", ms=4, label=method)
+    ax.set_xlabel("share of patches kept")
     ax.set_ylabel("held-out top-1")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
