@@ -68,6 +68,10 @@ def test_bad_images_and_indices(backbone_of: Callable[..., Any]) -> None:
         (torch.zeros(3, 1, 96, 96), r"images must be \(B, 3, H, W\), got \[3, 1, 96, 96\]"),
         (torch.zeros(3, 96, 96), r"images must be \(B, 3, H, W\)"),
         (torch.zeros(3, 3, 96, 80), "images must be 96x96, got 96x80"),
+        (
+            torch.zeros(3, 3, 96, 96, dtype=torch.uint8),
+            r"floating point, got torch\.uint8; normalise",
+        ),
     ):
         for call in (model, model.patch_scores, model.keep_indices, model.forward_intermediates):
             with pytest.raises(ValueError, match=text):

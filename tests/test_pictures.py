@@ -1,6 +1,7 @@
 """The same pixels whichever way a picture comes: a folder, an archive, a stream, a data set."""
 
 import io
+import os
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
@@ -263,6 +264,19 @@ def test_damaged_exif_still_turns_once(tmp_path: Path) -> None:
     once = load_image(damaged)
     assert once.size == SIZE[::-1]
     assert load_image(once).tobytes() == once.tobytes()
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    """Opening one waits for ever: it is an unreadable image wherever images are read."""
+    folder = make_photos(tmp_path / "set" / "a", 1).parent
+    os.mkfifo(folder / "a" / "pipe.png")
+    for source in (
+        ImageFolder(str(folder)),
+        open_dataset(folder),
+        ImageFiles(folder, ["a/000.png", "a/pipe.png"]),
+    ):
+        with pytest.raises(ValueError, match=r"pipe\.png: is not a regular file\.$"):
+            Images(source).read(1)
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:

@@ -290,6 +290,11 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans:
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {shape}.")
+        if not x.is_floating_point():
+            raise ValueError(
+                f"images must be floating point, got {x.dtype}; normalise pixels of 0 to 255 as "
+                "(pixels / 255 - mean) / std, with mean and std of model.data_config()."
+            )
         embed = getattr(self.backbone, self._adapter.patch_embed)
         strict = getattr(embed, "strict_img_size", False)
         size = tuple(x.shape[-2:])
