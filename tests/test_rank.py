@@ -562,25 +562,74 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_several_processes_need_torchrun(tmp_path: Path) -> None:
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    for more, text in (
-        ({}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"),
-        ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE is 2, but MASTER_PORT is not set"),
-    ):
-        done = subprocess.run(
-            command_line("a.png", "-o", "out", *SMALL),
-            env={**environment(), "WORLD_SIZE": "2", **more},
+RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+TORCHRUN = "; start several processes with torchrun, or unset"
+
+
+@pytest.mark.parametrize("command", ["rank", "train-ranker"])
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            f"WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT are not set{TORCHRUN} WORLD_SIZE",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+            f"WORLD_SIZE is 2, but MASTER_PORT is not set{TORCHRUN} WORLD_SIZE",
+        ),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+            f"SLURM_NTASKS is 2, but MASTER_ADDR, MASTER_PORT are not set{TORCHRUN} SLURM_NTASKS",
+        ),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE must be a number of processes, got '0'"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE must be a number of processes, got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK must be a number from 0 to 1, got 'x'"),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "-1"},
+            "RANK must be a number from 0 to 1, got '-1'",
+        ),
+    ],
+)
+def test_several_processes_need_torchrun(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    variables: dict[str, str],
+    text: str,
+) -> None:
+    place = [] if "not set" in text else [RENDEZVOUS]
+    monkeypatch.setattr(os, "environ", {**os.environ, **variables, **dict(*place)})
+    options = {
+        "rank": ["photos", *SMALL],
+        "train-ranker": ["--data", "photos", "--ranker", "conv", "--img-size", "64"],
+    }
+    assert main([command, *options[command], "-o", "out"]) == 2
+    assert capsys.readouterr().err.startswith(f"ltrp-timm: {text}")
+    assert not Path("out").exists()
+
+
+def test_two_processes_of_slurm(tmp_path: Path) -> None:
+    many_images(tmp_path / "many", 16)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {**RENDEZVOUS, "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [
+        subprocess.Popen(
+            command_line("many", "-o", "out", *SMALL, "--batch-size", "4"),
+            env={**environment(), **place, "SLURM_NTASKS": "2", "SLURM_PROCID": number},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             cwd=tmp_path,
-            capture_output=True,
             text=True,
-            check=False,
-            timeout=120,
         )
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
-        assert line.startswith(f"ltrp-timm: {text}; start several processes with torchrun")
-        assert not (tmp_path / "out").exists()
+        for number in ("0", "1")
+    ]
+    (first, second) = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], (first, second)
+    assert first[0] == "ranked 16 images, 0 failed: out\n"
+    assert second == ("", "")
 
 
 class Running:

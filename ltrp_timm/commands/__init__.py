@@ -13,6 +13,7 @@ import torch
 
 from ltrp_timm._text import complain, one_line
 from ltrp_timm.commands._flags import threads
+from ltrp_timm.runtime.world import first_process
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
-            return 2  # the first process prints it
+        if not first_process():
+            return 2
         smaller = isinstance(error, torch.OutOfMemoryError) and "; try a smaller --batch-size"
         return complain(f"{one_line(error)}{smaller or ''}")
     return code

@@ -1,11 +1,11 @@
 """``ltrp-timm rank``."""
 
-import os
 from typing import Any
 
 from ltrp_timm._text import complain, printable, say
 from ltrp_timm.commands._flags import add_command
 from ltrp_timm.measure.throughput import NUM_WORKERS
+from ltrp_timm.runtime.world import first_process
 from ltrp_timm.scoring import rank_images
 from ltrp_timm.scoring.scorer import open_scorer
 
@@ -43,8 +43,8 @@ def rank(pretrained: bool = False, **given: Any) -> int:
             raise ValueError("--pretrained and --ranker-weights exclude each other.")
         given["ranker_weights"] = True
     ranked = rank_images(**{"num_workers": NUM_WORKERS, **given})
-    if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
-        return 0  # the first process reports
+    if not first_process():
+        return 0
     for line in ranked.unreadable:
         complain(line)
     noun = "image" if ranked.ranked == 1 else "images"

@@ -1,11 +1,11 @@
 """``ltrp-timm train-ranker`` and ``ltrp-timm train-teacher``."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from ltrp_timm._text import say
 from ltrp_timm.commands._flags import add_command
+from ltrp_timm.runtime.world import first_process
 from ltrp_timm.train import Settings, Summary, mae, ranker, train_ranker, train_teacher
 
 
@@ -44,7 +44,7 @@ def run_training(train: Callable[..., Summary], given: dict[str, Any], load: str
         0, or 128 + the number of the signal that stopped the training.
     """
     summary = train(**given)
-    if os.environ.get("RANK", "0") == "0" and not given.get("dry_run"):
+    if first_process() and not given.get("dry_run"):
         _report(summary, load)
     return 128 + summary.stopped_by if summary.stopped_by else 0
 

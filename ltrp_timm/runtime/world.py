@@ -18,6 +18,7 @@ from ltrp_timm.runtime.stopping import signals_handled
 _LOCK = ".lock"
 T = TypeVar("T")
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = {"WORLD_SIZE": "SLURM_NTASKS", "RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
 _PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
 
 
@@ -164,11 +165,32 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def first_process() -> bool:
+    """Whether this process prints, by the environment: the others stay silent."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return size == "1" or rank == "0" or not (rank.isdecimal() and size.isdecimal())
+
+
 def _check_environment() -> None:
-    size = os.environ.get("WORLD_SIZE", "1")
+    """Take what SLURM sets where torchrun has set nothing, and check it.
+
+    Raises:
+        ValueError: a variable is missing, or is no number in its range.
+    """
+    count = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_NTASKS"
+    size = os.environ.get(count, "1")
+    if size == "1" or (count == "SLURM_NTASKS" and "SLURM_PROCID" not in os.environ):
+        return
+    if count == "SLURM_NTASKS":
+        for name, theirs in _SLURM.items():
+            os.environ.setdefault(name, os.environ.get(theirs, "0"))
     absent = [name for name in _RENDEZVOUS if name not in os.environ]
-    if size != "1" and absent and "SLURM_PROCID" not in os.environ:
-        raise ValueError(
-            f"WORLD_SIZE is {size}, but {', '.join(absent)} is not set; start several processes "
-            "with torchrun, or unset WORLD_SIZE."
-        )
+    hint = f"start several processes with torchrun, or unset {count}."
+    if absent:
+        verb = "are" if len(absent) > 1 else "is"
+        raise ValueError(f"{count} is {size}, but {', '.join(absent)} {verb} not set; {hint}")
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"{count} must be a number of processes, got {size!r}; {hint}")
+    rank = os.environ["RANK"]
+    if not rank.isdecimal() or int(rank) >= int(size):
+        raise ValueError(f"RANK must be a number from 0 to {int(size) - 1}, got {rank!r}; {hint}")
