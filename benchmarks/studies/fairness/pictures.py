@@ -38,24 +38,29 @@ def draw_scenes(trained: Trained, path: Path, count: int = 6, keep_ratio: float 
 
 
 def plot(rows: list[Row], keep_ratio: float = 0.25) -> Any:
-    """Bars of seen and unseen classes for each selector; lines are the extremes of the seeds."""
-    figure, axes = load_pyplot().subplots(1, 2, figsize=(15, 5))
-    last = "both" if any(r["seen"] == "both" for r in rows) else rows[0]["seen"]
-    case = ("all", last, "clutter", keep_ratio)
-    own = [r for r in rows if (r["seed"], r["seen"], r["images"], r["keep_ratio"]) == case]
-    places = torch.arange(len(own)).tolist()
-    for ax, name in zip(axes, ("recall", "map")):
-        for part, shift in (("seen", -0.2), ("unseen", 0.2)):
-            column = f"{name}_{part}"
-            heights = [r[column] for r in own]
-            below = [max(r[column] - r[f"{column}_low"], 0) for r in own]
-            above = [max(r[f"{column}_high"] - r[column], 0) for r in own]
-            at = [place + shift for place in places]
-            ax.bar(at, heights, 0.4, yerr=(below, above), capsize=2, label=f"{part} classes")
-        ax.set_xticks(places, [r["method"] for r in own], rotation=40, ha="right", fontsize=8)
-        ax.set_ylim(0, 1)
-        ax.grid(alpha=0.3, axis="y")
-        ax.legend(fontsize=8)
-    axes[0].set_ylabel(f"share of ink kept at keep ratio {keep_ratio:g}")
-    axes[1].set_ylabel("mAP of the judge")
+    """Bars of seen and unseen classes for each selector and half of the digits.
+
+    Lines are the extremes of the seeds.
+    """
+    halves = list(dict.fromkeys(row["seen"] for row in rows if row["seen"] != "both"))
+    size = (15, 5 * len(halves))
+    figure, axes = load_pyplot().subplots(len(halves), 2, figsize=size, squeeze=False)
+    for line, half in zip(axes, halves):
+        case = ("all", half, "clutter", keep_ratio)
+        own = [r for r in rows if (r["seed"], r["seen"], r["images"], r["keep_ratio"]) == case]
+        places = torch.arange(len(own)).tolist()
+        for ax, name in zip(line, ("recall", "map")):
+            for part, shift in (("seen", -0.2), ("unseen", 0.2)):
+                column = f"{name}_{part}"
+                heights = [r[column] for r in own]
+                below = [max(r[column] - r[f"{column}_low"], 0) for r in own]
+                above = [max(r[f"{column}_high"] - r[column], 0) for r in own]
+                at = [place + shift for place in places]
+                ax.bar(at, heights, 0.4, yerr=(below, above), capsize=2, label=f"{part} classes")
+            ax.set_xticks(places, [r["method"] for r in own], rotation=40, ha="right", fontsize=8)
+            ax.set_ylim(0, 1)
+            ax.grid(alpha=0.3, axis="y")
+            ax.legend(fontsize=8, title=f"seen digits: {half}", title_fontsize=8)
+        line[0].set_ylabel(f"share of ink kept at keep ratio {keep_ratio:g}")
+        line[1].set_ylabel("mAP of the judge")
     return figure
