@@ -1,5 +1,6 @@
 """drop ≡ mask: dropping patches equals masking them as attention keys in the full-length run."""
 
+import copy
 import math
 import re
 import sys
@@ -18,6 +19,10 @@ from timm.models.cait import Cait
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 
 from ltrp_timm import drop_patches, gather_patches, num_keep
 from ltrp_timm.models.ltrp import LTRPModel
@@ -477,4 +482,61 @@ def test_a_second_call_while_one_runs_is_refused(
     assert not found
     assert len(refused) == 3
     assert all("is running already, in another thread" in text for text in refused)
+    assert torch.equal(model(images), expected)
+
+
+class TrainsACopy(nn.Module):
+    """A wrapper as adapters use it: reads attributes through, sets its own, runs a copy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original, self.trained = module, copy.deepcopy(module)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["trained"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.trained(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrapper", [checkpoint_wrapper, offload_wrapper, TrainsACopy])
+@pytest.mark.parametrize("family", ["vit", "eva02", "beit", "cait", "naflex", "relpos"])
+def test_a_wrapped_patch_embedding(
+    backbone_of: Callable[..., tuple[Any, Tensor]],
+    family: str,
+    wrapper: Callable[[nn.Module], nn.Module],
+) -> None:
+    backbone, images = backbone_of(family)
+    model = drop_patches(backbone, keep_ratio=0.5)
+    expected, name = model(images).detach(), model._adapter.patch_embed
+    setattr(backbone, name, wrapper(getattr(backbone, name)))
+    if family == "relpos" and wrapper is checkpoint_wrapper:
+        with pytest.raises(RuntimeError, match="its patch_embed is checkpointed, and its second"):
+            model(images)
+        return
+    found = model(images)
+    assert torch.allclose(found, expected, atol=1e-4)
+    found.sum().backward()
+    trained = getattr(backbone, name)
+    trained = trained.trained if wrapper is TrainsACopy else trained
+    assert all(p.grad is not None for p in trained.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["relpos", "relpos_shared", "beit_shared"])
+def test_a_wrapped_position_bias(
+    backbone_of: Callable[..., tuple[Any, Tensor]], family: str
+) -> None:
+    backbone, images = backbone_of(family)
+    model = drop_patches(backbone, keep_ratio=0.5)
+    expected = model(images)
+    if family == "relpos":
+        for block in backbone.blocks:
+            block.attn.rel_pos = TrainsACopy(block.attn.rel_pos)
+    else:
+        place = model._adapter.places[1]
+        setattr(backbone, place, TrainsACopy(getattr(backbone, place)))
     assert torch.equal(model(images), expected)

@@ -107,6 +107,15 @@ def as_slot(module: nn.Module, kind: Type[nn.Module]) -> Any:
     return slot
 
 
+def slots_in(module: Optional[nn.Module]) -> List[Any]:
+    """A slot, or those in a wrapper around it: wrappers read attributes through, but keep new ones.
+
+    A wrapper that trains a copy has both; only one of them runs.
+    """
+    inside = () if module is None else module.modules()
+    return [each for each in inside if "keep_indices" in each.__dict__]
+
+
 _SLOT_STATE = ("keep_indices", "num_prefix_tokens")  # what a twin has and its original has not
 
 Swaps = Dict[str, Tuple[Optional[nn.Module], nn.Module]]  # place -> what stood there, what stands
@@ -152,7 +161,7 @@ def run_with_slots(
             slot.keep_indices = keep
         try:
             out = call(*args, **kwargs)
-            if any(slot.keep_indices is not None for slot in slots):
+            if slots[0].keep_indices is not None:  # without the others, shapes do not match
                 raise RuntimeError(f"{kind} ran without visiting the place that drops patches.")
         finally:
             for slot in slots:
@@ -222,13 +231,15 @@ class SlotAdapter(ABC):
 
     def slots(self, backbone: Any) -> List[Any]:
         """The modules that hold keep indices while the backbone runs, the tokens' slot first."""
-        modules = [attrgetter(place)(backbone) for place in self.places]
-        if not hasattr(modules[0], "keep_indices"):
+        found = [slots_in(attrgetter(place)(backbone)) for place in self.places]
+        if not found[0]:
             raise RuntimeError(
                 "this LTRPModel gave its backbone back (restore), or its patch_drop was changed."
             )
-        modules.append(self.embed_of(backbone))
-        return [module for module in modules if hasattr(module, "keep_indices")]
+        embed = self.embed_of(backbone)
+        # a wrapper may run the embedding again, when its slot is empty: inside, it embeds all
+        own = [embed] if "keep_indices" in embed.__dict__ else []
+        return [slot for slots in (*found, own) for slot in slots]
 
 
 class ScriptedSlots:

@@ -6,7 +6,7 @@ indices as that argument, and each attention gives them to its own bias. A check
 gets all it needs as arguments, never from state.
 """
 
-from typing import Any, ClassVar, Dict, Optional, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import torch
 from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
@@ -14,7 +14,15 @@ from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransfo
 from torch import Tensor, nn
 
 from ltrp_timm.selection.rules import token_indices
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, as_kind, as_slot, check_free, renamed
+from ltrp_timm.slots.base import (
+    SlotAdapter,
+    TokenSlot,
+    as_kind,
+    as_slot,
+    check_free,
+    renamed,
+    slots_in,
+)
 
 
 def bias_of_kept(bias: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -85,10 +93,18 @@ class KeptPairsAttention(RelPosAttention):
 
     _timm_forward = renamed(RelPosAttention.forward, "_timm_forward")
 
+    @torch.jit.unused
+    def _fill(self, keep: Optional[Tensor]) -> None:
+        for slot in slots_in(self.rel_pos):
+            slot.keep_indices = keep
+
     def forward(self, x: Tensor, shared_rel_pos: Optional[Tensor] = None) -> Tensor:
         """Tokens (B, L, D), keep_indices (B, K) or None for all patches -> (B, L, D)."""
         # timm's forward passes nothing to get_bias, which empties the slot during this very call
-        self.rel_pos.keep_indices = shared_rel_pos
+        if torch.jit.is_scripting():
+            self.rel_pos.keep_indices = shared_rel_pos
+        else:
+            self._fill(shared_rel_pos)
         out: Tensor = self._timm_forward(x)
         return out
 
@@ -119,6 +135,15 @@ class RelPosAdapter(SlotAdapter):
             found[f"blocks.{i}.attn"] = as_kind(block.attn, KeptPairsAttention)
             found[f"blocks.{i}.attn.rel_pos"] = as_slot(bias, SLOTS[type(bias)])
         return found
+
+    def slots(self, backbone: Any) -> List[Any]:
+        """As in ``SlotAdapter``; RuntimeError if the patch embedding is checkpointed."""
+        if type(backbone.patch_embed).__name__ == "CheckpointWrapper":
+            raise RuntimeError(
+                f"cannot drop patches from {self.family}: its patch_embed is checkpointed, and its "
+                "second run would not drop patches; checkpoint the blocks alone."
+            )
+        return super().slots(backbone)
 
     def check(self, backbone: Any) -> None:
         """Raise TypeError for a patch embedding or a bias that timm does not build here."""
