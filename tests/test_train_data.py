@@ -201,6 +201,14 @@ def test_held_out_images_that_vanish_stop_the_run(
         run(photos, tmp_path / "run", val_data=held)
 
 
+def test_a_bad_image_may_be_the_only_one_held_out(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos", 10)
+    (held,) = split_indices(10, 0.1)[1]
+    (folder / f"{held:03d}.png").write_text("text")
+    metrics = run(folder, tmp_path / "run", epochs=1, holdout=0.1).metrics
+    assert not [name for name in metrics if name.startswith("val_")]
+
+
 def test_a_run_that_can_read_less_than_half_stops(tmp_path: Path) -> None:
     folder = make_photos(tmp_path / "photos", 10)
     for number in range(4, 9):

@@ -45,6 +45,7 @@ class Sources:
 
     Attributes:
         held_out: the images to measure with, or None.
+        given: whether they are a data set that could be read; a share of ``train`` may be unlucky.
         streaming: whether ``train`` is a stream.
         fingerprint: identifies the training images.
         batch_size: images of one process at a time.
@@ -77,7 +78,8 @@ class Sources:
         self._shape, self._min_side = (3, *img_size), min_side
         self.streaming = isinstance(train, IterableDataset)
         self.held_out: KeyedImages | None = None
-        if held_out is not None:
+        self.given = held_out is not None
+        if self.given:
             images = self._images(held_out)
             self.held_out = self._keyed(images, range(len(images)), eval_transform)
             self.held_out.check_readable()

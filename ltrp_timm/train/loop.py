@@ -388,7 +388,7 @@ class Trainer:
         names = self.world.gather_names(list(sums))
         totals = dict(zip(names, self.world.sum([sums.get(name, 0.0) for name in names])))
         count = totals.pop("images", 0.0)
-        if not count and self.sources.held_out:
+        if not count and self.sources.held_out and self.sources.given:
             self._stop_reading(f"none of {len(self.sources.held_out)} held-out images can be read")
         if not count:
             return {}
