@@ -13,7 +13,7 @@ print("registered:", tuple(model(images).shape), "from", model.keep_indices(imag
 
 # the same for a ViT that you have already
 vit = timm.create_model("vit_tiny_patch16_224").eval()
-model = ltrp_timm.drop_patches(vit, ranker="contrast", keep_ratio=0.5)
+model = ltrp_timm.drop_patches(vit, keep_ratio=0.5)
 
 with torch.inference_mode():
     for keep_ratio in (1.0, 0.7, 0.5, 0.25):

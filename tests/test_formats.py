@@ -18,7 +18,8 @@ FAMILIES += ["beit", "beit_shared", "cait", "relpos", "relpos_shared", "relpos_b
 ROPE = ["naflex_eva02", "naflex_mixed"]
 NAFLEX = ["naflex", "naflex_siglip", "naflex_clip", *ROPE]
 FAMILIES += NAFLEX
-RANKERS = ["border", "contrast", "conv", "vit_tiny", "random", "attention"]
+RANKERS = ["border", "contrast", "conv", "vit_tiny", "random", "attention", "feature_contrast"]
+ON_A_VIT = ("attention", "feature_contrast")
 RANKERS += ["contrast at 64", "conv at 64"]
 
 # every family with the default ranker, every ranker on one backbone of each slot
@@ -61,7 +62,7 @@ def prepare(
     ranker, _, selection = ranker.partition(" with ")
     ranker, _, side = ranker.partition(" at ")
     small = {"img_size": 64, "depth": 1} if ranker.startswith(("vit", "att")) else {}
-    small |= {"backbone": "vit_tiny_patch16_224"} if ranker == "attention" else {}
+    small |= {"backbone": "vit_tiny_patch16_224"} if ranker in ON_A_VIT else {}
     small |= {"img_size": int(side)} if side else {}
     small |= {"patch_size": 14} if family == "eva02" and ranker == "random" else {}
     net = create_ranker(ranker, **small)

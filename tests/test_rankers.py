@@ -21,10 +21,12 @@ SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}
 
 
 def small(name: str, **changes: Any) -> Any:
-    own_net = name in ("attention", "cam", "grad_cam") or name.startswith("vit")
+    own_net = name in ("attention", "cam", "feature_contrast", "grad_cam") or name.startswith("vit")
     args = {**SMALL, **changes} if own_net else changes
     if name.endswith("cam"):
         args["backbone"] = "vit_base_patch16_gap_224"
+    if name == "feature_contrast":
+        args.update(backbone="vit_base_patch16_224", blocks=1)
     return create_ranker(name, **args).eval()
 
 
@@ -341,7 +343,7 @@ def test_scores_do_not_depend_on_the_backbones_normalisation(
         torch.tensor(backbone.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std")
     )
     images = (pixels - mean) / std
-    model = drop_patches(backbone)
+    model = drop_patches(backbone, "contrast")
     assert torch.allclose(
         model.patch_scores(images), ContrastRanker()(pixels).flatten(1), atol=0.05
     )

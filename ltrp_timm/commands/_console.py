@@ -34,7 +34,7 @@ class ModelOptions:
         pretrained: Download the weights that timm publishes, and those of ``ranker`` if there are
             any.
         checkpoint: File with weights of the model or of its plain backbone.
-        ranker: Name of the ranker (default: the model's own, else contrast).
+        ranker: Name of the ranker (default: the model's own, else border).
         ranker_weights: Weights of the ranker: a folder, a .safetensors file or hf-hub:OWNER/NAME.
         ranker_args: Arguments of the ranker, such as width=32.
         selection: How scores choose patches (default: the model's own, else top).

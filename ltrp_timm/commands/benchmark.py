@@ -32,9 +32,10 @@ from ltrp_timm.measure.payoff import (
 )
 from ltrp_timm.measure.throughput import environment
 from ltrp_timm.models.front_end import make_ranker
+from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.weights.files import write_text
 
-RANKERS = ("contrast", "conv", "vit_small")
+RANKERS = (DEFAULT_RANKER, "conv", "vit_small")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class BenchmarkOptions:
     Args:
         model: One or more ``ltrp_*`` names, timm ViTs, hf-hub:OWNER/NAME or local-dir:DIR.
         keep_ratio: Shares of patches to keep, in (0, 1).
-        ranker: Names of rankers (default: the model's own, else contrast, conv and vit_small).
+        ranker: Names of rankers (default: the model's own, else border, conv and vit_small).
         selection: How scores choose patches.
         batch_size: Images per call.
         img_size: Sides of the images in pixels (default: the model's own).

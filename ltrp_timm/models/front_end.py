@@ -6,7 +6,7 @@ from torch import nn
 
 from ltrp_timm.layers.ml_decoder import make_head
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.rankers import create_ranker, ranker_class
+from ltrp_timm.rankers import DEFAULT_RANKER, create_ranker, ranker_class
 from ltrp_timm.selection import AdaptiveBudget
 from ltrp_timm.slots import find_adapter
 from ltrp_timm.weights.files import PathLike
@@ -14,7 +14,7 @@ from ltrp_timm.weights.files import PathLike
 
 def drop_patches(
     model: nn.Module,
-    ranker: Union[str, nn.Module] = "contrast",
+    ranker: Union[str, nn.Module] = DEFAULT_RANKER,
     keep_ratio: Optional[float] = None,
     selection: str = "top",
     validate: bool = False,

@@ -332,7 +332,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             warnings.warn(
                 f"the {getattr(self.ranker, 'name', '')} ranker has no trained weights: its choice "
                 f"means nothing. Pass ranker_weights={own}<folder, file or hf-hub:owner/name>, or "
-                "use ranker='contrast'.",
+                "use ranker='border'.",
                 stacklevel=2,
             )
 
@@ -463,7 +463,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             images: (B, C, H, W), or batches of them, like those that the model will see.
             mean_keep_ratio: share of patches to keep, averaged over the images, in (0, 1).
             rule: "threshold" or "mass", see ``AdaptiveBudget``. "threshold" needs scores that are
-                comparable between images; those of ``contrast`` are not.
+                comparable between images; those of ``border`` are not.
             buckets: number of sizes: the multiples of N / buckets.
 
         Returns:

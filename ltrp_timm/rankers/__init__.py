@@ -14,12 +14,14 @@ from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
 from ltrp_timm.rankers.clusters import DpcKnnRanker
 from ltrp_timm.rankers.contrast import STATISTICS, ContrastRanker, StatisticRanker
 from ltrp_timm.rankers.conv import ConvRanker
+from ltrp_timm.rankers.feature_contrast import FeatureContrastRanker
 from ltrp_timm.rankers.random import RandomRanker
 from ltrp_timm.rankers.vit import VitRanker
 from ltrp_timm.weights.files import PathLike, build_and_load, read_weights
 from ltrp_timm.weights.hub import hub_errors
 from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args
 
+DEFAULT_RANKER = "border"
 PUBLISHED = "score_net."  # prefix of the ranker in checkpoints of the paper's authors
 _RANKERS: Dict[str, Callable[..., Any]] = {
     "attention": AttentionRanker,
@@ -28,6 +30,7 @@ _RANKERS: Dict[str, Callable[..., Any]] = {
     "contrast": ContrastRanker,
     "conv": ConvRanker,
     "dpc_knn": DpcKnnRanker,
+    "feature_contrast": FeatureContrastRanker,
     "grad_cam": GradCamRanker,
     "vit_tiny": partial(VitRanker, embed_dim=192, depth=12, num_heads=3),
     "vit_small": partial(VitRanker, embed_dim=384, depth=12, num_heads=6),

@@ -1,16 +1,14 @@
 """The ranker by the attention of a ViT's class token."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
-import timm
 import torch
 from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ltrp_timm.layers.sizes import to_pair
-from ltrp_timm.rankers.on_model import ModelRanker, is_integer
+from ltrp_timm.rankers.on_model import SizedRanker, is_integer
 
 _PRE_NORM = ("Block", "EvaBlock")
 _POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")
@@ -18,7 +16,7 @@ _PARALLEL = ("ParallelScalingBlock",)  # one projection makes q, k, v and the ML
 _ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
 
 
-class AttentionRanker(ModelRanker):
+class AttentionRanker(SizedRanker):
     """The class token's attention to the patches in one block of a ViT, averaged over heads.
 
     The blocks in front of the chosen one run unchanged. Of that block only the norm and the
@@ -42,8 +40,7 @@ class AttentionRanker(ModelRanker):
     """
 
     name = "attention"
-    own_args = (*ModelRanker.own_args, "block", "heads")
-    not_recorded = (*ModelRanker.not_recorded, "num_classes")  # the backbone ends before its head
+    own_args = (*SizedRanker.own_args, "block", "heads")
 
     def __init__(
         self,
@@ -59,18 +56,7 @@ class AttentionRanker(ModelRanker):
         self.block = block % depth
         self.heads = _head_indices(heads, self.backbone.blocks[self.block])
         _cut(self.backbone, self.block, self.heads or ())
-
-    def create(
-        self, name: str, pretrained: bool, size: Optional[Tuple[int, int]], kwargs: Dict[str, Any]
-    ) -> Any:
-        """A backbone by its name, of that size and without a head."""
-        kwargs = {"num_classes": 0, "img_size": size, **kwargs}
-        try:
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
-        except TypeError:  # a model without img_size: its refusal is the better message
-            with torch.device("meta"):
-                self.check(timm.create_model(name))
-            raise
+        self.end_before_head()
 
     def check(self, net: Any) -> None:
         """Raise TypeError, with the reason, if the class token's attention is not known."""
@@ -93,12 +79,6 @@ class AttentionRanker(ModelRanker):
         if reason:
             raise TypeError(f"cannot rank by the class token of {kind}: {reason}.")
 
-    def fit_size(self, net: Any, size: Optional[Tuple[int, int]]) -> Optional[Tuple[int, int]]:
-        """Set the backbone to a size; returns the one size that it takes."""
-        if size is not None and size != to_pair(net.patch_embed.img_size):
-            net.set_input_size(img_size=size)
-        return to_pair(net.patch_embed.img_size)
-
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) of ``img_size`` -> score map (B, h, w) float32, its sum below 1."""
         h, w = self.backbone.patch_embed.grid_size
@@ -107,15 +87,9 @@ class AttentionRanker(ModelRanker):
 
 def _cut(backbone: Any, block: int, heads: Sequence[int]) -> None:
     """End a model at a block: ``forward_features`` then returns the class token's attention."""
-    backbone.patch_drop = None if isinstance(backbone, Eva) else nn.Identity()  # may be a slot
-    backbone.set_grad_checkpointing(False)
     end = ClassTokenAttention(backbone.blocks[block], backbone.num_prefix_tokens, heads)
     backbone.blocks = backbone.blocks[: block + 1]
     backbone.blocks[block] = end.train(backbone.training)
-    for name in ("norm", "fc_norm", "head", "head_dist"):
-        if getattr(backbone, name, None) is not None:
-            setattr(backbone, name, nn.Identity())
-    backbone.attn_pool = None
 
 
 def _head_indices(heads: Union[int, Sequence[int], None], block: Any) -> Optional[List[int]]:

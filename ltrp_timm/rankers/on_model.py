@@ -4,6 +4,8 @@ import copy
 from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
+import torch
+from timm.models.eva import Eva
 from torch import nn
 
 from ltrp_timm import _timm
@@ -121,6 +123,40 @@ class ModelRanker(Ranker, nn.Module):
             kind = type(self.backbone).__name__
             raise ValueError(f"cannot save {article} {self.name} ranker on a {kind} not from timm.")
         super().save(directory, overwrite)
+
+
+class SizedRanker(ModelRanker):
+    """A ranker on a ViT of one image size that ends before its head."""
+
+    not_recorded = (*ModelRanker.not_recorded, "num_classes")
+
+    def create(
+        self, name: str, pretrained: bool, size: Optional[Tuple[int, int]], kwargs: Dict[str, Any]
+    ) -> Any:
+        """A backbone by its name, of that size and without a head."""
+        kwargs = {"num_classes": 0, "img_size": size, **kwargs}
+        try:
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
+        except TypeError:  # a model without img_size: its refusal is the better message
+            with torch.device("meta"):
+                self.check(timm.create_model(name))
+            raise
+
+    def fit_size(self, net: Any, size: Optional[Tuple[int, int]]) -> Optional[Tuple[int, int]]:
+        """Set the backbone to a size; returns the one size that it takes."""
+        if size is not None and size != to_pair(net.patch_embed.img_size):
+            net.set_input_size(img_size=size)
+        return to_pair(net.patch_embed.img_size)
+
+    def end_before_head(self) -> None:
+        """Leave out what follows the blocks; all patches stay, whatever the backbone dropped."""
+        net = self.backbone
+        net.patch_drop = None if isinstance(net, Eva) else nn.Identity()  # may be a slot
+        net.set_grad_checkpointing(False)
+        for name in ("norm", "fc_norm", "head", "head_dist"):
+            if getattr(net, name, None) is not None:
+                setattr(net, name, nn.Identity())
+        net.attn_pool = None
 
 
 def is_integer(value: Any) -> bool:

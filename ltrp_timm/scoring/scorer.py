@@ -11,6 +11,7 @@ from torch import Tensor
 from ltrp_timm.models.front_end import drop_patches, make_ranker
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model
+from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.weights.files import ranker_hash
 
 CROP_MODES = ("center", "squash")
@@ -84,7 +85,7 @@ def open_scorer(
     """Open a ranker by name; ``ranker_weights=True`` loads its published weights.
 
     Args:
-        ranker: Name of the ranker (default: that of ``model``, else contrast).
+        ranker: Name of the ranker (default: that of ``model``, else border).
         ranker_weights: Weights of the ranker: a folder, a file or hf-hub:OWNER/NAME.
         ranker_args: Arguments of the ranker, such as width=32.
         model: timm ViT that images and patches are prepared for; it does not run.
@@ -107,7 +108,7 @@ def open_scorer(
     if model is None:
         vit = _no_vit(img_size or IMG_SIZE, patch_size or PATCH_SIZE)
         module: Any = make_ranker(
-            ranker or "contrast", vit, ranker_weights, dict(ranker_args or {})
+            ranker or DEFAULT_RANKER, vit, ranker_weights, dict(ranker_args or {})
         )
         # images are normalised as the ranker expects
         for name, default in (("mean", (0.0,) * 3), ("std", (1.0,) * 3)):

@@ -63,7 +63,7 @@ class Recipe:
         num_classes: Number of classes (default: counted from the data).
         pretrained: Start from the weights that timm publishes.
         checkpoint: File of weights to start from, of the model or of its plain backbone.
-        ranker: Ranker that scores the patches (default: the model's own; contrast where a plain ViT
+        ranker: Ranker that scores the patches (default: the model's own; border where a plain ViT
             gets a ``keep_ratio``).
         ranker_weights: Weights of the ranker: a folder, a file or ``hf-hub:owner/name``.
         selection: How scores become patches (default: the model's own).
