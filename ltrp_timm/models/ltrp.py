@@ -258,7 +258,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             if isinstance(x, torch.fx.Proxy):
                 return given_or_chosen(keep_indices, self._rank_and_select(x, n), n)
         if keep_indices is None:
-            if num_keep(n, self._keep_ratio) == n:
+            if self._keep_ratio == 1.0:
                 return None
             keep_indices = self._rank_and_select(x, n)
             if keep_indices.shape[1] == n:

@@ -9,10 +9,9 @@ from torch import nn
 
 from ltrp_timm.rankers.attention import AttentionRanker
 from ltrp_timm.rankers.base import adapt_channels
-from ltrp_timm.rankers.border import BorderRanker
 from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
 from ltrp_timm.rankers.clusters import DpcKnnRanker
-from ltrp_timm.rankers.contrast import STATISTICS, ContrastRanker, StatisticRanker
+from ltrp_timm.rankers.contrast import STATISTICS, BorderRanker, ContrastRanker, StatisticRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.feature_contrast import FeatureContrastRanker
 from ltrp_timm.rankers.random import RandomRanker
