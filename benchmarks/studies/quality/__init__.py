@@ -1,0 +1,1 @@
+"""What the study of quality on real pictures consists of."""
