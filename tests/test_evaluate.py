@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -330,7 +331,15 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--ranker-weights", "nowhere"], "nowhere|no weights"),
         (["--index-cache", "nowhere"], "nowhere holds no scores"),
         (["--class-map", "nowhere"], "nowhere"),
-        (["--class-map", "empty.txt"], "empty.txt names no classes"),
+        (["--class-map", "empty.txt"], "empty.txt: it names no class"),
+        (["--class-map", "pipe.txt"], "pipe.txt does not exist, or is not a file"),
+        (["--class-map", "set"], "set does not exist, or is not a file"),
+        (["--class-map", "latin.txt"], "latin.txt is not UTF-8 text: save it as UTF-8"),
+        (["--class-map", "spaces.txt"], "the model has 3 classes, but names 1"),
+        (["--data", ""], "the data set has an empty name"),
+        (["--data", "hfds/"], "hfds/ names no data set: write hfds/NAME"),
+        (["--data", "wds/x"], "wds/x needs the folder of its archives: --data-root"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
         (["--class-map", "short.txt"], "the model has 3 classes, but names 1"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--num-classes", "-1"], "--num-classes: must be a whole number from 0"),
@@ -353,6 +362,9 @@ def test_wrong_arguments_are_one_line(
     Path("broken/a/a.png").write_text("text")
     Path("empty.txt").touch()
     Path("short.txt").write_text("cat")
+    Path("spaces.txt").write_text("great white shark")  # once three classes
+    Path("latin.txt").write_bytes("chaîne".encode("latin-1"))
+    os.mkfifo("pipe.txt")
     command = ["evaluate", "local-dir:model", "--data", "set", "--device", "cpu", "-o", "out"]
     if arguments[0] == "--plot":
         command = command[:-2]

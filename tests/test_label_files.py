@@ -166,7 +166,7 @@ def test_files_that_are_no_label_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken\.json: "):
         read_labels(broken)
     broken.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"broken\.json: .*can't decode"):
+    with pytest.raises(ValueError, match=r"broken\.json is not UTF-8 text"):
         read_labels(broken)
 
 

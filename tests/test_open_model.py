@@ -1,6 +1,7 @@
 """One way from a name to a model: every command reads the same weights from the same file."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,27 @@ def test_weights_that_do_not_fit_are_listed(here: Path) -> None:
     assert open_model(NAME, checkpoint="five.safetensors", img_size=32)[0].num_classes == 5
     with pytest.raises(RuntimeError, match=r"mismatched +backbone.head.weight"):
         open_model(NAME, checkpoint="five.safetensors", img_size=32, num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda t: t.index_fill(0, torch.tensor([0]), torch.nan), "not finite  {}"),
+        (lambda t: t.index_fill(0, torch.tensor([0]), torch.inf), "not finite  {}"),
+        (lambda t: t.to(torch.int8), "mismatched  {}: torch.int8, the model has torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_weights_that_are_no_numbers_are_refused(
+    here: Path, reader: str, change: Callable[[Tensor], Tensor], line: str
+) -> None:
+    weights = written(reader)
+    name = sorted(name for name in weights if name.endswith("bias"))[0]
+    torch.save({**weights, name: change(weights[name])}, "odd.pth")
+    with pytest.raises(RuntimeError, match="does not fit the model") as caught:
+        read(reader, "odd.pth")
+    last = name.removeprefix("backbone.").removeprefix("ranker.")
+    assert re.search(re.escape(line).replace(r"\{\}", rf"\S*{re.escape(last)}"), str(caught.value))
 
 
 @pytest.mark.parametrize(

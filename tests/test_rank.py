@@ -353,6 +353,7 @@ def test_what_is_an_image_and_what_it_is_called(
     [
         (["nothing"], r"nothing: No such file or directory\."),
         (["."], "no images were found"),
+        ([""], "an input has an empty name"),
         (["text.png"], "no image could be read, nothing was written: text.png: is not an image"),
         (["a.png", "--ranker", "best"], "ranker must be one of attention, .*'best'"),
         (
@@ -380,6 +381,7 @@ def test_what_is_an_image_and_what_it_is_called(
         (["a.png", "--model", "x", "--patch-size", "8"], "--patch-size does not go with --model"),
         (["a.png", "--crop-mode", "corner"], "crop_mode must be center or squash, got 'corner'"),
         (["a.png", "--device", "nope"], "device 'nope' cannot be used: "),
+        (["a.png", "--device", "meta"], "device 'meta' cannot be used: "),
         (["a.png", "--num-workers", "-1"], "--num-workers: "),
         (["a.png", "text.png", "--split", "val"], "a data set is ranked alone, got 2 inputs"),
         (["nowhere", "--split", "val"], "nowhere does not exist"),

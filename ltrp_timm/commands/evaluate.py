@@ -25,7 +25,7 @@ from ltrp_timm.commands._console import (
 )
 from ltrp_timm.commands._flags import PathName, Positive, add_command
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
-from ltrp_timm.data.label_files import SEPARATOR
+from ltrp_timm.data.label_files import SEPARATOR, read_names
 from ltrp_timm.data.labels import LabelledImages, open_labelled
 from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
 from ltrp_timm.measure.accuracy import AccuracyCounter, PrecisionCounter, seen_classes
@@ -384,10 +384,7 @@ def _class_names(options: EvaluateOptions, model: Any) -> Any:
     """Class names of ``--class-map``, else those stored with the model."""
     if options.class_map is None:
         return (model.pretrained_cfg or {}).get("label_names")
-    names = Path(options.class_map).read_text(encoding="utf-8").split()
-    if not names:
-        raise ValueError(f"--class-map {printable(options.class_map)} names no classes.")
-    return names
+    return read_names(options.class_map)
 
 
 def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:

@@ -70,6 +70,8 @@ def open_dataset(
     text, named = str(data), check_data(data)
     prefix = text.partition("/")[0].lower()
     folder = None if named else split_folder(text, split)
+    if named and prefix == "wds" and root is None:
+        raise ValueError(f"{text} needs the folder of its archives: --data-root (root).")
     extra: dict[str, Any] = {"input_key": input_key} if named and input_key else {}
     if prefix == "hfds" and named:
         extra["target_key"] = target_key or input_key or "image"  # it need not have labels
@@ -149,11 +151,17 @@ def check_data(data: Any) -> bool:
 
     Raises:
         FileNotFoundError: ``data`` does not exist.
+        ValueError: ``data`` is empty, or names no data set after its prefix.
     """
+    if data == "":  # a path would make it the current folder
+        raise ValueError("the data set has an empty name.")
     if not isinstance(data, (str, os.PathLike)) or Path(data).exists():
         return False
-    if str(data).partition("/")[0].lower() not in NAMED:
+    prefix, _, name = str(data).partition("/")
+    if prefix.lower() not in NAMED:
         raise FileNotFoundError(f"{data} does not exist.")
+    if not name:
+        raise ValueError(f"{data} names no data set: write {prefix}/NAME.")
     return True
 
 

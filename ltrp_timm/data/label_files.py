@@ -116,7 +116,9 @@ def _read(file: Path, parse: Callable[[str], _T]) -> _T:
         raise FileNotFoundError(f"{file} does not exist, or is not a file.")
     try:
         return parse(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, csv.Error) as error:  # decoding errors are ValueErrors
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8.") from error
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{file}: {one_line(error)}") from error
 
 

@@ -112,7 +112,7 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
         reason = str(error).split("\n")[0]
         raise ValueError(f"device {device!r} cannot be used: {reason}") from error

@@ -129,6 +129,8 @@ def _open_images(
     world: World,
 ) -> tuple[Images, list[str]]:
     """The images, and a line for each input that does not exist."""
+    if "" in inputs:  # a path would make it the current folder
+        raise ValueError("an input has an empty name.")
     if split or data_root or input_key or any(map(_is_dataset, inputs)):
         if len(inputs) != 1:
             raise ValueError(f"a data set is ranked alone, got {len(inputs)} inputs.")

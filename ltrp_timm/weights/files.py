@@ -424,7 +424,7 @@ def check_keys(
     source: str,
     optional: Iterable[str] = (),
 ) -> None:
-    """Compare the tensors of a file with those of a model, by name and shape.
+    """Compare the tensors of a file with those of a model: name, shape, kind of number, no NaN.
 
     Args:
         expected: the model's state dict.
@@ -433,7 +433,7 @@ def check_keys(
         optional: names that may be missing or have another shape, such as a new head's.
 
     Raises:
-        RuntimeError: names or shapes differ; the message is a table of all differences.
+        RuntimeError: a tensor cannot be taken; the message is a table of all of them.
     """
     free = set(optional)
     lines: list[str] = []
@@ -444,6 +444,14 @@ def check_keys(
         for name, tensor in expected.items()
         if name in found and name not in free and found[name].shape != tensor.shape
     ]
+    both = {name: found[name] for name in expected if name in found}
+    lines += [
+        f"mismatched  {name}: {tensor.dtype}, the model has {expected[name].dtype}"
+        for name, tensor in both.items()
+        if tensor.is_floating_point() != expected[name].is_floating_point()
+    ]
+    stored = [name for name, tensor in both.items() if not tensor.is_meta]
+    lines += [f"not finite  {name}" for name in stored if not both[name].float().isfinite().all()]
     if lines:
         raise RuntimeError(f"{source} does not fit the model:\n  " + "\n  ".join(lines))
 
