@@ -26,7 +26,13 @@ def first_names(names: Sequence[str], count: int = 5) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line; its type if it has no message."""
+    """An exception's message on one line; its type if it has no message.
+
+    >>> one_line(FileNotFoundError(2, "No such file or directory", "a.csv"))
+    'a.csv: No such file or directory.'
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{printable(error.filename)}: {error.strerror}."
     lines = (" ".join(line.split()) for line in str(error).splitlines())
     text = "; ".join(filter(None, lines)).replace(":; ", ": ")
     return text or type(error).__name__

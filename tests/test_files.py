@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from ltrp_timm.weights.files import write_atomically, write_text
+from ltrp_timm._text import one_line
+from ltrp_timm.weights.files import save_weights, write_atomically, write_text
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(
@@ -40,3 +42,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    place = tmp_path / "model.safetensors"
+    save_weights(tmp_path, {}, {"weight": torch.zeros(10)})
+    good = place.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_weights(tmp_path, {}, {"weight": torch.zeros(9999)}, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert one_line(caught.value) == f"{place}: File too large."
+    assert place.read_bytes() == good
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]

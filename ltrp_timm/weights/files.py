@@ -74,8 +74,8 @@ def save_weights(
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(dict(config))}
     metadata[_DIGEST_KEY] = _digest(tensors, metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    save = safetensors.torch.save_file
-    write_atomically(folder / WEIGHTS_NAME, lambda path: save(tensors, path, metadata=metadata))
+    content = safetensors.torch.save(tensors, metadata)  # save_file's error for a full disk is odd
+    write_atomically(folder / WEIGHTS_NAME, lambda path: path.write_bytes(content))
     write_text(folder / CONFIG_NAME, text)
     return folder / WEIGHTS_NAME
 
@@ -94,6 +94,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # a full disk names none, others the temporary file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
