@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor
@@ -180,6 +181,33 @@ def test_compiled_training_step(backbone_of: Callable[..., Any]) -> None:
         run(images).square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+def test_compiled_training_at_several_sizes() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, dynamic_img_size=True)
+    model = drop_patches(vit, keep_ratio=0.5)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((64, 64), (64, 96)):
+        images = torch.randn(2, 3, *size)
+        gradients = []
+        for run in (compiled, model):
+            model.zero_grad()
+            run(images).square().mean().backward()
+            gradients.append([p.grad.clone() for p in vit.parameters()])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("family", ["naflex", "naflex_mixed"])
+@torch.no_grad()
+def test_a_compiled_backbone(backbone_of: Callable[..., Any], family: str) -> None:
+    model, images, eager, full = prepare(backbone_of, family, "contrast")
+    torch.compiler.reset()
+    model.backbone = torch.compile(model.backbone, backend="aot_eager")
+    for _ in range(2):
+        check(model(images), eager, full)
+    keep = torch.arange(5).expand(3, -1)
+    assert not torch.allclose(model(images, keep_indices=keep), eager)
 
 
 @pytest.mark.parametrize("family", ["vit", "eva02"])

@@ -15,7 +15,8 @@ from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from ltrp_timm import drop_patches, gather_patches, num_keep
+from ltrp_timm import AdaptiveBudget, drop_patches, gather_patches, list_rankers, num_keep
+from ltrp_timm.selection.registry import SELECTIONS
 
 KINDS = ["vit", "distilled", "siglip", "eva02", "rope_mixed", "beit", "beit_shared", "cait"]
 RELPOS = ["relpos", "relpos_shared", "relpos_cls", "relpos_bias_cls"]
@@ -482,3 +483,42 @@ def test_half_precision(backbone_of: Callable[..., Any], family: str, dtype: tor
     assert out.dtype == dtype
     assert (out.float() - expected).abs().max() < 0.1 * expected.abs().max()
     assert model.patch_scores(images.to(dtype)).dtype == torch.float32
+
+
+SMALL_RANKERS: dict[str, dict[str, Any]] = {
+    "attention": {"backbone": "vit_tiny_patch16_224", "depth": 1},
+    "grad_cam": {"backbone": "vit_tiny_patch16_224", "depth": 1},
+    "cam": {"backbone": "resnet10t"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:the .* ranker has no trained weights")
+@pytest.mark.filterwarnings("ignore:std\\(\\)")  # of no images
+@pytest.mark.parametrize("name", [name for name in list_rankers() if name[:4] != "vit_"])
+def test_every_ranker_takes_an_empty_batch(backbone_of: Callable[..., Any], name: str) -> None:
+    backbone, images = backbone_of("vit")
+    args = {"img_size": 96, **SMALL_RANKERS[name]} if name in SMALL_RANKERS else {}
+    model = drop_patches(backbone, name, ranker_args=args)
+    assert model(images[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("selection", list(SELECTIONS))
+@pytest.mark.parametrize("budget", [None, "threshold", "mass"])
+def test_every_selection_takes_an_empty_batch(
+    backbone_of: Callable[..., Any], selection: str, budget: str | None
+) -> None:
+    backbone, images = backbone_of("vit")
+    found = None if budget is None else AdaptiveBudget(budget, 0.5, 4, 0.5)
+    model = drop_patches(backbone, "pixel_std", selection=selection, budget=found)
+    none = images[:0]
+    assert model(none).shape == (0, 7)
+    assert model.keep_indices(none).shape[0] == 0
+    for fill in ("zeros", "nearest"):
+        maps = model.forward_intermediates(none, intermediates_only=True, fill=fill)
+        assert [tuple(each.shape) for each in maps] == [(0, 192, 6, 6)] * 2
+
+
+def test_a_shared_position_bias_takes_an_empty_batch(backbone_of: Callable[..., Any]) -> None:
+    for family in ("relpos", "relpos_shared"):
+        backbone, images = backbone_of(family)
+        assert drop_patches(backbone)(images[:0]).shape == (0, 7)

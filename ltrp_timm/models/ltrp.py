@@ -414,7 +414,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if keep is not None:
             features = [scatter_patches(each, keep, grid, fill) for each in features]
         if output_fmt == "NCHW":
-            maps = (each.reshape(each.shape[0], *grid, -1) for each in features)
+            maps = (each.unflatten(1, grid) for each in features)
             features = [each.permute(0, 3, 1, 2).contiguous() for each in maps]
         prefix = [pair[1] for pair in raw] if with_prefix and return_prefix_tokens else None
         if output_dict:
@@ -490,7 +490,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         buckets, places = buckets_of(self._counts(scores))
         rule, args, grid = self._selection, self._selection_args, self.grid_size(x)
         images, outs = self._padded(x, *grid), []
-        for k, rows in buckets:
+        for k, rows in buckets or [(scores.shape[1], places)]:  # no images: one empty bucket
             keep = select(scores[rows], k, rule, args, grid, images[rows])
             outs.append(call(x[rows], keep_indices=keep))
         return tree_map(lambda *parts: torch.cat(parts)[places], *outs)
@@ -506,7 +506,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                 f"the images of this batch keep different numbers of patches ({counts}): call the "
                 "model itself, forward_intermediates(intermediates_only=True), or give one image."
             )
-        return int(sizes[0])
+        return int(sizes[0]) if sizes else scores.shape[1]
 
     def train(self, mode: bool = True) -> "LTRPModel":
         """Set training mode; the frozen ranker stays in eval mode."""

@@ -140,8 +140,10 @@ class ClassTokenAttention(nn.Module):
         """
         x = self.norm(x)
         batch, length = x.shape[0], x.shape[1]
-        q = self.q(x[:, :1]).reshape(batch, 1, self.num_heads, -1).transpose(1, 2)
-        k = self.k(x).reshape(batch, length, self.num_kv_heads, -1).transpose(1, 2)
+        q, k = self.q(x[:, :1]), self.k(x)
+        width = q.shape[2] // self.num_heads
+        q = q.reshape(batch, 1, self.num_heads, width).transpose(1, 2)
+        k = k.reshape(batch, length, self.num_kv_heads, width).transpose(1, 2)
         q, k = self.q_norm(q), self.k_norm(k)
         p = self.num_prefix_tokens
         if rope is not None:  # prefix tokens have no position: the class token's q stays unchanged

@@ -202,7 +202,7 @@ def to_map(net: Any, features: Tensor, images: Tensor) -> Tensor:
     else:
         h, w = embed.grid_size
     patches = features[:, features.shape[1] - h * w :]
-    return patches.transpose(1, 2).reshape(features.shape[0], -1, h, w)
+    return patches.transpose(1, 2).unflatten(2, (h, w))
 
 
 def _embedding(net: Any) -> Any:

@@ -27,7 +27,7 @@ def patch_pixels(images: Tensor, grid_size: Tuple[int, int], side: int = 0) -> T
         rows, cols = min(side, rows), min(side, cols)
         x = F.adaptive_avg_pool2d(x, (h * rows, w * cols))
     x = x.reshape(x.shape[0], x.shape[1], h, rows, w, cols)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(x.shape[0], h * w, -1)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def squared_distances(tokens: Tensor) -> Tensor:

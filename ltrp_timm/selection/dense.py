@@ -47,6 +47,8 @@ def nearest_kept(keep_indices: Tensor, grid_size: Tuple[int, int]) -> Tensor:
     h, w = grid_size
     places = torch.arange(h * w, device=keep_indices.device)
     rows, cols = places // w, places % w
+    if keep_indices.shape[0] == 0:
+        return keep_indices.new_zeros(0, h * w)
     nearest: List[Tensor] = []
     for kept in keep_indices:  # one image at a time: N x K distances of a batch are gigabytes
         distance = (rows[:, None] - kept // w) ** 2 + (cols[:, None] - kept % w) ** 2

@@ -31,7 +31,9 @@ def bias_of_kept(bias: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> 
     pairs = rows.unsqueeze(2) * bias.shape[-1] + rows.unsqueeze(1)
     # one flat index: several times faster than rows and columns, forward and backward
     kept = bias.flatten(2).squeeze(0).index_select(1, pairs.flatten())
-    return kept.reshape(-1, pairs.shape[0], pairs.shape[1], pairs.shape[2]).transpose(0, 1)
+    return kept.reshape(bias.shape[1], pairs.shape[0], pairs.shape[1], pairs.shape[2]).transpose(
+        0, 1
+    )
 
 
 torch.fx.wrap("bias_of_kept")
