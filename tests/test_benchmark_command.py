@@ -6,6 +6,7 @@ import timm
 
 import ltrp_timm
 from ltrp_timm.commands import main
+from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.share.save import save_pretrained
 
 FAST = (
@@ -40,8 +41,8 @@ def test_what_it_says_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: P
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))
     # a plain model is held against several rankers, one of ours against its own
-    per_ratio = {"vit_tiny_patch16_224": ["contrast", "conv", "vit_small"]}
-    per_ratio["ltrp_vit_tiny"] = ["contrast"]
+    per_ratio = {"vit_tiny_patch16_224": [DEFAULT_RANKER, "conv", "vit_small"]}
+    per_ratio["ltrp_vit_tiny"] = [DEFAULT_RANKER]
     expected = []
     for model, rankers in per_ratio.items():
         expected.append((model, "full", "1.0", "16"))
@@ -57,6 +58,23 @@ def test_what_it_says_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: P
         assert row["machine"]
     assert main(["benchmark", *given, "-o", str(output)]) == 2
     assert "exists already" in one_line(capsys)
+
+
+def test_the_smaller_image_is_in_the_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = ("ltrp_vit_tiny", "vit_small_patch16_dinov3", "--keep-ratio", "0.5", "0.25", *FAST)
+    output = str(tmp_path / "found.csv")
+    assert main(["benchmark", *given, "-o", output, "--smaller-image", "--ranker", "contrast"]) == 0
+    out = capsys.readouterr().out
+    for text in ("full model on 48x48 pixels, 9 patches\n  smaller image ", "32x32 pixels, 4 p"):
+        assert out.count(text) == 2
+    with open(output, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "smaller image"]
+    columns = ("model", "keep_ratio", "num_kept", "img_size")
+    expected = [(m, *case) for m in given[:2] for case in (("0.5", "9", "48"), ("0.25", "4", "32"))]
+    assert [tuple(row[column] for column in columns) for row in rows] == expected
+    assert all(float(row["speedup"]) > 0 and row["ranking_share"] == "" for row in rows)
 
 
 def test_a_saved_model_brings_its_ranker(
@@ -83,6 +101,8 @@ def test_a_saved_model_brings_its_ranker(
         (["ltrp_vit_tiny", "--dtype", "int8"], "--dtype"),
         (["ltrp_vit_tiny", "--batch-size", "0"], "from 1"),
         (["ltrp_vit_tiny", "--img-size", "50"], "50"),
+        (["cait_xxs24_224", "--smaller-image"], "a Cait takes images of one size"),
+        (["swin_tiny_patch4_window7_224", "--smaller-image"], "cannot drop patches from Swin"),
         (["ltrp_vit_tiny", "-o", "a.txt"], ".csv"),
         (["ltrp_vit_tiny", "-o", "no/such/a.csv"], "cannot be written"),
     ],

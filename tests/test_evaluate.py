@@ -26,6 +26,7 @@ from ltrp_timm.data.keyed import Batch
 from ltrp_timm.measure import evaluate as measure
 from ltrp_timm.measure.evaluate import MIN_ROUNDS, measure_all
 from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")
@@ -72,15 +73,20 @@ def load() -> LTRPModel:
     return model
 
 
-def by_hand(model: Any, ratios: list[float]) -> dict[float, tuple[float, float]]:
-    """Top-1 and top-5 in percent as timm's own function has them, over one batch of all."""
+def batch_of(model: Any) -> tuple[Tensor, Tensor]:
+    """All readable images as timm prepares them for the model, and their labels."""
     transform = create_transform(**model.data_config(), is_training=False)
     pairs = [
         (transform(Image.open(path).convert("RGB")), label)
         for label, name in enumerate(COUNTS)
         for path in sorted(Path("set/val", name).glob("0*.png"))
     ]
-    images, labels = torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+    return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+
+def by_hand(model: Any, ratios: list[float]) -> dict[float, tuple[float, float]]:
+    """Top-1 and top-5 in percent as timm's own function has them, over one batch of all."""
+    images, labels = batch_of(model)
     out = {}
     with torch.inference_mode():
         for ratio in ratios:
@@ -107,13 +113,70 @@ def test_accuracy_is_that_of_the_whole_set(here: Path, capsys: pytest.CaptureFix
         assert found == pytest.approx(expected[float(row["keep_ratio"])], abs=1e-4)
     text = json.loads(Path("out/evaluate.json").read_text())
     assert [row["top1"] for row in text["results"]] == [float(row["top1"]) for row in rows]
-    assert (text["ranker"], text["num_classes"], text["precision"]) == ("contrast", 3, "fp32")
+    assert (text["ranker"], text["num_classes"], text["precision"]) == (DEFAULT_RANKER, 3, "fp32")
     with Image.open("out/evaluate.png") as picture:
         assert picture.width > 400
-    table = re.findall(r"^([\d.]+) +(\d+) +([\d.]+) +100.00 +\S+ +\d", out, re.M)
-    shown = [(row[0], row[1]) for row in table]
-    assert shown == [("1", "16"), ("0.7", "11"), ("0.5", "8"), ("0.25", "4")]
+    line = r"^(full|pruned) +([\d.]+) +(\d+) +64 +[\d.]+ +100.00 +\S+ +\d"
+    kept = [("pruned", "0.7", "11"), ("pruned", "0.5", "8"), ("pruned", "0.25", "4")]
+    assert re.findall(line, out, re.M) == [("full", "1", "16"), *kept]
     check_per_image(rows)
+
+
+def test_the_smaller_image_is_in_the_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--keep-ratio", "1", "0.5", "0.25", "-o", "out", "--per-image", "--plot")
+    assert evaluate("--smaller-image", *more) == 2  # bad.png
+    out = capsys.readouterr().out
+    assert "smaller image: the full model at the size with about as many patches" in out
+    rows = read("out/evaluate.csv")
+    columns = ("method", "keep_ratio", "num_keep", "img_size")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("full", "1.0", "16.0", "64"),
+        *(("pruned", "0.5", "8.0", "64"), ("smaller image", "0.5", "9.0", "48")),
+        *(("pruned", "0.25", "4.0", "64"), ("smaller image", "0.25", "4.0", "32")),
+    ]
+    assert all((row["images"], row["unreadable"]) == ("11", "1") for row in rows)
+    lines, found = read("out/per_image.csv"), []
+    for row in rows:
+        if row["method"] == "smaller image":  # timm at that size, with its own pictures
+            side = int(row["img_size"])
+            model = timm.create_model("local-dir:model", pretrained=True, img_size=side).eval()
+            expected = by_hand(model, [1.0])[1.0]
+            assert (float(row["top1"]), float(row["top5"])) == pytest.approx(expected, abs=1e-4)
+            case = ("smaller image", row["keep_ratio"])
+            mine = [line for line in lines if (line["method"], line["keep_ratio"]) == case]
+            found.append([line["predicted"] for line in mine])
+            assert found[-1] == [str(label) for label in predicted_by(model)]
+    assert len(lines) == 5 * 11
+    full = [line["predicted"] for line in lines if line["method"] == "full"]
+    assert full not in found  # the size does something
+    assert evaluate(*more, "--overwrite") == 2  # the others' figures do not change
+    without = [row for row in rows if row["method"] != "smaller image"]
+    assert [row["top1"] for row in read("out/evaluate.csv")] == [row["top1"] for row in without]
+
+
+def predicted_by(model: Any) -> list[int]:
+    images = batch_of(model)[0]
+    with torch.inference_mode():
+        found: list[int] = model.restore()(images).argmax(1).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "text"),
+    [
+        ("cait_xxs24_224", [], "a Cait takes images of one size: timm gives it no set_input_size"),
+        ("swin_tiny_patch4_window7_224", [], "cannot drop patches from SwinTransformer"),
+        ("resnet10t", [], "cannot drop patches from ResNet"),
+        ("local-dir:model", ["--keep-ratio", "1"], "--smaller-image requires a --keep-ratio below"),
+    ],
+)
+def test_no_smaller_image(
+    here: Path, capsys: pytest.CaptureFixture[str], model: str, options: list[str], text: str
+) -> None:
+    assert evaluate("--smaller-image", "--num-classes", "3", *options, model=model) == 2
+    err = capsys.readouterr().err
+    assert text in err
+    assert len(err.splitlines()) == 1
 
 
 def check_per_image(rows: list[dict[str, str]]) -> None:

@@ -1,23 +1,30 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import FAMILIES
 from timm.layers import PatchEmbed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltrp_timm import create_ranker, drop_patches
+from ltrp_timm._timm import backbone_filter
 from ltrp_timm.measure.payoff import (
     FULL,
     GIVEN,
     IDEAL,
+    SMALLER,
     Payoff,
     break_even,
+    by_ranker,
     ideal,
     measure_payoff,
+    on_grid,
     pays_up_to,
     recommend,
+    smaller_grid,
     twin,
 )
 from ltrp_timm.measure.throughput import Ratio, Timing
@@ -35,7 +42,7 @@ def small(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> Any:
 
 def line(method: str, keep_ratio: float, speedup: float, spread: float = 0.01) -> Payoff:
     found = Ratio(speedup, speedup - spread, speedup + spread)
-    return Payoff(method, keep_ratio, 1, Timing(method, (1.0,)), found)
+    return Payoff(method, keep_ratio, 1, (64, 64), Timing(method, (1.0,)), found)
 
 
 @pytest.mark.filterwarnings("ignore:.*no trained weights")  # only its time counts
@@ -118,6 +125,84 @@ def test_families_without_an_ideal(name: str) -> None:
     assert lines[-1].achieved is None
 
 
+@pytest.mark.parametrize(
+    ("grid", "kept", "expected"),
+    [
+        ((14, 14), 98, (10, 10)),  # 100 is nearer to 98 than 81
+        ((14, 14), 49, (7, 7)),
+        ((14, 14), 90, (9, 9)),  # 81 is nearer than 100
+        ((14, 14), 1, (1, 1)),
+        ((14, 14), 195, (14, 14)),
+        ((14, 28), 98, (7, 14)),
+        ((28, 14), 98, (14, 7)),
+        ((6, 9), 27, (4, 6)),  # 24 and 30 (5x6) are as near; 4x6 has the proportions
+        ((1, 8), 3, (1, 3)),
+    ],
+)
+def test_the_size_of_a_smaller_image(
+    grid: tuple[int, int], kept: int, expected: tuple[int, int]
+) -> None:
+    assert smaller_grid(grid, kept) == expected
+
+
+def test_a_smaller_image_is_a_row_of_each_keep_ratio() -> None:
+    shapes: list[tuple[int, ...]] = []
+    model = small(num_classes=5)
+    model.patch_embed.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    rankers, ratios = {"contrast": create_ranker("contrast")}, [0.25, 0.5]
+    lines = measure_payoff(model, IMAGES, rankers, ratios, repeats=2, warmup=0, smaller_image=True)
+    methods = (IDEAL, GIVEN, "contrast", SMALLER)
+    expected = [(method, ratio) for ratio in (0.5, 0.25) for method in methods]
+    assert [(each.method, each.keep_ratio) for each in lines] == [(FULL, 1.0), *expected]
+    rivals = [each for each in lines if each.method == SMALLER]
+    assert [(each.img_size, each.num_kept) for each in rivals] == [((48, 48), 9), ((32, 32), 4)]
+    assert {each.img_size for each in lines if each.method != SMALLER} == {(64, 64)}
+    sides = [64, 64, 64, 64, 48, 64, 64, 64, 32]  # twins keep the hook
+    assert [shape[-1] for shape in shapes] == sides * 2  # in turns, at their size
+    for each in rivals:
+        assert each.ranking is None
+        assert len(each.timing.seconds) == 2
+    assert list(by_ranker(lines)) == ["contrast"]
+    assert model.pos_embed.shape[1] == 17  # the given model stays as it was
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "cait"])
+def test_the_plain_model_of_a_smaller_image_is_timms(
+    family: str, backbone_of: Callable[..., Any]
+) -> None:
+    """Also not square: the same logits as a model that timm builds at that size."""
+    full, images = backbone_of(family)
+    if "naflex" not in family and not hasattr(full, "set_input_size"):
+        pytest.skip(f"timm {timm.__version__} cannot resample it")
+    before, grid = full(images), (2, 3)
+    plain, size = on_grid(drop_patches(twin(full), "random"), grid)
+    patch = [side // count for side, count in zip(size, grid)]
+    assert [side * count for side, count in zip(patch, grid)] == list(size)
+    name, changes, side = FAMILIES[family]
+    built = {} if "naflex" in family else {"img_size": size}  # one size resamples any image
+    kwargs: dict[str, Any] = {
+        "num_classes": full.num_classes,
+        "img_size": side,
+        "depth": len(full.blocks),
+    }
+    other = timm.create_model(name, **{**kwargs, **changes, **built}).eval()
+    state = {key: value.clone() for key, value in full.state_dict().items()}
+    other.load_state_dict(backbone_filter(state, other))
+    smaller = torch.randn(2, 3, *size)
+    assert plain.forward_features(smaller).shape == other.forward_features(smaller).shape
+    torch.testing.assert_close(plain(smaller), other(smaller), atol=1e-6, rtol=0)
+    torch.testing.assert_close(full(images), before, atol=0, rtol=0)  # it was not changed
+    assert next(plain.blocks.parameters()) is next(full.blocks.parameters())
+
+
+def test_a_model_of_one_size_has_no_smaller_image() -> None:
+    text = "a Cait takes images of one size: timm gives it no set_input_size for 48x48 pixels"
+    with pytest.raises(ValueError, match=text):
+        on_grid(small("cait_xxs24_224"), (3, 3))
+    with pytest.raises(TypeError, match="cannot drop patches from SwinTransformer: "):
+        on_grid(timm.create_model("swin_tiny_patch4_window7_224"), (3, 3))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no trained weights")
 def test_compiled_variants_each_have_their_graph() -> None:
@@ -188,6 +273,7 @@ def test_recommendations() -> None:
         (["contrast"], [], None, "and one keep ratio"),
         (["contrast"], [1.0], None, r"in \(0, 1\), got 1.0"),
         (["full"], [0.5], None, "'full' is reserved"),
+        (["smaller image"], [0.5], None, "'smaller image' is reserved"),
         (["contrast"], [0.5], "fast", "got 'fast'"),
     ],
 )

@@ -238,6 +238,12 @@ def behind_links(output: str) -> Path:
     return Path(os.path.realpath(output))
 
 
+def size_text(size: Sequence[int]) -> str:
+    """An image size (height, width) for a table: one number for a square."""
+    height, width = size
+    return f"{height}" if height == width else f"{height}x{width}"
+
+
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same columns as a CSV file."""
     file = io.StringIO()

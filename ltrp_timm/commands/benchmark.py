@@ -1,7 +1,7 @@
 """``ltrp-timm benchmark``: does dropping patches pay for this model, on this machine?"""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ from ltrp_timm.commands._console import (
     csv_text,
     output_errors,
     quiet_about_training,
+    size_text,
 )
 from ltrp_timm.commands._flags import NotNegative, PathName, Positive, add_command
 from ltrp_timm.deploy.formats import input_size
 from ltrp_timm.measure.payoff import (
     FULL,
+    SMALLER,
     CompileMode,
     Payoff,
     by_ranker,
@@ -57,6 +59,8 @@ class BenchmarkOptions:
         warmup: Rounds before them.
         threads: CPU threads (default: torch's choice).
         memory: Measure peak memory.
+        smaller_image: Also measure the plain model at the image size with about as many patches as
+            are kept, at each keep ratio.
         output: CSV file with all figures.
         overwrite: Replace an existing ``output``.
     """
@@ -74,6 +78,7 @@ class BenchmarkOptions:
     warmup: NotNegative = 2
     threads: Positive | None = None
     memory: bool = True
+    smaller_image: bool = False
     output: PathName | None = None
     overwrite: bool = False
 
@@ -158,12 +163,15 @@ def _measure_model(
             repeats=options.repeats,
             warmup=options.warmup,
             memory=options.memory,
+            smaller_image=options.smaller_image,
         )
         _print_lines(lines, batch)
         say(f"-> {printable(name)} at batch {batch}: {recommend(lines)}.")
-        case = {"model": name, "img_size": size[1], "batch": batch, "device": str(device)}
+        case = {"batch": batch, "device": str(device)}
         case |= {"dtype": options.dtype, "compile": options.compile_mode or "eager"}
-        rows += [{**case, **_row(line, batch), **environment(device)} for line in lines]
+        rows += [
+            {"model": name, **_row(line, batch, case), **environment(device)} for line in lines
+        ]
     return rows
 
 
@@ -183,6 +191,9 @@ def _print_lines(lines: Sequence[Payoff], batch: int) -> None:
         if line.method != FULL and line.keep_ratio != keep:
             keep = line.keep_ratio
             say(f"keep {keep:g}, {line.num_kept} of {lines[0].num_kept} patches")
+        if line.method == SMALLER:
+            height, width = line.img_size
+            say(f"full model on {height}x{width} pixels, {line.num_kept} patches")
         say(_text(line, batch))
     for name, found in by_ranker(lines).items():
         share = statistics.median(line.ranking or 0.0 for line in found)
@@ -204,10 +215,12 @@ def _text(line: Payoff, batch: int) -> str:
     return f"{name:<18}{time:>20}{rate:>10}{gain:>21}{ideal:>10}{memory:>9}".rstrip()
 
 
-def _row(line: Payoff, batch: int) -> dict[str, Any]:
+def _row(line: Payoff, batch: int, case: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the CSV file; cells are empty where there is no figure."""
     timing, best = line.timing, line.achieved
     return {
+        "img_size": size_text(line.img_size),
+        **case,
         "method": line.method,
         "keep_ratio": line.keep_ratio,
         "num_kept": line.num_kept,

@@ -22,6 +22,7 @@ from ltrp_timm.commands._console import (
     describe_model,
     output_errors,
     quiet_about_training,
+    size_text,
 )
 from ltrp_timm.commands._flags import PathName, Positive, add_command
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
@@ -30,6 +31,7 @@ from ltrp_timm.data.labels import LabelledImages, open_labelled
 from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
 from ltrp_timm.measure.accuracy import AccuracyCounter, PrecisionCounter, seen_classes
 from ltrp_timm.measure.evaluate import Measured, Prediction, measure_all
+from ltrp_timm.measure.payoff import FULL, SMALLER, on_grid, smaller_grid
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment, ratio
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
@@ -48,7 +50,9 @@ TITLES = {
     **{"top1": "top-1", "top5": "top-5"},
     **{"map": "mAP", "map_seen": "mAP seen", "map_unseen": "mAP unseen"},
 }
+PRUNED = "pruned"
 Row = dict[str, Any]
+Case = tuple[str, float]  # method and keep ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,8 @@ class EvaluateOptions(ModelOptions):
         seen_classes: With ``multi_label``, a file of class names, one per line; also reports mAP of
             these and of the other classes.
         keep_ratio: Shares of patches to keep, in (0, 1] (default: 1 0.7 0.5 0.25).
+        smaller_image: Also measure the plain model at the image size with about as many patches as
+            are kept, at each keep ratio below 1.
         index_cache: Folder of scores that ``ltrp-timm rank`` wrote, used in place of the ranker.
         batch_size: Images per batch.
         num_workers: Processes that read images (default: 0 on a CPU, where they would disturb the
@@ -97,6 +103,7 @@ class EvaluateOptions(ModelOptions):
     skip_absent: bool = False
     seen_classes: PathName | None = None
     keep_ratio: Sequence[float] | None = None
+    smaller_image: bool = False
     index_cache: PathName | None = None
     batch_size: int = 64
     num_workers: int | None = None
@@ -128,6 +135,8 @@ class EvaluateOptions(ModelOptions):
                 raise ValueError(f"--{name.replace('_', '-')} {verb} --multi-label.")
         if self.multi_label and not self.labels:
             raise ValueError("--multi-label requires --labels FILE: COCO annotations or a .csv.")
+        if self.smaller_image and set(self.keep_ratio or KEEP_RATIOS) == {1.0}:
+            raise ValueError("--smaller-image requires a --keep-ratio below 1, got 1 alone.")
         if self.output is not None:
             more = {PLOT_NAME: self.plot, PER_IMAGE_NAME: self.per_image}
             more[PER_CLASS_NAME] = self.multi_label
@@ -179,6 +188,16 @@ class Evaluation:
         names = _class_names(options, self.model)
         self.matched = self.images.match(self.model.num_classes, names)
         self.ratios = _keep_ratios(options, self.model)
+        # method and keep ratio -> the plain model on smaller images, and their size
+        self.smaller: dict[Case, tuple[Any, tuple[int, int]]] = {}
+        self.cases: list[Case] = []
+        for share in self.ratios:
+            self.cases.append((FULL if share == 1.0 else PRUNED, share))
+            if options.smaller_image and share < 1.0:
+                kept = num_keep(self.model.num_patches, share)
+                found = on_grid(self.model, smaller_grid(self.model.patch_grid, kept))
+                self.smaller[SMALLER, share] = found
+                self.cases.append((SMALLER, share))
         present = () if options.all_classes else getattr(self.images, "present", ())
         every = len(present) in (0, self.model.num_classes)
         self.classes: Sequence[int] | None = None if every else present  # those that compete
@@ -189,7 +208,12 @@ class Evaluation:
         if options.index_cache is not None:
             transform = cached_transform(options.index_cache, self.model, self.images, transform)
         indices, size = range(len(self.images)), config["input_size"]
-        self.keyed = KeyedImages(self.images, indices, transform, 0, size)
+        others: Any = {
+            other: create_transform(**{**config, "input_size": (3, *other)}, is_training=False)
+            for _, other in self.smaller.values()
+        }
+        self.size: tuple[int, int] = size[-2:]
+        self.keyed = KeyedImages(self.images, indices, transform, 0, size, others)
         self.keyed.check_readable()
 
     def batches(self) -> Iterator[Batch]:
@@ -213,12 +237,17 @@ class Evaluation:
                 yield batch
                 bar.update(len(batch))
 
-    def logits(self, keep_ratio: float, batch: Batch) -> Tensor:
-        """Run the model at a keep ratio."""
-        model = self.model
+    def logits(self, case: Case, batch: Batch) -> Tensor:
+        """Run the model at a keep ratio, or on smaller images."""
+        model, keep_ratio = self.model, case[1]
         with autocast(self.world.device, self.options.precision):
+            logits: Tensor
+            if case in self.smaller:
+                plain, size = self.smaller[case]
+                logits = plain(batch.others[size])
+                return logits
             if not isinstance(model, LTRPModel):
-                logits: Tensor = model(batch.images)
+                logits = model(batch.images)
                 return logits
             if keep_ratio == 1.0:
                 return model.backbone(batch.images)  # the plain model, whatever the selection
@@ -228,35 +257,60 @@ class Evaluation:
                 return model(batch.images)
             return model(batch.images, keep_indices=model.select(batch.scores, batch.images))
 
-    def num_kept(self, keep_ratio: float) -> float | None:
+    def num_kept(self, case: Case) -> float | None:
         """Patches that an image keeps; the mean over the first batch where they differ."""
-        model = self.model
+        model, keep_ratio = self.model, case[1]
+        if case in self.smaller:
+            rows, cols = model.patch_size
+            height, width = self.smaller[case][1]
+            return float(height // rows * (width // cols))
         if not isinstance(model, LTRPModel):
             return None
         if model.budget is not None and keep_ratio < 1.0 and self.first is not None:
             return float(model.keep_counts(self.first).double().mean())
         return float(num_keep(model.num_patches, keep_ratio))
 
-    def measure(self) -> tuple[dict[float, Measured], dict[str, Sequence[Row]]]:
+    def measure(self) -> tuple[dict[Case, Measured], dict[str, Sequence[Row]]]:
         """Accuracy and speed by keep ratio, and tables by name; all processes must call this."""
         options, names = self.options, self.images.class_names
         if options.multi_label:
             seen = seen_classes(options.seen_classes, names)
-            counters: Any = {share: PrecisionCounter(names, seen) for share in self.ratios}
+            counters: Any = {case: PrecisionCounter(names, seen) for case in self.cases}
         else:
-            counters = {share: AccuracyCounter(self.classes) for share in self.ratios}
-        calls = {share: partial(self.logits, share) for share in self.ratios}
+            counters = {case: AccuracyCounter(self.classes) for case in self.cases}
+        calls = {case: partial(self.logits, case) for case in self.cases}
         with torch.inference_mode(), quiet_about_training():
             results, predictions = measure_all(calls, self.batches(), self.world, counters)
-            rows = [_row(results, share, self.num_kept(share)) for share in results]
+            rows = [self.row(results, case) for case in results]
         tables: dict[str, Sequence[Row]] = {CSV_NAME: rows}
         if options.per_image and options.multi_label:
             tables[PER_IMAGE_NAME] = _label_rows(counters, self.images, self.world)
         elif options.per_image:
             tables[PER_IMAGE_NAME] = _image_rows(self.world.gather(predictions), self.images)
         if options.multi_label:
-            tables[PER_CLASS_NAME] = _class_rows(results, counters[self.ratios[0]])
+            tables[PER_CLASS_NAME] = _class_rows(results, counters[self.cases[0]])
         return results, tables
+
+    def row(self, results: Mapping[Case, Measured], case: Case) -> Row:
+        """The figures of one line of the table; its speed-up is over the first one."""
+        full, found = next(iter(results.values())), results[case]
+        gain = ratio(full.timing, found.timing)
+        method, keep_ratio = case
+        return {
+            "method": method,
+            "keep_ratio": keep_ratio,
+            "num_keep": self.num_kept(case),
+            "img_size": size_text(self.smaller[case][1] if case in self.smaller else self.size),
+            **found.accuracy.percent(),
+            "images_per_second": found.images_per_second,
+            "images_per_second_low": found.batch_size / found.timing.high,
+            "images_per_second_high": found.batch_size / found.timing.low,
+            "speedup": gain.median,
+            "speedup_low": gain.low,
+            "speedup_high": gain.high,
+            "rounds": len(found.timing.seconds),
+            "timed_batch": found.batch_size,
+        }
 
     def describe(self) -> None:
         """Print what is measured on what."""
@@ -280,7 +334,7 @@ class Evaluation:
 
     def report(
         self,
-        results: Mapping[float, Measured],
+        results: Mapping[Case, Measured],
         tables: Mapping[str, Sequence[Row]],
         unreadable: int,
     ) -> None:
@@ -320,19 +374,22 @@ class Evaluation:
         titles = {name: title for name, title in TITLES.items() if name in rows[0]}
         widths = {name: max(9, len(title) + 4) for name, title in titles.items()}
         header = "".join(f"{title:<{widths[name]}}" for name, title in titles.items())
-        say(f"\nkeep    patches    {header}images/s    speed-up")
+        say(f"\n{'model':<15}keep    patches    image    {header}images/s    speed-up")
         for row in rows:
             kept = "-" if row["num_keep"] is None else f"{row['num_keep']:.4g}"
             values = "".join(f"{row[name]:<{widths[name]}.2f}" for name in titles)
             spread = f"({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
             speed = f"{row['images_per_second']:<12.4g}{row['speedup']:.2f} {spread}"
-            say(f"{row['keep_ratio']:<8g}{kept:<11}{values}{speed}")
+            place = f"{row['keep_ratio']:<8g}{kept:<11}{row['img_size']:<9}"
+            say(f"{row['method']:<15}{place}{values}{speed}")
         first, device = rows[0], self.world.device.type
         where = f"{device}, {self.options.precision}, batches of {first['timed_batch']}"
         where += f", {torch.get_num_threads()} thread(s)" if device == "cpu" else ""
         ranking = "ranking read from a file" if self.options.index_cache else "ranking included"
         say(f"  images/s: {where}, {ranking}, reading images excluded;")
         say(f"  median of {first['rounds']} interleaved rounds; speed-up over the first row")
+        if self.smaller:
+            say(f"  {SMALLER}: the full model at the size with about as many patches")
 
     def _conditions(self) -> Row:
         """What the figures depend on."""
@@ -372,8 +429,9 @@ def _open_images(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
 def _open_model(options: EvaluateOptions) -> tuple[Any, str | None]:
     """A model that drops patches; a plain one if it cannot and no option needs it to."""
     check_names(options.model, options.ranker)
-    needs = (options.ranker, options.ranker_weights, options.selection, options.index_cache)
-    plain = set(options.keep_ratio or [1.0]) == {1.0} and not any(needs)
+    needs = ("ranker", "ranker_weights", "selection", "index_cache", "smaller_image")
+    needed = any(getattr(options, name) for name in needs)
+    plain = set(options.keep_ratio or [1.0]) == {1.0} and not needed
     model, weights = options.open(plain_if_refused=plain)
     if not getattr(model, "num_classes", 0):
         raise ValueError(f"MODEL {printable(options.model)} has no classes: it gives features.")
@@ -399,31 +457,13 @@ def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:
     return list(dict.fromkeys(given))
 
 
-def _row(results: Mapping[float, Measured], keep_ratio: float, num_kept: float | None) -> Row:
-    """The figures of one keep ratio; its speed-up is over the first one."""
-    full, found = next(iter(results.values())), results[keep_ratio]
-    gain = ratio(full.timing, found.timing)
-    return {
-        "keep_ratio": keep_ratio,
-        "num_keep": num_kept,
-        **found.accuracy.percent(),
-        "images_per_second": found.images_per_second,
-        "images_per_second_low": found.batch_size / found.timing.high,
-        "images_per_second_high": found.batch_size / found.timing.low,
-        "speedup": gain.median,
-        "speedup_low": gain.low,
-        "speedup_high": gain.high,
-        "rounds": len(found.timing.seconds),
-        "timed_batch": found.batch_size,
-    }
-
-
-def _image_rows(predictions: Sequence[Prediction], images: Any) -> list[Row]:
-    """A line for each image and keep ratio; ``rank`` 1 is a correct prediction."""
+def _image_rows(predictions: Sequence[Prediction[Case]], images: Any) -> list[Row]:
+    """A line for each image and case; ``rank`` 1 is a correct prediction."""
     return [
         {
             "image": printable(images.name(found.index)),
-            "keep_ratio": found.keep_ratio,
+            "method": found.case[0],
+            "keep_ratio": found.case[1],
             "target": found.target,
             "target_name": images.class_name(found.target),
             "predicted": found.predicted,
@@ -434,34 +474,36 @@ def _image_rows(predictions: Sequence[Prediction], images: Any) -> list[Row]:
     ]
 
 
-def _label_rows(counters: Mapping[float, PrecisionCounter], images: Any, world: World) -> list[Row]:
-    """A line for each image and keep ratio: its labels and the probability of each class.
+def _label_rows(counters: Mapping[Case, PrecisionCounter], images: Any, world: World) -> list[Row]:
+    """A line for each image and case: its labels and the probability of each class.
 
     All processes must call this.
     """
     lines = []
-    for share, counter in counters.items():
+    for (method, share), counter in counters.items():
         for number, logits, target in zip(*counter.rows(world)):
             labels = [name for name, yes in zip(counter.class_names, target.tolist()) if yes]
-            row = {"image": printable(images.name(int(number))), "keep_ratio": share}
+            row: Row = {"image": printable(images.name(int(number)))}
+            row |= {"method": method, "keep_ratio": share}
             row["labels"] = SEPARATOR.join(labels)
             odds = zip(counter.class_names, logits.sigmoid().tolist())
             lines.append((int(number), {**row, **{f"p({name})": p for name, p in odds}}))
-    lines.sort(key=lambda line: line[0])  # stable: the ratios stay in order
+    lines.sort(key=lambda line: line[0])  # stable: the cases stay in order
     return [row for _, row in lines]
 
 
-def _class_rows(results: Mapping[float, Measured], counter: PrecisionCounter) -> list[Row]:
+def _class_rows(results: Mapping[Case, Measured], counter: PrecisionCounter) -> list[Row]:
     """A line for each class: its average precisions in per cent, empty without any image."""
     rows = []
     for name in counter.class_names:
         row: Row = {"class": name}
         if counter.seen is not None:
             row["seen"] = int(name in counter.seen)
-        for share, measured in results.items():
+        for (method, share), measured in results.items():
             found: Any = measured.accuracy
             value = found.per_class.get(name)
-            row[f"ap@{share:g}"] = "" if value is None else 100 * value
+            where = f"ap@{share:g}{' ' + SMALLER if method == SMALLER else ''}"
+            row[where] = "" if value is None else 100 * value
         rows.append(row)
     return rows
 
@@ -470,16 +512,22 @@ def _draw(rows: Sequence[Row], model: str, path: Path) -> None:
     """Draw accuracy against images/s: a point and the quartiles of its speed for each ratio."""
     figure = require_matplotlib()(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
-    speeds = [row["images_per_second"] for row in rows]
-    below = [row["images_per_second"] - row["images_per_second_low"] for row in rows]
-    above = [row["images_per_second_high"] - row["images_per_second"] for row in rows]
     name = next(name for name in TITLES if name in rows[0])
-    values = [row[name] for row in rows]
-    axis.errorbar(speeds, values, xerr=(below, above), marker="o", capsize=3, ecolor="0.7")
-    for number, (row, speed, value) in enumerate(zip(rows, speeds, values)):
-        text = f"keep {row['keep_ratio']:g}"
-        place = (4, 7 if number % 2 == 0 else -15)  # neighbours may be close
-        axis.annotate(text, (speed, value), place, textcoords="offset points")
+    for label, marker in ((PRUNED, "o"), (SMALLER, "s")):
+        some = [row for row in rows if row["method"] in (FULL, label)]
+        speeds = [row["images_per_second"] for row in some]
+        below = [row["images_per_second"] - row["images_per_second_low"] for row in some]
+        above = [row["images_per_second_high"] - row["images_per_second"] for row in some]
+        style: Row = {"marker": marker, "capsize": 3, "ecolor": "0.7", "label": label}
+        axis.errorbar(speeds, [row[name] for row in some], xerr=(below, above), **style)
+        for number, row in enumerate(some):
+            text = f"keep {row['keep_ratio']:g}" if marker == "o" else f"{row['img_size']} px"
+            place = (4, 7 if number % 2 == 0 else -15)  # neighbours may be close
+            point = (row["images_per_second"], row[name])
+            axis.annotate(text, point, place, textcoords="offset points")
+        if all(row["method"] != SMALLER for row in rows):
+            break
+    axis.legend()
     axis.margins(0.15)
     axis.set_xlabel(f"images/s (batches of {rows[0]['timed_batch']}, median and quartiles)")
     axis.set_ylabel("top-1 accuracy, %" if name == "top1" else f"{TITLES[name]}, %")

@@ -4,7 +4,7 @@ A sample depends only on the seed, the epoch and its image, not on the process o
 it; see ``ltrp_timm.runtime.keyed_rng``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -37,6 +37,7 @@ class KeyedImages(Dataset[Sample]):
             ``ltrp_timm.scoring.transform``.
         seed: seed of what the transform draws.
         shape: (3, H, W).
+        others: further transforms of the same picture by the (height, width) of their images.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class KeyedImages(Dataset[Sample]):
         transform: Transform,
         seed: int,
         shape: tuple[int, ...],
+        others: Mapping[tuple[int, int], Transform] | None = None,
     ) -> None:
         self.images, self.indices, self.transform = images, list(indices), transform
-        self.seed, self.shape = seed, shape
+        self.seed, self.shape, self.others = seed, shape, others or {}
         self.scores: Any = getattr(transform, "with_scores", None) and transform
         self._lost = False  # no image could be read last time: look no further than the next one
 
@@ -64,6 +66,7 @@ class KeyedImages(Dataset[Sample]):
         index, target = self.indices[place], self.images.blank
         if found is None:
             sample = _sample(torch.zeros(self.shape), index, problems, real=False)
+            sample["others"] = {size: torch.zeros(3, *size) for size in self.others}
             if self.scores is not None:
                 sample["scores"] = self.scores.blank
         else:
@@ -75,6 +78,7 @@ class KeyedImages(Dataset[Sample]):
                 else:  # those of the image that was read
                     image, scores = self.scores.with_scores(picture, source)
                     sample = {**_sample(image, index, problems), "scores": scores}
+                sample["others"] = {size: fn(picture) for size, fn in self.others.items()}
         return sample if target is None else {**sample, "target": target}
 
     def _read(
@@ -211,6 +215,7 @@ class Batch:
         real: (B,) bool; False if an image could not be read.
         targets: (B,) class numbers, or (B, C); None without labels.
         scores: (B, N) of patches, from an index cache; None without one.
+        others: the same images (B, 3, h, w) at other sizes, by (h, w).
         indices: B indices of the images in their set.
         problems: one line for each image that could not be read.
         epoch: epoch of the batch.
@@ -225,6 +230,8 @@ class Batch:
         target, scores = sample.get("target"), sample.get("scores")
         self.targets: Tensor | None = None if target is None else target.to(device)
         self.scores: Tensor | None = None if scores is None else scores.to(device)
+        others = sample.get("others", {}).items()
+        self.others = {size: images.to(device, non_blocking=True) for size, images in others}
         self.indices: list[int] = sample["index"].tolist()
         self.problems = [line for text in sample["problems"] for line in text.splitlines()]
         self._seed, self.epoch, self.update = seed, epoch, update

@@ -1,6 +1,6 @@
 """Sizes of images and patches."""
 
-from typing import Optional, Sequence, Tuple, Union
+from typing import Any, Optional, Sequence, Tuple, Union
 
 
 def to_pair(value: Union[int, Sequence[int]]) -> Tuple[int, int]:
@@ -24,3 +24,13 @@ def to_img_size(
     if size[0] < patch_size[0] or size[1] < patch_size[1]:
         raise ValueError(f"img_size must hold a patch of {patch_size}, got {img_size!r}.")
     return size
+
+
+def set_image_size(net: Any, size: Tuple[int, int]) -> None:
+    """Give a timm model another image size, as timm does; ValueError if it has only one."""
+    if not hasattr(net, "set_input_size"):
+        raise ValueError(
+            f"a {type(net).__name__} takes images of one size: timm gives it no set_input_size for "
+            f"{size[0]}x{size[1]} pixels. Use a model that has one, or leave the other size out."
+        )
+    net.set_input_size(img_size=size)

@@ -1,9 +1,9 @@
-"""Accuracy and throughput in one pass: every batch at all keep ratios, interleaved."""
+"""Accuracy and throughput in one pass: every batch through all models, interleaved."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from ltrp_timm.runtime.world import World
 
 MIN_ROUNDS = 5  # timed rounds; a small set repeats its first batch
 _WARM_UP = 2  # untimed calls on the first batch
+Case = TypeVar("Case")  # what names a call, such as a keep ratio
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model at one keep ratio.
+    """One model, such as one at a keep ratio.
 
     Attributes:
         accuracy: Over the images of all processes.
@@ -38,22 +39,22 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The result for one image at one keep ratio; ``rank`` 0 is a hit."""
+class Prediction(Generic[Case]):
+    """The result of one call for one image; ``rank`` 0 is a hit."""
 
     index: int
-    keep_ratio: float
+    case: Case
     target: int
     predicted: int
     rank: int
 
 
 def measure_all(
-    calls: Mapping[float, Callable[[Batch], Tensor]],
+    calls: Mapping[Case, Callable[[Batch], Tensor]],
     batches: Iterable[Batch],
     world: World,
-    counters: Mapping[float, Any] | None = None,
-) -> tuple[dict[float, Measured], list[Prediction]]:
+    counters: Mapping[Case, Any] | None = None,
+) -> tuple[dict[Case, Measured], list[Prediction[Case]]]:
     """Run every batch through every call, interleaved: A B C, A B C, ….
 
     The clock starts and stops at a synchronisation of the device: ranking and selecting patches are
@@ -61,48 +62,48 @@ def measure_all(
     batch are not timed.
 
     Args:
-        calls: Batch -> logits (B, C), by keep ratio.
+        calls: Batch -> logits (B, C), by what names them: a keep ratio, or a model and its ratio.
         batches: With targets.
         world: The processes that share the set.
         counters: An AccuracyCounter or a PrecisionCounter for each call (default: the former).
 
     Returns:
-        Results by keep ratio, and the predictions of this process for images with one class.
+        Results by call, and the predictions of this process for images with one class.
 
     Raises:
         ValueError: No image could be read, or a label is not a class of the model.
     """
     if counters is None:
-        counters = {ratio: AccuracyCounter() for ratio in calls}
-    seconds: dict[float, list[float]] = {ratio: [] for ratio in calls}
-    predictions: list[Prediction] = []
+        counters = {case: AccuracyCounter() for case in calls}
+    seconds: dict[Case, list[float]] = {case: [] for case in calls}
+    predictions: list[Prediction[Case]] = []
     full: Batch | None = None
     for batch in batches:
         if full is None:
             full = batch
             for call in list(calls.values()) * _WARM_UP:
                 call(batch)
-        for ratio, call in calls.items():
+        for case, call in calls.items():
             logits, took = timed(partial(call, batch), world.device)
             if len(batch) == len(full):
-                seconds[ratio].append(took)
-            predictions += _count(counters[ratio], logits, batch, ratio)
+                seconds[case].append(took)
+            predictions += _count(counters[case], logits, batch, case)
     if full is not None:
         for _ in range(MIN_ROUNDS - min(len(rounds) for rounds in seconds.values())):
-            for ratio, call in calls.items():
-                seconds[ratio].append(timed(partial(call, full), world.device)[1])
+            for case, call in calls.items():
+                seconds[case].append(timed(partial(call, full), world.device)[1])
     # a process without any image takes part in the sums, and has no times
-    totals = {ratio: counter.total(world) for ratio, counter in counters.items()}
+    totals = {case: counter.total(world) for case, counter in counters.items()}
     if full is None:
         return {}, []
     results = {
-        ratio: Measured(totals[ratio], Timing(f"{ratio:g}", tuple(seconds[ratio])), len(full))
-        for ratio in calls
+        case: Measured(totals[case], Timing(str(case), tuple(seconds[case])), len(full))
+        for case in calls
     }
     return results, predictions
 
 
-def _count(counter: Any, logits: Any, batch: Batch, keep_ratio: float) -> list[Prediction]:
+def _count(counter: Any, logits: Any, batch: Batch, case: Case) -> list[Prediction[Case]]:
     """Count a batch; returns the predictions for images with one class."""
     if batch.targets is None:
         raise ValueError("the images have no labels.")
@@ -116,6 +117,6 @@ def _count(counter: Any, logits: Any, batch: Batch, keep_ratio: float) -> list[P
     indices = torch.tensor(batch.indices, device=batch.real.device)[batch.real]
     columns = (indices, batch.targets[batch.real], best, ranks)
     return [
-        Prediction(index, keep_ratio, target, predicted, rank)
+        Prediction(index, case, target, predicted, rank)
         for index, target, predicted, rank in zip(*(column.tolist() for column in columns))
     ]

@@ -1,7 +1,8 @@
 """Does dropping patches pay? The full model, its ideal and pruned ones, timed interleaved.
 
 The ideal model gets K patches without ranking and embeds only these: it is the ceiling. A pruned
-model also ranks, which may cost more than it saves, selects and gathers.
+model also ranks, which may cost more than it saves, selects and gathers. Its rival is the plain
+model on a smaller image, which has about K patches too.
 """
 
 import contextlib
@@ -15,16 +16,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltrp_timm.layers.sizes import set_image_size
 from ltrp_timm.measure.throughput import Ratio, Timing, compare, ratio
 from ltrp_timm.models.front_end import drop_patches
+from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection import num_keep
 from ltrp_timm.slots import find_adapter
 from ltrp_timm.slots.base import as_slot
 from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
 
-FULL, IDEAL, GIVEN = "full", "ideal", "no ranking"
+FULL, IDEAL, GIVEN, SMALLER = "full", "ideal", "no ranking", "smaller image"
 CompileMode = Literal["default", "freezing", "reduce-overhead", "max-autotune"]
 
 
@@ -34,9 +38,10 @@ class Payoff:
 
     Attributes:
         method: "full", "ideal" (the plain model on K patches), "no ranking" (the pruned model with
-            given indices), or the name of a ranker.
+            given indices), "smaller image" (the plain model on one), or the name of a ranker.
         keep_ratio: Share of the patches; 1 for the full model.
-        num_kept: K.
+        num_kept: K; of a smaller image, all its patches.
+        img_size: (height, width) of the images.
         timing: Seconds of each round, and peak memory.
         speedup: Speed-up over the full model.
         achieved: Time of the ideal model ÷ time of this one; None without an ideal model.
@@ -47,6 +52,7 @@ class Payoff:
     method: str
     keep_ratio: float
     num_kept: int
+    img_size: tuple[int, int]
     timing: Timing
     speedup: Ratio
     achieved: Ratio | None = None
@@ -96,6 +102,59 @@ def ideal(full: Any, kept: int) -> Any:
     return model
 
 
+def smaller_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:
+    """The patch grid of a smaller image of the same shape with about as many patches as are kept.
+
+    Args:
+        grid: Patch grid (h, w) of the image.
+        num_kept: K.
+
+    Returns:
+        Of the grids with the proportions of ``grid``, to a patch, the one with nearest to K
+        patches; of equally near ones, that with the closer proportions.
+
+    >>> smaller_grid((14, 14), 98)
+    (10, 10)
+    """
+    h, w = grid
+    tall = [(rows, max(1, round(rows * w / h))) for rows in range(1, h + 1)]
+    wide = [(max(1, round(cols * h / w)), cols) for cols in range(1, w + 1)]
+
+    def distance(found: tuple[int, int]) -> tuple[int, float]:
+        rows, cols = found
+        return abs(rows * cols - num_kept), abs(math.log(rows * w / (cols * h)))
+
+    return min(tall + wide, key=distance)
+
+
+def on_grid(model: Any, grid: tuple[int, int]) -> tuple[Any, tuple[int, int]]:
+    """Build the plain model for images of another patch grid.
+
+    Position tables, relative position biases and rotary embeddings are resampled as timm does.
+
+    Args:
+        model: A timm ViT or an LTRPModel; it is not changed.
+        grid: Patch grid (h, w).
+
+    Returns:
+        A plain timm ViT that shares all weights but the resampled ones, and the size (height,
+        width) of its images.
+
+    Raises:
+        TypeError: Patches cannot be dropped from this model.
+        ValueError: The model takes images of one size only.
+    """
+    plain = twin(model)
+    plain = plain.restore() if isinstance(plain, LTRPModel) else plain
+    adapter = find_adapter(plain)
+    height, width = adapter.patch_pixels(plain)
+    size = (grid[0] * height, grid[1] * width)
+    fixed = getattr(adapter.embed_of(plain), "strict_img_size", False)
+    if fixed or hasattr(plain, "set_input_size"):
+        set_image_size(plain, size)  # the others, such as NaFlexVit, take images of any size
+    return plain, size
+
+
 def measure_payoff(
     full: nn.Module,
     images: Tensor,
@@ -107,6 +166,7 @@ def measure_payoff(
     repeats: int = 10,
     warmup: int = 2,
     memory: bool = False,
+    smaller_image: bool = False,
 ) -> list[Payoff]:
     """Time the full model and, at each keep ratio, the ideal and the pruned ones, interleaved.
 
@@ -121,6 +181,8 @@ def measure_payoff(
         repeats: Number of timed rounds.
         warmup: Number of rounds before them; the first one compiles.
         memory: Also measure the peak memory of one call each.
+        smaller_image: Also time the plain model at the image size with about as many patches as are
+            kept, at each keep ratio (see ``smaller_grid``).
 
     Returns:
         The full model, then the variants at each keep ratio, largest first.
@@ -128,7 +190,7 @@ def measure_payoff(
     Raises:
         TypeError: Patches cannot be dropped from this model.
         ValueError: There is no keep ratio or no ranker, a keep ratio is not in (0, 1), or the mode
-            is unknown.
+            is unknown; or, with ``smaller_image``, the model takes images of one size only.
 
     >>> import timm
     >>> from ltrp_timm import create_ranker
@@ -139,10 +201,10 @@ def measure_payoff(
     ['full', 'ideal', 'no ranking', 'contrast']
     """
     _check(rankers, keep_ratios, compile_mode)
-    variants = _variants(full, images, rankers, keep_ratios, selection)
+    variants = _variants(full, images, rankers, keep_ratios, selection, smaller_image)
     with _compiling(compile_mode, len(variants)) as prepare:
         calls = {
-            key: _inference(prepare(model), *inputs) for key, (model, inputs) in variants.items()
+            key: _inference(prepare(model), *inputs) for key, (model, inputs, _) in variants.items()
         }
         timings = compare(
             {str(key): call for key, call in calls.items()},
@@ -152,10 +214,11 @@ def measure_payoff(
             memory=memory,
         )
     by_key = dict(zip(calls, timings.values()))
-    return [_payoff(key, by_key) for key in by_key]
+    return [_payoff(key, variants[key], by_key) for key in by_key]
 
 
-Key = tuple[str, float, int]  # method, keep ratio, K
+Key = tuple[str, float]  # method, keep ratio
+Variant = tuple[nn.Module, tuple[Tensor, ...], int]  # model, inputs, K
 
 
 def _check(
@@ -163,7 +226,7 @@ def _check(
 ) -> None:
     if not rankers or not keep_ratios:
         raise ValueError("measure_payoff needs at least one ranker and one keep ratio.")
-    reserved = sorted({FULL, IDEAL, GIVEN} & set(rankers))
+    reserved = sorted({FULL, IDEAL, GIVEN, SMALLER} & set(rankers))
     if reserved:
         raise ValueError(f"{reserved[0]!r} is reserved; give the ranker another name.")
     for keep_ratio in keep_ratios:
@@ -180,23 +243,29 @@ def _variants(
     rankers: Mapping[str, nn.Module],
     keep_ratios: Sequence[float],
     selection: str,
-) -> dict[Key, tuple[nn.Module, tuple[Tensor, ...]]]:
+    smaller_image: bool,
+) -> dict[Key, Variant]:
     """Models with shared weights, and the inputs of each."""
     probe = drop_patches(twin(full), ranker="random")
     h, w = probe.grid_size(images)
-    found: dict[Key, tuple[nn.Module, tuple[Tensor, ...]]] = {(FULL, 1.0, h * w): (full, (images,))}
+    found: dict[Key, Variant] = {(FULL, 1.0): (full, (images,), h * w)}
     generator = torch.Generator().manual_seed(0)
     for keep_ratio in sorted(set(keep_ratios), reverse=True):
         kept = num_keep(h * w, keep_ratio)
         best = ideal(full, kept)
         if best is not None:
-            found[IDEAL, keep_ratio, kept] = (best, (images,))
+            found[IDEAL, keep_ratio] = (best, (images,), kept)
         keep = torch.rand(images.shape[0], h * w, generator=generator).argsort(dim=1)[:, :kept]
         keep = keep.sort(dim=1).values.to(images.device)
-        found[GIVEN, keep_ratio, kept] = (drop_patches(twin(full), ranker="random"), (images, keep))
+        given = drop_patches(twin(full), ranker="random")
+        found[GIVEN, keep_ratio] = (given, (images, keep), kept)
         for name, ranker in rankers.items():
             model = drop_patches(twin(full), twin(ranker), keep_ratio, selection)
-            found[name, keep_ratio, kept] = (model.eval(), (images,))
+            found[name, keep_ratio] = (model.eval(), (images,), kept)
+        if smaller_image:
+            grid = smaller_grid((h, w), kept)
+            plain, size = on_grid(full, grid)
+            found[SMALLER, keep_ratio] = (plain, (F.interpolate(images, size),), math.prod(grid))
     return found
 
 
@@ -224,17 +293,19 @@ def _inference(fn: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
     return call
 
 
-def _payoff(key: Key, timings: Mapping[Key, Timing]) -> Payoff:
-    method, keep_ratio, kept = key
-    timing = timings[key]
-    full = next(timings[other] for other in timings if other[0] == FULL)
-    best, given = (timings.get((name, keep_ratio, kept)) for name in (IDEAL, GIVEN))
+def _payoff(key: Key, variant: Variant, timings: Mapping[Key, Timing]) -> Payoff:
+    method, keep_ratio = key
+    timing, full = timings[key], timings[FULL, 1.0]
+    best, given = (timings.get((name, keep_ratio)) for name in (IDEAL, GIVEN))
     ranking = None
-    if given is not None and method not in (IDEAL, GIVEN):
+    if given is not None and method not in (IDEAL, GIVEN, SMALLER):
         rounds = zip(timing.seconds, given.seconds, full.seconds)
         ranking = statistics.median((ours - theirs) / whole for ours, theirs, whole in rounds)
     achieved = ratio(best, timing) if best is not None and method != IDEAL else None
-    return Payoff(method, keep_ratio, kept, timing, ratio(full, timing), achieved, ranking)
+    _, (images, *_), kept = variant
+    height, width = images.shape[-2:]
+    gain = ratio(full, timing)
+    return Payoff(method, keep_ratio, kept, (height, width), timing, gain, achieved, ranking)
 
 
 def break_even(keep_ratios: Sequence[float], costs: Sequence[float]) -> float:
@@ -264,7 +335,7 @@ def by_ranker(lines: Sequence[Payoff]) -> dict[str, list[Payoff]]:
     """The variants of each ranker, keep ratios ascending."""
     found: dict[str, list[Payoff]] = {}
     for line in sorted(lines, key=lambda line: line.keep_ratio):
-        if line.method not in (FULL, IDEAL, GIVEN):
+        if line.method not in (FULL, IDEAL, GIVEN, SMALLER):
             found.setdefault(line.method, []).append(line)
     return found
 

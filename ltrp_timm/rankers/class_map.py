@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.layers.sizes import set_image_size, to_pair
 from ltrp_timm.rankers.on_model import ModelRanker, is_integer
 from ltrp_timm.slots.base import alone
 
@@ -66,10 +66,7 @@ class ClassMapRanker(ModelRanker, ABC):
         fixed = getattr(embed, "img_size", None) if strict else None
         if fixed is None or size is None or to_pair(fixed) == size:
             return to_pair(fixed) if fixed is not None else size
-        if not hasattr(net, "set_input_size"):
-            kind = type(net).__name__
-            raise ValueError(f"a {kind} takes images of {to_pair(fixed)}, got img_size={size}.")
-        net.set_input_size(img_size=size)
+        set_image_size(net, size)
         return size
 
     def forward(self, images: Tensor) -> Tensor:
