@@ -214,8 +214,8 @@ def _timm_names(network: Path, grid: int) -> dict[str, Tensor]:
     for layer in range(12):
         old, new = f"backbone.encoder.layer.{layer}", f"blocks.{layer}"
 
-        def weight(name: str, old: str = old) -> Tensor:
-            return found[products[f"/{old.replace('.layer.', '/layer.')}/{name}/MatMul"]].mT
+        def weight(name: str, front: str = f"/backbone/encoder/layer.{layer}") -> Tensor:
+            return found[products[f"{front}/{name}/MatMul"]].mT
 
         old_names = [f"attention.attention.{name}" for name in ("query", "key", "value")]
         slashed = [name.replace(".", "/") for name in old_names]
