@@ -22,6 +22,7 @@ from tables import read_csv
 import ltrp_timm
 from ltrp_timm import create_ranker, drop_patches, save_pretrained
 from ltrp_timm.commands import main
+from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.weights.files import read_weights
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,16 @@ def test_they_load_in_silence_and_without_a_network() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_they_are_worse_than_is_said_first() -> None:
+    first = CARD.read_text(encoding="utf-8").splitlines()[0]
+    assert f"worse than `{DEFAULT_RANKER}`, the default" in first
+    for text in (create_ranker.__doc__, drop_patches.__doc__, type(create_ranker("conv")).__doc__):
+        assert "find objects worse than the weight-free" in " ".join((text or "").split())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in readme.splitlines() if line.startswith("| `conv` |"))
+    assert f"worse than `{DEFAULT_RANKER}`" in row
 
 
 @torch.inference_mode()

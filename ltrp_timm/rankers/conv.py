@@ -16,8 +16,9 @@ class ConvRanker(Ranker, nn.Module):
 
     It costs less than 1 % of a ViT-B, since no map is larger than the patch grid, and accepts any
     image size. GroupNorm over one group is a single operator and does not mix images of a batch.
-    ``create_ranker("conv", pretrained=True)`` loads experimental weights, trained at small scale;
-    their card, ``weights/conv.md``, describes data, training command and results.
+    ``create_ranker("conv", pretrained=True)`` loads experimental weights, trained at small scale,
+    which find objects worse than the weight-free ``border`` and ``contrast``; their card,
+    ``weights/conv.md``, describes data, training command and results.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
