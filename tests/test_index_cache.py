@@ -490,13 +490,18 @@ def test_an_archive_draws_nothing_outside(here: Path) -> None:
 def test_padded_images_keep_what_the_model_keeps(here: Path) -> None:
     """The clusters of "mixed" are of the padded pixels, as in the model."""
     torch.manual_seed(0)
-    vit = timm.create_model(NAME, img_size=60, depth=1, dynamic_img_pad=True)
+    padding = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    vit = timm.create_model(NAME, img_size=60, depth=1, **padding)
     model = drop_patches(vit.eval(), selection="mixed")
     images = torch.randn(4, 3, 60, 60)
+    assert model.patch_grid == (4, 4)  # 64 x 64 pixels
     for ratio in (0.25, 0.5, 0.8):
         model.keep_ratio = ratio
         found = model.select(model.patch_scores(images), images)
         assert torch.equal(found, model.keep_indices(images))
+        assert torch.equal(model(images), model(images, keep_indices=found))
+        padded = torch.nn.functional.pad(images, (0, 4, 0, 4))
+        assert torch.equal(found, model.select(model.patch_scores(images), padded))
 
 
 @pytest.mark.parametrize(

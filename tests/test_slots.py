@@ -185,7 +185,10 @@ def test_restore_gives_the_same_object_back(backbone_of: Callable[..., Any], fam
 
 MODELS = [(kind, name, why) for why, of in REFUSED_MODELS.items() for kind, name in of.items()]
 UNKNOWN = "not one of the supported timm families"
-MODELS += [("ResNet", "resnet18", UNKNOWN), ("VGG", "vgg11", UNKNOWN)]
+MODELS += [
+    ("ResNet of timm.models.resnet", "resnet18", UNKNOWN),
+    ("VGG of timm.models.vgg", "vgg11", UNKNOWN),
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "reason"), MODELS)
@@ -200,6 +203,13 @@ def test_other_families_are_refused_unchanged(kind: str, name: str, reason: str)
     assert repr(model) == before
     assert list(model.state_dict()) == keys
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_class_of_the_same_name_is_told_apart_by_its_module() -> None:
+    of_others = type("VisionTransformer", (nn.Module,), {"__module__": "open_clip.transformer"})
+    message = "from VisionTransformer of open_clip.transformer: it is not one of the supported timm"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        drop_patches(of_others())
 
 
 def test_subclasses_are_refused_for_the_same_reason() -> None:

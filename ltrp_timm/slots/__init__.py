@@ -42,7 +42,8 @@ def find_adapter(backbone: object) -> SlotAdapter:
             raise TypeError(f"cannot drop patches from {kind}: {REFUSED[base.__name__]}.")
     names = ", ".join(adapter.family for adapter in ADAPTERS)
     raise TypeError(
-        f"cannot drop patches from {kind}: it is not one of the supported timm families ({names})."
+        f"cannot drop patches from {kind} of {type(backbone).__module__}: it is not one of the "
+        f"supported timm families ({names})."
     )
 
 
