@@ -25,8 +25,8 @@ from ltrp_timm import create_ranker, drop_patches, list_rankers, save_pretrained
 from ltrp_timm._text import complain, one_line, say
 from ltrp_timm.layers.bridge import fit_channels
 from ltrp_timm.rankers import PUBLISHED
+from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.teacher.layouts import count_blocks, mlp_ratio_of
-from ltrp_timm.train.targets import open_ranker
 from ltrp_timm.weights.files import build_and_load, check_keys, read_weights
 
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}

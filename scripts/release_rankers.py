@@ -143,7 +143,7 @@ def train(arguments: argparse.Namespace, flags: Sequence[str], name: str) -> int
     """Train a ranker, or go on with it; returns the exit code of ``ltrp-timm train-ranker``."""
     command = ["train-ranker", "--data", arguments.data, "--ranker", name]
     command += ["--output", str(run_folder(arguments, name)), "--teacher", arguments.teacher]
-    command += ["--resume", "auto", "--compare", *WITHOUT_WEIGHTS, *flags]
+    command += ["--recipe", "paper", "--resume", "auto", "--compare", *WITHOUT_WEIGHTS, *flags]
     command += ["--device", arguments.device] if arguments.device else []
     return ltrp_timm_command([*command, *(["--dry-run"] if arguments.dry_run else [])])
 

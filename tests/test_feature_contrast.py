@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from ltrp_timm import create_ranker, drop_patches
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 4, "img_size": 64}
+SIZES = ("embed_dim", "depth", "num_heads")
 NAMES = ("vit_tiny_patch16_224", "vit_base_patch16_dinov3", "vit_base_patch16_clip_quickgelu_224")
 
 
@@ -52,3 +54,19 @@ def test_what_it_refuses() -> None:
         create_ranker("feature_contrast", backbone=NAMES[0], blocks=4, **SMALL)
     with pytest.raises(TypeError, match="takes a VisionTransformer or Eva of timm, got ResNet"):
         create_ranker("feature_contrast", backbone=timm.create_model("resnet18"))
+
+
+@torch.no_grad()
+def test_weights_of_another_image_size_are_fitted(tmp_path: Path) -> None:
+    """A file of the whole model, with its head, for images of 64 pixels."""
+    net = timm.create_model(NAMES[0], **SMALL).eval()
+    save_file(net.state_dict(), tmp_path / "vit.safetensors")
+    args = {"backbone": NAMES[0], "blocks": 2, "img_size": 32, **{n: SMALL[n] for n in SIZES}}
+    ranker = create_ranker(
+        "feature_contrast", checkpoint_path=str(tmp_path / "vit.safetensors"), **args
+    )
+    net.set_input_size(img_size=32)
+    expected = create_ranker("feature_contrast", backbone=net, blocks=2, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert ranker.trained
+    assert (ranker.eval()(images) - expected(images)).abs().max() <= 1e-5

@@ -120,6 +120,8 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {"data": "d", "output": "o"}  # what is not given keeps the function's default
     flags = [
         *("--teacher", "none", "--distill-from", "r", "--distill-weight", "0.3", "--chunk", "5"),
+        *("--distill-args", "blocks=2", "checkpoint_path=a.pth", "--crops", "2"),
+        *("--recipe", "paper"),
         *("--ranker", "vit_tiny", "--ranker-args", "depth=2", "mean=[0.5]", "x=y"),
         *("--visible-only", "--list-size", "7", "--opt-args", "momentum=0.5", "--resume", "auto"),
         *("--compare", "contrast", "random", "--dry-run"),
@@ -129,6 +131,8 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["ranker_args"] == {"depth": 2, "mean": [0.5], "x": "y"}
     assert seen["opt_args"] == {"momentum": 0.5}
     expected = {"teacher": None, "distill_from": "r", "distill_weight": 0.3, "chunk": 5}
+    expected |= {"distill_args": {"blocks": 2, "checkpoint_path": "a.pth"}, "crops": 2}
+    expected |= {"recipe": "paper"}
     expected |= {"compare": ["contrast", "random"], "dry_run": True}
     expected |= {"visible_only": True, "list_size": 7, "resume": "auto", "batch_size": 3}
     expected |= {"lr": 1e-3, "compile": True, "precision": "bf16", "opt": "sgd"}
@@ -140,7 +144,8 @@ def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in text
-    assert "--epochs N Passes over the training images (default: 400)" in " ".join(text.split())
+    assert "--epochs N Passes over the training images (default: 20)" in " ".join(text.split())
+    assert "(default: 0.004 for conv, 0.001 for other rankers)" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

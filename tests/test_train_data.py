@@ -88,6 +88,20 @@ def test_a_sample_does_not_depend_on_who_reads_it(photos: Path, workers: int) ->
     assert not torch.equal(dataset[2, 0]["image"], keyed(photos, seed=1)[2, 0]["image"])
 
 
+def test_epochs_show_crops_in_turn() -> None:
+    sampler, plain = (KeyedSampler(11, 8, World(0, 1, CPU), 0, crops) for crops in (3, None))
+    seen = []
+    for epoch in range(7):
+        for each in (sampler, plain):
+            each.set_position(epoch, 2)
+        assert [place for _, place in sampler] == [place for _, place in plain]  # in a new order
+        assert {key for key, _ in plain} == {epoch}
+        assert {key for key, _ in sampler} == {sampler.crop}
+        seen.append(sampler.crop)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    assert plain.crop is None
+
+
 def test_processes_share_what_one_would_do() -> None:
     def order(rank: int, size: int, start: int = 0) -> list[tuple[int, int]]:
         sampler = KeyedSampler(23, 24 // size - 4 // size, World(rank, size, CPU), 5)

@@ -1,5 +1,6 @@
 """Training a ranker: it learns, every option does what it says, bad input is refused in time."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -7,16 +8,32 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.datasets import ImageFolder
 from train_setup import QUIET, TINY, distance, make_photos, run, same_bits, tiny_teacher, weights
 
 import ltrp_timm
+from ltrp_timm.data.sources import Sources, crop_transforms
 from ltrp_timm.metrics import ndcg, spearman
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train import train_ranker
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.ranker import LOSSES
+from ltrp_timm.train.targets import Targets
 
+CPU = torch.device("cpu")
+SMALL = {
+    **QUIET,
+    "teacher": None,
+    "distill_from": "contrast",
+    "img_size": 32,
+    "ranker_args": {"width": 16, "depth": 1, "patch_size": 8},
+}
 VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 
 
@@ -171,17 +188,27 @@ def test_compiling_changes_nothing(
     assert distance(weights(tmp_path / "eager"), weights(tmp_path / "compiled")) < 1e-5
 
 
-def test_the_published_defaults() -> None:
-    from ltrp_timm.train.ranker import DEFAULTS
-    from ltrp_timm.train.settings import make_settings
+def test_a_recipe_sets_what_is_not_given(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(**options: Any) -> str:
+        options = {**SMALL, "batch_size": 4, "dry_run": True, **options}
+        train_ranker(photos, tmp_path / "run", **options)
+        return capsys.readouterr().out
 
-    settings = make_settings(DEFAULTS, {})
-    assert (settings.epochs, settings.weight_decay, settings.base_lr) == (400, 0.06, 1.5e-4)
-    assert (settings.opt, settings.sched, settings.min_lr) == ("adamw", "cosine", 0.0)
+    assert "20 epochs of 4 updates" in plan()
+    assert "learning rate 0.0005," in plan()  # 4e-3 · √(4 / 256)
+    assert "learning rate 0.001," in plan(accumulate=4)
+    vit = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    assert "learning rate 0.000125," in plan(ranker="vit_tiny", ranker_args=vit)
+    assert "400 epochs of 4 updates" in plan(recipe="paper")
+    assert "learning rate 2.34e-06," in plan(recipe="paper")  # 1.5e-4 · 4 / 256
+    assert "3 epochs of" in plan(recipe="paper", epochs=3)
+    assert "learning rate 0.01," in plan(recipe="paper", base_lr=0.64)
 
 
 def test_the_rate_follows_the_batch_and_the_schedule(photos: Path, tmp_path: Path) -> None:
-    run(photos, tmp_path / "run", lr=None, epochs=10)
+    run(photos, tmp_path / "run", lr=None, epochs=10, recipe="paper")
     rows = read_log(tmp_path / "run" / "log.csv")
     peak = 1.5e-4 * 4 / 256
     rates = [row["lr"] for row in rows]
@@ -196,6 +223,137 @@ def test_distilling_in_place_of_a_teacher(photos: Path, tmp_path: Path) -> None:
     summary = run(photos, tmp_path / "run", epochs=20, holdout=0.2, ranker_args=args, **options)
     assert summary.metrics["chance"] == pytest.approx(math.lgamma(17), abs=1e-3)  # all 16 patches
     assert summary.metrics["val_spearman"] > 0.25
+
+
+class Counting(nn.Module):
+    """Ranks by brightness, and counts the images that it sees."""
+
+    seen = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return functional.avg_pool2d(images.mean(1), 8)
+
+
+def test_the_maps_of_a_crop_are_computed_once(photos: Path, tmp_path: Path) -> None:
+    """16 images to train on and 4 to measure with, for 6 epochs."""
+    for name, options, seen in (
+        ("two", {"crops": 2}, 2 * 16 + 4),
+        ("short", {}, 4 * 16 + 4),
+        ("paper", {"recipe": "paper"}, 6 * 16 + 4),
+        ("both", {"teacher": tiny_teacher(), "img_size": None}, 6 * 16 + 4),
+    ):
+        counting = Counting()
+        options = {**SMALL, "distill_from": counting, "epochs": 6, "holdout": 0.2, **options}
+        run(photos, tmp_path / name, **options)
+        assert counting.seen == seen, name
+
+
+def test_kept_maps_are_those_of_the_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SMALL, "distill_from": "gradient", "epochs": 4, "crops": 2, "holdout": 0.2}
+    kept = run(photos, tmp_path / "kept", **options)
+    monkeypatch.setattr(Targets, "_maps", lambda self, batch: self.score_map(batch.images))
+    again = run(photos, tmp_path / "again", **options)
+    assert distance(weights(tmp_path / "kept"), weights(tmp_path / "again")) < 1e-4
+    assert kept.metrics["val_loss"] == pytest.approx(again.metrics["val_loss"], abs=1e-3)
+    fresh = run(photos, tmp_path / "fresh", **{**options, "crops": 4})
+    assert distance(weights(tmp_path / "kept"), weights(tmp_path / "fresh")) > 1e-3
+    assert math.isfinite(fresh.metrics["loss"])
+
+
+def test_a_picture_that_cannot_be_read_has_no_map(photos: Path, tmp_path: Path) -> None:
+    """The next picture stands in for it; when it is there again, its own scores are used."""
+
+    class Flaky(ImageFolder):
+        broken = True
+
+        def __getitem__(self, index: int) -> Any:
+            if index == 3 and self.broken:
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    counting = Counting()
+    data = Flaky(photos.parent, loader=Image.open)
+    targets = Targets(
+        None,
+        distill_from=counting,
+        img_size=32,
+        patch_size=8,
+        mask_ratio=0.5,
+        scoring={},
+        device=CPU,
+    )
+    train, evaluation = crop_transforms((32, 32), targets.mean, targets.std)
+    sources = Sources(
+        *(data, None, World(0, 1, CPU)),
+        **{"train_transform": train, "eval_transform": evaluation, "img_size": (32, 32)},
+        **{"batch_size": 20, "crops": 1},
+    )
+    for broken in (True, False, False):
+        data.broken = broken
+        (batch,) = sources.training_batches(0, 0)
+        lists = targets.draw(batch)
+        wanted = functional.avg_pool2d(batch.images.mean(1), 8).flatten(1)
+        assert torch.allclose(lists.scores[0][1], wanted.gather(1, lists.indices), atol=1e-6)
+    assert counting.seen == 2 * 20
+
+
+def test_a_run_goes_on_exactly_with_kept_maps(photos: Path, tmp_path: Path) -> None:
+    args = {"backbone": "vit_tiny_patch16_224", "blocks": 1, "img_size": 32, "patch_size": 8, **VIT}
+    torch.manual_seed(0)
+    teacher = ltrp_timm.create_ranker("feature_contrast", **args)
+    options = {**SMALL, "distill_from": teacher, "sched": "none", "crops": 2, "holdout": 0.2}
+    run(photos, tmp_path / "whole", **options, epochs=4)
+    run(photos, tmp_path / "parts", **options, epochs=1)
+    run(photos, tmp_path / "parts", **options, epochs=4, resume="auto")
+    assert same_bits(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    with pytest.raises(ValueError, match=r"data.crops \(2 there, 3 here\)"):
+        run(photos, tmp_path / "parts", **{**options, "crops": 3}, epochs=4, resume="auto")
+    other = ltrp_timm.create_ranker("contrast", patch_size=8)
+    with pytest.raises(ValueError, match=r"distill_from \(\['feature_contrast"):
+        run(photos, tmp_path / "parts", **{**options, "distill_from": other}, resume="auto")
+
+
+def test_distilling_from_any_ranker(photos: Path, tmp_path: Path) -> None:
+    """Names with published weights or with those of a file, arguments, modules, folders."""
+    name = "vit_tiny_patch16_224"
+    vit = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    net = timm.create_model(name, img_size=64, **vit)  # positions and head of another size
+    save_file(net.state_dict(), tmp_path / "vit.safetensors")
+    given = {"backbone": name, "checkpoint_path": str(tmp_path / "vit.safetensors"), "img_size": 32}
+    torch.manual_seed(1)
+    module = ltrp_timm.create_ranker("feature_contrast", blocks=1, **given, **vit)
+    found = {}
+    for key, source, args in (
+        ("file", "feature_contrast", {"blocks": 1, **given, **vit}),
+        ("module", module, None),
+        ("two blocks", "feature_contrast", {"blocks": 2, **given, **vit}),
+        ("attention", "attention", {**given, **vit}),
+        ("border", "border", None),
+        ("small border", "border", {"img_size": 24}),
+        ("conv", "conv", None),  # its weights are part of the package
+    ):
+        options = {**SMALL, "distill_from": source, "distill_args": args, "epochs": 1}
+        run(photos, tmp_path / key, **options)
+        found[key] = weights(tmp_path / key)
+    assert same_bits(found["file"], found["module"])
+    keys = [key for key in found if key != "module"]
+    assert all(distance(found[a], found[b]) > 1e-5 for a, b in itertools.combinations(keys, 2))
+
+
+def test_the_defaults_learn_from_a_ranker(tmp_path: Path) -> None:
+    """On 200 pictures; at the published rate hardly anything is learned in as many epochs."""
+    data = make_photos(tmp_path / "photos", 200)
+    options = {**QUIET, "teacher": None, "distill_from": "border", "img_size": 32, "holdout": 0.2}
+    options["ranker_args"] = {"patch_size": 8}
+    found = train_ranker(data, tmp_path / "short", **options).metrics
+    slow = train_ranker(data, tmp_path / "paper", recipe="paper", epochs=20, **options).metrics
+    gains = [row["chance"] - row["val_loss"] for row in (found, slow)]
+    assert found["val_spearman"] > 0.6
+    assert gains[0] > 5 * gains[1]
 
 
 def test_distilling_beside_a_teacher_and_going_on_from_a_ranker(
@@ -307,7 +465,17 @@ def damaged(folder: Path) -> Path:
             FileNotFoundError,
             "missing does not exist",
         ),
-        ({"distill_from": "conv"}, ValueError, "conv ranker must be trained"),
+        ({"distill_from": "vit_tiny"}, ValueError, "vit_tiny ranker must be trained"),
+        (
+            {"distill_from": Counting(), "distill_args": {"block": 1}},
+            ValueError,
+            "distill_args go with a ranker's name or folder",
+        ),
+        ({"distill_from": "border", "distill_args": {"nonsense": 1}}, TypeError, "nonsense"),
+        ({"distill_args": {"block": 1}}, ValueError, "distill_args need distill_from"),
+        ({"recipe": "nonsense"}, ValueError, "recipe must be one of short, paper, got 'nonsense'"),
+        ({"crops": 0}, ValueError, "crops must be at least 1, got 0"),
+        ({"lr_base_scale": "cubic"}, ValueError, "lr_base_scale must be one of linear, sqrt"),
         ({"distill_from": "contrast", "distill_weight": 1.0}, ValueError, "distill_weight must"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"lr": -1.0}, ValueError, "lr must be above 0, got -1.0"),
@@ -321,7 +489,7 @@ def damaged(folder: Path) -> Path:
         ({"device": "nonsense"}, ValueError, "device 'nonsense' cannot be used"),
         ({"nonsense": 1}, TypeError, "no such argument: nonsense; settings are epochs"),
         ({"val_data": "missing"}, FileNotFoundError, "missing does not exist"),
-        ({"compare": ["conv"]}, ValueError, "the conv ranker must be trained"),
+        ({"compare": ["vit_tiny"]}, ValueError, "the vit_tiny ranker must be trained"),
     ],
     ids=str,
 )

@@ -12,7 +12,8 @@ from ltrp_timm.train import Settings, Summary, mae, ranker, train_ranker, train_
 def add_train_ranker(commands: Any) -> None:
     """Add ``ltrp-timm train-ranker``."""
     about = "Train a ranker on images without labels, from an MAE or another ranker."
-    sources, defaults = (train_ranker, Settings), ranker.DEFAULTS
+    sources, defaults = (train_ranker, Settings), dict(ranker.RECIPES["short"])
+    defaults["base_lr"] = f"{ranker.CONV_LR:g} for conv, {defaults['base_lr']:g} for other rankers"
     add_command(commands, "train-ranker", about, _train_ranker, *sources, defaults=defaults)
 
 

@@ -146,10 +146,12 @@ class KeyedSampler(Sampler[tuple[int, int]]):
     """(epoch, place) of the samples of one process, from any point of an epoch on.
 
     The order is that of torch's DistributedSampler. An incomplete last batch is dropped, so that no
-    sample counts twice.
+    sample counts twice. With ``crops``, epoch e draws what epoch e mod ``crops`` drew.
     """
 
-    def __init__(self, count: int, per_epoch: int, world: World, seed: int) -> None:
+    def __init__(
+        self, count: int, per_epoch: int, world: World, seed: int, crops: int | None = None
+    ) -> None:
         self.order: DistributedSampler[int] = DistributedSampler(
             range(count),  # type: ignore[arg-type]
             num_replicas=world.size,
@@ -157,16 +159,22 @@ class KeyedSampler(Sampler[tuple[int, int]]):
             seed=seed,
             drop_last=True,
         )
-        self.per_epoch, self.epoch, self.start = per_epoch, 0, 0
+        self.per_epoch, self.epoch, self.start, self.crops = per_epoch, 0, 0, crops
 
     def set_position(self, epoch: int, start: int) -> None:
         """Begin at sample ``start`` of this process in that epoch."""
         self.epoch, self.start = epoch, start
         self.order.set_epoch(epoch)
 
+    @property
+    def crop(self) -> int | None:
+        """Number of the crop that this epoch shows; None if it is a new one."""
+        return self.epoch % self.crops if self.crops else None
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         places = islice(self.order, self.start, self.per_epoch)
-        return ((self.epoch, place) for place in places)
+        epoch = self.epoch if self.crop is None else self.crop
+        return ((epoch, place) for place in places)
 
     def __len__(self) -> int:
         return self.per_epoch - self.start
@@ -220,10 +228,17 @@ class Batch:
         problems: one line for each image that could not be read.
         epoch: epoch of the batch.
         update: number of its update within the epoch.
+        crop: number of the images' crop if epochs show it again, else None.
     """
 
     def __init__(
-        self, sample: Sample, seed: int, epoch: int, device: torch.device, update: int = 0
+        self,
+        sample: Sample,
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        update: int = 0,
+        crop: int | None = None,
     ) -> None:
         self.images: Tensor = sample["image"].to(device, non_blocking=True)
         self.real: Tensor = sample["real"].to(device)
@@ -235,6 +250,7 @@ class Batch:
         self.indices: list[int] = sample["index"].tolist()
         self.problems = [line for text in sample["problems"] for line in text.splitlines()]
         self._seed, self.epoch, self.update = seed, epoch, update
+        self.crop = HELD_OUT if epoch == HELD_OUT else crop
 
     def __len__(self) -> int:
         return len(self.indices)

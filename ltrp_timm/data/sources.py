@@ -42,6 +42,8 @@ class Sources:
         num_samples: length of a stream that does not know its length.
         num_workers: processes that read images.
         seed: seed of everything that is drawn.
+        crops: how many random crops of an image epochs show in turn; None draws new ones. A stream
+            always draws new ones.
 
     Attributes:
         held_out: the images to measure with, or None.
@@ -73,6 +75,7 @@ class Sources:
         num_samples: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        crops: int | None = None,
     ) -> None:
         self.seed, self.world, self.workers = seed, world, num_workers
         self._shape, self._min_side = (3, *img_size), min_side
@@ -94,6 +97,8 @@ class Sources:
             count, self.fingerprint = len(indices), images.fingerprint(indices)
             if held:
                 self.held_out = self._keyed(images, held, eval_transform)
+        if crops:
+            self.fingerprint["crops"] = crops
         self.accumulate = accumulate
         self.batch_size = self._batch_size(count, batch_size)
         self.per_update = self.batch_size * world.size * accumulate
@@ -105,7 +110,7 @@ class Sources:
             self.train = self._keyed(images, indices, train_transform)
             self.train.check_readable()
             mine = self.updates_per_epoch * self.batch_size * accumulate
-            self.sampler = KeyedSampler(count, mine, world, seed)
+            self.sampler = KeyedSampler(count, mine, world, seed, crops)
         self._loaders: dict[str, Any] = {}
 
     def _images(self, dataset: Any) -> Images:
@@ -157,11 +162,13 @@ class Sources:
         Raises:
             ValueError: A stream gives no batch.
         """
-        begin = start if self.sampler is not None else 0
+        sampler = self.sampler
+        begin = start if sampler is not None else 0
         with contextlib.closing(self._training_samples(epoch, start)) as samples:
             for number, sample in enumerate(samples, start=begin):
                 update = number // self.accumulate
-                yield Batch(sample, self.seed, epoch, self.world.device, update)
+                crop = None if sampler is None else sampler.crop
+                yield Batch(sample, self.seed, epoch, self.world.device, update, crop)
 
     def _training_samples(self, epoch: int, start: int) -> Generator[Any, None, None]:
         loader = self._loader("train", self.train, self.sampler)

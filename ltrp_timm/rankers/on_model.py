@@ -135,6 +135,9 @@ class SizedRanker(ModelRanker):
     ) -> Any:
         """A backbone by its name, of that size and without a head."""
         kwargs = {"num_classes": 0, "img_size": size, **kwargs}
+        if "checkpoint_path" in kwargs:  # read as published weights are: head and positions fitted
+            pretrained = True
+            kwargs["pretrained_cfg_overlay"] = {"file": kwargs.pop("checkpoint_path")}
         try:
             return timm.create_model(name, pretrained=pretrained, **kwargs)
         except TypeError:  # a model without img_size: its refusal is the better message

@@ -1,18 +1,19 @@
 """From pixels to scores and kept patches, with a ranker alone or in front of a model."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltrp_timm.models.front_end import drop_patches, make_ranker
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model
-from ltrp_timm.rankers import DEFAULT_RANKER
-from ltrp_timm.weights.files import ranker_hash
+from ltrp_timm.rankers import DEFAULT_RANKER, create_ranker, list_rankers, ranker_class
+from ltrp_timm.weights.files import ranker_hash, read_weights
 
 CROP_MODES = ("center", "squash")
 IMG_SIZE, PATCH_SIZE = 224, 16  # without a model
@@ -139,6 +140,44 @@ def open_scorer(
     if crop_mode == "squash":
         config["crop_pct"] = 1.0  # the whole picture
     return Scorer(net, config, device)
+
+
+def open_ranker(
+    source: Any, patch_size: tuple[int, int], args: Mapping[str, Any] | None = None
+) -> Any:
+    """A frozen ranker: a module, a folder, or by its name, with its published weights if any.
+
+    Raises:
+        FileNotFoundError: ``source`` does not exist.
+        ValueError: It holds no ranker, is the name of a ranker that must be trained, or is a module
+            with arguments.
+    """
+    given = dict(args or {})
+    if isinstance(source, nn.Module):
+        if given:
+            raise ValueError("distill_args go with a ranker's name or folder, not with a module.")
+        ranker: Any = source
+    elif str(source) in list_rankers():
+        kind = ranker_class(str(source))
+        published = kind.has_published_weights and "checkpoint_path" not in given
+        follows = kind.follows_patch_size and not published
+        sizes = {"patch_size": patch_size} if follows else {}
+        ranker = create_ranker(str(source), **{"pretrained": published, **sizes, **given})
+        if ranker.learned and not ranker.trained:
+            raise ValueError(
+                f"the {source} ranker must be trained: give the folder of a trained one."
+            )
+    else:
+        if not Path(source).exists():
+            raise FileNotFoundError(
+                f"{source} does not exist; give the folder of a ranker, or one of "
+                f"{', '.join(list_rankers())}."
+            )
+        name = (read_weights(source).config or {}).get("ranker")
+        if not isinstance(name, str):
+            raise ValueError(f"{source} holds no ranker.")
+        ranker = create_ranker(name, pretrained=source, **given)
+    return ranker.requires_grad_(False).eval()
 
 
 def _no_vit(img_size: int, patch_size: int) -> Any:

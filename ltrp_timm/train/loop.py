@@ -179,7 +179,8 @@ class Trainer:
         self.task, self.sources, self.settings = task, sources, settings
         self.world, self.folder = world, folder
         self.checkpoint = folder / CHECKPOINT_NAME
-        lr = settings.lr or settings.base_lr * sources.per_update / 256
+        power = 0.5 if settings.lr_base_scale == "sqrt" else 1.0
+        lr = settings.lr or settings.base_lr * (sources.per_update / 256) ** power
         self.engine = Engine(
             task.model,
             task.forward,

@@ -22,25 +22,31 @@ from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import join_world
+from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher.density import Aggregate, Removal
 from ltrp_timm.teacher.distances import Metric
 from ltrp_timm.train.loop import Summary, Task, fit, rehearse
 from ltrp_timm.train.settings import (
+    AtLeastOne,
     CropScale,
     check_choice,
     check_value,
     cropped_sources,
     make_settings,
 )
-from ltrp_timm.train.targets import Targets, accepted, open_ranker
+from ltrp_timm.train.targets import Targets
 from ltrp_timm.visualize import kept_patches, score_map, show_images
 
 Loss = Literal["list_mle", "list_net", "rank_net", "focused_rank", "pointwise_mse", "lambda_rank"]
 LOSSES: tuple[str, ...] = get_args(Loss)
 # their value for equal scores does not depend on the targets: it is the chance level
 _LOSSES_WITH_CHANCE = {"list_mle", "list_net", "rank_net", "focused_rank"}
-DEFAULTS = {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.06}
+Recipe = Literal["short", "paper"]
+_SHORT = {"epochs": 20, "base_lr": 1e-3, "lr_base_scale": "sqrt", "weight_decay": 0.06}
+_PAPER = {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.06}
+RECIPES: dict[str, dict[str, Any]] = {"short": _SHORT, "paper": _PAPER}
+CONV_LR, CROPS = 4e-3, 4  # base_lr of conv, and crops of a picture, in the short recipe
 
 
 def train_ranker(
@@ -52,7 +58,10 @@ def train_ranker(
     ranker_args: Mapping[str, Any] | None = None,
     init_from: Any = None,
     distill_from: Any = None,
+    distill_args: Mapping[str, Any] | None = None,
     distill_weight: float = 0.5,
+    crops: AtLeastOne | None = None,
+    recipe: Recipe = "short",
     loss: Loss = "list_mle",
     list_size: int | None = None,
     visible_only: bool = False,
@@ -81,9 +90,15 @@ def train_ranker(
         img_size: Side of the images (default: the teacher's, or 224 without a teacher).
         ranker_args: More arguments of the ranker (default patch and image size: the teacher's).
         init_from: Folder of the same kind of ranker, to start from its weights.
-        distill_from: Folder of a ranker, or name of one without weights, that is a second teacher,
-            or the only one.
+        distill_from: Folder or name of a ranker that is a second teacher, or the only one; a name
+            loads its published weights. In Python also a ranker.
+        distill_args: Arguments of that ranker, such as checkpoint_path=FILE for its backbone.
         distill_weight: Share of ``distill_from`` in the loss beside a teacher, in (0, 1).
+        crops: Random crops of a picture that epochs show in turn; the scores of ``distill_from``
+            for each are computed once and kept (default: 4 in the short recipe without a teacher,
+            else each epoch shows new crops).
+        recipe: Defaults of other options. "paper" has the published ones: 400 epochs of new crops,
+            ``base_lr`` 1.5e-4 with linear ``lr_base_scale``.
         loss: Ranking loss, from ``ltrp_timm.losses``.
         list_size: Patches scored per image, drawn before scoring (default: 20 with a teacher, all
             without one).
@@ -94,10 +109,11 @@ def train_ranker(
         aggregate: How patch distances become a score; see ``semantic_density``.
         chunk: Reconstructions computed at a time (default: what fits in memory).
         scale: Share of a picture's area that a random crop takes, from and to.
-        compare: Names of rankers without weights to measure on the same held-out lists.
+        compare: Names of rankers to measure on the same held-out lists.
         dry_run: Check everything, report what would be done, write nothing.
-        **settings: See ``Settings``. Defaults here are the published ones: 400 epochs, a tenth of
-            them warm-up, AdamW (0.9, 0.95), weight decay 0.06, 1.5e-4 · images per update / 256.
+        **settings: See ``Settings``. Both recipes have AdamW (0.9, 0.95), weight decay 0.06 and a
+            tenth of the epochs as warm-up; the short one 20 epochs, base_lr 4e-3 for conv and 1e-3
+            for other rankers, and lr_base_scale "sqrt".
 
     Returns:
         How the run ended.
@@ -113,7 +129,14 @@ def train_ranker(
 
     >>> train_ranker("photos", "run", epochs=10, mask_ratio=0.9)  # doctest: +SKIP
     """
-    common = make_settings(DEFAULTS, settings)
+    check_choice("recipe", recipe, tuple(RECIPES))
+    defaults = dict(RECIPES[recipe])
+    if recipe == "short":
+        defaults["base_lr"] = CONV_LR if ranker == "conv" else defaults["base_lr"]
+        crops = CROPS if teacher is None and crops is None else crops
+    common = make_settings(defaults, settings)
+    if crops is not None:
+        check_value("crops", crops, "at least 1")
     check_choice("loss", loss, LOSSES)
     check_value("scale", scale, "two numbers, 0 < from <= to <= 1")
     check_data(data)  # before a teacher is downloaded
@@ -122,6 +145,7 @@ def train_ranker(
         targets = Targets(
             teacher,
             distill_from=distill_from,
+            distill_args=distill_args,
             distill_weight=distill_weight,
             img_size=img_size,
             patch_size=args.get("patch_size"),
@@ -133,7 +157,7 @@ def train_ranker(
         with seeded(sample_seed(common.seed, 0, 0, "weights")):
             net = make_ranker(ranker, targets, args, init_from)
         task = RankerTask(net.to(world.device), targets, loss, visible_only, compare)
-        sources = cropped_sources(data, common, world, targets, scale)
+        sources = cropped_sources(data, common, world, targets, scale, crops=crops)
         return (rehearse if dry_run else fit)(task, sources, common, world, output)
 
 
@@ -149,8 +173,9 @@ def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from:
         raise ValueError(f"the {name} ranker has no weights to train.")
     if init_from is not None:
         return create_ranker(name, pretrained=init_from, **args)
-    sizes = accepted(kind, img_size=targets.img_size, patch_size=targets.patch_size)
-    return create_ranker(name, **{**sizes, **args})
+    known = inspect.signature(kind.__init__).parameters
+    sizes = {"img_size": targets.img_size, "patch_size": targets.patch_size}
+    return create_ranker(name, **{**{n: sizes[n] for n in sizes if n in known}, **args})
 
 
 class RankerTask(Task):
@@ -161,7 +186,7 @@ class RankerTask(Task):
         targets: What it learns.
         loss: Name of the ranking loss.
         visible_only: Show it only the visible patches during training.
-        compare: Names of rankers without weights to measure too.
+        compare: Names of rankers to measure too.
 
     Raises:
         ValueError: Ranker or targets do not allow ``visible_only``.
@@ -184,15 +209,12 @@ class RankerTask(Task):
         self.loss_function: Callable[..., Tensor] = getattr(losses, loss)
         if loss == "focused_rank":
             self.loss_function = partial(self.loss_function, k=min(10, targets.list_size))
-        self.others: dict[str, tuple[nn.Module, Any]] = {}
-        for name in compare:
-            other = open_ranker(name, targets.patch_size)
-            self.others[name] = (targets.bridge_to(other), other.to(targets.device))
+        opened = {name: open_ranker(name, targets.patch_size) for name in compare}
+        self.others = {name: targets.scorer(other) for name, other in opened.items()}
         self._check_grid()
         if loss in _LOSSES_WITH_CHANCE:
-            equal = torch.zeros(1, targets.list_size)
             ordered = torch.arange(float(targets.list_size)).unsqueeze(0)
-            self.chance = float(self.loss_function(equal, ordered))
+            self.chance = float(self.loss_function(torch.zeros_like(ordered), ordered))
 
     def _check_grid(self) -> None:
         """Run the ranker once: it must give a map, and for ``visible_only`` the teacher's grid."""
@@ -241,15 +263,12 @@ class RankerTask(Task):
         """Loss of a ranker that sees whole images, and its agreement with the first target."""
         lists = self.targets.draw(batch)
         pred = self.scores(model, batch.images).gather(1, lists.indices)
-        parts = [
-            weight * self.loss_function(pred, target, reduction="none")
-            for weight, target in lists.scores
-        ]
+        loss_function = partial(self.loss_function, reduction="none")
+        parts = [weight * loss_function(pred, target) for weight, target in lists.scores]
         out = {"loss": torch.stack(parts).sum(dim=0)}
         rankings = {"": pred}
-        for name, (bridge, other) in self.others.items():
-            found = resize_score_map(other(bridge(batch.images)), *self.grid_size)
-            rankings[f"_{name}"] = found.gather(1, lists.indices)
+        for name, score in self.others.items():
+            rankings[f"_{name}"] = score(batch.images).gather(1, lists.indices)
         for name, scores in rankings.items():
             out[f"spearman{name}"] = spearman(scores, lists.scores[0][1], reduction="none")
             out[f"ndcg{name}"] = ndcg(scores, lists.scores[0][1], reduction="none")

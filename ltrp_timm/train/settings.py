@@ -54,8 +54,9 @@ class Settings:
         batch_size: Images per process and batch (default: 64, or fewer in a small data set).
         accumulate: Batches per update.
         opt: Optimiser, by timm's name.
-        lr: Learning rate (default: ``base_lr`` · images per update / 256).
+        lr: Learning rate (default: ``base_lr``, scaled to the images per update).
         base_lr: Learning rate at 256 images per update.
+        lr_base_scale: How ``base_lr`` grows with the images per update, or with their root.
         weight_decay: Weight decay; biases and norm weights are excluded.
         opt_args: More arguments of the optimiser (default for AdamW: the recipe's betas).
         layer_decay: Factor of the learning rate from each layer to the one below it.
@@ -100,6 +101,7 @@ class Settings:
     opt: str = "adamw"
     lr: Positive | None = None
     base_lr: Positive = 1.5e-4
+    lr_base_scale: Literal["linear", "sqrt"] = "linear"
     weight_decay: NotNegative = 0.06
     opt_args: Mapping[str, Any] | None = None
     layer_decay: Share | None = None
@@ -213,7 +215,7 @@ def make_sources(data: Any, settings: Settings, world: World, **options: Any) ->
 
 
 def cropped_sources(
-    data: Any, settings: Settings, world: World, model: Any, scale: Sequence[float]
+    data: Any, settings: Settings, world: World, model: Any, scale: Sequence[float], **options: Any
 ) -> Sources:
     """Open images without labels, as random crops and as centre crops.
 
@@ -228,6 +230,7 @@ def cropped_sources(
         eval_transform=evaluation,
         img_size=model.img_size,
         min_side=max(model.patch_size),
+        **options,
     )
     if tuple(scale) != SCALE:
         sources.fingerprint["scale"] = list(scale)

@@ -1,8 +1,6 @@
 """What a ranker learns: lists of patches, and the scores that order them."""
 
-import inspect
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.layers.bridge import InputBridge, resize_score_map
 from ltrp_timm.layers.sizes import to_pair
-from ltrp_timm.rankers import create_ranker, list_rankers, ranker_class
+from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import select_top
 from ltrp_timm.teacher import (
     MAETeacher,
@@ -22,7 +20,7 @@ from ltrp_timm.teacher import (
     random_visible_indices,
 )
 from ltrp_timm.teacher.density import semantic_density
-from ltrp_timm.weights.files import digest, read_weights
+from ltrp_timm.weights.files import digest
 
 LIST_SIZE = 20
 
@@ -46,7 +44,8 @@ class Targets:
 
     Args:
         teacher: What ``create_teacher`` takes, a MAETeacher, or None.
-        distill_from: Folder of a ranker, name of one without weights, or None.
+        distill_from: A ranker, its folder or its name, or None.
+        distill_args: Arguments of that ranker.
         distill_weight: Share of ``distill_from`` in the loss beside a teacher.
         img_size: Side of the images, or (height, width); None for the teacher's.
         patch_size: Patch side of the grid when there is no teacher.
@@ -64,6 +63,7 @@ class Targets:
         teacher: Any,
         *,
         distill_from: Any = None,
+        distill_args: Mapping[str, Any] | None = None,
         distill_weight: float = 0.5,
         img_size: Any = None,
         patch_size: Any = None,
@@ -74,16 +74,17 @@ class Targets:
     ) -> None:
         if teacher is None and distill_from is None:
             raise ValueError("a ranker needs a teacher, or distill_from, to learn from.")
+        if distill_args and distill_from is None:
+            raise ValueError("distill_args need distill_from, a ranker to give them to.")
         if not 0.0 < distill_weight < 1.0:
             raise ValueError(f"distill_weight must be in (0, 1), got {distill_weight}.")
         self.teacher = None if teacher is None else _open_teacher(teacher, img_size).to(device)
         self.mask_ratio, self.scoring, self.device = mask_ratio, dict(scoring), device
         self.mean, self.std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+        self.img_size, self.patch_size = to_pair(img_size or 224), to_pair(patch_size or 16)
         if self.teacher is not None:
             self.mean, self.std = tuple(self.teacher.mean), tuple(self.teacher.std)
             self.img_size, self.patch_size = self.teacher.img_size, self.teacher.patch_size
-        else:
-            self.img_size, self.patch_size = to_pair(img_size or 224), to_pair(patch_size or 16)
         (height, width), (p, q) = self.img_size, self.patch_size
         if height < p or width < q:
             raise ValueError(f"img_size {self.img_size} is smaller than a patch {self.patch_size}.")
@@ -96,8 +97,9 @@ class Targets:
         self.shares = (1.0, 0.0) if distill_from is None else (1.0 - distill_weight, distill_weight)
         self.other: nn.Module | None = None
         if distill_from is not None:
-            self.other = open_ranker(distill_from, self.patch_size).to(device)
-            self.bridge = self.bridge_to(self.other)
+            self.other = open_ranker(distill_from, self.patch_size, distill_args)
+            self.score_map = self.scorer(self.other)
+        self.kept: dict[tuple[int, int], Tensor] = {}  # maps by crop and index
 
     def _check_list(self, list_size: int | None) -> int:
         count = self.num_patches
@@ -121,12 +123,18 @@ class Targets:
         wanted = (mean or self.mean, std or self.std)
         return InputBridge(stats, wanted, None if size is None else to_pair(size)).to(self.device)
 
+    def scorer(self, ranker: Any) -> Callable[[Tensor], Tensor]:
+        """The function images (B, 3, H, W) -> scores (B, N) of a ranker, here on the device."""
+        bridge = self.bridge_to(ranker.to(self.device))
+        return lambda images: resize_score_map(ranker(bridge(images)), *self.grid_size)
+
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
         teacher, other = self.teacher, self.other
+        name = f"{getattr(other, 'name', '')}({other.extra_repr()})" if other else ""
         return {
             "teacher": None if teacher is None else digest(teacher.state_dict()),
-            "distill_from": other and [getattr(other, "name", ""), digest(other.state_dict())],
+            "distill_from": other and [name, digest(other.state_dict())],
             "shares": list(self.shares),
             "img_size": list(self.img_size),
             "patch_size": list(self.patch_size),
@@ -136,22 +144,13 @@ class Targets:
         }
 
     def _score(
-        self,
-        teacher: MAETeacher,
-        images: Tensor,
-        generators: list[torch.Generator],
-        list_size: int,
+        self, teacher: MAETeacher, images: Tensor, generators: list[torch.Generator], size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) -> visible patches (B, V), scores (B, R), their patches (B, R)."""
         count, ratio = self.num_patches, self.mask_ratio
         visible = random_visible_indices(len(images), count, ratio, generators, self.device)
         values, indices = semantic_density(
-            teacher,
-            images,
-            visible,
-            num_removed=list_size,
-            generator=generators,
-            **self.scoring,
+            teacher, images, visible, num_removed=size, generator=generators, **self.scoring
         )
         return visible, values, indices
 
@@ -169,9 +168,22 @@ class Targets:
             visible, values, indices = found
             scores.append((self.shares[0], values))
         if self.other is not None:
-            every = resize_score_map(self.other(self.bridge(batch.images)), *self.grid_size)
-            scores.append((self.shares[1] if scores else 1.0, every.gather(1, indices)))
+            share = self.shares[1] if scores else 1.0
+            scores.append((share, self._maps(batch).gather(1, indices)))
         return Lists(indices, scores, visible)
+
+    def _maps(self, batch: Batch) -> Tensor:
+        """Scores (B, N) by ``other``; those of crops that come again are computed once and kept.
+
+        They are computed image by image: a run that resumes, with other batches, gets the same.
+        """
+        if batch.crop is None or batch.problems:  # what cannot be read now may be there later
+            return self.score_map(batch.images)
+        keys = [(batch.crop, index) for index in batch.indices]
+        for key, image in zip(keys, batch.images.split(1)):
+            if key not in self.kept:
+                self.kept[key] = self.score_map(image)[0].cpu()
+        return torch.stack([self.kept[key] for key in keys]).to(self.device)
 
 
 def _open_teacher(teacher: Any, img_size: Any) -> MAETeacher:
@@ -180,38 +192,3 @@ def _open_teacher(teacher: Any, img_size: Any) -> MAETeacher:
             raise ValueError(f"img_size is {img_size}, the teacher takes {teacher.img_size}.")
         return teacher
     return create_teacher(teacher, **({} if img_size is None else {"img_size": img_size}))
-
-
-def open_ranker(source: Any, patch_size: tuple[int, int]) -> Any:
-    """A frozen ranker: from its folder, or by its name if it needs no weights.
-
-    Raises:
-        FileNotFoundError: ``source`` does not exist.
-        ValueError: It holds no ranker, or is the name of a ranker that must be trained.
-    """
-    if isinstance(source, nn.Module):
-        ranker: Any = source
-    elif str(source) in list_rankers():
-        kind = ranker_class(str(source))
-        if kind.learned:
-            raise ValueError(
-                f"the {source} ranker must be trained: give the folder of a trained one."
-            )
-        ranker = create_ranker(str(source), **accepted(kind, patch_size=patch_size))
-    else:
-        if not Path(source).exists():
-            raise FileNotFoundError(
-                f"{source} does not exist; give the folder of a ranker, or one of "
-                f"{', '.join(list_rankers())}."
-            )
-        name = (read_weights(source).config or {}).get("ranker")
-        if not isinstance(name, str):
-            raise ValueError(f"{source} holds no ranker.")
-        ranker = create_ranker(name, pretrained=source)
-    return ranker.requires_grad_(False).eval()
-
-
-def accepted(kind: Any, **arguments: Any) -> dict[str, Any]:
-    """Those arguments that a class takes."""
-    known = inspect.signature(kind.__init__).parameters
-    return {name: value for name, value in arguments.items() if name in known}
