@@ -11,7 +11,6 @@ from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.selection.rules import mean_rank
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
-NEIGHBOURS = 4  # nearest patches of the border
 STATISTICS = ("pixel_std", "gradient", "colour", "centre")
 
 
@@ -203,10 +202,10 @@ def border_distances(described: Tensor) -> Tuple[Tensor, Tensor]:
     rows, sides = described[:, :, :: max(h - 1, 1)], described[:, :, 1:-1, :: max(w - 1, 1)]
     border = torch.cat([rows.flatten(2), sides.flatten(2)], dim=2)  # (B, D, R)
     described = described.flatten(2)
-    patches = described.transpose(1, 2)
-    # not by a matrix product, which autocast would round
-    distances = torch.cdist(patches, border.mT, compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = distances.topk(min(NEIGHBOURS, border.shape[2]), dim=2, largest=False)[0]
+    # pair by pair: autocast would round the operands of a matrix product
+    pairs = described.unsqueeze(3) - border.unsqueeze(2)  # (B, D, N, R)
+    distances = torch.linalg.vector_norm(pairs, dim=1)
+    nearest = distances.topk(min(4, border.shape[2]), dim=2, largest=False)[0]
     to_mean = torch.linalg.vector_norm(described - border.mean(2, keepdim=True), dim=1)
     return nearest.mean(2).reshape(-1, h, w), to_mean.reshape(-1, h, w)
 
