@@ -521,4 +521,4 @@ def test_every_selection_takes_an_empty_batch(
 def test_a_shared_position_bias_takes_an_empty_batch(backbone_of: Callable[..., Any]) -> None:
     for family in ("relpos", "relpos_shared"):
         backbone, images = backbone_of(family)
-        assert drop_patches(backbone)(images[:0]).shape == (0, 7)
+        assert drop_patches(backbone, "contrast")(images[:0]).shape == (0, 7)
