@@ -68,7 +68,7 @@ def test_demo_on_its_own_photos(here: Path, capsys: pytest.CaptureFixture[str]) 
     out, err = capsys.readouterr()
     assert err == ""
     assert "ltrp_vit_tiny, 5.7 M parameters, images of 224x224" in out
-    assert "contrast: weight-free, no learning" in out
+    assert "border: weight-free, no learning" in out
     assert "backbone weights: random (not in the cache; --pretrained downloads them)" in out
     kept = {float(r): int(k) for k, r in re.findall(r"(\d+) of 196 at ([\d.]+)", out)}
     assert kept == {r: ltrp_timm.num_keep(196, r) for r in (0.7, 0.33, 0.25)}

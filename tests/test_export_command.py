@@ -126,7 +126,7 @@ def test_a_saved_model_keeps_its_own_ranker_unless_one_is_named(here: Path, ours
     timm.models.save_for_hf(saved, "saved", safe_serialization=True)
     own, weights = open_model("local-dir:saved")
     assert weights == "those of local-dir:saved"
-    assert own.ranker.name == ("conv" if ours else "contrast")
+    assert own.ranker.name == ("conv" if ours else "border")
     assert own.keep_ratio == (0.3 if ours else 0.5)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_a_saved_model_keeps_its_own_ranker_unless_one_is_named(here: Path, ours
         (["ltrp_vit_tiny", "--batch-size", "0"], "must be a whole number from 1, got 0"),
         (["ltrp_vit_tiny", "--repeats", "-1"], "must be a whole number from 0, got -1"),
         (["ltrp_vit_tiny", "--ranker", "best"], "--ranker must be one of attention"),
-        (["ltrp_vit_tiny", "--ranker-weights", "x"], "the contrast ranker has no weights"),
+        (["ltrp_vit_tiny", "--ranker-weights", "x"], "the border ranker has no weights"),
         (["ltrp_vit_tiny", "--selection", "best"], "invalid choice: 'best'"),
         (["ltrp_vit_tiny", "--img-size", "8"], "nothing was written: images of 8x8 are smaller"),
         (["ltrp_vit_tiny", "--checkpoint", "none.pth"], "none.pth does not exist"),

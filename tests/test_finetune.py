@@ -59,7 +59,7 @@ def test_it_learns_and_the_folder_loads(
     assert rows[-1]["val_top1"] > 0.8
     model = load(tmp_path / "run")
     assert isinstance(model, LTRPModel)
-    assert (model.num_classes, model.keep_ratio, model.ranker.name) == (3, 0.5, "contrast")
+    assert (model.num_classes, model.keep_ratio, model.ranker.name) == (3, 0.5, "border")
     assert tuple(model.pretrained_cfg["label_names"]) == NAMES
     assert accuracy(model, data / "val") == pytest.approx(rows[-1]["val_top1"], abs=1e-6)
     best = load(tmp_path / "run" / "best")
@@ -68,7 +68,7 @@ def test_it_learns_and_the_folder_loads(
     assert "held-out images are those of" in out
     assert "weights: random: this trains from the start" in out
     assert "head: a new one, for 3 classes" in out
-    assert "contrast keeps 0.5 of the patches; 5 updates of 6 images an epoch, 9 images" in out
+    assert "border keeps 0.5 of the patches; 5 updates of 6 images an epoch, 9 images" in out
 
 
 def test_a_plain_model_is_trained_as_it_is(data: Path, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_a_stream_with_labels(tmp_path: Path) -> None:
         (
             {"train_ranker": True, "gate": "straight-through"},
             ValueError,
-            "train_ranker: the contrast ranker has no weights",
+            "train_ranker: the border ranker has no weights",
         ),
         ({"model": "nonsense"}, ValueError, "model 'nonsense' is unknown"),
         (

@@ -49,7 +49,7 @@ def test_a_model_of_several_budgets(here: Path, capsys: pytest.CaptureFixture[st
     flags = ["--keep-ratio", "0.5", "0.25", "--mixup", "0.8", "--batch-size", "4", "--plot"]
     assert tune(*flags, "--holdout", "0.34") == 0
     out, err = capsys.readouterr()
-    assert "contrast keeps 0.5 0.25 of the patches; 3 updates of 4 images an epoch, 6 images" in out
+    assert "border keeps 0.5 0.25 of the patches; 3 updates of 4 images an epoch, 6 images" in out
     assert "val_top1@0.25 " in out
     assert "timm.create_model('local-dir:run', pretrained=True)" in out
     assert err == "ltrp-timm: skipped red/00.png: is not an image in a known format.\n"

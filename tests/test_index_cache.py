@@ -53,7 +53,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rank(folder: str, *more: str) -> int:
-    return main(["rank", "set", "-o", folder, *SMALL, *more])
+    default = [] if "--ranker" in more else ["--ranker", "contrast"]
+    return main(["rank", "set", "-o", folder, *SMALL, *default, *more])
 
 
 def make_model(**options: Any) -> Any:

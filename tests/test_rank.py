@@ -91,7 +91,7 @@ def test_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["scores"].shape == (13, 16)
     assert results["scores"].dtype == np.float32
     assert results["grid_size"] == [4, 4]
-    assert (results["ranker"], results["selection"]) == ("contrast", "top")
+    assert (results["ranker"], results["selection"]) == ("border", "top")
     assert results["keep_ratio"] == 0.3
     assert results["input_size"] == [64, 64]
     # what they are: the ranker on timm's own transform, the best of them
@@ -106,7 +106,7 @@ def test_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert done == FAILED
             continue
         pixels = transform(Image.open(f"photos/{name}").convert("RGB")).unsqueeze(0)
-        expected = create_ranker("contrast")(pixels).flatten(1)
+        expected = create_ranker("border")(pixels).flatten(1)
         assert torch.equal(torch.from_numpy(scores), expected[0])
         assert torch.equal(torch.from_numpy(keep), select_top(expected, num_keep(16, 0.3))[0])
         assert done == RANKED
@@ -248,12 +248,12 @@ def unreadable(*_: Any) -> Any:
     ("changes", "text"),
     [
         (["--keep-ratio", "0.25"], r"unfinished run with keep_ratio = 0\.5, this run has 0\.25"),
-        (["--ranker", "random"], "unfinished run with ranker = contrast, this run has random"),
+        (["--ranker", "random"], "unfinished run with ranker = border, this run has random"),
         (["--img-size", "96"], r"input_size = \[64, 64\], this run has \[96, 96\]"),
         (["--patch-size", "8"], "unfinished run with ranker_args"),
         (["--selection", "random"], "unfinished run with selection = top, this run has random"),
         (["--overlays"], "unfinished run with overlays = False"),
-        (["--ranker-args", "parts=['std']"], "unfinished run with ranker_args"),
+        (["--ranker-args", "img_size=32"], "unfinished run with ranker_args"),
         (["no keep ratio"], "unfinished run with keep_ratio = 0.5, this run has None"),
         (["--crop-mode", "squash"], "crop_mode = center, this run has squash"),
         (["new image"], "unfinished run with images_hash"),
@@ -366,7 +366,7 @@ def test_what_is_an_image_and_what_it_is_called(
             ["a.png", "--pretrained", "--ranker-weights", "x"],
             "--pretrained and --ranker-weights exclude each other",
         ),
-        (["a.png", "--ranker-weights", "nowhere"], "the contrast ranker has no weights"),
+        (["a.png", "--ranker-weights", "nowhere"], "the border ranker has no weights"),
         (["a.png", "--ranker", "conv", "--ranker-weights", "no"], r"no does not exist\."),
         (
             ["a.png", "--ranker", "vit_tiny", "--pretrained"],
