@@ -53,8 +53,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rank(folder: str, *more: str) -> int:
-    default = [] if "--ranker" in more else ["--ranker", "contrast"]
-    return main(["rank", "set", "-o", folder, *SMALL, *default, *more])
+    return main(["rank", "set", "-o", folder, *SMALL, *more])
 
 
 def make_model(**options: Any) -> Any:
@@ -183,7 +182,7 @@ def test_ranks_are_places_in_the_order() -> None:
 @pytest.mark.parametrize("selection", ["top", "mixed", "stratified"])
 def test_the_cache_chooses_what_the_ranker_chooses(here: Path, selection: str) -> None:
     assert rank("orders") == 2  # bad.png
-    model = make_model(ranker="contrast", selection=selection)
+    model = make_model(ranker="border", selection=selection)
     images = Images(open_dataset("set"))
     transform = cached_transform("orders", model, images, eval_transform(model))
     assert transform.exact
@@ -268,7 +267,7 @@ def test_scores_follow_the_crops_of_training(here: Path) -> None:
 
 def test_a_whole_picture_is_exact_and_out_of_the_picture_comes_last(here: Path) -> None:
     assert rank("orders", "--crop-mode", "squash") == 2
-    model = make_model(ranker="contrast")
+    model = make_model(ranker="border")
     images = Images(open_dataset("set"))
     config = {**model.data_config(), "crop_mode": "squash", "crop_pct": 1.0}
     assert cached_transform("orders", model, images, create_transform(**config)).exact
@@ -299,10 +298,10 @@ def open_cache(model: Any) -> Any:
 
 def test_a_cache_that_does_not_fit_is_refused(here: Path) -> None:
     assert rank("orders") == 2
-    with pytest.raises(ValueError, match="scores of the contrast ranker, the model has pixel_std"):
+    with pytest.raises(ValueError, match="scores of the border ranker, the model has pixel_std"):
         open_cache(make_model(ranker="pixel_std"))
-    other = make_model(ranker="contrast", ranker_args={"parts": {"std": 1.0}})
-    with pytest.raises(ValueError, match="another contrast ranker; its weights or arguments"):
+    other = make_model(ranker="border", ranker_args={"img_size": 32})
+    with pytest.raises(ValueError, match="another border ranker; its weights or arguments"):
         open_cache(other)
     large = drop_patches(timm.create_model(NAME, img_size=96, depth=1))
     with pytest.raises(ValueError, match=r"input_size = \[64, 64\], the model has \[96, 96\]"):
@@ -441,7 +440,7 @@ def test_an_interrupted_cache_goes_on(
     monkeypatch.setattr(ScoreWriter, "write", write)
     capsys.readouterr()
     assert rank("orders", "--ranker", "pixel_std") == 2
-    assert "unfinished run with ranker = contrast, this run has pixel_" in capsys.readouterr().err
+    assert "unfinished run with ranker = border, this run has pixel_" in capsys.readouterr().err
     assert rank("orders") == 2
     assert content("orders") == content("whole")
     before = content("orders")
@@ -591,7 +590,7 @@ def test_training_by_cached_orders_is_training_by_the_ranker(
         ({"keep_ratio": None}, "an index cache needs a pruned model"),
         ({"index_cache": "nowhere"}, "nowhere holds no scores"),
         ({"img_size": 96}, r"input_size = \[64, 64\], the model has \[96, 96\]"),
-        ({"ranker": "pixel_std"}, "scores of the contrast ranker, the model has pixel_std"),
+        ({"ranker": "pixel_std"}, "scores of the border ranker, the model has pixel_std"),
         ({"data": "set"}, "scores of another|lacks"),
         ({"aa": "augmix-m5-w4-d2"}, "an index cache cannot follow AugMixAugment"),
         ({"distill": "self", "distill_features": 1.0}, "gate and distill_features run it"),
