@@ -424,7 +424,8 @@ def test_options_that_contradict_a_saved_model_or_each_other(tmp_path: Path) -> 
 def test_creation_on_the_meta_device() -> None:
     for ranker in ("contrast", "conv", "vit_tiny"):
         model = timm.create_model("ltrp_vit_tiny", device="meta", ranker=ranker)
-        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
     twin = copy.deepcopy(timm.create_model("ltrp_vit_tiny", **TINY))
     assert twin(images()).shape == (2, 10)
 

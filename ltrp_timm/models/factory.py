@@ -91,6 +91,7 @@ def create_ltrp(
 
     def wrap(**_: Any) -> LTRPModel:
         model = drop_patches(net, **front)
+        model.bridge.to(rest.get("device"))  # also to the meta device, if that was asked for
         model._fixed_backbone = not generic
         return model
 
