@@ -21,8 +21,8 @@ full model, whose features describe the background too.
 
 Rivals are the plain model on a smaller image, and token merging, with several settings each.
 `speedup` over the full model is timed interleaved, the ranking of `border` included. Rows `at N x`
-compare at equal time: dropping by the default ranker at the highest keep ratio that is N times as
-fast, minus each rival at its best setting that is.
+compare at equal time: dropping by the default ranker minus each rival, both at their best setting
+that is N times as fast.
 """
 
 import argparse

@@ -121,7 +121,8 @@ def border_scores(images: Tensor, patch_size: Tuple[int, int]) -> Tensor:
     mean, variance = patch_statistics(images, patch_size, h, w)
     grey = mean.mean(1, keepdim=True)
     described = torch.cat([grey, mean - grey, variance.sqrt()], dim=1)  # (B, 2 C + 1, h, w)
-    spread = described.std([2, 3], correction=0, keepdim=True)
+    away = described - described.mean([2, 3], keepdim=True)
+    spread = away.square().mean([2, 3], keepdim=True).sqrt()  # torch.std warns without images
     described = described / spread.clamp(min=1e-3)
     nearest, to_mean = border_distances(described)
     distances = torch.cat([_smoothed(nearest), to_mean])
