@@ -113,6 +113,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         self._warned = False
         # nothing was changed before, and nothing fails from here on
         self.ranker.requires_grad_(False).eval()
+        if getattr(ranker, "learned", False) and any(p.is_meta for p in ranker.parameters()):
+            self.ranker.trained = True  # a library that loads weights by itself does not say so
         self._swaps = install_slots(backbone, self._adapter)
 
     @SelectionSettings.keep_ratio.setter  # type: ignore[attr-defined]

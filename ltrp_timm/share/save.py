@@ -203,6 +203,8 @@ def model_config(model: Any) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"the model cannot be saved: {first_line(error)}") from error
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # it stands in the config itself; transformers passes both, and Python refuses an argument twice
+    config.get("model_args", {}).pop("num_classes", None)
     return config
 
 
