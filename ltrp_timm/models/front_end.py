@@ -1,6 +1,6 @@
 """One line for any timm ViT: ``drop_patches``."""
 
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 from torch import nn
 
@@ -26,6 +26,9 @@ def drop_patches(
     head: Optional[str] = None,
     head_args: Optional[Mapping[str, Any]] = None,
     budget: Optional[AdaptiveBudget] = None,
+    rest: str = "drop",
+    scales: Optional[Tuple[int, ...]] = None,
+    size_bias: Optional[float] = None,
 ) -> LTRPModel:
     """Put an LTRP front-end on a timm ViT: rank its patches, drop the weak ones, encode the rest.
 
@@ -52,6 +55,10 @@ def drop_patches(
         head_args: options of that head (see ``MLDecoder``), such as ``{"embed_dim": 384}``.
         budget: how many patches each image keeps, instead of ``keep_ratio`` of each (see
             ``LTRPModel.calibrate``).
+        rest: "drop" the other patches, or give them coarsely: "coarse" encodes a cell of 2 x 2
+            weak patches as one token of the image at half size (see ``LTRPModel``).
+        scales: (1, 2) or (1, 2, 4), with ``rest="coarse"``.
+        size_bias: how much more attention a coarse token gets, with ``rest="coarse"``.
 
     Returns:
         An LTRPModel around the same backbone object.
@@ -65,7 +72,7 @@ def drop_patches(
     >>> import timm
     >>> model = drop_patches(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.25)
     """
-    find_adapter(model)
+    find_adapter(model, rest)
     if ranker_args is not None and not isinstance(ranker_args, Mapping):
         raise TypeError(f"ranker_args must be a mapping, got {type(ranker_args).__name__}.")
     if isinstance(ranker, str):
@@ -78,7 +85,7 @@ def drop_patches(
         raise ValueError("head_args go with a head: head='ml_decoder'.")
     classifier = None if head is None else make_head(head, model, head_args)
     settings = (keep_ratio, selection, validate, fill, selection_args, budget)
-    pruned = LTRPModel(ranker, model, *settings)
+    pruned = LTRPModel(ranker, model, *settings, rest, scales, size_bias)
     if classifier is not None:
         pruned.set_classifier(classifier)
     return pruned

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ltrp_timm.layers.bridge import resize_score_map
+from ltrp_timm.models.coarse import CoarseRest, check_given, check_rest
 from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
+from ltrp_timm.selection.cells import TokenLayout
 from ltrp_timm.selection.dense import check_fill, scatter_patches
 from ltrp_timm.selection.registry import SelectionSettings, select
 from ltrp_timm.selection.rules import (
@@ -78,6 +80,13 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         fill: what dropped places of dense features hold: "zeros" or "nearest".
         budget: how many patches each image keeps, instead of ``keep_ratio`` of each; ``calibrate``
             makes one.
+        rest: what happens to the other patches: "drop", or "coarse": where a cell of 2 x 2 patches
+            is not worth four tokens, it gets one, of the image at half size. ``keep_ratio`` is the
+            share of patch tokens in both.
+        scales: (1, 2), or (1, 2, 4) to give blocks of 4 x 4 patches one token too (default: (1, 2);
+            with ``rest="coarse"`` only).
+        size_bias: how much more attention a token gets that covers more patches (default: 0.5; see
+            ``CoarseRest``; with ``rest="coarse"`` only).
 
     Raises:
         TypeError: Patches cannot be dropped from the backbone; the message says why.
@@ -86,7 +95,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
 
     __jit_unused_properties__ = (
         *SelectionSettings.__jit_unused_properties__,
-        *("budget", "fill", "patch_size", "patch_grid", "num_patches", "_model_args"),
+        *("budget", "fill", "patch_size", "patch_grid", "num_patches", "rest", "_model_args"),
     )
 
     def __init__(
@@ -99,11 +108,19 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         fill: str = "zeros",
         selection_args: Optional[Mapping[str, Any]] = None,
         budget: Optional[AdaptiveBudget] = None,
+        rest: str = "drop",
+        scales: Optional[Tuple[int, ...]] = None,
+        size_bias: Optional[float] = None,
     ) -> None:
         if not isinstance(ranker, nn.Module):
             raise TypeError(f"ranker must be an nn.Module or a name, got {type(ranker).__name__}.")
-        super().__init__(ranker, backbone)
-        self._keep_ratio = 0.5
+        options: Dict[str, Any] = {"scales": scales, "size_bias": size_bias}
+        options = {name: value for name, value in options.items() if value is not None}
+        coarse = CoarseRest(**options) if check_rest(rest, options) == "coarse" else None
+        if coarse is not None:
+            coarse.check_backbone(backbone)
+        super().__init__(ranker, backbone, rest)
+        self._coarse, self._keep_ratio = coarse, 0.5
         self.budget = as_budget(budget)
         if keep_ratio is not None:
             self.keep_ratio = keep_ratio
@@ -136,6 +153,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
 
     @budget.setter
     def budget(self, value: Optional[AdaptiveBudget]) -> None:
+        if value is not None and self._coarse is not None:
+            raise ValueError("a budget goes with rest='drop'.")
         self._budget, self._has_budget = as_budget(value), value is not None
         if self._budget is not None:
             self._keep_ratio = self._budget.mean_keep_ratio
@@ -147,7 +166,21 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
 
     @fill.setter
     def fill(self, value: str) -> None:
-        self._fill = check_fill(value)
+        if check_fill(value) != "zeros" and self._coarse is not None:
+            raise ValueError("fill goes with rest='drop': coarse tokens fill their places.")
+        self._fill = value
+
+    def _set_selection(self, selection: str, args: Optional[Mapping[str, Any]]) -> None:
+        if self._coarse is not None and selection not in ("top", "random"):
+            raise ValueError(
+                f"selection must be top or random with rest='coarse', got {selection!r}."
+            )
+        super()._set_selection(selection, args)
+
+    @property
+    def rest(self) -> str:
+        """What happens to patches that are not encoded finely: "drop" or "coarse"."""
+        return "drop" if self._coarse is None else "coarse"
 
     @property
     def patch_size(self) -> Tuple[int, int]:
@@ -176,6 +209,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         }
         if self._budget is not None:
             settings["budget"] = dataclasses.asdict(self._budget)
+        if self._coarse is not None:
+            settings.update(rest="coarse", **dataclasses.asdict(self._coarse))
         return settings
 
     def grid_size(self, x: Tensor) -> Tuple[int, int]:
@@ -241,12 +276,53 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return select(scores, k, self._selection, self._selection_args, (h, w), images)
 
     def keep_indices(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, K) int64, ascending: the patches that ``forward`` encodes."""
-        keep = self._choose(x, None)
+        """Images (B, C, H, W) -> (B, K) int64, ascending: the patches that ``forward`` encodes.
+
+        With ``rest="coarse"`` those that it encodes finely.
+        """
+        if self._coarse is not None:
+            layout = self._layout(x, None)
+            keep = None if layout is None else layout.indices[0]
+        else:
+            keep = self._choose(x, None)
         if keep is None:
             h, w = self.grid_size(x)
             keep = torch.arange(h * w, device=x.device).expand(x.shape[0], -1)
         return keep
+
+    @torch.jit.unused
+    def token_layout(self, x: Tensor, keep_indices: Optional[Tensor] = None) -> TokenLayout:
+        """Images (B, C, H, W) -> scale and place of each token, with ``rest="coarse"``.
+
+        Raises:
+            ValueError: The model drops the rest, or an argument of ``forward`` is wrong.
+        """
+        if self._coarse is None:
+            raise ValueError("token_layout needs a model with rest='coarse'.")
+        layout = self._layout(x, keep_indices)
+        if layout is None:
+            grid = self.grid_size(x)
+            every = torch.arange(grid[0] * grid[1], device=x.device).expand(x.shape[0], -1)
+            layout = TokenLayout(grid, (1,), (every,))
+        return layout
+
+    @torch.jit.unused
+    def _layout(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[TokenLayout]:
+        """The tokens of a coarse rest; None if all patches stay, without ranking."""
+        assert self._coarse is not None  # noqa: S101  # its callers ask
+        if isinstance(x, torch.fx.Proxy):
+            raise ValueError("rest='coarse' cannot be traced by torch.fx: use torch.export.")
+        self._check_images(x)
+        grid = self.grid_size(x)
+        readable = False
+        if keep_indices is not None:
+            readable = self.validate and not torch.compiler.is_compiling()
+            readable = readable or (isinstance(keep_indices, Tensor) and may_read(keep_indices))
+            check_given(keep_indices, x, grid[0] * grid[1], readable)
+        seed = int(self._selection_args["seed"]) if self._selection == "random" else None
+        return self._coarse.layout(
+            grid, self._keep_ratio, partial(self._scores, x), seed, keep_indices, readable
+        )
 
     def _choose(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[Tensor]:
         """Given or chosen keep indices (B, K); None if all patches stay, without ranking."""
@@ -279,11 +355,14 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return keep_indices
 
     def _rank_and_select(self, x: Tensor, n: int) -> Tensor:
+        return self.select(self._scores(x), x)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """The ranker's scores (B, N), or zeros if they do not decide."""
         if self._reads_scores or self._has_budget:
-            scores = self.patch_scores(x)
-        else:
-            scores = x.new_zeros(x.shape[0], n)
-        return self.select(scores, x)
+            return self.patch_scores(x)
+        h, w = self.grid_size(x)
+        return x.new_zeros(x.shape[0], h * w)
 
     @torch.jit.unused
     def _check_images(self, x: Tensor) -> None:
@@ -391,13 +470,16 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Arguments and results are those of timm: (final tokens (B, P + K, D), features), features
         alone, or a dict; features are (B, D, h, w) or, with ``output_fmt="NLC"``, (B, N, D). Also:
         ``keep_indices`` (B, K) int64 are patches to encode instead of ranked ones, ``fill`` is what
-        dropped places hold, "zeros" or "nearest" (default: ``self.fill``).
+        dropped places hold, "zeros" or "nearest" (default: ``self.fill``). A coarse token fills all
+        places that it covers.
 
         Raises:
             ValueError: `output_fmt` or `fill` is unknown.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
+        if fill is not None and self._coarse is not None:
+            raise ValueError("fill goes with rest='drop': coarse tokens fill their places.")
         fill = self._fill if fill is None else check_fill(fill)
         options: Dict[str, Any] = {"indices": indices, "norm": norm, "stop_early": stop_early}
         options["intermediates_only"] = intermediates_only
@@ -413,7 +495,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         final, raw = (None, out) if intermediates_only else out
         features = [pair[0] for pair in raw] if with_prefix else list(raw)
         grid = self.grid_size(x)
-        if keep is not None:
+        if isinstance(keep, TokenLayout):
+            features = [keep.to_grid(each) for each in features]
+        elif keep is not None:
             features = [scatter_patches(each, keep, grid, fill) for each in features]
         if output_fmt == "NCHW":
             maps = (each.unflatten(1, grid) for each in features)
@@ -429,8 +513,11 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     @torch.jit.unused
     def _run(
         self, call: Callable[..., Any], x: Tensor, keep_indices: Optional[Tensor], **kwargs: Any
-    ) -> Tuple[Any, Optional[Tensor]]:
-        """Choose patches and run the backbone with them: its output, and the keep indices."""
+    ) -> Tuple[Any, Union[Tensor, TokenLayout, None]]:
+        """Choose patches and run the backbone: its output, and the keep indices or the layout."""
+        if self._coarse is not None:
+            layout = self._layout(x, keep_indices)
+            return self._coarse.run(self, call, x, layout, **kwargs), layout
         keep = self._choose(x, keep_indices)
         return run_with_slots(self._adapter.slots(self.backbone), keep, call, x, **kwargs), keep
 

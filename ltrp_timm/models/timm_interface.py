@@ -34,9 +34,9 @@ class TimmInterface(nn.Module):
     num_classes: int
     _fixed_backbone: bool = False  # whether the registered name implies the backbone
 
-    def __init__(self, ranker: nn.Module, backbone: Any) -> None:
+    def __init__(self, ranker: nn.Module, backbone: Any, rest: str = "drop") -> None:
         super().__init__()
-        self._adapter = find_adapter(backbone)
+        self._adapter = find_adapter(backbone, rest)
         own = {id(parameter) for parameter in backbone.parameters()}
         if any(id(parameter) in own for parameter in ranker.parameters()):  # the ranker is frozen
             raise ValueError("the ranker shares parameters with the backbone: give it a copy.")

@@ -24,13 +24,19 @@ ADAPTERS = (
 )
 
 
-def find_adapter(backbone: object) -> SlotAdapter:
-    """The adapter for a timm ViT; TypeError, with the reason, for a model without one."""
+def find_adapter(backbone: object, rest: str = "drop") -> SlotAdapter:
+    """The adapter for a timm ViT; TypeError, with the reason, for a model without one.
+
+    ``rest`` is what happens to the weak patches: "drop" or "coarse".
+    """
     kind = type(backbone).__name__
     for adapter in ADAPTERS:
         if isinstance(backbone, adapter.host):
-            adapter.check(backbone)
-            return adapter
+            found = adapter if rest == "drop" else adapter.coarse
+            if isinstance(found, str):
+                raise TypeError(f"rest='coarse' does not work with a {kind}: {found}.")
+            found.check(backbone)
+            return found
     if isinstance(backbone, FEATURE_WRAPPERS):
         raise TypeError(
             f"cannot drop patches from a features_only wrapper ({kind}): drop first, then wrap."

@@ -6,12 +6,12 @@ slot is the identity. So one thread at a time may run a model; another one gets 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from threading import get_ident
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,16 @@ def slots_in(module: Optional[nn.Module]) -> List[Any]:
     return [each for each in inside if "keep_indices" in each.__dict__]
 
 
+def named_twins(mixin: type, kinds: Iterable[Any], scope: Dict[str, Any]) -> Dict[Any, Any]:
+    """For each class a subclass with a mixin, named in a module's ``scope`` so that it pickles."""
+    twins = {}
+    for kind in kinds:
+        name = f"{kind.__name__}{mixin.__name__.removeprefix('Rope')}"
+        twins[kind] = type(name, (mixin, kind), {"__module__": scope["__name__"]})
+        scope[name] = twins[kind]
+    return twins
+
+
 _SLOT_STATE = ("keep_indices", "num_prefix_tokens")  # what a twin has and its original has not
 
 Swaps = Dict[str, Tuple[Optional[nn.Module], nn.Module]]  # place -> what stood there, what stands
@@ -152,20 +162,32 @@ def _put(backbone: nn.Module, place: str, module: Optional[nn.Module]) -> None:
 
 
 def run_with_slots(
-    slots: List[Any], keep: Optional[Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any
+    slots: List[Any],
+    keep: Optional[Tensor],
+    call: Callable[..., Any],
+    *args: Any,
+    coarse: Optional[Callable[[], Any]] = None,
+    **kwargs: Any,
 ) -> Any:
-    """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case."""
+    """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case.
+
+    ``coarse`` makes the tokens that the first slot appends.
+    """
     kind = type(getattr(call, "__self__", call)).__name__
     with nullcontext() if torch.compiler.is_compiling() else alone(slots[0], kind):
-        for slot in slots:
-            slot.keep_indices = keep
         try:
+            if coarse is not None:
+                slots[0].coarse = coarse()
+            for slot in slots:
+                slot.keep_indices = keep
             out = call(*args, **kwargs)
             if slots[0].keep_indices is not None:  # without the others, shapes do not match
                 raise RuntimeError(f"{kind} ran without visiting the place that drops patches.")
         finally:
             for slot in slots:
                 slot.keep_indices = None
+            if coarse is not None:
+                slots[0].coarse = None
     return out
 
 
@@ -194,6 +216,7 @@ class SlotAdapter(ABC):
         patch_embed: attribute of the module that cuts images into patches.
         prefix_in_blocks: whether the sequence has prefix tokens while the blocks run.
         first_kind: a module that keeps the prefix and the first K patches, for ``places[0]``.
+        coarse: how the family takes tokens of several scales: an adapter, or why it cannot.
         how: where tokens are dropped, in words for a table.
         examples: kinds of models of this class -> names of such models.
     """
@@ -204,6 +227,7 @@ class SlotAdapter(ABC):
     patch_embed: str = "patch_embed"
     prefix_in_blocks: bool = True
     first_kind: Optional[Callable[[int, int], nn.Module]] = None
+    coarse: Union["SlotAdapter", str] = "its position bias has one entry for each pair of patches"
     how: str
     examples: ClassVar[Dict[str, Tuple[str, ...]]]
 

@@ -3,14 +3,14 @@
 It takes batches of images of one size only: a dict of patches cannot be ranked.
 """
 
-from typing import Any, ClassVar, Dict, Optional, Type
+from typing import Any, ClassVar, Dict, Optional
 
 from timm.layers import LayerNorm
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from ltrp_timm._timm import ROTARY_EMBEDDINGS
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, as_slot, check_free
+from ltrp_timm.slots.base import SlotAdapter, TokenSlot, as_slot, check_free, named_twins
 
 
 class TokenSlotWithNorm(TokenSlot, LayerNorm):
@@ -47,11 +47,7 @@ class RopeSlot:
         return rope_of_kept(rope, keep)
 
 
-SLOTS: Dict[Any, Type[nn.Module]] = {}
-for _kind in ROTARY_EMBEDDINGS:  # named in this module, so that they can be pickled
-    _name = f"{_kind.__name__}Slot"
-    SLOTS[_kind] = type(_name, (RopeSlot, _kind), {"__module__": __name__})
-    globals()[_name] = SLOTS[_kind]
+SLOTS = named_twins(RopeSlot, ROTARY_EMBEDDINGS, globals())
 
 
 class NaFlexAdapter(SlotAdapter):
@@ -68,6 +64,7 @@ class NaFlexAdapter(SlotAdapter):
         )
     }
     patch_embed = "embeds"
+    coarse = "its patch embedding adds the positions itself; use a model without use_naflex"
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, and the rotary embedding of kept patches."""

@@ -13,7 +13,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ltrp_timm._timm import make_rope_gather_a_leaf
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, TokenSlotWithDropout, check_free
+from ltrp_timm.slots.base import (
+    SlotAdapter,
+    TokenSlot,
+    TokenSlotWithDropout,
+    as_slot,
+    check_free,
+)
+from ltrp_timm.slots.coarse import TWINS, CoarseSlot, CoarseSlotWithIndices
 
 
 class TokenSlotWithIndices(TokenSlot):
@@ -49,7 +56,7 @@ class VitAdapter(SlotAdapter):
 
     family = "VisionTransformer"
     host = VisionTransformer
-    places = ("patch_drop",)
+    places: Tuple[str, ...] = ("patch_drop",)
     first_kind = FirstTokens
     how = "in timm's own slot, `patch_drop`"
     examples: ClassVar = {
@@ -96,6 +103,41 @@ class EvaAdapter(VitAdapter):
         return {"patch_drop": TokenSlotWithIndices(backbone.num_prefix_tokens)}
 
 
+class CoarseVitAdapter(VitAdapter):
+    """A ViT with tokens of several scales."""
+
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot."""
+        return {"patch_drop": CoarseSlot(backbone.num_prefix_tokens)}
+
+
+class CoarseEvaAdapter(EvaAdapter):
+    """An Eva with tokens of several scales; its RoPE has an embedding for each of them."""
+
+    places = ("patch_drop", "rope")
+
+    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
+        """The tokens' slot, and the rotary embedding of all scales."""
+        make_rope_gather_a_leaf()
+        found: Dict[str, nn.Module] = {
+            "patch_drop": CoarseSlotWithIndices(backbone.num_prefix_tokens)
+        }
+        if backbone.rope is not None:
+            found["rope"] = as_slot(backbone.rope, TWINS[type(backbone.rope)])
+        return found
+
+    def check(self, backbone: Any) -> None:
+        """Raise TypeError if ``patch_drop`` is in use, or the RoPE is not one of timm's."""
+        super().check(backbone)
+        if backbone.rope is not None and type(backbone.rope) not in TWINS:
+            kind = type(backbone.rope).__name__
+            raise TypeError(f"rest='coarse' does not know the rotary embedding {kind}.")
+
+
+VitAdapter.coarse = CoarseVitAdapter()
+EvaAdapter.coarse = CoarseEvaAdapter()
+
+
 class CaitAdapter(SlotAdapter):
     """The slot stands at ``pos_drop``; the class token joins behind the blocks."""
 
@@ -106,6 +148,7 @@ class CaitAdapter(SlotAdapter):
     examples: ClassVar = {"CaiT": ("cait_xxs24_224",)}
     prefix_in_blocks = False
     first_kind = FirstTokens
+    coarse = "its attention takes no mask for the sizes of tokens"
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot."""

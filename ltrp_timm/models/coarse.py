@@ -1,0 +1,167 @@
+"""The rest of an image at half size: what ``rest="coarse"`` adds to an LTRPModel."""
+
+import inspect
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltrp_timm.selection.cells import CellGrid, TokenLayout, check_scales
+from ltrp_timm.selection.rules import check_keep_indices, seeded_scores, validate_keep_indices
+from ltrp_timm.slots.base import run_with_slots
+from ltrp_timm.slots.coarse import checkpointed, coarse_tokens
+
+RESTS = ("drop", "coarse")
+SIZE_BIAS = 0.5  # measured on photos, see docs/guides/coarse.md
+
+
+def check_rest(rest: str, options: Dict[str, Any]) -> str:
+    """Return ``rest``, or raise ValueError if it is unknown or has other ``options``."""
+    if rest not in RESTS:
+        raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}.")
+    given = [name for name, value in options.items() if value is not None]
+    if rest == "drop" and given:
+        raise ValueError(f"{given[0]} goes with rest='coarse'.")
+    return rest
+
+
+@dataclass(frozen=True)
+class CoarseRest:
+    """Options of the coarse rest.
+
+    Attributes:
+        scales: (1, 2): a cell of 2 x 2 patches is four patches or one token of the image at half
+            size; (1, 2, 4): a block of 4 x 4 patches may also be one token of the quarter size.
+        size_bias: times the log of the patches that a token covers, added to its attention logits;
+            0 adds nothing. All tokens of one scale: nothing is added.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    scales: Tuple[int, ...] = (1, 2)
+    size_bias: float = SIZE_BIAS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", check_scales(self.scales))
+        bias = self.size_bias
+        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+        if not number or not 0 <= bias <= 4:
+            raise ValueError(f"size_bias must be a number from 0 to 4, got {bias!r}.")
+
+    def check_backbone(self, backbone: Any) -> None:
+        """Raise TypeError if the backbone takes no attention mask."""
+        if self.size_bias and "attn_mask" not in inspect.signature(backbone.forward).parameters:
+            kind = type(backbone).__name__
+            raise TypeError(
+                f"size_bias needs a newer timm, whose {kind} takes attn_mask; or use 0."
+            )
+
+    def layout(
+        self,
+        grid_size: Tuple[int, int],
+        keep_ratio: float,
+        scores: Callable[[], Tensor],
+        seed: Optional[int],
+        keep_indices: Optional[Tensor] = None,
+        check: bool = True,
+    ) -> Optional[TokenLayout]:
+        """Which tokens an image gets; None if all patches are encoded finely.
+
+        Args:
+            grid_size: (h, w), N = h * w.
+            keep_ratio: the budget.
+            scores: returns the scores (B, N) of the ranker; called where they decide.
+            seed: refine random cells instead.
+            keep_indices: (B, K) int64, the patches to encode finely instead of ranked ones.
+            check: read the values of ``keep_indices`` to check them.
+
+        Raises:
+            ValueError: The budget is too small, or ``keep_indices`` are not whole cells.
+        """
+        grid = CellGrid(grid_size, self.scales)
+        if keep_indices is None:
+            if keep_ratio == 1.0:
+                return None
+            refined, coarsest = grid.counts(keep_ratio)
+            if refined == grid.num_cells:
+                return None
+            return grid.layout(self._cell_scores(grid, scores(), seed), refined, coarsest)
+        cells = grid.refined_cells(keep_indices, check)
+        refined, coarsest = cells.shape[1], 0
+        if refined == grid.num_cells:
+            return None
+        chosen = torch.zeros(cells.shape[0], grid.num_cells, device=cells.device)
+        if grid.num_blocks:
+            chosen = self._cell_scores(grid, scores(), seed).float()
+            chosen = chosen - chosen.amax(dim=1, keepdim=True) - 1
+            coarsest = min(grid.counts(keep_ratio)[1], _free_blocks(cells, grid))
+        # the given cells come first, and no block with one of them stays coarsest
+        chosen = chosen.scatter(1, cells, 1e30)
+        return grid.layout(chosen, refined, coarsest)
+
+    def _cell_scores(self, grid: CellGrid, scores: Tensor, seed: Optional[int]) -> Tensor:
+        if seed is None:
+            return grid.cell_scores(scores)
+        return seeded_scores(scores.shape[0], grid.num_cells, seed, scores.device)
+
+    def run(
+        self,
+        model: Any,
+        call: Callable[..., Any],
+        images: Tensor,
+        layout: Optional[TokenLayout],
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model's backbone on images with the tokens of a layout; its output."""
+        backbone, adapter = model.backbone, model._adapter
+        slots = adapter.slots(backbone)
+        if layout is None:
+            return run_with_slots(slots, None, call, images, **kwargs)
+        padded = model._padded(images, *layout.grid_size)
+        mask = self._mask(layout, model.num_prefix_tokens, backbone.patch_embed)
+        if mask is not None:
+            kwargs["attn_mask"] = mask
+        with nullcontext() if mask is None else checkpointed(backbone):
+            return run_with_slots(
+                slots,
+                layout.indices[0],
+                call,
+                images,
+                coarse=lambda: coarse_tokens(backbone, padded, layout, model.patch_size),
+                **kwargs,
+            )
+
+    def _mask(self, layout: TokenLayout, prefix: int, embed: Any) -> Optional[Tensor]:
+        """(1, 1, 1, P + T), added to attention logits; None if nothing is to be added."""
+        counts = [index.shape[1] for index in layout.indices]
+        if not self.size_bias or sum(count > 0 for count in counts) < 2:
+            return None
+        weight = next(embed.parameters())
+        bias = 2 * self.size_bias * layout.scale.log()
+        return F.pad(bias, (prefix, 0)).to(weight.dtype).to(weight.device).view(1, 1, 1, -1)
+
+
+def _free_blocks(cells: Tensor, grid: CellGrid) -> int:
+    """The fewest blocks without a refined cell over the images; reads values."""
+    h, w = (side // 2 for side in grid.grid_size)
+    marked = torch.zeros(cells.shape[0], h * w, device=cells.device).scatter(1, cells, 1.0)
+    taken = F.max_pool2d(marked.view(-1, 1, h, w), 2).flatten(1).sum(dim=1)
+    return grid.num_blocks - int(taken.max()) if len(cells) else 0
+
+
+def check_given(
+    keep_indices: Tensor, images: Tensor, num_patches: int, values: bool
+) -> Sequence[int]:
+    """Check patches (B, K) that are given to be encoded finely; K may be 0. Returns their shape."""
+    if not isinstance(keep_indices, Tensor) or keep_indices.dim() != 2 or keep_indices.shape[1]:
+        check_keep_indices(keep_indices, images.shape[0], num_patches)
+    if keep_indices.device != images.device:
+        places = f"{keep_indices.device}, the images on {images.device}"
+        raise ValueError(f"keep_indices are on {places}: move them.")
+    if values:
+        validate_keep_indices(keep_indices, num_patches)
+    return keep_indices.shape

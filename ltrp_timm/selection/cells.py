@@ -1,0 +1,232 @@
+"""Two or three resolutions in one sequence: which cells of the patch grid are encoded finely.
+
+A cell is a square of 2 x 2 patches, a block one of 4 x 4. Each part of the image is covered by
+exactly one token: a patch of the image, a cell of the image at half size, or a block of the image
+at quarter size. Rows and columns that fill no cell keep their patches; cells that fill no block are
+at least cells. The number of tokens of each scale depends on the grid and the budget alone.
+"""
+
+from dataclasses import dataclass
+from typing import List, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltrp_timm.selection.rules import best_first, gather_patches, num_keep
+
+SCALES = ((1, 2), (1, 2, 4))
+COARSEST_SHARE = 0.5  # of the range that a budget leaves; measured on photos
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Scale and place of each token: patches first, then cells, then blocks.
+
+    Attributes:
+        grid_size: the patch grid (h, w).
+        scales: patches a token covers along each side, one entry for each of ``indices``.
+        indices: (B, K_s) int64, ascending: row-major places on the grid of each scale.
+    """
+
+    grid_size: Tuple[int, int]
+    scales: Tuple[int, ...]
+    indices: Tuple[Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """T: patch tokens of one image."""
+        return sum(each.shape[1] for each in self.indices)
+
+    @property
+    def scale(self) -> Tensor:
+        """(T,) int64: how many patches each token covers along a side, the same in all images."""
+        counts = [each.shape[1] for each in self.indices]
+        parts = [torch.full((count,), scale) for scale, count in zip(self.scales, counts)]
+        return torch.cat(parts).to(self.indices[0].device)
+
+    @property
+    def row(self) -> Tensor:
+        """(B, T) int64: the upper row of patches that each token covers."""
+        return self._places(0)
+
+    @property
+    def column(self) -> Tensor:
+        """(B, T) int64: the left column of patches that each token covers."""
+        return self._places(1)
+
+    def _places(self, axis: int) -> Tensor:
+        parts = []
+        for scale, index in zip(self.scales, self.indices):
+            width = self.grid_size[1] // scale
+            parts.append((index % width if axis else index // width) * scale)
+        return torch.cat(parts, dim=1)
+
+    def in_pyramid(self) -> Tensor:
+        """(B, T) int64: places in the concatenation of the grids of all scales, finest first."""
+        start, parts = 0, []
+        for scale, index in zip(self.scales, self.indices):
+            parts.append(index + start)
+            start += (self.grid_size[0] // scale) * (self.grid_size[1] // scale)
+        return torch.cat(parts, dim=1)
+
+    def token_of_patch(self) -> Tensor:
+        """(B, N) int64: the token that covers each patch."""
+        h, w = self.grid_size
+        owner = self.indices[0].new_zeros(self.indices[0].shape[0], h * w)
+        start = 0
+        for scale, index in zip(self.scales, self.indices):
+            tokens = torch.arange(start, start + index.shape[1], device=index.device)
+            tokens = tokens.repeat_interleave(scale * scale).expand(index.shape[0], -1)
+            owner = owner.scatter(1, patches_of(index, self.grid_size, scale), tokens)
+            start += index.shape[1]
+        return owner
+
+    def to_grid(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, T, D) -> (B, N, D): each token fills the patches that it covers."""
+        return gather_patches(tokens, self.token_of_patch())
+
+
+def patches_of(index: Tensor, grid_size: Tuple[int, int], scale: int) -> Tensor:
+    """Places (B, K) on the grid of a scale -> (B, K * scale²): the patches in them, place by place.
+
+    >>> patches_of(torch.tensor([[1]]), (4, 4), 2)
+    tensor([[2, 3, 6, 7]])
+    """
+    w = grid_size[1]
+    row, col = index // (w // scale) * scale, index % (w // scale) * scale
+    inside = torch.arange(scale * scale, device=index.device)
+    offsets = inside // scale * w + inside % scale
+    return ((row * w + col).unsqueeze(2) + offsets).flatten(1)
+
+
+def check_scales(scales: Tuple[int, ...]) -> Tuple[int, ...]:
+    """Return scales as a tuple, or raise ValueError if they are not in ``SCALES``."""
+    found = tuple(scales) if isinstance(scales, (list, tuple)) else scales
+    if found not in SCALES:
+        raise ValueError(f"scales must be (1, 2) or (1, 2, 4), got {scales!r}.")
+    return tuple(int(each) for each in found)
+
+
+@dataclass(frozen=True)
+class CellGrid:
+    """The cells of a patch grid, and how many of each scale a budget pays for.
+
+    Raises:
+        ValueError: The grid has no cell.
+    """
+
+    grid_size: Tuple[int, int]
+    scales: Tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if min(self.grid_size) < 2:
+            h, w = self.grid_size
+            raise ValueError(f"a grid of {h}x{w} patches is too small for cells of 2x2.")
+
+    @property
+    def num_cells(self) -> int:
+        """M: whole cells of 2 x 2 patches."""
+        return (self.grid_size[0] // 2) * (self.grid_size[1] // 2)
+
+    @property
+    def num_edge_patches(self) -> int:
+        """Patches of the last row or column of odd grids, which are in no cell."""
+        return self.grid_size[0] * self.grid_size[1] - 4 * self.num_cells
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks of 4 x 4 patches; 0 without that scale."""
+        return (self.grid_size[0] // 4) * (self.grid_size[1] // 4) if 4 in self.scales else 0
+
+    def counts(self, keep_ratio: float) -> Tuple[int, int]:
+        """How many cells are refined, and how many blocks stay coarsest, for a budget.
+
+        Raises:
+            ValueError: `keep_ratio` does not pay for the coarsest tokens.
+        """
+        n = self.grid_size[0] * self.grid_size[1]
+        budget, cells, blocks = num_keep(n, keep_ratio), self.num_cells, self.num_blocks
+        smallest = self.num_edge_patches + cells - 3 * blocks
+        if budget < smallest:
+            least, (h, w) = -(-10000 * smallest // n) / 10000, self.grid_size
+            raise ValueError(
+                f"keep_ratio {keep_ratio:g} is too small for a {h}x{w} grid with scales "
+                f"{self.scales}: its coarsest tokens are {smallest} of {n} patches; use at least "
+                f"{least:g}" + (" or scales=(1, 2, 4)." if 4 not in self.scales else ".")
+            )
+        coarsest = self.num_coarsest(budget) if blocks else 0
+        spare = budget - (smallest + 3 * (blocks - coarsest))
+        refined = min(spare // 3, cells - 4 * coarsest)
+        if refined == cells:
+            return cells, 0
+        return refined, coarsest
+
+    def num_coarsest(self, budget: int) -> int:
+        """How many blocks stay coarsest when ``budget`` patch tokens may be encoded.
+
+        Between the fewest that the budget allows and the most that leave it something to refine.
+        """
+        n = self.grid_size[0] * self.grid_size[1]
+        fewest = max(0, -((budget - self.num_edge_patches - self.num_cells) // 3))
+        most = max(fewest, min(self.num_blocks, (n - budget) // 15))
+        return fewest + int((most - fewest) * COARSEST_SHARE + 0.5)
+
+    def layout(self, cell_scores: Tensor, refined: int, coarsest: int = 0) -> TokenLayout:
+        """Scores (B, M) of cells, numbers of ``counts`` -> the layout: the best cells are refined.
+
+        The blocks with the lowest mean score stay coarsest. Ties go to the lower index.
+        """
+        h, w = self.grid_size
+        scores = torch.nan_to_num(cell_scores.float(), nan=-1e38, posinf=1e38, neginf=-1e38)
+        indices: List[Tensor] = []
+        if coarsest:
+            order = best_first(self._block_scores(scores))
+            blocks = order[:, order.shape[1] - coarsest :].sort(dim=1).values
+            inside = patches_of(blocks, (h // 2, w // 2), 2)
+            scores = scores.scatter(1, inside, -torch.inf)
+            indices = [blocks]
+        order = best_first(scores)
+        rest = order[:, refined : self.num_cells - 4 * coarsest].sort(dim=1).values
+        fine = self.fine_patches(order[:, :refined])
+        scales = self.scales[: 2 + len(indices)]
+        return TokenLayout(self.grid_size, scales, (fine, rest, *indices))
+
+    def _block_scores(self, cell_scores: Tensor) -> Tensor:
+        h, w = self.grid_size[0] // 2, self.grid_size[1] // 2
+        return F.avg_pool2d(cell_scores.view(-1, 1, h, w), 2).flatten(1)
+
+    def cell_scores(self, scores: Tensor) -> Tensor:
+        """Scores (B, N) of patches -> (B, M) of cells: the mean of the four."""
+        return F.avg_pool2d(scores.view(-1, 1, *self.grid_size), 2).flatten(1)
+
+    def fine_patches(self, cells: Tensor) -> Tensor:
+        """Refined cells (B, F) -> (B, 4 F + edge) int64, ascending: the patches encoded finely."""
+        h, w = self.grid_size
+        places = torch.arange(h * w, device=cells.device)
+        edge = places[(places // w >= h // 2 * 2) | (places % w >= w // 2 * 2)]
+        parts = [patches_of(cells, self.grid_size, 2), edge.expand(cells.shape[0], -1)]
+        return torch.cat(parts, dim=1).sort(dim=1).values
+
+    def refined_cells(self, keep_indices: Tensor, check: bool = True) -> Tensor:
+        """Patches (B, 4 F + edge) -> (B, F) int64: the cells that they fill.
+
+        Raises:
+            ValueError: The number of patches, or with ``check`` (reads values) their places, are
+                not those of whole cells and the edge of an odd grid.
+        """
+        count = keep_indices.shape[1] - self.num_edge_patches
+        wrong = (
+            "keep_indices must be whole cells of 2x2 patches"
+            + (", and all patches of the odd last row and column" if self.num_edge_patches else "")
+            + ", each patch once: model.keep_indices(images) returns such."
+        )
+        if count < 0 or count % 4:
+            raise ValueError(wrong)
+        h, w = self.grid_size
+        marked = keep_indices.new_zeros(keep_indices.shape[0], h * w).scatter(1, keep_indices, 1)
+        first = marked.view(-1, h, w)[:, : h // 2 * 2 : 2, : w // 2 * 2 : 2].flatten(1)
+        cells = best_first(first.float(), count // 4).sort(dim=1).values
+        if check and not torch.equal(self.fine_patches(cells), keep_indices.sort(dim=1).values):
+            raise ValueError(wrong)
+        return cells

@@ -1,0 +1,174 @@
+"""Coarse tokens beside patches, with the backbone's own embedding and positions.
+
+A coarse token is a patch of the image at half or quarter size. Where the backbone's positions
+depend on the size of the grid (tables, DINOv3's RoPE), it gets the position that the backbone gives
+that patch; other RoPEs count patches, and a coarse token gets the mean angle of the patches that it
+covers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import RotaryEmbeddingDinoV3, resample_abs_pos_embed
+from timm.models import checkpoint
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ltrp_timm._timm import ROTARY_EMBEDDINGS
+from ltrp_timm.selection.cells import TokenLayout
+from ltrp_timm.selection.rules import gather_patches
+from ltrp_timm.slots.base import TokenSlot, named_twins
+from ltrp_timm.slots.kept_embed import is_plain
+
+SCALES = (1, 2, 4)
+
+
+class Coarse(NamedTuple):
+    """What a slot adds to the refined patches.
+
+    Attributes:
+        tokens: (B, T - K, D) with positions.
+        places: (B, T) of all tokens, in the concatenation of the grids of all scales.
+    """
+
+    tokens: Tensor
+    places: Tensor
+
+
+class CoarseSlot(TokenSlot):
+    """Stands at ``patch_drop``: keeps the refined patches and appends the coarse tokens."""
+
+    coarse: Optional[Coarse] = None
+
+    def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """Tokens (B, P + N, D) -> (B, P + T, D), and their places in all grids (B, T)."""
+        x, keep = super().take(x)
+        if keep is None or self.coarse is None:
+            return x, keep
+        return torch.cat([x, self.coarse.tokens], dim=1), self.coarse.places
+
+
+class CoarseSlotWithIndices(CoarseSlot):
+    """Stands at ``patch_drop`` of an Eva, which gathers its rotary embedding by the places."""
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:  # type: ignore[override]
+        """Tokens (B, P + N, D) -> (B, P + T, D), and their places in all grids (B, T)."""
+        return self.take(x)
+
+
+class RopePyramid:
+    """A mixin for timm's rotary embeddings: those of all scales, one behind the other."""
+
+    keep_indices: Optional[Tensor]
+
+    def get_embed(self, shape: Optional[List[int]] = None, *args: Any, **kwargs: Any) -> Any:
+        """timm's embedding (…, N, 2d), or with cells and blocks appended: (…, N + M + Q, 2d)."""
+        host: Any = super()
+        rope = host.get_embed(shape, *args, **kwargs)
+        if self.keep_indices is None:
+            return rope
+        self.keep_indices = None
+        h, w = shape or self.feat_shape  # type: ignore[attr-defined]  # of the host
+        exact = isinstance(self, RotaryEmbeddingDinoV3) and not (self.training and self.aug_active)
+        parts = [rope]
+        for scale in SCALES[1:]:
+            if exact and h % scale == w % scale == 0:
+                coarse = host.get_embed([h // scale, w // scale], *args, **kwargs)
+                parts.append(coarse.to(rope.dtype))
+            else:
+                parts.append(mean_angle(rope, (h, w), scale))
+        return torch.cat(parts, dim=-2)
+
+
+TWINS = named_twins(RopePyramid, ROTARY_EMBEDDINGS, globals())
+
+
+def mean_angle(rope: Tensor, grid_size: Tuple[int, int], scale: int) -> Tensor:
+    """Sines and cosines (…, N, 2d) -> (…, M, 2d): of the mean angle in each square of patches.
+
+    Angles grow evenly over the grid, so that the mean is that of the four patches in the middle.
+    Exact while neighbouring patches differ by less than half a turn.
+    """
+    h, w = grid_size[0] // scale, grid_size[1] // scale
+    table = rope.unflatten(-2, grid_size)[..., : h * scale, : w * scale, :].float()
+    table = table.unflatten(-2, (w, scale)).unflatten(-4, (h, scale))
+    first, last = scale // 2 - 1, scale // 2 + 1
+    middle = table[..., first:last, :, first:last, :].mean(dim=(-4, -2))
+    sin, cos = middle.flatten(-3, -2).chunk(2, dim=-1)
+    length = (sin * sin + cos * cos).sqrt().clamp(min=1e-12)
+    return torch.cat([sin / length, cos / length], dim=-1).to(rope.dtype)
+
+
+def positions(backbone: Any, grid_size: Tuple[int, int], scale: int) -> Optional[Tensor]:
+    """The backbone's position table for the image at 1 / scale of its size, (1, M, D), or None."""
+    table = backbone.pos_embed
+    if table is None:
+        return None
+    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+    size, (h, w) = backbone.patch_embed.grid_size, (side // scale for side in grid_size)
+    if grid_size[0] % scale or grid_size[1] % scale:  # the part of the grid in whole squares
+        table = resample_abs_pos_embed(table, list(grid_size), size, num_prefix_tokens=prefix)
+        table = table[:, prefix:].unflatten(1, grid_size)
+        table = table[:, : h * scale, : w * scale].flatten(1, 2)
+        size, prefix = [h * scale, w * scale], 0
+    return resample_abs_pos_embed(table, [h, w], size, num_prefix_tokens=prefix)[:, prefix:]
+
+
+def coarse_tokens(
+    backbone: Any, images: Tensor, layout: TokenLayout, patch_size: Tuple[int, int]
+) -> Coarse:
+    """Tokens of cells, then of blocks, of images (B, C, H, W) that are padded to the grid."""
+    tokens = []
+    for scale, index in zip(layout.scales[1:], layout.indices[1:]):
+        h, w = (side // scale * scale for side in layout.grid_size)
+        small = F.avg_pool2d(images[..., : h * patch_size[0], : w * patch_size[1]], scale)
+        rows = _embed(backbone.patch_embed, small, index)
+        table = positions(backbone, layout.grid_size, scale)
+        tokens.append(rows if table is None else rows + table[0][index])
+    return Coarse(backbone.pos_drop(torch.cat(tokens, dim=1)), layout.in_pyramid())
+
+
+def _embed(embed: Any, images: Tensor, index: Tensor) -> Tensor:
+    """Embed the patches (B, K) of images of any size -> (B, K, D)."""
+    kept = "keep_indices" in embed.__dict__ and is_plain(embed.proj)
+    strict = not kept and getattr(embed, "strict_img_size", False)
+    try:
+        if kept:
+            embed.keep_indices = index
+        if strict:
+            embed.strict_img_size = False
+        tokens = embed(images)
+    finally:
+        if kept:
+            embed.keep_indices = None
+        if strict:
+            embed.strict_img_size = True
+    return gather_patches(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, index)
+
+
+@contextmanager
+def checkpointed(backbone: Any) -> Iterator[None]:
+    """Checkpoint blocks that get a mask, which timm's VisionTransformer does not do itself."""
+    blocks = backbone.blocks
+    if isinstance(backbone, VisionTransformer) and backbone.grad_checkpointing:
+        backbone.blocks = nn.Sequential(*(_Checkpointed(block) for block in blocks))
+    try:
+        yield
+    finally:
+        backbone.blocks = blocks
+
+
+class _Checkpointed(nn.Module):
+    """Recomputes a block in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Tokens (B, L, D) -> (B, L, D)."""
+        out: Tensor = checkpoint(self.block, x, **kwargs)
+        return out
