@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from tables import environment_line, markdown_table, runs_line
+from studies.fairness.compared import labels_of
+from tables import markdown_table
 
 Row = Mapping[str, str]
 Cell = Callable[[Row], str]
@@ -12,18 +13,18 @@ STUDIES = "benchmarks/studies"
 
 
 class Section(NamedTuple):
-    """One benchmark's part of the README.
+    """A table of a benchmark, with its caption, pictures and links.
 
     Args:
         marker: its name in the comments around it.
-        file: name of CSV, PNG, Markdown and script.
-        says: what the figures of the table are.
+        file: name of CSV, Markdown and script.
+        says: what the figures are, in a sentence without its full stop.
         line: row -> columns in front, by name; rows with equal ones share a line.
         column: row -> heading of its figure.
         cell: row -> its figure as text.
         keep: which rows are shown.
-        how: what all figures are, unless runs were pooled.
-        pictures: what further pictures show, by the names of their files.
+        how: what kind of figures they are; by default medians of timed rounds.
+        pictures: what pictures show, by the names of their files.
         folder: of the script.
     """
 
@@ -34,28 +35,41 @@ class Section(NamedTuple):
     column: Cell
     cell: Cell
     keep: Callable[[Row], bool] = lambda row: True
-    how: str = "medians of interleaved rounds in one process"
+    how: str = ""
     pictures: Mapping[str, str] = MappingProxyType({})
     folder: str = "benchmarks"
 
-    def text(self, rows: Sequence[Row]) -> str:
-        """What was measured, table, picture and links, as Markdown."""
-        path = f"benchmarks/results/{self.file}"
-        links = f"All rows, with spread: [CSV]({path}.csv), [table and goals]({path}.md); measured "
+    def text(self, rows: Sequence[Row], top: str = "../../") -> str:
+        """Table, caption, pictures and links, as Markdown; ``top`` leads to the repository."""
+        path = f"{top}benchmarks/results/{self.file}"
+        shown = [row for row in rows if self.keep(row)]
         parts = [
-            f"{self.says} ({_where(rows[0])}; {runs_line(rows) or self.how}).",
-            pivot([row for row in rows if self.keep(row)], self),
-            f"![{self.says.split('. ')[0]}]({path}.png)",
-            *[f"![{text}](benchmarks/results/{name}.png)" for name, text in self.pictures.items()],
-            f"{links}by `python {self.folder}/{self.file}.py`.",
+            pivot(shown, self),
+            f"{self.says}. {self.how or rounds_of(shown)} {machine_of(rows[0])}.",
+            *[
+                f"![{alt}]({top}benchmarks/results/{name}.png)"
+                for name, alt in self.pictures.items()
+            ],
+            f"[All figures]({path}.csv) · [full table]({path}.md) · "
+            f"repeat it: `python {self.folder}/{self.file}.py`",
         ]
         return "\n\n".join(parts)
 
 
-def _where(row: Row) -> str:
-    if "depth" in row:
-        return environment_line(row)
-    return f"{row['machine']}, {row['threads']} thread, {row['dtype']}; torch {row['torch']}"
+def machine_of(row: Row) -> str:
+    """Processor, threads, type of numbers and versions of a row."""
+    threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    versions = ", ".join(f"{name} {row[name].partition('+')[0]}" for name in ("torch", "timm"))
+    return f"{row['machine']}, {threads}, {row['dtype']}; {versions}"
+
+
+def rounds_of(rows: Sequence[Row]) -> str:
+    """How many timed rounds are behind the figures, as a sentence."""
+    rounds = sorted({int(row["rounds"]) for row in rows})
+    runs = max(int(row.get("runs") or 1) for row in rows)
+    number = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    separate = f" in {runs} runs" if runs > 1 else ""
+    return f"Median over {number} interleaved rounds{separate}."
 
 
 def pivot(rows: Sequence[Row], section: Section) -> str:
@@ -80,19 +94,21 @@ def _milliseconds(row: Row) -> str:
     return f"{1e3 * float(row['seconds_median']):.0f} ms"
 
 
-def _speed_cell(row: Row) -> str:
-    if row["method"] == "full":
-        return _milliseconds(row)
-    speed = f"{float(row['speedup']):.2f}×"
-    return speed if row["method"] == "ideal" else f"{speed} ({float(row['achieved']):.2f})"
+def _times(name: str) -> Cell:
+    """The speed-up in a column as text."""
+    return lambda row: f"{float(row[name]):.2f}×"
+
+
+def _time_or_speedup(row: Row) -> str:
+    return _milliseconds(row) if row["method"] == "full" else _times("speedup")(row)
 
 
 def _model(row: Row) -> dict[str, str]:
-    return {"model": f"`{row['model']}`", "batch": row["batch"]}
+    return {"Model": f"`{row['model']}`", "Batch": row["batch"]}
 
 
-def _where_model(row: Row) -> str:
-    return f"`{row['model']}` batch {row['batch']}"
+def _model_and_batch(row: Row) -> str:
+    return f"`{row['model']}`, batch {row['batch']}"
 
 
 def images_of(row: Row) -> str:
@@ -116,185 +132,359 @@ def number(name: str) -> Cell:
     return lambda row: two_digits(row[name])
 
 
-def _method(*plain: str) -> Cell:
-    """The method, as code unless it is one of these."""
-    return lambda row: row["method"] if row["method"] in plain else f"`{row['method']}`"
+def with_interval(row: Row) -> str:
+    """A value and its interval as text."""
+    digits = 3 if row["measure"].endswith("error") else 2
+    value, low, high = (f"{float(row[f'value{end}']):.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
 
 
-def _seen_and_unseen(row: Row) -> str:
-    recall = f"{two_digits(row['recall_seen'])} / {two_digits(row['recall_unseen'])}"
-    return f"{recall}, {two_digits(row['map_seen'])} / {two_digits(row['map_unseen'])}"
+def percent(share: str) -> str:
+    """A share as text."""
+    return f"{100 * float(share):.0f} %"
+
+
+METHODS = {
+    "full": "Full model",
+    "ideal": "Patches given",
+    "given": "Patches given",
+    "cached": "Scores from a cache",
+    "fixed": "Same K for all images",
+    "mass": "Share of the score mass",
+    "threshold": "Threshold",
+    "merging": "token merging",
+    "merging_proportional_fused": "token merging, fused attention",
+    "fusing": "token fusing",
+    "full mean": "trained, mean change",
+    "full max": "trained, largest change",
+    "decoder mean": "trained, `decoder` removal",
+    "learned": "`conv`, packaged weights",
+    "gate": "`conv`, learned through the gate",
+    "ink": "the true pixels",
+    "teacher": "the teacher",
+    "cam, blurred": "`cam`, blurred",
+    "smaller image": "smaller image",
+    "token merging": "token merging",
+    "the objects' masks": "the objects' true masks",
+}
+
+
+def method_of(row: Row) -> str:
+    """The name of a method for readers; a ranker's is code."""
+    return METHODS.get(row["method"], f"`{row['method']}`")
+
+
+MEASURES = {
+    "linear": "Accuracy, one object",
+    "neighbours": "Accuracy, 5 neighbours",
+    "retrieval": "Retrieval",
+    "precision": "Average precision, several objects",
+    "recall": "Object area kept",
+    "AUC single": "Objects pasted on photos",
+    "AUC photos": "Photos with boxes",
+    "token error": "Distance of the pooled feature",
+    "map error": "Distance of the feature map",
+}
+
+
+def _measure(row: Row) -> str:
+    return MEASURES[row["measure"]]
+
+
+def setting_of(row: Row) -> str:
+    """A method and its setting for readers."""
+    if row["method"] == "full":
+        return METHODS["full"]
+    if row["setting"].startswith("keep"):
+        return f"{method_of(row)}, {row['setting']}"
+    return f"{METHODS[row['method']].capitalize()}, {row['setting'].replace(' = ', '=')}"
+
+
+def _at_equal_time(row: Row) -> dict[str, str]:
+    speed, _, settings = row["setting"].removeprefix("at ").partition(" x: ")
+    rival = row["method"].split(" − ")[1]
+    ours, theirs = settings.split(", ")
+    return {"Speed-up": f"{speed}×", "`border`": ours, "Rival": f"{rival}, {theirs}"}
+
+
+_INTERVALS = "Values with 95 % intervals over objects or photos."
+_HALF = ("keep 0.5", "154 px", "r = 23")
+_AT_TWICE_THE_SPEED = {
+    size: [
+        *[(method, "keep 0.5") for method in ("border", "random")],
+        *[("smaller image", pixels), ("token merging", merges)],
+    ]
+    for size, pixels, merges in (("224", "154 px", "r = 23"), ("448", "322 px", "r = 93"))
+}
 
 
 SECTIONS = [
     Section(
         "speed",
         "speed_vs_keep_ratio",
-        "Speed-up over the plain model, ranking included. *Ideal* is the same encoder given the "
-        "same number of patches for nothing; in brackets the share of it that is reached",
-        lambda row: {**_model(row), "keep": row["keep_ratio"]},
-        _method("full", "ideal"),
-        _speed_cell,
-        lambda row: row["keep_ratio"] in ("0.5", "0.25") and row["batch"] in ("1", "8"),
+        "Time of the full model, and speed-up over it with the ranking included",
+        _model,
+        lambda row: (
+            METHODS["full"]
+            if row["method"] == "full"
+            else f"{method_of(row)}, keep {row['keep_ratio']}"
+        ),
+        _time_or_speedup,
+        lambda row: (
+            (
+                row["keep_ratio"] == "0.5"
+                or (row["keep_ratio"] == "0.25" and row["method"] != "full")
+            )
+            and row["batch"] in ("1", "8")
+            and row["method"] != "ideal"
+        ),
+        pictures={"speed_vs_keep_ratio": "Speed-up over the full model by keep ratio"},
     ),
     Section(
         "compile",
         "compile_and_export",
-        "Speed-up over the plain eager model when compiled (on a CPU with frozen weights), by "
-        "torch.compile or ahead of time by AOTInductor, or run by ONNX Runtime",
-        lambda row: {**_model(row), "keep": row["keep_ratio"], "form": row["form"]},
-        _method("full"),
-        lambda row: f"{float(row['speedup_over_eager']):.2f}×",
+        "Speed-up over the full model in eager mode, at keep ratio 0.5",
+        lambda row: {**_model(row), "Form": row["form"]},
+        method_of,
+        _times("speedup_over_eager"),
+        pictures={"compile_and_export": "Speed-up of compiled and exported forms"},
     ),
     Section(
         "resolution",
         "resolution",
-        "Speed-up over the plain model at larger images, in brackets the ranker's share of the "
-        "plain model's time. `@224` ranks the image at 224 px and encodes it at full size",
-        lambda row: {**_model(row), "px": row["img_size"]},
-        _method("full", "ideal"),
-        lambda row: (
-            _milliseconds(row)
-            if row["method"] == "full"
-            else f"{float(row['speedup']):.2f}×"
-            + (f" ({float(row['ranker_share']):.2%})" if row["method"] != "ideal" else "")
-        ),
+        "Time of the full model, and speed-up over it at keep ratio 0.5 with the ranking included; "
+        "`@224` ranks a version of 224 px",
+        lambda row: {"Model": f"`{row['model']}`", "Image": f"{row['img_size']} px"},
+        method_of,
+        _time_or_speedup,
+        pictures={"resolution": "Speed-up by image size"},
     ),
     Section(
         "peers",
         "peers",
-        "Speed-up over the plain model, in brackets the method's time ÷ that of dropping patches. "
-        "Merging and fusing are written from their papers and set to equal FLOPs, or to an equal "
-        "number of tokens after the last block",
-        lambda row: {"model": f"`{row['model']}`", "method": row["method"].replace("_", " ")},
-        lambda row: f"batch {row['batch']}, keep {row['keep_ratio']}, equal {row['matched']}",
+        "Speed-up over the full model; in brackets the time divided by that of dropping patches",
+        lambda row: {"Method": method_of(row)},
+        lambda row: f"Batch {row['batch']}, equal {row['matched'].replace('flops', 'FLOPs')}",
         lambda row: f"{float(row['speedup']):.2f}× ({float(row['gain']):.2f})",
+        lambda row: row["method"] not in ("conv", "random", "merging_plain_fused"),
+        pictures={"peers": "Speed-up of dropping, merging and fusing for equal work"},
     ),
     Section(
         "parts",
         "where_does_time_go",
-        "Each part's share of the plain model's time",
-        lambda row: {"part": row["part"], "": row["method"]},
-        _where_model,
-        lambda row: f"{float(row['share']):.2%}",
+        "Share of the full model's time",
+        lambda row: {"Part": row["part"], "Method": row["method"]},
+        lambda row: f"`{row['model']}`",
+        lambda row: f"{float(row['share']):.1%}",
+        lambda row: (
+            row["batch"] == "1"
+            and (row["part"] in ("ranker", "embed", "gather", "blocks") or row["method"] == "mixed")
+        ),
+        pictures={"where_does_time_go": "Time of each part of a forward pass"},
     ),
     Section(
         "break-even",
         "break_even",
-        "The largest keep ratio up to which a ranker pays for itself; 0.95 is the largest measured",
-        lambda row: {"ranker": f"`{row['method']}`"},
-        _where_model,
+        "Largest keep ratio at which the ranker still saves time (0.95 is the largest measured)",
+        lambda row: {"Ranker": f"`{row['method']}`"},
+        _model_and_batch,
         lambda row: f"{float(row['break_even']):.2f}" if float(row["break_even"]) else "never",
+        pictures={"break_even": "Speed-up by keep ratio for each ranker"},
     ),
     Section(
         "index-cache",
         "index_cache",
-        "Time of a step with patches given for nothing, and the times of others as multiples of "
-        "it; `cached` reads the orders of `vit_small` from an index cache",
-        lambda row: {"step": row["step"], "keep": row["keep_ratio"]},
-        _method("full", "given"),
+        "Time of a step with given patches, and the other times divided by it, at keep ratio 0.5",
+        lambda row: {"Step": row["step"]},
+        method_of,
         lambda row: (
-            _milliseconds(row) if row["method"] == "given" else f"{float(row['over_given']):.2f}×"
+            _milliseconds(row) if row["method"] == "given" else f"{float(row['over_given']):.2f}"
         ),
+        pictures={"index_cache": "Time of a step by the origin of the scores"},
     ),
     Section(
         "memory",
         "memory",
-        "Peak memory of one forward beside weights and images, in brackets ÷ the plain model's",
-        lambda row: {**_model(row), "keep": row["keep_ratio"]},
-        lambda row: row["method"],
-        lambda row: f"{float(row['peak_mib']):.0f} MiB ({float(row['peak_ratio']):.2f})",
+        "Peak memory of a forward pass beyond weights and images, at keep ratio 0.5",
+        _model,
+        method_of,
+        lambda row: f"{float(row['peak_mib']):.0f} MiB",
+        lambda row: row["keep_ratio"] == "0.5",
+        pictures={"memory": "Peak memory by keep ratio"},
     ),
     Section(
         "training",
         "training_speed",
-        "Training steps: speed-up over those of the plain model, ranking included. *Ideal* is "
-        "given its patches for nothing",
+        "Training steps: images/s of the full model, and speed-up over it",
         _model,
         lambda row: (
-            "full" if row["method"] == "full" else f"{row['method']}, keep {row['keep_ratio']}"
+            METHODS["full"]
+            if row["method"] == "full"
+            else f"{method_of(row)}, keep {row['keep_ratio']}"
         ),
         lambda row: (
             f"{float(row['images_per_second']):.1f} images/s"
             if row["method"] == "full"
-            else f"{float(row['speedup']):.2f}×"
+            else _times("speedup")(row)
         ),
+        pictures={"training_speed": "Speed-up of training steps"},
     ),
     Section(
         "adaptive",
         "adaptive_budget",
-        "Share of object pixels in kept patches where a threshold or a share of the score mass "
-        "chooses K for each image, and where all images keep the same K; in brackets the time ÷ "
-        "that of the fixed budget",
-        lambda row: {
-            "ranker": f"`{row['ranker']}`",
-            "batch": row["batch"],
-            "mean keep": row["keep_ratio"],
-        },
-        lambda row: row["method"],
-        lambda row: f"{float(row['kept_ink']):.3f} ({float(row['time_ratio']):.2f})",
+        "Share of object pixels kept; in brackets the time divided by that of a fixed budget. "
+        "Images keep 30 % of their patches on average",
+        lambda row: {"Ranker": f"`{row['ranker']}`", "Batch": row["batch"]},
+        method_of,
+        lambda row: f"{float(row['kept_ink']):.2f} ({float(row['time_ratio']):.2f})",
+        lambda row: row["keep_ratio"] == "0.3",
+        pictures={"adaptive_budget": "Object pixels kept and time, by budget"},
+    ),
+    Section(
+        "quality",
+        "quality",
+        "Images of 224 px",
+        lambda row: {"Model": setting_of(row)},
+        _measure,
+        with_interval,
+        lambda row: (
+            row["img_size"] == "224"
+            and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
+            and (row["method"] == "full" or row["setting"] in _HALF)
+            and row["method"] not in ("pixel_std", "centre")
+        ),
+        how=_INTERVALS,
+        pictures={"quality": "Accuracy, and distance to the full model, against speed-up"},
+        folder=STUDIES,
+    ),
+    Section(
+        "equal-time",
+        "quality",
+        "`border` minus its rival, each at its best setting of that speed; positive: `border` wins",
+        _at_equal_time,
+        _measure,
+        with_interval,
+        lambda row: (
+            row["method"].startswith("border − ") and row["measure"] in ("linear", "precision")
+        ),
+        how=_INTERVALS,
+        folder=STUDIES,
+    ),
+    Section(
+        "closeness",
+        "quality",
+        "1 − cosine to the full model on whole photos; lower is closer",
+        lambda row: {"Image": f"{row['img_size']} px", "Model": setting_of(row)},
+        _measure,
+        with_interval,
+        lambda row: (
+            row["measure"] in ("token error", "map error")
+            and (row["method"], row["setting"]) in _AT_TWICE_THE_SPEED[row["img_size"]]
+        ),
+        how=_INTERVALS,
+        folder=STUDIES,
+    ),
+    Section(
+        "objects",
+        "quality",
+        "Chance that a patch of an object outranks a patch without one (0.5: random)",
+        lambda row: {"Ranker": method_of(row)},
+        _measure,
+        with_interval,
+        lambda row: row["img_size"] == "224" and row["measure"].startswith("AUC"),
+        how=_INTERVALS,
+        folder=STUDIES,
     ),
     Section(
         "learning",
         "learning",
-        "A ranker trained by a small MAE without labels, and scores without weights. Mean "
-        "Spearman correlation with the teacher's mean rank, and object AUC",
-        lambda row: {"images": images_of(row), "score": score_of(row)},
-        lambda row: f"seed {row['seed']}, {row['aggregate']} of the change",
+        "Rank correlation with the teacher's mean rank / chance that a patch with ink outranks one "
+        "without",
+        lambda row: {"Score": score_of(row)},
+        lambda row: images_of(row).capitalize(),
         lambda row: f"{two_digits(row['map_spearman'])} / {two_digits(row['object_auc'])}",
-        how="means over held-out images; at 224 px there is no teacher",
-        pictures={"learning_maps": "Score maps of held-out images, and what is kept"},
+        lambda row: row["px"] == "128" and row["method"] not in ("gradient", "colour", "centre"),
+        how="Means over held-out images, one seed.",
+        pictures={
+            "learning": "Rank correlation and object AUC by score",
+            "learning_maps": "Score maps of held-out images, and what is kept",
+        },
+        folder=STUDIES,
+    ),
+    Section(
+        "finetune-digits",
+        "finetune_digits",
+        "Top-1 accuracy of a small ViT after fine-tuning",
+        lambda row: {"Patches chosen by": method_of(row)},
+        lambda row: f"Keep {float(row['keep_ratio']):g}",
+        lambda row: percent(row["top1"]),
+        how="1000 held-out images, one seed.",
+        pictures={"finetune_digits": "Top-1 accuracy by keep ratio"},
         folder=STUDIES,
     ),
     Section(
         "fairness",
         "fairness",
-        "Digits whose labels a selector saw (seen) and others (unseen): share of their ink in kept "
-        "patches, seen / unseen, then mAP of one classifier that gets only the kept patches, seen "
-        "/ unseen. Selectors without labels are compared on the same two halves of the digits",
-        lambda row: {"selector": f"`{row['method']}`", "seen digits": row["seen"]},
-        lambda row: f"keep {float(row['keep_ratio']):g}",
-        _seen_and_unseen,
-        lambda row: (row["seed"], row["images"]) == ("all", "clutter") and row["seen"] != "both",
-        how="means over seeds",
-        pictures={"fairness_scenes": "What selectors keep of new scenes at keep ratio 0.25"},
+        "Share of the digits' pixels in kept patches, and average precision of a classifier that "
+        "sees the kept patches only, at keep ratio 0.25",
+        lambda row: {
+            "Patches chosen by": method_of(row),
+            "Labels used": labels_of(row["method"]),
+            "Pixels kept, labelled digits": two_digits(row["recall_seen"]),
+            "Other digits": two_digits(row["recall_unseen"]),
+            "Precision, labelled digits": two_digits(row["map_seen"]),
+        },
+        lambda row: "Others",
+        number("map_unseen"),
+        lambda row: (
+            (row["seed"], row["images"], row["seen"], row["keep_ratio"])
+            == ("all", "clutter", "both", "0.25")
+            and row["method"] not in ("centre", "gradient", "colour", "decoder max", "grad_cam")
+        ),
+        how="Means over three seeds and over both halves of the digits.",
+        pictures={
+            "fairness": "Share of pixels kept of labelled and of other digits",
+            "fairness_scenes": "What is kept of new scenes at keep ratio 0.25",
+        },
         folder=STUDIES,
     ),
     Section(
         "fairness-ablations",
         "fairness_ablations",
-        "Rankers trained without labels, each with the change to `base` that its name says: share "
-        "of kept patches with ink, rank correlation of score and ink among these patches, share of "
-        "all ink that is kept, and mAP of the classifier, in brackets its difference to `contrast`",
+        "Rankers trained without labels, at keep ratio 0.25",
         lambda row: {
-            "axis": row["axis"],
-            "variant": row["method"],
-            "patches with ink": two_digits(row["found"]),
-            "order by ink": two_digits(row["ink_order"]),
-            "ink kept": two_digits(row["recall"]),
+            "Ranker": row["method"],
+            "Kept patches with ink": two_digits(row["found"]),
+            "Order by ink": two_digits(row["ink_order"]),
+            "Pixels kept": two_digits(row["recall"]),
+            "Precision": two_digits(row["map"]),
         },
-        lambda row: "mAP (− contrast's)",
-        lambda row: f"{two_digits(row['map'])} ({float(row['above_contrast']):+.3f})",
-        lambda row: row["seed"] == "all",
-        how="means over seeds, at keep ratio 0.25",
+        lambda row: "Above `contrast`",
+        lambda row: f"{float(row['above_contrast']):+.3f}",
+        lambda row: (
+            row["seed"] == "all"
+            and row["axis"] in ("base", "more", "max and", "distilled", "no weights")
+        ),
+        how="Means over seeds.",
+        pictures={"fairness_ablations": "Average precision of each ranker"},
         folder=STUDIES,
     ),
     Section(
         "agreement",
         "agreement",
-        "A second run of the benchmarks on the same machine: the number of figures with "
-        "overlapping ranges, the share expected by chance if nothing differed, and the difference "
-        "of the medians",
+        "Two runs on the same machine: figures with overlapping ranges, and the share that chance "
+        "alone would give",
         lambda row: {
-            "benchmark": row["file"],
-            "figure": row["figure"].replace("_", " "),
-            "overlap": f"{row['overlap']} of {row['compared']}",
-            "left out": row["left_out"],
-            "by chance": f"{float(row['by_chance']):.0%}",
-            "largest difference": f"{float(row['largest_difference']):.1%}",
+            "Benchmark": row["file"].replace("_", " "),
+            "Figure": row["figure"].replace("_", " "),
+            "Overlap": f"{row['overlap']} of {row['compared']}",
+            "By chance": f"{float(row['by_chance']):.0%}",
+            "Largest difference": f"{float(row['largest_difference']):.1%}",
         },
-        lambda row: "median difference",
+        lambda row: "Median difference",
         lambda row: f"{float(row['median_difference']):.1%}",
-        how="ranges as each benchmark prints them",
+        lambda row: row["figure"] in ("speedup", "peak_mib", "time_ratio", "all"),
+        how="Ranges as each benchmark prints them.",
+        pictures={"agreement": "Differences between two runs"},
     ),
 ]

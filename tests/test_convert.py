@@ -298,8 +298,8 @@ def test_on_the_command_line(
     assert script.main(["tuned.pth", "-o", "model", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.err == "ltrp-timm: model exists already: choose a new folder.\n"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^python scripts/convert_ltrp.py (.+)$", readme, re.M)
+    guide = (ROOT / "docs" / "guides" / "weights.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^python scripts/convert_ltrp.py (.+)$", guide, re.M)
     arguments = shlex.split(line, comments=True)
     assert script.main(arguments) == 2  # only the file is missing
     assert capsys.readouterr().err == f"ltrp-timm: {arguments[0]} does not exist.\n"

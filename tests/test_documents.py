@@ -1,10 +1,11 @@
-"""README blocks, docstring examples and every example really run."""
+"""Blocks and commands of the documents, docstring examples and every example really run."""
 
 import doctest
 import importlib
 import pkgutil
 import re
 import runpy
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,10 +15,39 @@ import pytest
 import torch
 
 import ltrp_timm
+from ltrp_timm.commands import _make_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
+}
+BLOCKS = [
+    pytest.param(block, id=f"{name}-{number}")
+    for name, text in DOCUMENTS.items()
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.S), start=1)
+]
+# the Hub is not there for tests: the same lines with random weights
+OFFLINE = {"pretrained=True": "pretrained=False"}
+# the same lines with smaller models and batches
+QUICK = {"vit_base": "vit_tiny", "(8, 3": "(2, 3"}
+COMMANDS = [
+    pytest.param(line, id=f"{name}-{number}")
+    for name, text in DOCUMENTS.items()
+    for number, line in enumerate(
+        re.findall(
+            r"^(?:ltrp-timm|torchrun [^\n]*-m ltrp_timm) ((?:.*\\\n)*.*)$",
+            "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)),
+            re.M,
+        ),
+        start=1,
+    )
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LONGER = {"segmentation_linear_probe.py": 100}  # it draws scenes and masks of its own
 
@@ -42,29 +72,61 @@ def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_readme_block(index: int) -> None:
-    # the Hub is not there for tests: the same lines with random weights
-    source = BLOCKS[index].replace("pretrained=True", "pretrained=False")
+def run_block(source: str, changes: dict[str, str]) -> None:
+    for old, new in changes.items():
+        source = source.replace(old, new)
     names = {"__name__": "__main__", "torch": torch, "images": torch.randn(2, 3, 224, 224)}
-    exec(compile(source, f"README block {index}", "exec"), names)  # noqa: S102
+    exec(compile(source, "block", "exec"), names)  # noqa: S102
 
 
-def test_readme_has_blocks_and_the_two_commands() -> None:
-    assert len(BLOCKS) >= 3
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block(block: str) -> None:
+    run_block(block, {**OFFLINE, **QUICK})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_as_it_is(block: str) -> None:
+    run_block(block, OFFLINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str) -> None:
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    assert _make_parser().parse_args(words).command == words[0]
+
+
+def test_readme_is_one_page_with_the_two_commands() -> None:
+    assert len(README.splitlines()) <= 200
+    assert len(README.encode()) <= 12 * 1024
+    assert "```python" in README
     assert "pip install '.[demo]' && ltrp-timm demo" in README
     assert "pip install '.[test]' && pytest" in README
 
 
-def test_readme_names_everything_public() -> None:
+def test_the_reference_names_everything_public() -> None:
+    reference = DOCUMENTS["docs/reference/index.md"]
     for name in (*ltrp_timm.list_rankers(), *ltrp_timm.__all__):
-        assert f"`{name}" in README or f"{name}(" in README, name
+        assert f"`{name}`" in reference, name
 
 
-def test_readme_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+def headings(text: str) -> set[str]:
+    """Anchors that GitHub and the site make of a page's headings."""
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.+)$", plain, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", DOCUMENTS[name]):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name} links to {target}"
+        if anchor and not anchor.startswith("ltrp_timm."):  # those are made of docstrings
+            assert anchor in headings(file.read_text(encoding="utf-8")), f"{name}: {target}"
 
 
 def test_docstring_examples() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from train_setup import make_photos
 
 from ltrp_timm import drop_patches, save_pretrained
-from ltrp_timm.commands import _make_parser, main
+from ltrp_timm.commands import main
 from ltrp_timm.commands._console import check_folder
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.measure import evaluate as measure
@@ -480,12 +480,3 @@ def test_help_in_timms_words(capsys: pytest.CaptureFixture[str]) -> None:
     out = "".join(capsys.readouterr().out.split())
     for word in ("--keep-ratio", "--index-cache", "--class-map", "hfds/", "local-dir:", "torchrun"):
         assert word in out
-
-
-def test_the_readme_lines_are_understood() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^ltrp-timm (?:evaluate|rank) [^#\n]*", readme, re.M)
-    assert len(lines) == 7
-    for line in lines:
-        arguments = _make_parser().parse_args(line.split()[1:])
-        assert arguments.command == line.split()[1]

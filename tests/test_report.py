@@ -1,4 +1,4 @@
-"""README's and BENCHMARKS' tables are those of the CSV files."""
+"""The tables of the documents are those of the CSV files."""
 
 import shutil
 import sys
@@ -6,62 +6,82 @@ from pathlib import Path
 
 import pytest
 import tables
-from benchmark_setup import BENCHMARKS, RESULTS, SCRIPTS, TRAINED, load
+from benchmark_setup import BENCHMARKS, RESULTS, load
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The committed CSV of every benchmark; those of new runs are in ``test_smoke``."""
-    for name in (*SCRIPTS, *TRAINED):
-        shutil.copy(RESULTS / f"{name}.csv", tmp_path)
+    """The committed CSVs; those of new runs are in ``test_smoke``."""
+    for path in RESULTS.glob("*.csv"):
+        shutil.copy(path, tmp_path)
     return tmp_path
 
 
-def test_the_report_has_a_section_for_every_csv(results: Path) -> None:
+def test_a_page_gets_its_sections(results: Path) -> None:
     module = load("report")
-    assert {section.file for section in module.SECTIONS} == {*SCRIPTS, *TRAINED}
-    start, end = module.ends(module.SECTIONS[0].marker)
-    plain = f"# Title\n\n{start}\noutdated\n{end}\n\n## Next\n"
-    text = module.with_sections(plain, results, module.SECTIONS)
-    assert module.with_sections(text, results, module.SECTIONS) == text  # written once
+    markers = list(module.texts(results))
+    plain = "\n".join(f"{a}\noutdated\n{b}\n" for a, b in map(module.ends, markers))
+    page, other = Path("page.md"), Path("other.md")
+    pages = module.written({page: f"# Title\n\n{plain}\n## Next\n", other: "Text\n"}, results)
+    text = pages[page]
+    assert module.written(pages, results) == pages  # written once
+    assert pages[other] == "Text\n"
     assert text.startswith("# Title\n")
     assert text.endswith("\n\n## Next\n")
     assert "outdated" not in text
     for section in module.SECTIONS:
-        assert [text.count(marker) for marker in module.ends(section.marker)] == [1, 1]
         assert f"`python {section.folder}/{section.file}.py`" in text
         assert (BENCHMARKS.parent / section.folder / f"{section.file}.py").is_file()
     speed = tables.read_csv(results / "speed_vs_keep_ratio.csv")
     half = [row for row in speed if row["keep_ratio"] == "0.5"]
     conv = next(row for row in half if row["method"] == "conv")
-    cell = f"{float(conv['speedup']):.2f}× ({float(conv['achieved']):.2f})"
     line = next(line for line in text.splitlines() if line.startswith("| `vit_tiny"))
-    assert line.endswith(f" {cell} |")
+    assert f" {float(conv['speedup']):.2f}× |" in line
     # a figure that changes is seen
     half[0]["seconds_median"] = "9.0"
     tables.write_csv(speed, results / "speed_vs_keep_ratio.csv")
-    assert "| 9000 ms |" in module.with_sections(text, results, module.SECTIONS)
+    assert "| 9000 ms |" in module.written(pages, results)[page]
     assert "| 9000 ms |" not in text
+
+
+def test_the_first_table_is_of_the_quality_study(results: Path) -> None:
+    module = load("report")
+    rows = tables.read_csv(results / "quality.csv")
+    case = {"img_size": "224", "method": "border", "setting": "keep 0.5"}
+    of = {row["measure"]: row for row in rows if case.items() <= row.items()}
+    lines = module.front(results).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:8]] == [
+        "Full model",
+        *[f"`border`, keep {ratio}" for ratio in (0.75, 0.5, 0.25)],
+        "Smaller image, 154 px",
+        "Token merging, r=23",
+    ]
+    assert [cell.strip() for cell in lines[4].strip("|").split("|")] == [
+        "`border`, keep 0.5",
+        of["linear"]["tokens"],
+        f"{float(of['linear']['speedup']):.2f}×",
+        f"{100 * float(of['linear']['value']):.0f} %",
+        f"{float(of['precision']['value']):.2f}",
+        f"{100 * float(of['recall']['value']):.0f} %",
+    ]
 
 
 def test_the_report_refuses_what_it_cannot_answer_for(results: Path) -> None:
     module = load("report")
-    start, end = module.ends(module.SECTIONS[0].marker)
-    plain = f"{start}\n{end}\n"
-    text = module.with_sections(plain, results, module.SECTIONS)
-    for broken in ("no section", start, f"{end}\n{start}", f"{plain}{plain}"):
-        with pytest.raises(SystemExit, match="README must hold the markers"):
-            module.with_sections(broken, results, module.SECTIONS)
+    start, end = module.ends("speed")
+    for broken in ("no section", start, f"{end}\n{start}", f"{start}\n{end}\n" * 2):
+        with pytest.raises(SystemExit, match="page must hold the markers"):
+            module.written({Path("page.md"): broken}, results)
     rows = tables.read_csv(results / "peers.csv")
     tables.write_csv([{**row, "depth": "1"} for row in rows], results / "peers.csv")
     with pytest.raises(SystemExit, match=r"peers\.csv is of models cut to 1 blocks"):
-        module.with_sections(text, results, module.SECTIONS)
+        module.texts(results)["peers"]()
     (results / "peers.csv").unlink()
-    with pytest.raises(SystemExit, match="README has a peers section, but there is no"):
-        module.with_sections(text, results, module.SECTIONS)
+    with pytest.raises(SystemExit, match=r"a table of peers\.csv, but there is no"):
+        module.texts(results)["peers"]()
 
 
-def test_readme_agrees_with_csv_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_agree_with_csv_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
     with pytest.raises(SystemExit) as ended:
         load("report").main()

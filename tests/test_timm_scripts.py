@@ -1,7 +1,7 @@
 """timm's validate.py, benchmark.py and onnx_export.py: what they call works with our models.
 
 The scripts are in timm's repository, not in its package; each test makes the same calls of the
-library in the same order, with the arguments of the README's lines.
+library in the same order, with the arguments of the lines in the guide.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ltrp_timm.data.labels import open_labelled
 from ltrp_timm.measure.evaluate import measure_all
 from ltrp_timm.runtime.world import World
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "guides" / "evaluate.md").read_text(encoding="utf-8")
 NAME = "ltrp_vit_tiny"
 SMALL = {"img_size": 64, "depth": 2, "num_classes": 3}
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def keywords(line: str) -> dict[str, Any]:
 
 
 def line_of(script: str) -> str:
-    (line,) = re.findall(rf'^python -c "\$LTRP" {script} .*$', README, re.M)
+    (line,) = re.findall(rf'^python -c "\$LTRP" {script} .*$', PAGE, re.M)
     return str(line)
 
 
@@ -63,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_readme_line_runs_a_script_with_our_models(tmp_path: Path) -> None:
-    (code,) = re.findall(r"^LTRP='(.*)'$", README, re.M)
+def test_the_line_of_the_guide_runs_a_script_with_our_models(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^LTRP='(.*)'$", PAGE, re.M)
     script = tmp_path / "script.py"
     script.write_text(
         "import argparse, timm\n"

@@ -1,6 +1,6 @@
 """timm's own train.py on our models: the parts of the library that it calls, in its order.
 
-The script is no part of timm's package; the line for it in the README imports us by
+The script is no part of timm's package; the line for it in the guide imports us by
 ``--device-modules ltrp_timm``, which timm hands to ``importlib.import_module``.
 """
 
@@ -23,12 +23,12 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, ParseKwargs, u
 
 from ltrp_timm import LTRPModel
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "guides" / "fine-tune.md").read_text(encoding="utf-8")
 SMALL = ["img_size=32", "patch_size=8", "depth=2", "embed_dim=32", "num_heads=2"]
 
 
 def parse(words: list[str]) -> Any:
-    """The flags of the README's line, as timm's script declares them."""
+    """The flags of the guide's line, as timm's script declares them."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
     for name in ("data_dir", "model", "opt", "aa", "lr_base_scale"):
@@ -46,8 +46,8 @@ def parse(words: list[str]) -> Any:
     return parser.parse_args(words)
 
 
-def readme_line() -> list[str]:
-    found = re.search(r"^python train\.py ((?:.*\\\n)*.*)$", README, re.M)
+def guide_line() -> list[str]:
+    found = re.search(r"^python train\.py ((?:.*\\\n)*.*)$", PAGE, re.M)
     assert found is not None
     return found.group(1).replace("\\\n", " ").split()
 
@@ -79,7 +79,7 @@ def make_model(args: Any) -> Any:
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_script_s_parts_take_our_models(tmp_path: Path) -> None:
-    args = parse(readme_line())
+    args = parse(guide_line())
     assert args.device_modules == ["ltrp_timm"]
     args.model_kwargs |= parse(["--model-kwargs", *SMALL]).model_kwargs
     model = make_model(args)
@@ -155,7 +155,7 @@ def check_resumed(args: Any, path: Path, model: Any, optimizer: Any, ema: Any) -
 
 
 def test_ours_goes_on_from_what_the_script_saved(tmp_path: Path) -> None:
-    args = parse(readme_line())
+    args = parse(guide_line())
     args.model_kwargs |= parse(["--model-kwargs", *SMALL]).model_kwargs
     model = make_model(args)
     optimizer = create_optimizer_v2(model, "sgd", lr=0.1)

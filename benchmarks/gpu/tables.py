@@ -1,4 +1,4 @@
-"""The README's section on GPUs: tables of the CSVs that ``benchmarks/gpu.py`` writes."""
+"""The section on GPUs: tables of the CSVs that ``benchmarks/gpu.py`` writes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -143,7 +143,7 @@ def gpu_text(folder: Path) -> str:
     if missing:
         texts = [f"{row['part'].replace('_', ' ')} ({row['status']})" for row in missing]
         parts.append(f"Not finished: {', '.join(texts)}.")
-    return "\n\n".join([*parts, f"All rows: [CSV](benchmarks/results/gpu), by {COMMAND}."])
+    return "\n\n".join([*parts, f"All rows: [CSV](../../benchmarks/results/gpu), by {COMMAND}."])
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

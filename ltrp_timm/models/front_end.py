@@ -36,7 +36,7 @@ def drop_patches(
 
     Args:
         model: a timm ViT (ViT, DeiT, DINOv2, CLIP, SigLIP, FlexiViT, hybrids, AIMv2, EVA-02,
-            DINOv3, RoPE ViTs, BEiT, CaiT, ViT-RelPos, NaFlexVit; see the README).
+            DINOv3, RoPE ViTs, BEiT, CaiT, ViT-RelPos, NaFlexVit; see the guide to backbones).
         ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
         keep_ratio: share of patches to encode, in (0, 1] (default: 0.5, or the budget's mean).
         selection: "top", "random", "mixed" or "stratified" (see ``LTRPModel``).
