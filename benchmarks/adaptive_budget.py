@@ -3,8 +3,8 @@
 Claim. Where some images are busy and others nearly empty, a threshold on scores that compare
 between images keeps more of the objects than a fixed budget of the same mean cost; sorting a batch
 into buckets costs little. Ranks within an image, as `contrast` gives them, cannot tell busy images
-from empty ones; a share of an image's own score mass hardly can. `docs/results/index.md` lists what does not
-hold.
+from empty ones; a share of an image's own score mass hardly can. The page of results
+lists what does not hold.
 
 Arithmetic. Half of the scenes hold 1 or 2 objects and need a tenth of their patches, half hold 8 to
 12 and need most of them. A fixed keep ratio of 0.3 gives each scene 59 of 196: too many here, too

@@ -2,7 +2,8 @@
 
 Claim. A pruned ViT-B at keep ratio 0.5 and batch 1 is at least 1.55 times as fast as the plain
 eager model, and 2.2 times once compiled by inductor with frozen weights; in ONNX Runtime the
-ranking is part of the one graph, and the gain stays. `docs/results/index.md` lists what does not hold.
+ranking is part of the one graph, and the gain stays. The page of results lists
+what does not hold.
 
 Arithmetic. Half of the patches is 99 of 197 tokens: blocks take half the FLOPs, and at batch 1 on a
 CPU a little more than half of the time, because the weights (344 MB in float32) are read whatever

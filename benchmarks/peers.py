@@ -2,8 +2,8 @@
 
 Claim. At equal FLOPs a ViT-B that drops half of its patches before the first block is at least 1.1
 times as fast at batch 1 as one that merges tokens in each block, and 1.05 times where merging uses
-fused attention; dropping costs one ranking, merging a matching in each of twelve blocks. `docs/results/index.md`
-lists what does not hold.
+fused attention; dropping costs one ranking, merging a matching in each of twelve blocks. The page
+of results lists what does not hold.
 
 Arithmetic. `benchmarks/flops.py` counts the matrix products of a ViT from the tokens that each
 block sees. Dropping half of 196 patches is 99 tokens in all 12 blocks, about half of 35.1 GFLOPs.

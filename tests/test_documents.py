@@ -73,6 +73,8 @@ def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def run_block(source: str, changes: dict[str, str]) -> None:
+    for library in re.findall(r"^# needs: (\w+)", source, re.M):  # not all are in the extra `test`
+        pytest.importorskip(library)
     for old, new in changes.items():
         source = source.replace(old, new)
     names = {"__name__": "__main__", "torch": torch, "images": torch.randn(2, 3, 224, 224)}
