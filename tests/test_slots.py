@@ -302,25 +302,6 @@ def test_parts_that_no_slot_knows_are_refused_unchanged(
     assert dict(backbone.named_modules()) == modules
 
 
-@pytest.mark.parametrize("family", ["naflex", "naflex_eva02"])
-def test_a_dict_of_patches_is_refused(backbone_of: Callable[..., Any], family: str) -> None:
-    backbone, images = backbone_of(family)
-    model = drop_patches(backbone)
-    side = backbone.embeds.patch_size[0]
-    rows = torch.arange(images.shape[-1] // side)
-    patches = F.unfold(images, side, stride=side).transpose(1, 2)
-    batch = {
-        "patches": patches.unflatten(2, (3, -1)).transpose(2, 3).flatten(2),
-        "patch_coord": torch.cartesian_prod(rows, rows).expand(3, -1, -1),
-        "patch_valid": torch.ones(patches.shape[:2], dtype=torch.bool),
-    }
-    for call in (model, model.patch_scores, model.keep_indices, model.forward_intermediates):
-        with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got dict"):
-            call(batch)
-    if family == "naflex":  # the bare backbone is the plain model, with all that it takes
-        assert torch.allclose(backbone(batch), backbone(images), atol=1e-5)
-
-
 def test_an_error_inside_attention_does_no_harm_later(backbone_of: Callable[..., Any]) -> None:
     backbone, images = backbone_of("relpos")
     full = backbone(images)

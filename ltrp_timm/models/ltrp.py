@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ltrp_timm.layers.bridge import resize_score_map
+from ltrp_timm.models import naflex
 from ltrp_timm.models.coarse import CoarseRest, check_given, check_rest
 from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
@@ -235,6 +236,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                 (with ``validate``) scores are not finite.
         """
         if not torch.jit.is_scripting():
+            if isinstance(x, dict):
+                return naflex.patch_scores(self, naflex.opened(self, x))
             self._check_images(x)
             self._warn_if_untrained()
         h, w = self.grid_size(x)
@@ -265,6 +268,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Raises:
             ValueError: By its budget, the images of the batch keep different numbers of patches.
         """
+        if not torch.jit.is_scripting():
+            if isinstance(images, dict):
+                return naflex.choose(self, naflex.opened(self, images), scores)
         h, w = self.grid_size(images)
         images = self._padded(images, h, w)
         k = num_keep(h * w, self._keep_ratio)
@@ -280,6 +286,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
 
         With ``rest="coarse"`` those that it encodes finely.
         """
+        if isinstance(x, dict):
+            return naflex.choose(self, naflex.opened(self, x))
         if self._coarse is not None:
             layout = self._layout(x, None)
             keep = None if layout is None else layout.indices[0]
@@ -421,15 +429,17 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         """Rank, drop, encode, classify.
 
         Args:
-            x: images (B, C, H, W), normalised for the backbone.
+            x: images (B, C, H, W), normalised for the backbone; for a NaFlexVit also timm's dict of
+                "patches", "patch_coord" and "patch_valid".
             keep_indices: (B, K) int64 patches to encode instead of ranked ones, 1 <= K <= N.
-                Tokens keep their order; all patches in the grid's order run the plain model.
+                Tokens keep their order; all patches in the grid's order run the plain model. With a
+                dict, -1 stands where an image keeps fewer than K.
 
         Returns:
             (B, num_classes) logits, or the output of the backbone's head.
 
         Raises:
-            ValueError: The shape of images or keep_indices is wrong.
+            ValueError: The shape of images, of a dict of patches or of keep_indices is wrong.
             TypeError: `keep_indices` has another dtype.
         """
         if torch.jit.is_scripting():
@@ -437,6 +447,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             out = self.backbone(x)
             self._fill_slots(None)
             return out
+        elif isinstance(x, dict):
+            return self.forward_head(naflex.forward_features(self, x, keep_indices))
         elif self._counts_vary(keep_indices):
             return self._by_bucket(self.forward, x)
         else:
@@ -444,12 +456,17 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
 
     def forward_features(self, x: Tensor, keep_indices: Optional[Tensor] = None) -> Tensor:
         """Images (B, C, H, W) -> prefix and kept tokens (B, P + K, D) after the final norm."""
+        if isinstance(x, dict):
+            return naflex.forward_features(self, x, keep_indices)  # type: ignore[return-value]
         out: Tensor = self._run(self.backbone.forward_features, x, keep_indices)[0]
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, P + K, D) -> (B, num_classes), or pooled (B, D) with ``pre_logits``."""
-        out: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
+        if isinstance(x, dict):
+            out: Tensor = self.backbone.forward_head(**x, pre_logits=pre_logits)
+        else:
+            out = self.backbone.forward_head(x, pre_logits=pre_logits)
         return out
 
     def forward_intermediates(
@@ -480,6 +497,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
         if fill is not None and self._coarse is not None:
             raise ValueError("fill goes with rest='drop': coarse tokens fill their places.")
+        if isinstance(x, dict):
+            raise ValueError("forward_intermediates takes images; forward_features takes a dict.")
         fill = self._fill if fill is None else check_fill(fill)
         options: Dict[str, Any] = {"indices": indices, "norm": norm, "stop_early": stop_early}
         options["intermediates_only"] = intermediates_only
@@ -527,6 +546,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Raises:
             ValueError: The model has no budget, or the shape of the images is wrong.
         """
+        if isinstance(x, dict):
+            return (self.keep_indices(x) >= 0).sum(dim=1)
         return self._counts(self.patch_scores(x))
 
     def _counts(self, scores: Tensor) -> Tensor:
@@ -562,8 +583,14 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             ValueError: An argument is out of range, or there are no images.
         """
         budget = AdaptiveBudget(rule, 0.0, buckets, mean_keep_ratio)
-        batches = [images] if isinstance(images, Tensor) else images
-        budget, reached = budget.calibrated([self.patch_scores(batch).cpu() for batch in batches])
+        batches = [images] if isinstance(images, (Tensor, dict)) else images
+        scores: List[Tensor] = []
+        for batch in batches:
+            if isinstance(batch, dict):
+                scores += [part.cpu() for part in naflex.scores_by_grid(self, batch)]
+            else:
+                scores.append(self.patch_scores(batch).cpu())
+        budget, reached = budget.calibrated(scores)
         self.budget = budget
         return reached
 
