@@ -35,7 +35,7 @@ BLOCKS = [
 # the Hub is not there for tests: the same lines with random weights
 OFFLINE = {"pretrained=True": "pretrained=False"}
 # the same lines with smaller models and batches
-QUICK = {"vit_base": "vit_tiny", "(8, 3": "(2, 3"}
+QUICK = {"vit_base": "vit_tiny", "naflexvit_tiny": "naflexvit_base", "(8, 3": "(2, 3"}
 COMMANDS = [
     pytest.param(line, id=f"{name}-{number}")
     for name, text in DOCUMENTS.items()
