@@ -4,8 +4,8 @@ Claim. A `conv` ranker that saw nothing but images and a small masked autoencode
 the same images puts the patches of new images in its teacher's order, clearly more so than any
 score that needs no weights. It finds objects without labels, better than chance on any kind of
 image. A further goal is to find them better than scores without weights do; until it is met,
-`contrast` stays the default ranker. The README lists what does not hold under *Where it falls
-short*. The ranker of the first seed is what `create_ranker("conv", pretrained=True)` loads; `--ship
+`contrast` stays the default ranker. The page of results lists what does not hold.
+The ranker of the first seed is what `create_ranker("conv", pretrained=True)` loads; `--ship
 ltrp_timm/weights` writes it there.
 
 Arithmetic. Images of 128 px are 64 patches of 16; at mask ratio 0.5 the teacher sees V = 32, and a
