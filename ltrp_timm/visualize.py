@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection.rules import mean_rank, num_keep
+from ltrp_timm.selection.cells import TokenLayout
+from ltrp_timm.selection.rules import mean_rank
 from ltrp_timm.weights.files import write_atomically
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)
@@ -162,6 +163,43 @@ def kept_patches(
     return _picture(np.where(_to_pixels(mask.reshape(h, w, 1), image), pixels, dim))
 
 
+def token_picture(image: Image.Image, layout: TokenLayout, lines: bool = True) -> Image.Image:
+    """Draw the picture as tokens of several scales see it: each token in its own resolution.
+
+    Args:
+        image: The ranked picture, whole patches only.
+        layout: Of one image, as ``model.token_layout`` returns it.
+        lines: Draw the outline of each token.
+
+    Returns:
+        A picture of the same size.
+
+    Raises:
+        ValueError: `image` does not fit the grid, or the layout is of several images.
+
+    >>> from ltrp_timm.selection.cells import all_fine
+    >>> token_picture(Image.new("RGB", (32, 32)), all_fine((2, 2), torch.zeros(1, 3, 8, 8))).size
+    (32, 32)
+    """
+    h, w = _check_grid(image, layout.grid_size)
+    if len(layout.indices[0]) != 1:
+        raise ValueError(f"expected the layout of one image, got {len(layout.indices[0])}.")
+    owner = layout.token_of_patch()[0].cpu()
+    scale = layout.scale.cpu()[owner].reshape(h, w, 1).numpy()
+    pixels = _pixels(image)
+    for each in layout.scales[1:]:
+        small = image.resize((image.width // each, image.height // each), Image.Resampling.BOX)
+        coarse = _pixels(small.resize(image.size, Image.Resampling.NEAREST))
+        pixels = np.where(_to_pixels(scale == each, image), coarse, pixels)
+    if lines:
+        tokens = _to_pixels(owner.reshape(h, w, 1).numpy(), image)[..., 0]
+        edge = np.zeros(tokens.shape, bool)
+        edge[1:] |= tokens[1:] != tokens[:-1]
+        edge[:, 1:] |= tokens[:, 1:] != tokens[:, :-1]
+        pixels = np.where(edge[..., None], 0.55 * pixels + 0.45 * 255, pixels)
+    return _picture(pixels)
+
+
 def overview(
     image: Image.Image,
     model: LTRPModel,
@@ -196,8 +234,12 @@ def overview(
     ]
     for ratio in keep_ratios:
         with keeping(model, ratio):
-            kept = kept_patches(photo, model.keep_indices(on_device), grid)
-        panels.append((kept, f"keep {ratio:g}: {num_keep(h * w, ratio)} of {h * w}"))
+            if model.rest == "coarse":
+                shown = token_picture(photo, model.select_layout(scores, on_device))
+            else:
+                shown = kept_patches(photo, model.select(scores, on_device), grid)
+            count = model.num_tokens()
+        panels.append((shown, f"keep {ratio:g}: {count} of {h * w}"))
     return row([(shown, text if captions else "") for shown, text in panels])
 
 

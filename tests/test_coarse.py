@@ -4,20 +4,27 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, awaken, grid_of
+from PIL import Image
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 import ltrp_timm
 from ltrp_timm import drop_patches, num_keep
+from ltrp_timm.commands import main
 from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.models.open_model import open_model
 from ltrp_timm.selection.cells import CellGrid, TokenLayout
+from ltrp_timm.train.recipe import Recipe as FinetuneRecipe
+from ltrp_timm.visualize import token_picture
 
 TABLES = ["vit", "registers", "dinov2", "clip", "siglip", "distilled", "deit3", "flexivit"]
 TABLES += ["aimv2", "dinov3"]  # DINOv3's RoPE depends on the size of the grid too
@@ -462,3 +469,70 @@ def test_families_without_coarse_tokens(backbone_of: Callable[..., Any], family:
     with pytest.raises(TypeError, match=f"rest='coarse' does not work with .*{REFUSED[family]}"):
         drop_patches(backbone, rest="coarse")
     assert torch.equal(backbone(images), full)
+
+
+def test_pictures_show_tokens_in_their_resolution() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    model = drop_patches(vit, keep_ratio=0.5, rest="coarse").eval()
+    noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
+    picture, layout = Image.fromarray(noise.numpy()), model.token_layout(torch.randn(1, 3, 64, 64))
+    shown = torch.from_numpy(np.array(token_picture(picture, layout, lines=False))).int()
+    for scale, row, col in zip(layout.scale.tolist(), layout.row[0], layout.column[0]):
+        y, x, side = int(row) * 16, int(col) * 16, scale * 16
+        square, own = shown[y : y + side, x : x + side], noise[y : y + side, x : x + side].int()
+        if scale == 1:
+            assert torch.equal(square, own)
+        else:
+            means = own.float().unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).mean((1, 3))
+            assert (square[::2, ::2] - means).abs().max() <= 1
+            assert torch.equal(square[::2, ::2], square[1::2, 1::2])
+    with pytest.raises(ValueError, match="layout of one image, got 2"):
+        token_picture(picture, model.token_layout(torch.randn(2, 3, 64, 64)))
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(2):
+        noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(pictures / f"{number}.png")
+    out = tmp_path / "ranked"
+    options = ["--rest", "coarse", "--keep-ratio", "0.5", "--img-size", "64", "--overlays"]
+    assert main(["rank", str(pictures), "-o", str(out), *options]) == 0
+    assert np.load(out / "keep_indices.npy").shape == (2, 4)  # of 16: 4 + 3 coarse, 7 <= 8
+    assert len(list((out / "overlays").glob("*.png"))) == 2
+    vit = ["vit_tiny_patch16_224", "--rest", "coarse", "--scales", "1", "2", "4"]
+    timed = ["--keep-ratio", "0.4", "--batch-size", "1", "--repeats", "1", "--warmup", "0"]
+    assert main(["benchmark", *vit, *timed, "--ranker", "pixel_std", "--no-memory"]) == 0
+    assert "of 196 patch tokens" in capsys.readouterr().out
+    target = str(tmp_path / "model.ts")
+    assert main(["export", *vit, "-o", target, "--format", "torchscript"]) == 2
+    assert "cannot be scripted" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_another_rest_for_a_model(tmp_path: Path) -> None:
+    model = timm.create_model("ltrp_vit_tiny", depth=1, num_classes=2, ranker="contrast").eval()
+    ltrp_timm.save_pretrained(model, tmp_path / "model")
+    name = f"local-dir:{tmp_path / 'model'}"
+    coarse, _ = open_model(name, rest="coarse", size_bias=0.0)
+    images = torch.randn(1, 3, 224, 224)
+    assert coarse.rest == "coarse"
+    assert coarse.ranker.name == "contrast"
+    fresh = drop_patches(copy.deepcopy(model).restore(), "contrast", rest="coarse", size_bias=0)
+    assert torch.equal(coarse(images), fresh(images))
+    ltrp_timm.save_pretrained(coarse, tmp_path / "coarse")
+    back, _ = open_model(f"local-dir:{tmp_path / 'coarse'}", rest="drop")
+    assert torch.equal(back(images), model(images))
+
+
+def test_fine_tuning_and_scores_of_an_index_cache() -> None:
+    model, images = backbone_at("vit", (6, 6))
+    pruned = drop_patches(model, keep_ratio=0.5, rest="coarse")
+    scores = pruned.patch_scores(images)
+    assert torch.equal(pruned.select(scores, images), pruned.keep_indices(images))
+    assert pruned.num_tokens() == pruned.token_layout(images).num_tokens == 18
+    assert pruned.num_tokens(1.0) == 36
+    assert FinetuneRecipe(rest="coarse", keep_ratio=0.5).front["rest"] == "coarse"
+    with pytest.raises(ValueError, match="go with rest='drop'"):
+        FinetuneRecipe(rest="coarse", distill="self", distill_features=1.0)

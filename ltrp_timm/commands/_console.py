@@ -15,13 +15,14 @@ from typing import Annotated, Any
 from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._flags import NotNegative, PathName
 from ltrp_timm.measure.throughput import Timing, ratio
+from ltrp_timm.models.coarse import RESTS
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import check_name, open_model
 from ltrp_timm.rankers import list_rankers
-from ltrp_timm.selection import num_keep
 from ltrp_timm.selection.registry import SELECTIONS
 
 Selection = Annotated[str, tuple(SELECTIONS)]
+Rest = Annotated[str, RESTS]
 _LONGEST = 300  # characters of an error from another library
 
 
@@ -38,6 +39,10 @@ class ModelOptions:
         ranker_weights: Weights of the ranker: a folder, a .safetensors file or hf-hub:OWNER/NAME.
         ranker_args: Arguments of the ranker, such as width=32.
         selection: How scores choose patches (default: the model's own, else top).
+        rest: What happens to the other patches: drop, or coarse for tokens of a smaller image
+            (default: the model's own, else drop).
+        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
+        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
         img_size: Side of the images in pixels (default: the model's own).
         num_classes: Number of classes, 0 for features (default: the model's own).
     """
@@ -49,6 +54,9 @@ class ModelOptions:
     ranker_weights: PathName | None = None
     ranker_args: dict[str, Any] | None = None
     selection: Selection | None = None
+    rest: Rest | None = None
+    scales: Sequence[int] | None = None
+    size_bias: float | None = None
     img_size: int | None = None
     num_classes: NotNegative | None = None
 
@@ -129,7 +137,7 @@ def describe_model(
     """
     h, w = model.data_config()["input_size"][-2:]
     patches = model.num_patches
-    kept = ", ".join(f"{num_keep(patches, r)} of {patches} at {r:g}" for r in keep_ratios)
+    kept = ", ".join(f"{model.num_tokens(r)} of {patches} at {r:g}" for r in keep_ratios)
     say(f"model       {printable(name)}, {_millions(model.backbone)}, images of {h}x{w}")
     say(f"ranker      {model.ranker.name}: {_about_ranker(model.ranker)}")
     say(f"patches     keeps {kept}")

@@ -11,6 +11,7 @@ from torch import nn
 from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._console import (
     ModelOptions,
+    Rest,
     Selection,
     behind_links,
     check_names,
@@ -49,6 +50,9 @@ class BenchmarkOptions:
         keep_ratio: Shares of patches to keep, in (0, 1).
         ranker: Names of rankers (default: the model's own, else border, conv and vit_small).
         selection: How scores choose patches.
+        rest: What happens to the other patches: drop, or coarse for tokens of a smaller image.
+        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
+        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
         batch_size: Images per call.
         img_size: Sides of the images in pixels (default: the model's own).
         device: Device, such as cpu, cuda or cuda:1.
@@ -69,6 +73,9 @@ class BenchmarkOptions:
     keep_ratio: Sequence[float] = (0.75, 0.5, 0.25)
     ranker: Sequence[str] | None = None
     selection: Selection = "top"
+    rest: Rest = "drop"
+    scales: Sequence[int] | None = None
+    size_bias: float | None = None
     batch_size: Sequence[int] = (1, 8)
     img_size: Sequence[int] | None = None
     device: str = "cpu"
@@ -159,6 +166,9 @@ def _measure_model(
             rankers,
             options.keep_ratio,
             selection=options.selection,
+            rest=options.rest,
+            scales=options.scales,
+            size_bias=options.size_bias,
             compile_mode=options.compile_mode,
             repeats=options.repeats,
             warmup=options.warmup,
@@ -190,7 +200,7 @@ def _print_lines(lines: Sequence[Payoff], batch: int) -> None:
     for line in lines:
         if line.method != FULL and line.keep_ratio != keep:
             keep = line.keep_ratio
-            say(f"keep {keep:g}, {line.num_kept} of {lines[0].num_kept} patches")
+            say(f"keep {keep:g}, {line.num_kept} of {lines[0].num_kept} patch tokens")
         if line.method == SMALLER:
             height, width = line.img_size
             say(f"full model on {height}x{width} pixels, {line.num_kept} patches")

@@ -37,7 +37,6 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
 from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring import cached_transform
-from ltrp_timm.selection import num_keep
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.head import image_config
 from ltrp_timm.visualize import require_matplotlib
@@ -194,7 +193,7 @@ class Evaluation:
         for share in self.ratios:
             self.cases.append((FULL if share == 1.0 else PRUNED, share))
             if options.smaller_image and share < 1.0:
-                kept = num_keep(self.model.num_patches, share)
+                kept = self.model.num_tokens(share)
                 found = on_grid(self.model, smaller_grid(self.model.patch_grid, kept))
                 self.smaller[SMALLER, share] = found
                 self.cases.append((SMALLER, share))
@@ -268,7 +267,7 @@ class Evaluation:
             return None
         if model.budget is not None and keep_ratio < 1.0 and self.first is not None:
             return float(model.keep_counts(self.first).double().mean())
-        return float(num_keep(model.num_patches, keep_ratio))
+        return float(model.num_tokens(keep_ratio))
 
     def measure(self) -> tuple[dict[Case, Measured], dict[str, Sequence[Row]]]:
         """Accuracy and speed by keep ratio, and tables by name; all processes must call this."""
@@ -400,6 +399,7 @@ class Evaluation:
             "weights": self.weights or "random",
             "ranker": ranker and getattr(ranker, "name", type(ranker).__name__),
             "selection": getattr(model, "selection", None),
+            "rest": getattr(model, "rest", None),
             "index_cache": options.index_cache is not None,
             "data": options.data,
             "split": options.split,
@@ -429,7 +429,7 @@ def _open_images(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
 def _open_model(options: EvaluateOptions) -> tuple[Any, str | None]:
     """A model that drops patches; a plain one if it cannot and no option needs it to."""
     check_names(options.model, options.ranker)
-    needs = ("ranker", "ranker_weights", "selection", "index_cache", "smaller_image")
+    needs = ("ranker", "ranker_weights", "selection", "rest", "index_cache", "smaller_image")
     needed = any(getattr(options, name) for name in needs)
     plain = set(options.keep_ratio or [1.0]) == {1.0} and not needed
     model, weights = options.open(plain_if_refused=plain)

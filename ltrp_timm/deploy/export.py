@@ -21,7 +21,6 @@ from ltrp_timm.deploy.formats import (
 )
 from ltrp_timm.deploy.parity import Parity, check_parity
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection import num_keep
 from ltrp_timm.weights.files import PathLike, write_atomically
 
 TOLERANCE = 1e-4
@@ -142,6 +141,11 @@ def _check_arguments(model: Any, path: Path, format: str, batch_size: Any, opset
         raise ValueError(f"opset requires format='onnx', got format={format!r}.")
     if opset is not None and opset < OLDEST_OPSET:
         raise ValueError(f"opset must be {OLDEST_OPSET} or later, got {opset}.")
+    if format == "torchscript" and model.rest == "coarse":
+        raise ValueError(
+            "a model with rest='coarse' cannot be scripted: torch retires TorchScript; use "
+            "format='pt2' or 'onnx'."
+        )
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if format == "onnx" and size > ONNX_LIMIT:
         raise ValueError(
@@ -161,7 +165,8 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
     Returns:
         JSON values: ltrp_timm, torch and timm (versions), format, architecture, input_size
         [C, H, W], batch_size, mean and std (of pixels in [0, 1]), interpolation, crop_pct,
-        num_classes, keep_ratio, num_keep (K), num_patches (N), ranker, selection.
+        num_classes, keep_ratio, num_keep (patch tokens), num_patches (N), ranker, selection; and
+        rest, if that is not dropped.
     """
     import timm
 
@@ -184,10 +189,11 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
         "crop_pct": config["crop_pct"],
         "num_classes": int(classes),
         "keep_ratio": model.keep_ratio,
-        "num_keep": num_keep(model.num_patches, model.keep_ratio),
+        "num_keep": model.num_tokens(),
         "num_patches": model.num_patches,
         "ranker": getattr(model.ranker, "name", "") or type(model.ranker).__name__,
         "selection": model.selection,
+        **({} if model.rest == "drop" else {"rest": model.rest}),
     }
 
 

@@ -23,7 +23,6 @@ from ltrp_timm.layers.sizes import set_image_size
 from ltrp_timm.measure.throughput import Ratio, Timing, compare, ratio
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection import num_keep
 from ltrp_timm.slots import find_adapter
 from ltrp_timm.slots.base import as_slot
 from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
@@ -162,6 +161,9 @@ def measure_payoff(
     keep_ratios: Sequence[float],
     *,
     selection: str = "top",
+    rest: str = "drop",
+    scales: Sequence[int] | None = None,
+    size_bias: float | None = None,
     compile_mode: CompileMode | None = None,
     repeats: int = 10,
     warmup: int = 2,
@@ -176,6 +178,9 @@ def measure_payoff(
         rankers: Rankers by name.
         keep_ratios: Shares of patches to keep, in (0, 1).
         selection: How scores choose patches.
+        rest: "drop" or "coarse", see ``drop_patches``.
+        scales: See ``drop_patches``.
+        size_bias: See ``drop_patches``.
         compile_mode: A mode of torch.compile, or "freezing", which also packs the weights on a CPU;
             None for eager.
         repeats: Number of timed rounds.
@@ -201,7 +206,8 @@ def measure_payoff(
     ['full', 'ideal', 'no ranking', 'contrast']
     """
     _check(rankers, keep_ratios, compile_mode)
-    variants = _variants(full, images, rankers, keep_ratios, selection, smaller_image)
+    front = {"selection": selection, "rest": rest, "scales": scales, "size_bias": size_bias}
+    variants = _variants(full, images, rankers, keep_ratios, front, smaller_image)
     with _compiling(compile_mode, len(variants)) as prepare:
         calls = {
             key: _inference(prepare(model), *inputs) for key, (model, inputs, _) in variants.items()
@@ -242,7 +248,7 @@ def _variants(
     images: Tensor,
     rankers: Mapping[str, nn.Module],
     keep_ratios: Sequence[float],
-    selection: str,
+    front: Mapping[str, Any],
     smaller_image: bool,
 ) -> dict[Key, Variant]:
     """Models with shared weights, and the inputs of each."""
@@ -251,16 +257,19 @@ def _variants(
     found: dict[Key, Variant] = {(FULL, 1.0): (full, (images,), h * w)}
     generator = torch.Generator().manual_seed(0)
     for keep_ratio in sorted(set(keep_ratios), reverse=True):
-        kept = num_keep(h * w, keep_ratio)
+        # random patches or cells, which no ranker has to find
+        given = drop_patches(twin(full), "random", keep_ratio, **{**front, "selection": "random"})
+        kept = given.num_tokens()
         best = ideal(full, kept)
         if best is not None:
             found[IDEAL, keep_ratio] = (best, (images,), kept)
-        keep = torch.rand(images.shape[0], h * w, generator=generator).argsort(dim=1)[:, :kept]
-        keep = keep.sort(dim=1).values.to(images.device)
-        given = drop_patches(twin(full), ranker="random")
-        found[GIVEN, keep_ratio] = (given, (images, keep), kept)
+        inputs: tuple[Tensor, ...] = (images,)
+        if given.rest == "drop":
+            keep = torch.rand(images.shape[0], h * w, generator=generator).argsort(dim=1)[:, :kept]
+            inputs = (images, keep.sort(dim=1).values.to(images.device))
+        found[GIVEN, keep_ratio] = (given, inputs, kept)
         for name, ranker in rankers.items():
-            model = drop_patches(twin(full), twin(ranker), keep_ratio, selection)
+            model = drop_patches(twin(full), twin(ranker), keep_ratio, **front)
             found[name, keep_ratio] = (model.eval(), (images,), kept)
         if smaller_image:
             grid = smaller_grid((h, w), kept)

@@ -3,7 +3,7 @@
 import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class CoarseRest:
         self,
         grid_size: Tuple[int, int],
         keep_ratio: float,
-        scores: Callable[[], Tensor],
+        scores: Union[Tensor, Callable[[], Tensor]],
         seed: Optional[int],
         keep_indices: Optional[Tensor] = None,
         check: bool = True,
@@ -74,7 +74,7 @@ class CoarseRest:
         Args:
             grid_size: (h, w), N = h * w.
             keep_ratio: the budget.
-            scores: returns the scores (B, N) of the ranker; called where they decide.
+            scores: (B, N) of the ranker, or what returns them; called where they decide.
             seed: refine random cells instead.
             keep_indices: (B, K) int64, the patches to encode finely instead of ranked ones.
             check: read the values of ``keep_indices`` to check them.
@@ -89,21 +89,33 @@ class CoarseRest:
             refined, coarsest = grid.counts(keep_ratio)
             if refined == grid.num_cells:
                 return None
-            return grid.layout(self._cell_scores(grid, scores(), seed), refined, coarsest)
+            return grid.layout(self._cell_scores(grid, scores, seed), refined, coarsest)
         cells = grid.refined_cells(keep_indices, check)
         refined, coarsest = cells.shape[1], 0
         if refined == grid.num_cells:
             return None
         chosen = torch.zeros(cells.shape[0], grid.num_cells, device=cells.device)
         if grid.num_blocks:
-            chosen = self._cell_scores(grid, scores(), seed).float()
+            chosen = self._cell_scores(grid, scores, seed).float()
             chosen = chosen - chosen.amax(dim=1, keepdim=True) - 1
             coarsest = min(grid.counts(keep_ratio)[1], _free_blocks(cells, grid))
         # the given cells come first, and no block with one of them stays coarsest
         chosen = chosen.scatter(1, cells, 1e30)
         return grid.layout(chosen, refined, coarsest)
 
-    def _cell_scores(self, grid: CellGrid, scores: Tensor, seed: Optional[int]) -> Tensor:
+    def num_tokens(self, grid_size: Tuple[int, int], keep_ratio: float) -> int:
+        """Patch tokens that a budget gives."""
+        grid = CellGrid(grid_size, self.scales)
+        refined, coarsest = grid.counts(keep_ratio)
+        return grid.num_edge_patches + grid.num_cells + 3 * (refined - coarsest)
+
+    def _cell_scores(
+        self,
+        grid: CellGrid,
+        scores: Union[Tensor, Callable[[], Tensor]],
+        seed: Optional[int],
+    ) -> Tensor:
+        scores = scores if isinstance(scores, Tensor) else scores()
         if seed is None:
             return grid.cell_scores(scores)
         return seeded_scores(scores.shape[0], grid.num_cells, seed, scores.device)

@@ -15,7 +15,7 @@ from ltrp_timm.models import naflex
 from ltrp_timm.models.coarse import CoarseRest, check_given, check_rest
 from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
-from ltrp_timm.selection.cells import TokenLayout
+from ltrp_timm.selection.cells import TokenLayout, all_fine
 from ltrp_timm.selection.dense import check_fill, scatter_patches
 from ltrp_timm.selection.registry import SelectionSettings, select
 from ltrp_timm.selection.rules import (
@@ -200,6 +200,14 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         h, w = self.patch_grid
         return h * w
 
+    @torch.jit.unused
+    def num_tokens(self, keep_ratio: Optional[float] = None) -> int:
+        """Patch tokens of an image at the present image size and keep ratio, or another one."""
+        ratio = self._keep_ratio if keep_ratio is None else keep_ratio
+        if self._coarse is None:
+            return num_keep(self.num_patches, ratio)
+        return self._coarse.num_tokens(self.patch_grid, ratio)
+
     def settings(self) -> Dict[str, Any]:
         """The arguments of ``drop_patches`` that give another model these settings."""
         settings: Dict[str, Any] = {
@@ -264,6 +272,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         """Scores (B, N), images (B, C, H, W) -> keep_indices (B, K) int64, ascending.
 
         The model's selection and keep ratio or budget decide; "mixed" clusters the images' pixels.
+        With ``rest="coarse"`` they are the patches to encode finely.
 
         Raises:
             ValueError: By its budget, the images of the batch keep different numbers of patches.
@@ -272,6 +281,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             if isinstance(images, dict):
                 return naflex.choose(self, naflex.opened(self, images), scores)
         h, w = self.grid_size(images)
+        if not torch.jit.is_scripting():
+            if self._coarse is not None:
+                return self.select_layout(scores, images).indices[0]
         images = self._padded(images, h, w)
         k = num_keep(h * w, self._keep_ratio)
         if self._has_budget and self._keep_ratio < 1.0:
@@ -305,19 +317,26 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Raises:
             ValueError: The model drops the rest, or an argument of ``forward`` is wrong.
         """
+        return self._layout(x, keep_indices) or all_fine(self.grid_size(x), x)
+
+    @torch.jit.unused
+    def select_layout(self, scores: Tensor, images: Tensor) -> TokenLayout:
+        """Scores (B, N), images (B, C, H, W) -> the layout of the tokens, with ``rest="coarse"``.
+
+        Raises:
+            ValueError: The model drops the rest, or the budget is too small.
+        """
         if self._coarse is None:
-            raise ValueError("token_layout needs a model with rest='coarse'.")
-        layout = self._layout(x, keep_indices)
-        if layout is None:
-            grid = self.grid_size(x)
-            every = torch.arange(grid[0] * grid[1], device=x.device).expand(x.shape[0], -1)
-            layout = TokenLayout(grid, (1,), (every,))
-        return layout
+            raise ValueError("select_layout needs a model with rest='coarse'.")
+        grid = self.grid_size(images)
+        layout = self._coarse.layout(grid, self._keep_ratio, scores, self._seed())
+        return layout or all_fine(grid, images)
 
     @torch.jit.unused
     def _layout(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[TokenLayout]:
         """The tokens of a coarse rest; None if all patches stay, without ranking."""
-        assert self._coarse is not None  # noqa: S101  # its callers ask
+        if self._coarse is None:
+            raise ValueError("token_layout needs a model with rest='coarse'.")
         if isinstance(x, torch.fx.Proxy):
             raise ValueError("rest='coarse' cannot be traced by torch.fx: use torch.export.")
         self._check_images(x)
@@ -327,10 +346,13 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             readable = self.validate and not torch.compiler.is_compiling()
             readable = readable or (isinstance(keep_indices, Tensor) and may_read(keep_indices))
             check_given(keep_indices, x, grid[0] * grid[1], readable)
-        seed = int(self._selection_args["seed"]) if self._selection == "random" else None
+        scores = partial(self._scores, x)
         return self._coarse.layout(
-            grid, self._keep_ratio, partial(self._scores, x), seed, keep_indices, readable
+            grid, self._keep_ratio, scores, self._seed(), keep_indices, readable
         )
+
+    def _seed(self) -> Optional[int]:
+        return int(self._selection_args["seed"]) if self._selection == "random" else None
 
     def _choose(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[Tensor]:
         """Given or chosen keep indices (B, K); None if all patches stay, without ranking."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -55,6 +55,9 @@ def open_model(
     ranker_args: Mapping[str, Any] | None = None,
     keep_ratio: float | None = None,
     selection: str | None = None,
+    rest: str | None = None,
+    scales: Sequence[int] | None = None,
+    size_bias: float | None = None,
     **kwargs: Any,
 ) -> tuple[Any, str | None]:
     """Build a model by name and load its weights. Arguments that are None are left out.
@@ -74,6 +77,9 @@ def open_model(
         ranker_args: as in ``drop_patches``.
         keep_ratio: replaces the model's.
         selection: replaces the model's.
+        rest: replaces the model's, "drop" or "coarse".
+        scales: as in ``drop_patches``.
+        size_bias: as in ``drop_patches``.
         **kwargs: arguments of ``timm.create_model`` (``img_size``, ``num_classes``, …).
 
     Returns:
@@ -92,6 +98,9 @@ def open_model(
         "ranker_args": ranker_args,
         "keep_ratio": keep_ratio,
         "selection": selection,
+        "rest": rest,
+        "scales": scales,
+        "size_bias": size_bias,
     }
     front = {key: value for key, value in given.items() if value is not None}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -129,9 +138,14 @@ def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
     """
     if not isinstance(found, LTRPModel):
         return drop_patches(found, **front)
-    if {"ranker", "ranker_weights", "ranker_args"} & set(front):
+    coarse = {"rest", "scales", "size_bias"} & set(front)
+    if coarse or {"ranker", "ranker_weights", "ranker_args"} & set(front):
         name = front.get("ranker") or getattr(found.ranker, "name", "")
         own = {**found.settings(), "validate": found.validate}
+        if coarse:  # fixed when a model is built
+            own = {key: own[key] for key in own if key not in ("scales", "size_bias", "fill")}
+        if coarse and not {"ranker", "ranker_weights", "ranker_args"} & set(front):
+            name = found.ranker
         if front.get("selection", found.selection) != found.selection:
             own.pop("selection_args")
         own.pop("budget", None)  # its level belongs to the scores of the old ranker

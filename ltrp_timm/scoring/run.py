@@ -21,8 +21,7 @@ from ltrp_timm.runtime.stopping import stop_requests, stopped_by_sigterm, worker
 from ltrp_timm.runtime.world import World, join_world, locked
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids
-from ltrp_timm.selection import num_keep
-from ltrp_timm.visualize import kept_patches, row, score_map
+from ltrp_timm.visualize import kept_patches, row, score_map, token_picture
 from ltrp_timm.weights.files import PathLike, write_atomically
 
 
@@ -97,10 +96,12 @@ def rank_images(
         images, missing = _open_images(inputs, output, split, data_root, input_key, world)
         scorer = open_scorer(**scorer_args, **choice, device=str(world.device))
         about = {"model": scorer_args.get("model"), "overlays": overlays}
+        if scorer.model.rest == "coarse":
+            about["rest"] = scorer.model.rest
         chosen = choice if chooses else dict.fromkeys(choice)  # None: nothing is kept
         settings = {**scorer.settings(), **about, **chosen}
         n = scorer.grid_size[0] * scorer.grid_size[1]
-        k = num_keep(n, choice["keep_ratio"]) if chooses else None
+        k = scorer.num_kept() if chooses else None
 
         def prepare() -> None:
             stack.enter_context(locked(output))
@@ -162,11 +163,15 @@ def _draw(
     """Draw an image, its score map and its kept patches side by side, into a PNG."""
     (h, w), (rows, cols) = scorer.grid_size, scorer.patch_size
     photo = Image.fromarray(pixels.permute(1, 2, 0).numpy()).crop((0, 0, w * cols, h * rows))
+    last = (kept_patches(photo, keep, (h, w)), f"keeps {len(keep)} of {h * w}")
+    if scorer.model.rest == "coarse":
+        layout = scorer.model.select_layout(scores[None], pixels[None])
+        last = (token_picture(photo, layout), f"{layout.num_tokens} tokens of {h * w}")
     sheet = row(
         [
             (photo, f"{photo.width}x{photo.height}"),
             (score_map(photo, scores, (h, w)), "yellow = keep first"),
-            (kept_patches(photo, keep, (h, w)), f"keeps {len(keep)} of {h * w}"),
+            last,
         ]
     )
     # an entry of an archive may be called ../x

@@ -1,6 +1,6 @@
 """From pixels to scores and kept patches, with a ranker alone or in front of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ltrp_timm.models.front_end import drop_patches, make_ranker
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.open_model import is_source, open_model
+from ltrp_timm.models.open_model import is_source, open_model, with_front_end
 from ltrp_timm.rankers import DEFAULT_RANKER, create_ranker, list_rankers, ranker_class
 from ltrp_timm.weights.files import ranker_hash, read_weights
 
@@ -55,6 +55,12 @@ class Scorer:
             scores = self.model.patch_scores(images)
             return scores.cpu(), self.model.select(scores, images).cpu()
 
+    def num_kept(self) -> int:
+        """K, the patches of an image that are kept."""
+        one = torch.zeros(1, self.model.in_chans, *self.img_size, device=self.device)
+        scores = torch.zeros(1, self.grid_size[0] * self.grid_size[1], device=self.device)
+        return self.model.select(scores, one).shape[1]
+
     def settings(self) -> dict[str, Any]:
         """What the scores depend on, as JSON can hold it."""
         config = self.config
@@ -81,6 +87,8 @@ def open_scorer(
     crop_mode: str | None = None,
     keep_ratio: float = 0.5,
     selection: str = "top",
+    rest: str | None = None,
+    scales: Sequence[int] | None = None,
     device: str = "cpu",
 ) -> Scorer:
     """Open a ranker by name; ``ranker_weights=True`` loads its published weights.
@@ -96,6 +104,9 @@ def open_scorer(
             ``finetune --index-cache`` requires (default: the model's own, else center).
         keep_ratio: Share of patches to keep, in (0, 1].
         selection: "top", "random", "mixed" or "stratified".
+        rest: "coarse" keeps whole cells of 2 x 2 patches, and overlays show the others coarsely
+            (default: that of ``model``, else drop).
+        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too.
         device: Device of the ranker.
 
     Raises:
@@ -133,7 +144,10 @@ def open_scorer(
             f"the {kind.name} ranker is not trained, its scores mean nothing; give "
             f"--ranker-weights PATH{published}."
         )
-    net.budget, net.selection, net.keep_ratio = None, selection, keep_ratio
+    net.budget = None
+    coarse = {"rest": rest, "scales": scales}
+    net = with_front_end(net, {key: value for key, value in coarse.items() if value is not None})
+    net.selection, net.keep_ratio = selection, keep_ratio
     config = net.data_config()
     if crop_mode is not None:
         config["crop_mode"] = crop_mode

@@ -87,6 +87,12 @@ class TokenLayout:
         return gather_patches(tokens, self.token_of_patch())
 
 
+def all_fine(grid_size: Tuple[int, int], images: Tensor) -> TokenLayout:
+    """The layout of images (B, C, H, W) whose patches are all encoded."""
+    every = torch.arange(grid_size[0] * grid_size[1], device=images.device)
+    return TokenLayout(grid_size, (1,), (every.expand(images.shape[0], -1),))
+
+
 def patches_of(index: Tensor, grid_size: Tuple[int, int], scale: int) -> Tensor:
     """Places (B, K) on the grid of a scale -> (B, K * scale²): the patches in them, place by place.
 

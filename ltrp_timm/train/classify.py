@@ -109,6 +109,7 @@ class ClassifyTask(Task):
             "gate": self.gate,
             "index_cache": self.cached,
             **(self.plan.config() if self.pruned else {}),
+            **({"rest": "coarse"} if self.pruned and self.model.rest == "coarse" else {}),
         }
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:

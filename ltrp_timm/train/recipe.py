@@ -48,6 +48,8 @@ MULTI_LABEL_DEFAULTS: dict[str, Any] = {
 MULTI_LABEL_KEEP_RATIO = 0.75
 Source = str | os.PathLike[str]
 Schedule = Literal["linear", "cosine"]
+Rest = Literal["drop", "coarse"]
+_FRONT = ("ranker", "ranker_weights", "selection", "rest", "scales", "size_bias")
 _ONE_CLASS = ("smoothing", "mixup", "cutmix", "bce_loss")  # what needs one class per image
 _MULTI_LABEL = (
     *("labels", "val_labels", "skip_absent", "seen_classes", "loss", "head", "head_args"),
@@ -67,6 +69,10 @@ class Recipe:
             gets a ``keep_ratio``).
         ranker_weights: Weights of the ranker: a folder, a file or ``hf-hub:owner/name``.
         selection: How scores become patches (default: the model's own).
+        rest: What happens to the other patches: "drop", or "coarse" for tokens of a smaller image
+            (default: the model's own, else drop).
+        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
+        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
         index_cache: Folder of ``ltrp-timm rank --crop-mode squash`` with scores of the training
             images, used in training in place of the ranker.
         keep_ratio: Share of patches to keep, in (0, 1]; with several, one is drawn for each update
@@ -106,6 +112,9 @@ class Recipe:
     ranker: str | None = None
     ranker_weights: Source | bool | None = None
     selection: str | None = None
+    rest: Rest | None = None
+    scales: Sequence[int] | None = None
+    size_bias: float | None = None
     index_cache: Source | None = None
     keep_ratio: float | Sequence[float] | None = None
     keep_schedule: Schedule | None = None
@@ -143,6 +152,8 @@ class Recipe:
             raise ValueError("gate goes with train_ranker: a frozen ranker needs no gradient.")
         if self.distill is None and self.distill_features:
             raise ValueError("distill_features goes with distill.")
+        if self.rest == "coarse" and (self.gate or self.distill_features):
+            raise ValueError("gate and distill_features go with rest='drop'.")
         if self.index_cache is not None and (self.gate or self.distill_features):
             raise ValueError(
                 "index_cache replaces the ranker in training; gate and distill_features run it."
@@ -168,7 +179,7 @@ class Recipe:
 
         ``keep_ratio=1`` alone does not make a plain model a pruned one.
         """
-        given = {name: getattr(self, name) for name in ("ranker", "ranker_weights", "selection")}
+        given = {name: getattr(self, name) for name in _FRONT}
         front = {name: value for name, value in given.items() if value is not None}
         ratios = [] if self.keep_ratio is None else check_keep_ratios(self.keep_ratio)
         if not ratios or (ratios == [1.0] and not front and self.head is None):
