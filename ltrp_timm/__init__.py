@@ -9,6 +9,11 @@ from typing import Any
 from ltrp_timm.models import ltrp_vit as _ltrp_vit  # registers the models
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.models.visual import (
+    drop_visual_tokens,
+    num_visual_tokens,
+    restore_visual_tokens,
+)
 from ltrp_timm.rankers import create_ranker, list_rankers
 from ltrp_timm.selection import (
     AdaptiveBudget,
@@ -17,6 +22,7 @@ from ltrp_timm.selection import (
     gather_patches,
     num_keep,
     scatter_patches,
+    select_cells,
     select_mixed,
     select_random,
     select_stratified,
@@ -37,13 +43,17 @@ __all__ = [
     "create_teacher",
     "dpc_knn",
     "drop_patches",
+    "drop_visual_tokens",
     "export_model",
     "gather_patches",
     "list_rankers",
     "num_keep",
+    "num_visual_tokens",
     "push_to_hub",
+    "restore_visual_tokens",
     "save_pretrained",
     "scatter_patches",
+    "select_cells",
     "select_mixed",
     "select_random",
     "select_stratified",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm.selection.rules import best_first, gather_patches, num_keep
+from ltrp_timm.selection.rules import best_first, check_k, gather_patches, num_keep, select_top
 
 SCALES = ((1, 2), (1, 2, 4))
 COARSEST_SHARE = 0.5  # of the range that a budget leaves; measured on photos
@@ -104,6 +104,62 @@ def patches_of(index: Tensor, grid_size: Tuple[int, int], scale: int) -> Tensor:
     inside = torch.arange(scale * scale, device=index.device)
     offsets = inside // scale * w + inside % scale
     return ((row * w + col).unsqueeze(2) + offsets).flatten(1)
+
+
+def select_cells(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:
+    """Keep the best cells of the grid, whole: for models that pool or shuffle them behind the ViT.
+
+    A cell is as good as the mean score of its patches; ties go to the lower index.
+
+    Args:
+        scores: (B, N), higher = keep first.
+        k: number of patches to keep, a multiple of cell².
+        grid_size: (h, w), N = h * w, both multiples of ``cell``.
+        cell: side of a cell in patches.
+
+    Returns:
+        (B, K) int64 indices, cell by cell: ``tokens.unflatten(1, (-1, cell * cell))`` has the
+        patches of each cell, row by row.
+
+    Raises:
+        ValueError: `k` or the grid splits a cell, or the shapes do not match.
+
+    >>> select_cells(torch.arange(8.0).view(1, 8), 4, (2, 4))
+    tensor([[2, 3, 6, 7]])
+    """
+    h, w = grid_size
+    check_k(scores, k)
+    if h * w != scores.shape[1] or cell < 1 or h % cell or w % cell:
+        raise ValueError(
+            f"expected scores (B, {h * w}) for a grid of {h}x{w} in whole cells of {cell}x{cell}, "
+            f"got {list(scores.shape)}."
+        )
+    if k % (cell * cell):
+        fewer = k // (cell * cell) * cell * cell
+        raise ValueError(
+            f"{k} of {h * w} patches split a cell of {cell}x{cell}: keep {fewer} or "
+            f"{fewer + cell * cell}, that is keep_ratio={fewer / (h * w):.6g} or "
+            f"{(fewer + cell * cell) / (h * w):.6g}."
+        )
+    means = F.avg_pool2d(scores.float().view(-1, 1, h, w), cell).flatten(1)
+    return patches_of(select_top(means, k // (cell * cell)), grid_size, cell)
+
+
+def cell_by_cell(keep_indices: Tensor, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:
+    """Whole cells (B, K) in any order -> (B, K), ordered as by ``select_cells``; reads values.
+
+    Raises:
+        ValueError: An image keeps a part of a cell.
+    """
+    w, size = grid_size[1], cell * cell
+    row, col = keep_indices // w, keep_indices % w
+    place = (row // cell) * (w // cell) + col // cell
+    inside = (row % cell) * cell + col % cell
+    order = (place * size + inside).sort(dim=1)[0]
+    found = patches_of(order[:, ::size] // size, grid_size, cell)
+    if not torch.equal(found.sort(dim=1)[0], keep_indices.sort(dim=1)[0]):
+        raise ValueError(f"keep_indices must be whole cells of {cell}x{cell} patches, each once.")
+    return found
 
 
 def check_scales(scales: Tuple[int, ...]) -> Tuple[int, ...]:
