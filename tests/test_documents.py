@@ -128,7 +128,10 @@ def test_links_lead_somewhere(name: str) -> None:
         file = (ROOT / name).parent / path if path else ROOT / name
         assert file.exists(), f"{name} links to {target}"
         if anchor and not anchor.startswith("ltrp_timm."):  # those are made of docstrings
-            assert anchor in headings(file.read_text(encoding="utf-8")), f"{name}: {target}"
+            anchors = headings(file.read_text(encoding="utf-8"))
+            if file.name == "commands.md":  # its headings are made of the parser
+                anchors |= {param.values[0].split()[0] for param in COMMANDS}
+            assert anchor in anchors, f"{name}: {target}"
 
 
 def test_docstring_examples() -> None:
