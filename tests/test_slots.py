@@ -531,3 +531,24 @@ def test_a_wrapped_position_bias(
         place = model._adapter.places[1]
         setattr(backbone, place, TrainsACopy(getattr(backbone, place)))
     assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "message"),
+    [
+        (
+            "open_clip.transformer",
+            "VisionTransformer",
+            "of open_clip.transformer: .* as ViT-B-16",
+        ),
+        ("open_clip.model", "CustomTextCLIP", r"clip\.visual\.trunk = drop_patches\(clip\.visual"),
+        ("transformers", "TimmWrapperModel", r"wrapper\.timm_model = drop_patches\(wrapper"),
+        ("torchvision.models", "VisionTransformer", "of torchvision.models: it is not one of the"),
+    ],
+)
+def test_models_of_other_libraries_are_refused_with_what_to_do(
+    module: str, name: str, message: str
+) -> None:
+    kind = type(name, (nn.Module,), {"__module__": module})
+    with pytest.raises(TypeError, match=message):
+        drop_patches(kind())

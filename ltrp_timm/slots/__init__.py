@@ -44,8 +44,10 @@ def find_adapter(backbone: object, rest: str = "drop") -> SlotAdapter:
     if isinstance(backbone, torch.fx.GraphModule):
         raise TypeError("cannot drop patches from a traced graph: drop first, then trace.")
     for base in type(backbone).__mro__:
-        if base.__name__ in REFUSED:
-            raise TypeError(f"cannot drop patches from {kind}: {REFUSED[base.__name__]}.")
+        for name in (f"{base.__module__}.{base.__name__}", base.__name__):
+            if name in REFUSED:
+                origin = f" of {base.__module__}" if "." in name else ""
+                raise TypeError(f"cannot drop patches from {kind}{origin}: {REFUSED[name]}.")
     names = ", ".join(adapter.family for adapter in ADAPTERS)
     raise TypeError(
         f"cannot drop patches from {kind} of {type(backbone).__module__}: it is not one of the "

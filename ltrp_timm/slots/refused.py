@@ -72,6 +72,8 @@ REFUSED_MODELS: Dict[str, Dict[str, str]] = {
 }
 
 _WRAPPER = "it is a wrapper; drop patches from the model inside, then wrap"
+_TRUNK = "it holds the image tower: clip.visual.trunk = drop_patches(clip.visual.trunk)"
+_TIMM_MODEL = "it is a wrapper: wrapper.timm_model = drop_patches(wrapper.timm_model)"
 
 REFUSED: Dict[str, str] = {
     "LTRPModel": "it drops patches already; set its keep_ratio instead",
@@ -79,5 +81,12 @@ REFUSED: Dict[str, str] = {
     "DataParallel": _WRAPPER,
     "DistributedDataParallel": _WRAPPER,
     "RecursiveScriptModule": "it is scripted; drop patches first, then script",
+    "open_clip.transformer.VisionTransformer": (
+        "it is open_clip's own class; take a model with a timm ViT as visual.trunk, such as "
+        "ViT-B-16-SigLIP2 or PE-Core-B-16, or the same weights from timm, such as "
+        "vit_base_patch16_clip_224.openai"
+    ),
+    **dict.fromkeys(("CLIP", "CustomTextCLIP", "TimmModel"), _TRUNK),
+    **dict.fromkeys(("TimmWrapperModel", "TimmWrapperForImageClassification"), _TIMM_MODEL),
     **{kind: reason for reason, kinds in REFUSED_MODELS.items() for kind in kinds},
 }
