@@ -1,6 +1,7 @@
 """The rest of an image at half size: what ``rest="coarse"`` adds to an LTRPModel."""
 
 import inspect
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
@@ -153,8 +154,10 @@ class CoarseRest:
         if not self.size_bias or sum(count > 0 for count in counts) < 2:
             return None
         weight = next(embed.parameters())
-        bias = 2 * self.size_bias * layout.scale.log()
-        return F.pad(bias, (prefix, 0)).to(weight.dtype).to(weight.device).view(1, 1, 1, -1)
+        parts = [weight.new_zeros(1, 1, 1, prefix + counts[0])]
+        for scale, count in zip(layout.scales[1:], counts[1:]):
+            parts.append(weight.new_full((1, 1, 1, count), 2 * self.size_bias * math.log(scale)))
+        return torch.cat(parts, dim=3)
 
 
 def _free_blocks(cells: Tensor, grid: CellGrid) -> int:

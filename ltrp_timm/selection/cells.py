@@ -7,7 +7,7 @@ at least cells. The number of tokens of each scale depends on the grid and the b
 """
 
 from dataclasses import dataclass
-from typing import List, Tuple
+from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -99,11 +99,10 @@ def patches_of(index: Tensor, grid_size: Tuple[int, int], scale: int) -> Tensor:
     >>> patches_of(torch.tensor([[1]]), (4, 4), 2)
     tensor([[2, 3, 6, 7]])
     """
-    w = grid_size[1]
-    row, col = index // (w // scale) * scale, index % (w // scale) * scale
-    inside = torch.arange(scale * scale, device=index.device)
-    offsets = inside // scale * w + inside % scale
-    return ((row * w + col).unsqueeze(2) + offsets).flatten(1)
+    h, w = grid_size[0] // scale, grid_size[1] // scale
+    every = torch.arange(grid_size[0] * grid_size[1], device=index.device).view(grid_size)
+    squares = every[: h * scale, : w * scale].reshape(h, scale, w, scale).transpose(1, 2)
+    return squares.reshape(h * w, scale * scale)[index].flatten(1)
 
 
 def select_cells(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:
@@ -240,9 +239,9 @@ class CellGrid:
         The blocks with the lowest mean score stay coarsest. Ties go to the lower index.
         """
         h, w = self.grid_size
-        scores = torch.nan_to_num(cell_scores.float(), nan=-1e38, posinf=1e38, neginf=-1e38)
-        indices: List[Tensor] = []
+        scores, indices = cell_scores, []
         if coarsest:
+            scores = torch.nan_to_num(scores.float(), nan=-1e38, posinf=1e38, neginf=-1e38)
             order = best_first(self._block_scores(scores))
             blocks = order[:, order.shape[1] - coarsest :].sort(dim=1).values
             inside = patches_of(blocks, (h // 2, w // 2), 2)
@@ -265,10 +264,11 @@ class CellGrid:
     def fine_patches(self, cells: Tensor) -> Tensor:
         """Refined cells (B, F) -> (B, 4 F + edge) int64, ascending: the patches encoded finely."""
         h, w = self.grid_size
-        places = torch.arange(h * w, device=cells.device)
-        edge = places[(places // w >= h // 2 * 2) | (places % w >= w // 2 * 2)]
-        parts = [patches_of(cells, self.grid_size, 2), edge.expand(cells.shape[0], -1)]
-        return torch.cat(parts, dim=1).sort(dim=1).values
+        edge = [torch.arange((h - 1) * w, h * w)] if h % 2 else []
+        edge += [torch.arange(h // 2 * 2) * w + w - 1] if w % 2 else []
+        parts = [part.to(cells.device).expand(cells.shape[0], -1) for part in edge]
+        inside = patches_of(cells, self.grid_size, 2)
+        return (torch.cat([inside, *parts], dim=1) if parts else inside).sort(dim=1).values
 
     def refined_cells(self, keep_indices: Tensor, check: bool = True) -> Tensor:
         """Patches (B, 4 F + edge) -> (B, F) int64: the cells that they fill.

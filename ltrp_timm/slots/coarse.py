@@ -21,7 +21,6 @@ from ltrp_timm._timm import ROTARY_EMBEDDINGS
 from ltrp_timm.selection.cells import TokenLayout
 from ltrp_timm.selection.rules import gather_patches
 from ltrp_timm.slots.base import TokenSlot, named_twins
-from ltrp_timm.slots.kept_embed import is_plain
 
 SCALES = (1, 2, 4)
 
@@ -31,11 +30,11 @@ class Coarse(NamedTuple):
 
     Attributes:
         tokens: (B, T - K, D) with positions.
-        places: (B, T) of all tokens, in the concatenation of the grids of all scales.
+        layout: of all tokens.
     """
 
     tokens: Tensor
-    places: Tensor
+    layout: TokenLayout
 
 
 class CoarseSlot(TokenSlot):
@@ -44,11 +43,9 @@ class CoarseSlot(TokenSlot):
     coarse: Optional[Coarse] = None
 
     def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """Tokens (B, P + N, D) -> (B, P + T, D), and their places in all grids (B, T)."""
+        """Tokens (B, P + N, D) -> (B, P + T, D), and the indices of the refined patches."""
         x, keep = super().take(x)
-        if keep is None or self.coarse is None:
-            return x, keep
-        return torch.cat([x, self.coarse.tokens], dim=1), self.coarse.places
+        return (x if self.coarse is None else torch.cat([x, self.coarse.tokens], dim=1)), keep
 
 
 class CoarseSlotWithIndices(CoarseSlot):
@@ -56,7 +53,8 @@ class CoarseSlotWithIndices(CoarseSlot):
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:  # type: ignore[override]
         """Tokens (B, P + N, D) -> (B, P + T, D), and their places in all grids (B, T)."""
-        return self.take(x)
+        x, keep = self.take(x)
+        return x, keep if self.coarse is None else self.coarse.layout.in_pyramid()
 
 
 class RopePyramid:
@@ -128,22 +126,18 @@ def coarse_tokens(
         rows = _embed(backbone.patch_embed, small, index)
         table = positions(backbone, layout.grid_size, scale)
         tokens.append(rows if table is None else rows + table[0][index])
-    return Coarse(backbone.pos_drop(torch.cat(tokens, dim=1)), layout.in_pyramid())
+    found = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+    return Coarse(backbone.pos_drop(found), layout)
 
 
 def _embed(embed: Any, images: Tensor, index: Tensor) -> Tensor:
     """Embed the patches (B, K) of images of any size -> (B, K, D)."""
-    kept = "keep_indices" in embed.__dict__ and is_plain(embed.proj)
-    strict = not kept and getattr(embed, "strict_img_size", False)
+    strict = getattr(embed, "strict_img_size", False)
+    if strict:
+        embed.strict_img_size = False
     try:
-        if kept:
-            embed.keep_indices = index
-        if strict:
-            embed.strict_img_size = False
         tokens = embed(images)
     finally:
-        if kept:
-            embed.keep_indices = None
         if strict:
             embed.strict_img_size = True
     return gather_patches(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, index)

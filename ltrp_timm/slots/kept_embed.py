@@ -55,7 +55,7 @@ class KeptPatchEmbed(PatchEmbed):
             return self._timm_forward(x)
         self.keep_indices = None
         if not torch.jit.is_scripting():
-            if not is_plain(self.proj):  # an adapter or a hook inside must run
+            if not _is_plain(self.proj):  # an adapter or a hook inside must run
                 return self._timm_forward(x)
             if torch.compiler.is_compiling() and torch.is_grad_enabled():
                 _fix_size(x)
@@ -80,8 +80,7 @@ def _fix_size(images: Tensor) -> None:
         index(images.shape[3])
 
 
-def is_plain(proj: nn.Module) -> bool:
-    """Whether a projection is a bare convolution: no adapter, no hook."""
+def _is_plain(proj: nn.Module) -> bool:
     hooks = proj._forward_hooks or proj._forward_pre_hooks
     return type(proj) is nn.Conv2d and "forward" not in proj.__dict__ and not hooks
 
@@ -93,7 +92,7 @@ def can_embed_kept(patch_embed: Any) -> bool:
     if not patch_embed.flatten and patch_embed.output_fmt != "NHWC":
         return False
     proj, norm = patch_embed.proj, patch_embed.norm
-    if not is_plain(proj) or not isinstance(norm, (nn.Identity, nn.LayerNorm)):
+    if not _is_plain(proj) or not isinstance(norm, (nn.Identity, nn.LayerNorm)):
         return False
     patch = tuple(patch_embed.patch_size)
     plain = proj.kernel_size == patch and proj.stride == patch and proj.padding == (0, 0)
