@@ -27,6 +27,7 @@ __all__ = [
     "kept_patches",
     "load_image",
     "overview",
+    "panels",
     "row",
     "score_map",
     "show_images",
@@ -220,6 +221,26 @@ def overview(
     Raises:
         ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.
     """
+    shown = panels(image, model, keep_ratios)
+    return row([(picture, text if captions else "") for picture, text in shown])
+
+
+def panels(
+    image: Image.Image, model: LTRPModel, keep_ratios: Sequence[float] = KEEP_RATIOS
+) -> list[tuple[Image.Image, str]]:
+    """The pictures of ``overview`` with their captions, at the size that the model sees.
+
+    Args:
+        image: Of any size.
+        model: Ranks and selects; its ``keep_ratio`` is restored.
+        keep_ratios: One picture each.
+
+    Returns:
+        The photo, its score map, and what is kept at each ratio.
+
+    Raises:
+        ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.
+    """
     x = to_tensor(image, model)
     parameter = next(model.backbone.parameters())
     on_device = x.to(device=parameter.device, dtype=parameter.dtype)
@@ -228,7 +249,7 @@ def overview(
     photo = to_image(x, model).crop((0, 0, w * cols, h * rows))  # whole patches, as they are cut
     name = getattr(model.ranker, "name", "") or type(model.ranker).__name__
     scores = model.patch_scores(on_device)
-    panels = [
+    found = [
         (photo, f"photo, {photo.width}x{photo.height}"),
         (score_map(photo, scores, grid), f"{name}: yellow = keep first"),
     ]
@@ -239,8 +260,8 @@ def overview(
             else:
                 shown = kept_patches(photo, model.select(scores, on_device), grid)
             count = model.num_tokens()
-        panels.append((shown, f"keep {ratio:g}: {count} of {h * w}"))
-    return row([(shown, text if captions else "") for shown, text in panels])
+        found.append((shown, f"keep {ratio:g}: {count} of {h * w}"))
+    return found
 
 
 def row(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:

@@ -265,7 +265,7 @@ def test_a_backbone_without_a_classifier_names_no_class(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_into_cache(here.parent / "hub")
-    monkeypatch.setattr("ltrp_timm.commands.demo.infer_imagenet_subset", lambda model: None)
+    monkeypatch.setattr("ltrp_timm.commands._console.infer_imagenet_subset", lambda model: None)
     assert main([*FAST, "--keep-ratio", "0.5", "--image", "a.jpg"]) == 0
     assert "top-1: this backbone has no ImageNet classifier" in capsys.readouterr().out
 

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm import __version__
+    from ltrp_timm.commands.app import add_app
     from ltrp_timm.commands.benchmark import add_benchmark
     from ltrp_timm.commands.demo import add_demo
     from ltrp_timm.commands.evaluate import add_evaluate
@@ -78,7 +79,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     for add in (
         *(add_demo, add_rank, add_train_ranker, add_train_teacher, add_finetune),
-        *(add_evaluate, add_export, add_benchmark, add_save, add_push),
+        *(add_evaluate, add_export, add_benchmark, add_app, add_save, add_push),
     ):
         add(commands)
     return parser

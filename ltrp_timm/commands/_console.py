@@ -12,8 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
 from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._flags import NotNegative, PathName
+from ltrp_timm.data.labels import listed_names
 from ltrp_timm.measure.throughput import Timing, ratio
 from ltrp_timm.models.coarse import RESTS
 from ltrp_timm.models.ltrp import LTRPModel
@@ -160,6 +164,38 @@ def _about_ranker(ranker: Any) -> str:
 def _millions(module: Any) -> str:
     count = sum(parameter.numel() for parameter in module.parameters())
     return f"{count / 1e6:.{1 if count > 1e6 else 2}f} M parameters"
+
+
+def class_names(model: LTRPModel) -> list[str]:
+    """Names of the classes in the order of the logits; [] for features or an embedding as CLIP's.
+
+    Those that the model was saved with, else ImageNet's.
+    """
+    saved = listed_names((model.pretrained_cfg or {}).get("label_names"))
+    if saved:
+        return saved
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return []
+    classes = ImageNetInfo(subset)
+    return [classes.index_to_description(index) for index in range(classes.num_classes())]
+
+
+def usable_device(text: str) -> torch.device:
+    """The device ``--device``, after a test that it holds a tensor.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device)
+        if device.type == "meta":
+            raise ValueError("it computes nothing")
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = one_line(error)
+        raise ValueError(f"--device {printable(text)} cannot be used: {reason}") from error
+    return device
 
 
 def time_and_gain(timing: Timing, full: Timing) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ltrp_timm._text import one_line, printable, say
+from ltrp_timm._text import printable, say
 from ltrp_timm.commands._console import (
     ModelOptions,
     Rest,
@@ -20,6 +20,7 @@ from ltrp_timm.commands._console import (
     output_errors,
     quiet_about_training,
     size_text,
+    usable_device,
 )
 from ltrp_timm.commands._flags import NotNegative, PathName, Positive, add_command
 from ltrp_timm.deploy.formats import input_size
@@ -98,7 +99,7 @@ def add_benchmark(commands: Any) -> None:
 
 def _run(**given: Any) -> int:
     options = BenchmarkOptions(**given)
-    device = _device(options.device)
+    device = usable_device(options.device)
     if 1 in options.keep_ratio:
         raise ValueError("--keep-ratio must be below 1; the full model is always measured.")
     if options.compile_mode == "freezing" and device.type != "cpu":
@@ -118,23 +119,6 @@ def _run(**given: Any) -> int:
             write_text(behind_links(options.output), csv_text(rows))
         say(f"\nfigures     {printable(options.output)}, {len(rows)} rows")
     return 0
-
-
-def _device(text: str) -> torch.device:
-    """The device, after a test that it holds a tensor.
-
-    Raises:
-        ValueError: This machine has no such device.
-    """
-    try:
-        device = torch.device(text)
-        torch.zeros(1, device=device)
-        if device.type == "meta":
-            raise ValueError("it computes nothing")
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = one_line(error)
-        raise ValueError(f"--device {printable(text)} cannot be used: {reason}") from error
-    return device
 
 
 def _say_where(device: torch.device, options: BenchmarkOptions) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from ltrp_timm._text import complain, printable, say
@@ -16,6 +15,7 @@ from ltrp_timm.commands._console import (
     behind_links,
     check_names,
     check_output,
+    class_names,
     describe_model,
     output_errors,
     quiet_about_training,
@@ -68,7 +68,7 @@ def _run(**given: Any) -> int:
     output = options.output
     check_names(options.model, options.ranker)
     check_output(output, (".png",), options.overwrite or output == DEFAULT_OUTPUT, files or ())
-    photos = _sample_photos() if files is None else _load_photos(files)
+    photos = sample_photos() if files is None else _load_photos(files)
     failed = files is not None and len(photos) < len(files)
     if not photos:
         raise ValueError("no photo could be read, nothing was written.")
@@ -87,13 +87,14 @@ def _run(**given: Any) -> int:
     return 2 if failed or len(shown) < len(photos) else 0
 
 
-def _sample_photos() -> dict[str, Image.Image]:
+def sample_photos(extra: str = "demo") -> dict[str, Image.Image]:
+    """Photos that scikit-image has; ``extra`` is what installs it."""
     try:
         from skimage import data
     except ImportError as error:
         raise ImportError(
-            "the demo's photos are part of scikit-image: run pip install 'ltrp-timm[demo]', or "
-            "choose your own with --image."
+            f"the sample photos are part of scikit-image: run pip install 'ltrp-timm[{extra}]'"
+            + (", or choose your own with --image." if extra == "demo" else ".")
         ) from error
     return {name: Image.fromarray(getattr(data, name)()) for name in PHOTOS}
 
@@ -133,12 +134,11 @@ def _draw(
 def _print_predictions(
     shown: dict[str, Tensor], model: LTRPModel, keep_ratios: Sequence[float]
 ) -> None:
-    subset = infer_imagenet_subset(model)
-    if subset is None:  # features, or an embedding as CLIP's: its largest value is no class
+    names = class_names(model)
+    if not names:
         say("\ntop-1: this backbone has no ImageNet classifier")
         return
     say("\ntop-1 class of the full and the pruned model")
-    classes = ImageNetInfo(subset)
     with torch.inference_mode(), quiet_about_training():
         for name, x in shown.items():
             say(f"  {printable(name)}")
@@ -146,7 +146,7 @@ def _print_predictions(
                 with keeping(model, ratio):
                     index = int(model(x).argmax())
                 which = "full" if ratio == 1.0 else f"keep {ratio:g}"
-                say(f"    {which:12}{index} {classes.index_to_description(index)}")
+                say(f"    {which:12}{index} {names[index]}")
 
 
 def _measure(

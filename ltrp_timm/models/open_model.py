@@ -149,7 +149,9 @@ def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
         if front.get("selection", found.selection) != found.selection:
             own.pop("selection_args")
         own.pop("budget", None)  # its level belongs to the scores of the old ranker
-        return drop_patches(found.restore(), **{**own, **front, "ranker": name})
+        pruned = drop_patches(found.restore(), **{**own, **front, "ranker": name})
+        pruned.pretrained_cfg = pruned.default_cfg = found.pretrained_cfg  # it names the classes
+        return pruned
     for key, value in front.items():
         setattr(found, key, value)
     return found
