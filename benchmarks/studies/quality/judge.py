@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm.selection import num_keep, scatter_patches, select_top
+from ltrp_timm.selection import gather_patches, num_keep, scatter_patches, select_top
 
 _BATCH = 16
 _OBJECT = 0.25  # a patch is of an object if that share of it is
 _NEIGHBOURS = 5
+_EVERY = 7  # patches that train the probe of masks: every seventh
 
 
 class Encoded:
@@ -20,11 +21,15 @@ class Encoded:
 
     Attributes:
         token: (B, D), what the model's head would get.
-        dense: (B, h, w, D) patch features, dropped ones taken from the nearest kept; or None.
+        dense: (B, h, w, D) patch features, dropped ones taken from the nearest kept, coarse ones
+            from the token that covers them; or None.
+        kept: (B, h, w) bool, places with features of their own; or None.
     """
 
-    def __init__(self, token: Tensor, dense: Tensor | None = None) -> None:
-        self.token, self.dense = token, dense
+    def __init__(
+        self, token: Tensor, dense: Tensor | None = None, kept: Tensor | None = None
+    ) -> None:
+        self.token, self.dense, self.kept = token, dense, kept
 
 
 def in_batches(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -42,7 +47,10 @@ def normalised(images: Tensor, model: Any) -> Tensor:
 
 
 def encode(model: Any, images: Tensor, keep: Tensor | None = None, dense: bool = False) -> Encoded:
-    """Features of uint8 images by a plain model, or with given patches by a pruned one."""
+    """Features of uint8 images by a plain model, or with given patches by a pruned one.
+
+    With three scales, blocks stay coarsest by the model's own ranker.
+    """
     grid = tuple(model.patch_embed.grid_size) if keep is None else model.patch_grid
     prefix = model.num_prefix_tokens
 
@@ -53,15 +61,31 @@ def encode(model: Any, images: Tensor, keep: Tensor | None = None, dense: bool =
     pooled = in_batches(lambda part: model.forward_head(part, pre_logits=True), tokens)
     if not dense:
         return Encoded(pooled)
-    patches = tokens[:, prefix:]
-    if keep is not None:
+    patches, kept = tokens[:, prefix:], None
+    if keep is not None and model.rest == "coarse":
+        owner = in_batches(
+            lambda part, own: model.token_layout(normalised(part, model), own).token_of_patch(),
+            images,
+            keep,
+        )
+        patches = gather_patches(patches, owner)
+    elif keep is not None:
+        kept = torch.zeros(len(images), grid[0] * grid[1], dtype=torch.bool)
+        kept = kept.scatter(1, keep, True).view(-1, *grid)
         patches = scatter_patches(patches, keep, grid, "nearest")
-    return Encoded(pooled, patches.reshape(len(images), *grid, -1))
+    return Encoded(pooled, patches.reshape(len(images), *grid, -1), kept)
 
 
 def kept_by(scores: Tensor, keep_ratio: float) -> Tensor:
     """The best patches by scores (B, N)."""
     return select_top(scores, num_keep(scores.shape[1], keep_ratio))
+
+
+def refined_by(model: Any, scores: Tensor, images: Tensor) -> Tensor:
+    """The patches that a model with a coarse rest encodes finely by scores (B, N)."""
+    return in_batches(
+        lambda part, pixels: model.select(part, normalised(pixels, model)), scores, images
+    )
 
 
 def share_of_objects(masks: Tensor, grid: Sequence[int]) -> Tensor:
@@ -134,6 +158,45 @@ class Probes:
 
         scores = self.several.predict_proba(self._scaled(encoded))
         return np.array([average_precision_score(y, s) for y, s in zip(labels.numpy(), scores)])
+
+
+class MaskProbe:
+    """A linear classifier of patches, object or not, on feature maps of the full model.
+
+    Args:
+        known: features with maps, of other objects on other photos.
+        share: (B, N), the share of each patch that is object.
+    """
+
+    def __init__(self, known: Encoded, share: Tensor) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        assert known.dense is not None
+        features = known.dense.flatten(0, 2)[::_EVERY]
+        self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
+        self.linear = LogisticRegression(C=0.01, max_iter=200)
+        self.linear.fit(self._scaled(features), (share.flatten() > 0.5).numpy()[::_EVERY])
+
+    def _scaled(self, features: Tensor) -> np.ndarray:
+        return ((features - self.mean) / self.std).numpy()
+
+    def overlap(self, encoded: Encoded, share: Tensor, fill: str = "nearest") -> np.ndarray:
+        """For each picture, intersection over union of the found patches and the object's.
+
+        ``fill="zeros"`` gives places without features of their own zeros.
+        """
+        assert encoded.dense is not None
+        dense = encoded.dense
+        if dense[0, :, :, 0].numel() != share.shape[1]:
+            side = round(share.shape[1] ** 0.5)
+            dense = F.interpolate(dense.permute(0, 3, 1, 2), (side, side), mode="bilinear")
+            dense = dense.permute(0, 2, 3, 1)
+        if fill == "zeros" and encoded.kept is not None:
+            dense = dense * encoded.kept.unsqueeze(-1)
+        found = self.linear.predict(self._scaled(dense.flatten(0, 2))).reshape(share.shape)
+        true = (share > 0.5).numpy()
+        union = (found | true).sum(1)
+        return (found & true).sum(1) / np.maximum(union, 1)
 
 
 def retrieved(encoded: Encoded, objects: Tensor) -> np.ndarray:

@@ -11,11 +11,13 @@ from torch import Tensor
 from ltrp_timm import create_ranker, drop_patches
 from ltrp_timm.measure.payoff import twin
 from ltrp_timm.selection import num_keep
+from ltrp_timm.selection.cells import CellGrid
 from studies.quality.judge import Encoded, encode, in_batches, normalised
 from studies.quality.material import load_backbone
 
 ORACLE, RANDOM = "the objects' masks", "random"
 WEIGHT_FREE = ("border", "contrast", "pixel_std", "centre")
+COARSE, THREE = ", coarse rest", ", three scales"  # behind a ranker's name
 _BLOCKS, _RANK_SIDE = 4, 112  # of feature_contrast
 
 
@@ -35,6 +37,14 @@ def make_rankers(args: Any, full: Any, img_size: int) -> dict[str, Any]:
         block = min(10, len(full.blocks) - 1)
         rankers["attention"] = create_ranker("attention", backbone=full, block=block)
     return {name: drop_patches(twin(full), ranker.eval()) for name, ranker in rankers.items()}
+
+
+def make_coarse(full: Any, ranker: Any) -> dict[str, Any]:
+    """Models that encode weak cells coarsely, by what follows the ranker's name."""
+    return {
+        COARSE: drop_patches(twin(full), ranker, rest="coarse"),
+        THREE: drop_patches(twin(full), twin(ranker), rest="coarse", scales=(1, 2, 4)),
+    }
 
 
 def score_pictures(models: dict[str, Any], images: Tensor, share: Tensor) -> dict[str, Tensor]:
@@ -79,7 +89,7 @@ class Rival:
         return lambda name: encode(
             self.model,
             self.inputs(sets[name].images),
-            dense=name == "scenes" and self.method == "smaller image",
+            dense=name != "several" and self.method == "smaller image",
         )
 
 
@@ -106,10 +116,24 @@ def make_rivals(args: Any, full: Any, img_size: int, keep_ratios: list[float]) -
     return rivals
 
 
+def ratios_of(model: Any, keep_ratios: list[float]) -> list[float]:
+    """The keep ratios that a model's scales allow, and that it does not share with another one.
+
+    Two scales end where all cells are coarse, three begin where that happens.
+    """
+    if model.rest == "drop":
+        return keep_ratios
+    if model.settings()["scales"] == (1, 2, 4):
+        return [ratio for ratio in keep_ratios if ratio < 0.5]
+    grid = CellGrid(model.patch_grid)
+    least = (grid.num_cells + grid.num_edge_patches) / model.num_patches
+    return [ratio for ratio in keep_ratios if ratio > least]
+
+
 def timed_calls(
-    full: Any, pruned: Any, keep_ratios: list[float], rivals: list[Rival], images: Tensor
+    full: Any, pruned: dict[str, Any], keep_ratios: list[float], rivals: list[Rival], images: Tensor
 ) -> dict[str, Callable[[], Any]]:
-    """Calls to time interleaved: the full model, the pruned one at each ratio, the rivals."""
+    """Calls to time interleaved: the full model, the pruned ones at each ratio, the rivals."""
 
     def call(model: Any, inputs: Tensor, keep_ratio: float | None = None) -> Callable[[], Any]:
         def run() -> Any:
@@ -121,8 +145,9 @@ def timed_calls(
         return run
 
     calls = {"full": call(full, normalised(images, full))}
-    for ratio in keep_ratios:
-        calls[f"drop {ratio:g}"] = call(pruned, normalised(images, full), ratio)
+    for method, model in pruned.items():
+        for ratio in ratios_of(model, keep_ratios):
+            calls[f"{method} keep {ratio:g}"] = call(model, normalised(images, full), ratio)
     for rival in rivals:
         inputs = normalised(rival.inputs(images), full)
         calls[f"{rival.method} {rival.setting}"] = call(rival.model, inputs)
