@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import ltrp_timm
 from ltrp_timm.commands import _make_parser
@@ -106,6 +107,18 @@ def test_readme_is_one_page_with_the_two_commands() -> None:
     assert "```python" in README
     assert "pip install '.[demo]' && ltrp-timm demo" in README
     assert "pip install '.[test]' && pytest" in README
+
+
+def test_the_citation_is_that_of_the_readme() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["title"] == ltrp_timm.__name__
+    assert cited["authors"] == [{"name": "ltrp_timm contributors"}]
+    paper = cited["preferred-citation"]
+    assert f"title     = {{{paper['title']}}}" in README
+    people = [f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]]
+    assert f"author    = {{{' and '.join(people)}}}" in README
+    assert f"year      = {{{paper['year']}}}" in README
 
 
 def test_the_reference_names_everything_public() -> None:
