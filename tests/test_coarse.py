@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from common import host_syncs, operators
 from conftest import FAMILIES, awaken, grid_of
 from PIL import Image
 from timm.models.eva import Eva
@@ -536,3 +537,17 @@ def test_fine_tuning_and_scores_of_an_index_cache() -> None:
     assert FinetuneRecipe(rest="coarse", keep_ratio=0.5).front["rest"] == "coarse"
     with pytest.raises(ValueError, match="go with rest='drop'"):
         FinetuneRecipe(rest="coarse", distill="self", distill_features=1.0)
+
+
+@pytest.mark.parametrize(("ranker", "limit"), [("random", 1.45), ("border", 1.6)])
+def test_operators_of_a_coarse_rest(ranker: str, limit: float) -> None:
+    """Operators beside those of the plain ViT-B; none waits for the device."""
+    backbone = timm.create_model("vit_base_patch16_224", embed_dim=48, num_heads=2).eval()
+    images = torch.randn(1, 3, 224, 224)
+    selection = "random" if ranker == "random" else "top"
+    with torch.inference_mode():
+        plain = operators(lambda: backbone(images))
+        model = drop_patches(backbone, ranker, 0.5, selection, rest="coarse")
+        pruned = operators(lambda: model(images))
+    assert len(pruned) <= limit * len(plain)
+    assert not host_syncs(pruned)

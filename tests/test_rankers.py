@@ -483,6 +483,11 @@ def test_statistics_by_hand() -> None:
     patches = images[:, :, :32, :48].reshape(2, 3, 2, 16, 3, 16)
     std = patches.var((3, 5), unbiased=False).mean(1).sqrt()
     assert torch.allclose(create_ranker("pixel_std")(images), std, atol=1e-6)
+    cells = images[:, :, :32, :32].reshape(2, 3, -1).var(2, unbiased=False).mean(1).sqrt()
+    found = create_ranker("cell_std")(images)
+    assert torch.allclose(found[:, :, :2], cells[:, None, None].expand(2, 2, 2), atol=1e-6)
+    edge = images[:, :, :32, 32:48].reshape(2, 3, -1).var(2, unbiased=False).mean(1).sqrt()
+    assert torch.allclose(found[:, :, 2], edge[:, None].expand(2, 2), atol=1e-6)
     colour = border_contrast(patches.mean((3, 5)))
     assert torch.allclose(create_ranker("colour")(images), colour, atol=1e-6)
     steps = torch.zeros(1, 1, 16, 32)
@@ -495,7 +500,7 @@ def test_statistics_by_hand() -> None:
         StatisticRanker("edges")
 
 
-@pytest.mark.parametrize("name", ["pixel_std", "gradient", "colour"])
+@pytest.mark.parametrize("name", ["pixel_std", "cell_std", "gradient", "colour"])
 def test_statistics_compare_between_images(name: str) -> None:
     """Twice the contrast is twice the score; ranks within an image would not tell."""
     images = torch.rand(1, 3, 64, 64) * 0.5

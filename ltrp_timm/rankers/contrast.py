@@ -11,7 +11,7 @@ from ltrp_timm.rankers.base import PatchSizeRanker
 from ltrp_timm.selection.rules import mean_rank
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
-STATISTICS = ("pixel_std", "gradient", "colour", "centre")
+STATISTICS = ("pixel_std", "cell_std", "gradient", "colour", "centre")
 
 
 class BorderRanker(PatchSizeRanker):
@@ -82,8 +82,9 @@ class StatisticRanker(PatchSizeRanker):
     budget can tell a busy image from an empty one.
 
     Args:
-        statistic: "pixel_std", the standard deviation of the pixels within a channel; "gradient",
-            the mean length of the step to the next pixels, right and below; "colour", the distance
+        statistic: "pixel_std", the standard deviation of the pixels within a channel; "cell_std",
+            that of the cell of 2 x 2 patches around it, for ``rest="coarse"`` on whole scenes;
+            "gradient", the mean length of the step to the next pixels, right and below; "colour", the distance
             of the mean colour from that of the outermost patches; "centre", minus the squared
             distance from the middle of the grid, in half grids.
         patch_size: side of a patch in pixels, or (height, width).
@@ -162,7 +163,24 @@ def statistic_scores(images: Tensor, patch_size: Tuple[int, int], statistic: str
     mean, variance = patch_statistics(images, patch_size, h, w)
     if statistic == "colour":
         return border_contrast(mean)
+    if statistic == "cell_std":
+        variance = cell_variance(mean, variance)
     return variance.mean(1).sqrt()
+
+
+def cell_variance(mean: Tensor, variance: Tensor) -> Tensor:
+    """Mean and variance of patches (B, C, h, w) -> that of the pixels of their cells of 2 x 2.
+
+    The last row or column of an odd grid has cells of its own patches alone.
+    """
+    return cell_mean(variance + (mean - cell_mean(mean)).square())
+
+
+def cell_mean(values: Tensor) -> Tensor:
+    """Values (B, C, h, w) -> the mean over each cell of 2 x 2 places, at all its places."""
+    cells = F.avg_pool2d(values, 2, ceil_mode=True, count_include_pad=False)
+    cells = cells.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return cells[:, :, : values.shape[2], : values.shape[3]]
 
 
 torch.fx.wrap("border_scores")
