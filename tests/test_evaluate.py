@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from timm.utils import accuracy
 from torch import Tensor
 from train_setup import make_photos
 
-from ltrp_timm import drop_patches, save_pretrained
+from ltrp_timm import create_ranker, drop_patches, save_pretrained
 from ltrp_timm.commands import main
 from ltrp_timm.commands._console import check_folder
 from ltrp_timm.data.keyed import Batch
@@ -120,6 +121,40 @@ def test_accuracy_is_that_of_the_whole_set(here: Path, capsys: pytest.CaptureFix
     kept = [("pruned", "0.7", "11"), ("pruned", "0.5", "8"), ("pruned", "0.25", "4")]
     assert re.findall(line, out, re.M) == [("full", "1", "16"), *kept]
     check_per_image(rows)
+
+
+def test_a_card_takes_the_accuracies(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("-o", "out", "--smaller-image") == 2
+    rows = [row for row in read("out/evaluate.csv") if row["method"] in ("full", "pruned")]
+    model = load()
+    save_pretrained(model, "again", {"license": "mit"}, evaluation="out")
+    card = ModelCard.load("again/README.md")
+    results = card.data.eval_results
+    found = {each.metric_name: (each.metric_type, each.metric_value) for each in results}
+    assert {(each.dataset_name, each.task_type) for each in results} == {
+        ("set, validation", "image-classification")
+    }
+    for row in rows:
+        name = f"top-1 at keep_ratio {float(row['keep_ratio']):g}"
+        assert found[name] == ("accuracy", pytest.approx(float(row["top1"]), abs=0.006))
+        assert f"| {float(row['keep_ratio']):g}" in card.text
+    assert len(found) == 2 * len(rows)
+    assert not card.data.eval_results[0].verified
+    # from the command line
+    save = ["save", "local-dir:model", "--pretrained", "-o", "third", "--license", "mit"]
+    assert main([*save, "--evaluation", "out/evaluate.json"]) == 0
+    assert ModelCard.load("third/README.md").data.eval_results == results
+    assert main([*save, "--overwrite", "--ranker", "contrast", "--evaluation", "out"]) == 2
+    message = "of a model with ranker 'border', this one has 'contrast': evaluate this one."
+    assert message in capsys.readouterr().err
+    for content, error in (("{}", "is no evaluate.json"), ("text", "is no evaluate.json")):
+        Path("wrong.json").write_text(content)
+        with pytest.raises(ValueError, match=error):
+            save_pretrained(model, "again", overwrite=True, evaluation="wrong.json")
+    with pytest.raises(FileNotFoundError):
+        save_pretrained(model, "again", overwrite=True, evaluation="absent.json")
+    with pytest.raises(ValueError, match="not with a ranker alone"):
+        save_pretrained(create_ranker("conv", pretrained=True), "ranker", evaluation="out")
 
 
 def test_the_smaller_image_is_in_the_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

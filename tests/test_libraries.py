@@ -6,6 +6,8 @@ The table in docs/guides/libraries.md has the versions that this ran with.
 import copy
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from train_setup import make_photos, run
 
 from ltrp_timm import LTRPModel, drop_patches, save_pretrained
 from ltrp_timm.models.open_model import open_model
@@ -36,6 +39,11 @@ def tiny(**changes: Any) -> Any:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos", 8)
 
 
 # open_clip
@@ -270,3 +278,43 @@ def test_lightning_trains_saves_and_opens(images: Tensor, tmp_path: Path) -> Non
     assert not torch.allclose(trained(images), before(images))
     again, _ = open_model("ltrp_vit_tiny", checkpoint=tmp_path / "last.ckpt", **TINY)
     assert torch.equal(again.eval()(images), trained(images))
+
+
+# trackio and wandb
+
+
+def test_a_training_reports_to_trackio(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tracked"))
+    # trackio reads its folder when it is imported, and serves it from a thread: another process
+    source = """
+import pathlib, sys, train_setup
+from trackio.sqlite_storage import SQLiteStorage
+photos, out = map(pathlib.Path, sys.argv[1:])
+summary = train_setup.run(photos, out, report_to="trackio")
+rows = SQLiteStorage.get_logs("ltrp_timm", "out")
+assert max(row["step"] for row in rows) == summary.steps
+assert sum("train/loss" in row for row in rows) == summary.steps
+print("reported")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", source, str(photos), str(tmp_path / "out")],
+        **{"capture_output": True, "text": True, "env": environment, "check": False},
+    )
+    assert "reported" in done.stdout, done.stderr
+
+
+def test_a_training_reports_to_wandb_offline(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(photos, tmp_path / "out", report_to="wandb")
+    assert wandb.run is None
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"train/loss" in written.read_bytes()

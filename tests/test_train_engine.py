@@ -1,12 +1,14 @@
 """Updates by hand: the rate of each one, and the average of the weights."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from train_setup import make_photos, run
 
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
@@ -112,3 +114,56 @@ def test_a_log_is_written_as_it_was_read(tmp_path: Path) -> None:
     log.start_epoch(2, 2, 4, 0)
     log.end_epoch({"epoch": 2, "step": 8, "lr": 0.0, "loss": 1.5, "val_top1": None}, 2)
     assert (tmp_path / LOG_NAME).read_text() == text + "2,8,0.0,1.5,\n"
+
+
+class Tracker:
+    """What trackio and wandb have in common."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.ended = 0
+
+    def init(self, **options: Any) -> None:
+        self.started.append(options)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_run_reports_to_a_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "garden")
+    photos = make_photos(tmp_path / "photos")
+    summary = run(photos, tmp_path / "first", report_to=name, holdout=0.2)
+    (started,) = tracker.started
+    assert (started["project"], started["name"]) == ("garden", "first")
+    assert (started["config"]["epochs"], started["config"]["images_per_update"]) == (2, 4)
+    updates = [(step, row) for step, row in tracker.rows if "train/loss" in row]
+    assert [step for step, _ in updates] == list(range(1, summary.steps + 1))
+    epochs = [(step, row) for step, row in tracker.rows if "epoch/loss" in row]
+    assert [step for step, _ in epochs] == [summary.steps // 2, summary.steps]
+    assert epochs[-1][1]["epoch/loss"] == summary.metrics["loss"]
+    assert tracker.ended == 1
+    # a continuation may report elsewhere
+    run(photos, tmp_path / "first", resume="auto", holdout=0.2)
+    assert tracker.ended == 1
+
+
+def test_a_tracker_that_is_missing_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    photos = make_photos(tmp_path / "photos", 8)
+    with pytest.raises(ImportError, match="report_to='wandb' needs wandb: pip install wandb"):
+        run(photos, tmp_path / "out", report_to="wandb")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="report_to must be one of trackio, wandb, got 'mlflow'"):
+        run(photos, tmp_path / "out", report_to="mlflow")

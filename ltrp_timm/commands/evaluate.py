@@ -37,18 +37,15 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
 from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring import cached_transform
+from ltrp_timm.share.cards import EVALUATION_NAME, TITLES
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.head import image_config
 from ltrp_timm.visualize import require_matplotlib
 from ltrp_timm.weights.files import write_atomically, write_text
 
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.25)
-CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", "evaluate.json", "evaluate.png"
+CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", EVALUATION_NAME, "evaluate.png"
 PER_IMAGE_NAME, PER_CLASS_NAME = "per_image.csv", "per_class.csv"
-TITLES = {
-    **{"top1": "top-1", "top5": "top-5"},
-    **{"map": "mAP", "map_seen": "mAP seen", "map_unseen": "mAP unseen"},
-}
 PRUNED = "pruned"
 Row = dict[str, Any]
 Case = tuple[str, float]  # method and keep ratio

@@ -22,6 +22,8 @@ class SaveOptions(ModelOptions):
         ranker_source: Where the ranker's weights come from, for the card.
         base_model: Repository of the model that training started from, for the card.
         description: A sentence for the card.
+        evaluation: The evaluate.json that ``ltrp-timm evaluate`` wrote for this model, or its
+            folder; the card states its accuracies, and the Hub reads them.
     """
 
     output: PathName
@@ -32,6 +34,7 @@ class SaveOptions(ModelOptions):
     ranker_source: Words | None = None
     base_model: Words | None = None
     description: Words | None = None
+    evaluation: PathName | None = None
 
     def card(self) -> dict[str, str]:
         """The facts for the model card, as ``save_pretrained`` takes them."""
@@ -60,7 +63,7 @@ def _save(**given: Any) -> int:
     origin = model.pretrained_cfg.get("hf_hub_id") if options.pretrained else None
     if origin:
         card.setdefault("base_model", origin)
-    folder = save_pretrained(model, options.output, card, options.overwrite)
+    folder = save_pretrained(model, options.output, card, options.overwrite, options.evaluation)
     say(f"{folder}: config.json, model.safetensors, {CARD_NAME}")
     say(f"backbone weights: {weights}")
     for name in ("license", "training_data"):
@@ -73,7 +76,10 @@ def _save(**given: Any) -> int:
 def add_push(commands: Any) -> None:
     """Add ``ltrp-timm push``."""
     about = "Put a saved model or ranker on the Hugging Face Hub."
-    options: dict[str, Any] = {"positional": ("directory",), "skip": ("model", "model_card")}
+    options: dict[str, Any] = {
+        "positional": ("directory",),
+        "skip": ("model", "model_card", "evaluation"),
+    }
     add_command(commands, "push", about, _push, _push, push_to_hub, **options)
 
 

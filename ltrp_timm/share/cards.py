@@ -4,14 +4,23 @@ A card states what its author gives and what the model shows: no figure, licence
 guessed.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ltrp_timm.selection.rules import check_keep_ratio, num_keep
 
+EVALUATION_NAME = "evaluate.json"  # what `ltrp-timm evaluate` writes
+# accuracies of an evaluation: as people and as the Hub name them
+TITLES = {
+    **{"top1": "top-1", "top5": "top-5"},
+    **{"map": "mAP", "map_seen": "mAP seen", "map_unseen": "mAP unseen"},
+}
+_METRICS = {"top-1": "accuracy", "top-5": "top_5_accuracy", "mAP": "mean_average_precision"}
 UNNAMED = "owner/name"  # the repository in cards that are not on the Hub
 NOT_STATED = "not stated"
 _RATIOS = (1.0, 0.75, 0.5, 0.25)
@@ -60,6 +69,44 @@ def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
             raise ValueError(f"model_card[{name!r}] must be {form}, got {table!r}.")
     out["measured"] = {check_keep_ratio(ratio): row for ratio, row in out["measured"].items()}
     return out
+
+
+def read_evaluation(source: Any, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a card from what ``ltrp-timm evaluate --output`` wrote.
+
+    Args:
+        source: evaluate.json, or its folder.
+        made_with: the model's "ranker", "selection" and "rest"; the evaluation's must be the same.
+
+    Returns:
+        "evaluation_data", and "measured" accuracies in per cent, by keep ratio.
+
+    Raises:
+        FileNotFoundError: ``source`` does not exist.
+        ValueError: It holds no evaluation, or that of another model.
+    """
+    path = Path(source)
+    path = path / EVALUATION_NAME if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in found["results"] if row["method"] in ("full", "pruned")]
+        measured = {
+            float(row["keep_ratio"]): {
+                title: round(float(row[name]), 2) for name, title in TITLES.items() if name in row
+            }
+            for row in rows
+        }
+        data = str(found["data"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no {EVALUATION_NAME} of `ltrp-timm evaluate`.") from error
+    for name, value in made_with.items():
+        if any(ratio < 1 for ratio in measured) and found.get(name, value) != value:
+            raise ValueError(
+                f"{path} is of a model with {name} {found[name]!r}, this one has {value!r}: "
+                "evaluate this one."
+            )
+    data = data if re.match(r"\w+/", data) and not Path(data).exists() else Path(data).name
+    return {"evaluation_data": f"{data}, {found.get('split')}", "measured": measured}
 
 
 def write_card(
@@ -120,7 +167,7 @@ def _metadata(title: str, card: Mapping[str, Any]) -> ModelCardData:
             task_type="image-classification",
             dataset_type=re.sub(r"[^\w.-]+", "-", data.lower()),
             dataset_name=data,
-            metric_type=what,
+            metric_type=_METRICS.get(what, what),
             metric_name=f"{what} at keep_ratio {ratio:g}",
             metric_value=value,
         )

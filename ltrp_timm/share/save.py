@@ -12,7 +12,7 @@ from torch import nn
 from ltrp_timm import _timm
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import list_rankers, ranker_class
-from ltrp_timm.share.cards import UNNAMED, check_card, write_card
+from ltrp_timm.share.cards import UNNAMED, check_card, read_evaluation, write_card
 from ltrp_timm.weights import hub
 from ltrp_timm.weights.files import (
     CONFIG_NAME,
@@ -33,6 +33,7 @@ def save_pretrained(
     directory: PathLike,
     model_card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    evaluation: PathLike | None = None,
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and a model card ``README.md`` into a folder.
 
@@ -47,13 +48,16 @@ def save_pretrained(
             ``{keep_ratio: {what: value}}`` on "evaluation_data", "results" ``{who: {what: value}}``
             with a "results_note".
         overwrite: replace these three files.
+        evaluation: evaluate.json of ``ltrp-timm evaluate``, or its folder, of this model; its
+            accuracies are the card's "measured" and the results that the Hub reads.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: ``model`` is neither a pruned model nor a ranker.
-        ValueError: the ranker has no name or no trained weights, or ``model_card`` is wrong.
+        ValueError: the ranker has no name or no trained weights, ``model_card`` is wrong, or the
+            evaluation is of another model.
         FileExistsError: the folder holds one of the files and ``overwrite`` is False.
 
     >>> import tempfile, timm
@@ -61,7 +65,7 @@ def save_pretrained(
     >>> save_pretrained(timm.create_model("ltrp_vit_tiny", depth=1), folder).name in folder
     True
     """
-    return _save(model, Path(directory), model_card, overwrite, UNNAMED)
+    return _save(model, Path(directory), model_card, overwrite, UNNAMED, evaluation)
 
 
 def push_to_hub(
@@ -72,6 +76,7 @@ def push_to_hub(
     revision: str | None = None,
     model_card: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    evaluation: PathLike | None = None,
 ) -> str:
     """Upload a model or a ranker to the Hub in one commit.
 
@@ -88,6 +93,7 @@ def push_to_hub(
         revision: Branch; it is created if it does not exist (default: main).
         model_card: As in ``save_pretrained``.
         overwrite: Replace the files of the branch.
+        evaluation: As in ``save_pretrained``.
 
     Returns:
         The name to load it by: ``hf-hub:owner/name``, with ``@revision`` when given.
@@ -99,7 +105,7 @@ def push_to_hub(
         OSError: the Hub refuses or does not answer; the message says what to do.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _save(model, Path(folder), model_card, True, repo_id)
+        _save(model, Path(folder), model_card, True, repo_id, evaluation)
         return _upload(folder, repo_id, private, token, revision, overwrite)
 
 
@@ -146,9 +152,16 @@ def _save(
     model_card: Mapping[str, Any] | None,
     overwrite: bool,
     repo_id: str,
+    evaluation: PathLike | None = None,
 ) -> Path:
     stated = check_card(model_card)
     whole = isinstance(model, LTRPModel)
+    if evaluation is not None:
+        if not isinstance(model, LTRPModel):
+            raise ValueError("an evaluation goes with a whole model, not with a ranker alone.")
+        parts = {"ranker": getattr(model.ranker, "name", None), "selection": model.selection}
+        found = read_evaluation(evaluation, {**parts, "rest": model.rest})
+        stated = check_card({**found, **(model_card or {})})
     ranker = model.ranker if isinstance(model, LTRPModel) else model
     check_ranker(ranker, whole)
     origin = ranker.origin if ranker.learned else "none: it has no weights"

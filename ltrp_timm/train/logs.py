@@ -1,7 +1,9 @@
-"""What a run reports: a progress bar, a table, TensorBoard events."""
+"""What a run reports: a progress bar, a table, TensorBoard events, trackio or wandb."""
 
 import csv
+import importlib
 import io
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from ltrp_timm._text import say
 from ltrp_timm.weights.files import write_text
 
 LOG_NAME = "log.csv"
+PROJECT = "ltrp_timm"  # for trackio and wandb, unless TRACKIO_PROJECT or WANDB_PROJECT is set
 Row = dict[str, Any]
 
 
@@ -37,9 +40,11 @@ class Log:
         step: Updates that the checkpoint has done.
         tensorboard: Write events; None if TensorBoard is installed.
         progress: Show a bar; None on a terminal.
+        report_to: "trackio" or "wandb", which also get every value; None for neither.
+        config: What the run reports of itself to them.
 
     Raises:
-        ImportError: ``tensorboard=True`` and TensorBoard is not installed.
+        ImportError: ``tensorboard=True`` or ``report_to`` needs what is not installed.
     """
 
     def __init__(
@@ -49,11 +54,17 @@ class Log:
         step: int,
         tensorboard: bool | None = None,
         progress: bool | None = None,
+        report_to: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.progress = folder / LOG_NAME, progress
         self.rows = [row for row in read_log(self.path) if row["epoch"] <= epoch]
         writer = None if tensorboard is False else find_writer(bool(tensorboard))
         self.writer = writer and writer(str(folder), purge_step=step)
+        self.tracker = None if report_to is None else find_tracker(report_to)
+        if self.tracker:
+            project = os.environ.get(f"{report_to}_PROJECT".upper(), PROJECT)
+            self.tracker.init(project=project, name=folder.name, config=dict(config or {}))
         self.bar: Any = None
         self._images, self._since = 0, time.perf_counter()
 
@@ -71,9 +82,7 @@ class Log:
         self._images += images
         self.bar.update(images)
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}", refresh=False)
-        if self.writer:
-            self.writer.add_scalar("train/loss", loss, step)
-            self.writer.add_scalar("train/lr", rate, step)
+        self._report({"train/loss": loss, "train/lr": rate}, step)
 
     def images_per_second(self) -> float:
         """Measure the speed since the epoch began or was resumed."""
@@ -84,13 +93,19 @@ class Log:
         self.bar.close()
         self.rows.append(dict(row))
         write_text(self.path, _table(self.rows))
+        values = {name: row[name] for name in row if name not in ("epoch", "step")}
+        self._report({f"epoch/{n}": v for n, v in values.items() if v is not None}, row["step"])
         if self.writer:
-            for name, value in row.items():
-                if name not in ("epoch", "step") and value is not None:
-                    self.writer.add_scalar(f"epoch/{name}", value, row["step"])
             self.writer.flush()
         shown = [f"{name} {_short(value)}" for name, value in row.items() if value is not None]
         say(f"epoch {row['epoch']}/{epochs}: " + ", ".join(shown[1:]))
+
+    def _report(self, values: Mapping[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(dict(values), step=step)
 
     def close(self) -> None:
         """Close the bar and flush the events."""
@@ -98,6 +113,8 @@ class Log:
             self.bar.close()
         if self.writer:
             self.writer.close()
+        if self.tracker:
+            self.tracker.finish()
 
 
 def find_writer(required: bool) -> Any:
@@ -113,6 +130,20 @@ def find_writer(required: bool) -> Any:
             raise ImportError("TensorBoard is missing: pip install 'ltrp-timm[train]'") from error
         return None
     return SummaryWriter
+
+
+def find_tracker(name: str) -> Any:
+    """The module ``trackio`` or ``wandb``: both have ``init``, ``log`` and ``finish``.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ImportError(f"report_to={name!r} needs {name}: pip install {name}") from error
 
 
 def _number(text: str) -> float:

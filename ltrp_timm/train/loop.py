@@ -24,7 +24,7 @@ from ltrp_timm.data.sources import Sources
 from ltrp_timm.runtime.stopping import StopRequests, stop_requests
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
-from ltrp_timm.train.logs import Log, find_writer
+from ltrp_timm.train.logs import Log, find_tracker, find_writer
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.train.state import (
     CHECKPOINT_NAME,
@@ -134,6 +134,8 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
         require_matplotlib()
     if settings.tensorboard:
         find_writer(required=True)
+    if settings.report_to:
+        find_tracker(settings.report_to)
     trainer = Trainer(task, sources, settings, world, Path(output))
     with contextlib.ExitStack() as stack:
         resume = settings.resume == "auto"
@@ -220,7 +222,8 @@ class Trainer:
         self.engine.wrap()
         if self.world.main:
             p, s = self.progress, self.settings
-            self.log = Log(self.folder, p.epoch, p.step, s.tensorboard, s.progress)
+            shown = (s.tensorboard, s.progress, s.report_to, self.config())
+            self.log = Log(self.folder, p.epoch, p.step, *shown)
             if self.engine.ema:
                 say(f"measured and saved: an average of the weights, decay {s.ema_decay:g} at most")
 

@@ -29,6 +29,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 # a continuation may change these: they change no weight
 _FREE = {
     *("device", "num_workers", "resume", "checkpoint_steps", "tensorboard", "plot", "progress"),
+    "report_to",
     *("val_data", "val_split", "data_root", "split", "num_samples", "input_key"),
     *("batch_size", "accumulate"),  # their product with the processes is what counts
 }
@@ -88,6 +89,8 @@ class Settings:
         target_key: Field of a named dataset that holds the labels (default: the reader's).
         num_samples: Length of a stream that does not know its own.
         tensorboard: Write TensorBoard events (default: if TensorBoard is installed).
+        report_to: Also report to trackio or wandb, in the project of TRACKIO_PROJECT or
+            WANDB_PROJECT (default: to neither).
         plot: Write ``curves.png`` and ``pictures.png``, the latter from fixed held-out images.
         progress: Show a progress bar (default: on a terminal).
 
@@ -128,6 +131,7 @@ class Settings:
     target_key: str | None = None
     num_samples: int | None = None
     tensorboard: bool | None = None
+    report_to: Literal["trackio", "wandb"] | None = None
     plot: bool = False
     progress: bool | None = None
 
