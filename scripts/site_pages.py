@@ -93,7 +93,7 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _option(action: argparse.Action) -> str:
-    value = action.metavar or (" ".join(map(str, action.choices)) if action.choices else "")
+    value = action.metavar or (", ".join(map(str, action.choices)) if action.choices else "")
     value = value if isinstance(value, str) else " ".join(value)
     if not action.option_strings:
         return f"`{value}`"
