@@ -32,7 +32,7 @@ from common import VIT_S, Row, compare, create_full, inference, make_parser, pru
 from runner import Benchmark, cells, figure, milliseconds, panels, plain
 from studies.judging import ink_per_patch
 from studies.scenes import make_scenes
-from tables import Goal
+from tables import Goal, nice
 from torch import Tensor
 
 from ltrp_timm.commands._flags import positive
@@ -106,11 +106,11 @@ def plot(rows: list[Row], args: argparse.Namespace) -> Any:
         for budget in BUDGETS:
             of_both = [r for r in rows if r["ranker"] == ranker and r["method"] == budget]
             line = sorted({(row["mean_share"], row["kept_ink"]) for row in of_both})
-            ax.plot(*zip(*line), "-o", ms=3, label=budget)
-        ax.set_title(ranker, fontsize=9)
+            ax.plot(*zip(*line), "-o", ms=3, label=nice(budget))
+        ax.set_title(ranker)
         ax.set_xlabel("mean share of patches kept")
-    axes[0][0].set_ylabel("share of ink kept")
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].set_ylabel("share of object pixels kept")
+    axes[0][0].legend()
     return picture
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import tables
 import torch
-from common import RESULTS, Row, base_parser, load_pyplot, set_up
+from common import RESULTS, WIDTH, Row, base_parser, load_pyplot, set_up
 from pooling import case_of, same_place
 
 NAME = "agreement"
@@ -125,15 +125,14 @@ def summed_up(file: str, figure: str, every: list[Row]) -> Row:
     }
 
 
-def run(first: Path, second: Path) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Rows, and the figures of each file that both runs have.
+def run(first: Path, second: Path) -> list[Row]:
+    """A row for each figure of each file that both runs have.
 
     Raises:
         SystemExit: The folders have no row in common.
     """
     rows: list[Row] = []
     every: list[Row] = []
-    found: dict[str, list[Row]] = {}
     for path in sorted(first.glob("*.csv")):
         if path.stem == NAME:
             continue
@@ -142,12 +141,9 @@ def run(first: Path, second: Path) -> tuple[list[Row], dict[str, list[Row]]]:
         for figure in dict.fromkeys(pair["figure"] for pair in own if pair["second"]):
             some = [pair for pair in own if pair["figure"] == figure]
             rows.append(summed_up(path.stem, figure, some))
-        both = [pair for pair in own if pair["second"]]
-        if both:
-            found[path.stem] = both
     if not rows:
         raise SystemExit(f"{second} has no CSV with rows of one in {first}")
-    return [*rows, summed_up("all", "all", every)], found
+    return [*rows, summed_up("all", "all", every)]
 
 
 def table(rows: list[Row]) -> list[Row]:
@@ -166,24 +162,20 @@ def table(rows: list[Row]) -> list[Row]:
     ]
 
 
-def plot(found: dict[str, list[Row]]) -> Any:
-    """The second run's figures ÷ the first's, a panel for each benchmark."""
-    figure, axes = load_pyplot().subplots(
-        len(found), 1, figsize=(9, 1.6 * len(found)), squeeze=False
-    )
-    for ax, (file, own) in zip(axes[:, 0], found.items()):
-        places = range(len(own))
-        middle = [pair["second"][1] / pair["first"][1] if pair["first"][1] else 1 for pair in own]
-        below, above = (
-            [abs(pair["second"][end] - pair["second"][1]) / (pair["first"][1] or 1) for pair in own]
-            for end in (0, 2)
-        )
-        ax.errorbar(places, middle, yerr=(below, above), fmt=".", capsize=2)
-        ax.axhline(1, color="k", lw=0.8)
-        ax.set_title(file, fontsize=8)
-        ax.set_ylabel("second ÷ first", fontsize=8)
-        ax.set_xticks([])
-        ax.grid(alpha=0.3)
+def plot(rows: list[Row]) -> Any:
+    """The median and the largest difference of each benchmark's figures."""
+    figure, ax = load_pyplot().subplots(figsize=(WIDTH, 4.2))
+    shown = [row for row in rows if row["file"] != "all"]
+    places = range(len(shown))
+    for column, shift in (("median_difference", -0.2), ("largest_difference", 0.2)):
+        at = [place + shift for place in places]
+        ax.barh(at, [100 * row[column] for row in shown], 0.4, label=column.replace("_", " "))
+    names = [f"{row['file']}, {row['figure']}".replace("_", " ") for row in shown]
+    ax.set_yticks(places, names)
+    ax.invert_yaxis()
+    ax.set_xlabel("difference between two runs, %")
+    ax.grid(alpha=0.3, axis="x")
+    ax.legend()
     return figure
 
 
@@ -201,9 +193,9 @@ def main() -> None:
         if not folder.is_dir():
             parser.error(f"{folder} is no folder")
     where = set_up(args)
-    rows, found = run(args.first, args.second)
+    rows = run(args.first, args.second)
     rows = [{**row, **where} for row in rows]
-    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(found), args)
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ main = Benchmark(
         rows,
         "speedup_over_eager",
         "speed-up over the eager full model (quartiles)",
-        panel="{model} batch {batch} keep {keep_ratio:g}",
+        panel="{model}, batch {batch}, keep {keep_ratio:g}",
         bar="{form}",
         group="{method}",
     ),

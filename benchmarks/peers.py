@@ -118,7 +118,7 @@ main = Benchmark(
     ),
     goals=goals,
     plot=lambda rows, _: bars(
-        rows, "speedup", SPEEDUP, panel="{model} batch {batch} keep {keep_ratio:g}, equal {matched}"
+        rows, "speedup", SPEEDUP, panel="{model}, batch {batch}, equal {matched}"
     ),
     parser=functools.partial(make_parser, seconds=40.0),
 ).main

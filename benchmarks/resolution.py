@@ -42,7 +42,7 @@ from common import (
     timed_row,
 )
 from runner import SPEEDUP, Benchmark, cells, figure, milliseconds, panels, plain
-from tables import Goal
+from tables import Goal, nice
 
 import ltrp_timm
 from ltrp_timm.commands._flags import positive
@@ -119,29 +119,25 @@ def plot(rows: list[Row], args: argparse.Namespace) -> Any:
     first = {"batch": args.batch_sizes[0], "keep_ratio": args.keep_ratios[0]}
     shown = [row for row in rows if all(row[key] == value for key, value in first.items())]
     methods = list(dict.fromkeys(row["method"] for row in shown if row["method"] != "full"))
-    picture, axes = panels(2, len(args.models), sharex=True)
+    picture, axes = panels(2, len(args.models), sharex=True, sharey="row")
     for j, model in enumerate(args.models):
         for method in methods:
             line = [row for row in shown if row["model"] == model and row["method"] == method]
             x = [row["img_size"] for row in line]
             style = "k--o" if method == "ideal" else "-o"
-            axes[0][j].plot(x, [row["speedup"] for row in line], style, ms=3, label=method)
+            axes[0][j].plot(x, [row["speedup"] for row in line], style, ms=3, label=nice(method))
             if method != "ideal":
                 share = [100 * row["ranker_share"] for row in line]
-                axes[1][j].plot(x, share, style, ms=3, label=method)
-        axes[0][j].set_title(
-            "{}, batch {batch}, keep {keep_ratio:g}".format(model, **first), fontsize=9
-        )
-        axes[0][j].set_ylabel("speed-up over the full model")
+                axes[1][j].plot(x, share, style, ms=3)
+        title = "{}, batch {batch}, keep {keep_ratio:g}".format(model, **first)
+        axes[0][j].set_title(nice(title))
         axes[0][j].set_ylim(bottom=0)
-        axes[1][j].set_ylabel("ranker's share of full, %")
         axes[1][j].set_yscale("log")
         axes[1][j].yaxis.set_major_formatter("{x:g}")
-        axes[1][j].yaxis.set_minor_formatter("{x:g}")
-        axes[1][j].tick_params(which="both", labelsize=8)
         axes[1][j].set_xlabel("image side, pixels")
-        for ax in axes[:, j]:
-            ax.legend(fontsize=8)
+    axes[0][0].set_ylabel("speed-up over the full model")
+    axes[1][0].set_ylabel("ranker's share of the time, %")
+    axes[0][0].legend()
     return picture
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pooling
 import tables
-from common import Row, load_pyplot, make_parser, set_up
-from tables import Goal
+from common import WIDTH, Row, load_pyplot, make_parser, set_up
+from tables import Goal, nice
 
 import ltrp_timm
 
@@ -98,18 +98,23 @@ class Benchmark:
     def pooled(self, args: argparse.Namespace) -> list[Row]:
         """The rows that earlier runs measured; ``args`` get the cases of these runs."""
         rows = pooling.pool(self.name, args.pool)
+        self.set_cases(args, rows)
+        return rows
+
+    @staticmethod
+    def set_cases(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+        """Set the options that rows of an earlier run tell: its cases and its rankers."""
         for option, column in CASES.items():
             if column in rows[0] and hasattr(args, option):
                 setattr(args, option, list(dict.fromkeys(row[column] for row in rows)))
         methods = list(dict.fromkeys(row["method"] for row in rows))
         if "rankers" in args and not set(args.rankers) <= set(methods):
             args.rankers = [method for method in methods if method in ltrp_timm.list_rankers()]
-        return rows
 
 
-def panels(rows: int, columns: int, width: float = 4, **options: Any) -> tuple[Any, Any]:
+def panels(rows: int, columns: int, height: float = 2.6, **options: Any) -> tuple[Any, Any]:
     """A figure of panels, and their axes (rows, columns), each with a grid."""
-    size = (1 + width * columns, 1 + 3.2 * rows)
+    size = (WIDTH, 0.6 + height * rows)
     figure, axes = load_pyplot().subplots(rows, columns, figsize=size, squeeze=False, **options)
     for ax in axes.flat:
         ax.grid(alpha=0.3)
@@ -135,26 +140,26 @@ def lines(rows: Sequence[Row], column: str, text: str, reference: float | None =
         reference: a dotted line at the full model's figure, whose rows are not drawn then.
     """
     models, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "batch"))
-    picture, axes = panels(len(batches), len(models), sharex=True)
+    picture, axes = panels(len(batches), len(models), height=2.0, sharex=True)
     for i, batch in enumerate(batches):
         for ax, model in zip(axes[i], models):
             own = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
             if reference is not None:
                 own = [row for row in own if row["method"] != "full"]
-                ax.axhline(reference, color="k", linestyle=":", label="full")
+                ax.axhline(reference, color="k", linestyle=":", label="full model")
             for method in dict.fromkeys(row["method"] for row in own):
                 some = [row for row in own if row["method"] == method]
                 line = sorted(some, key=lambda row: row["keep_ratio"])
                 x, y = ([row[key] for row in line] for key in ("keep_ratio", column))
                 style = {"full": "k:o", "ideal": "k--o"}.get(method, "-o")
                 errors = whiskers(line, column)
-                ax.errorbar(x, y, errors, fmt=style, ms=3, capsize=2, label=method)
-            ax.set_title(f"{model}, batch {batch}", fontsize=9)
+                ax.errorbar(x, y, errors, fmt=style, ms=3, capsize=2, label=nice(method))
+            ax.set_title(nice(f"{model}, batch {batch}"))
             ax.set_ylim(bottom=0)
-        axes[i][0].set_ylabel(text)
     for ax in axes[-1]:
         ax.set_xlabel("keep ratio")
-    axes[0][0].legend(fontsize=8)
+    picture.supylabel(text, fontsize=9)
+    axes[0][-1].legend(fontsize=7)
     return picture
 
 
@@ -182,8 +187,10 @@ def bars(
         log: whether the axis is logarithmic.
     """
     titles, groups = (list(dict.fromkeys(f.format(**row) for row in rows)) for f in (panel, group))
-    across = math.ceil(math.sqrt(len(titles)))
-    picture, axes = panels(math.ceil(len(titles) / across), across, width=6)
+    across = len(titles) if len(titles) < 4 else 2
+    places = len({(panel.format(**row), bar.format(**row)) for row in rows}) / len(titles)
+    inches = 0.8 + places * (0.17 if len(groups) == 1 else 0.25)
+    picture, axes = panels(math.ceil(len(titles) / across), across, inches, sharey=True)
     height = 0.8 / len(groups)
     for ax, title in zip(axes.flat, titles):
         own = [row for row in rows if panel.format(**row) == title]
@@ -193,18 +200,16 @@ def bars(
             if some:
                 places = [names.index(bar.format(**row)) + i * height for row in some]
                 values, errors = [row[column] for row in some], whiskers(some, column)
-                ax.barh(places, values, height, xerr=errors, capsize=2, label=label)
-        ax.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names, fontsize=8)
-        ax.invert_yaxis()
+                ax.barh(places, values, height, xerr=errors, capsize=2, label=nice(label))
+        ax.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], [*map(nice, names)])
+        ax.set_ylim(len(names) - 0.1, -0.5)
         ax.grid(axis="y", visible=False)
         if reference is not None:
             ax.axvline(reference, color="k", linestyle=":")
         if log:
             ax.set_xscale("log")
-        ax.set_xlabel(text, fontsize=8)
-        ax.set_title(title, fontsize=9)
-    for ax in axes.flat[len(titles) :]:
-        ax.axis("off")
-    if group:
-        axes[0][0].legend(fontsize=8)
+        ax.set_title(nice(title))
+    picture.supxlabel(text, fontsize=9)
+    if len(groups) > 1:
+        picture.legend(*axes[0][0].get_legend_handles_labels(), loc="lower right", ncols=2)
     return picture

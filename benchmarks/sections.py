@@ -5,7 +5,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from studies.fairness.compared import labels_of
-from tables import markdown_table
+from tables import METHODS, MODELS, markdown_table
+
+from ltrp_timm import list_rankers
 
 Row = Mapping[str, str]
 Cell = Callable[[Row], str]
@@ -103,12 +105,17 @@ def _time_or_speedup(row: Row) -> str:
     return _milliseconds(row) if row["method"] == "full" else _times("speedup")(row)
 
 
+def model_of(row: Row) -> str:
+    """The name of a model for readers."""
+    return MODELS.get(row["model"], f"`{row['model']}`")
+
+
 def _model(row: Row) -> dict[str, str]:
-    return {"Model": f"`{row['model']}`", "Batch": row["batch"]}
+    return {"Model": model_of(row), "Batch": row["batch"]}
 
 
 def _model_and_batch(row: Row) -> str:
-    return f"`{row['model']}`, batch {row['batch']}"
+    return f"{model_of(row)}, batch {row['batch']}"
 
 
 def images_of(row: Row) -> str:
@@ -144,34 +151,11 @@ def percent(share: str) -> str:
     return f"{100 * float(share):.0f} %"
 
 
-METHODS = {
-    "full": "Full model",
-    "ideal": "Patches given",
-    "given": "Patches given",
-    "cached": "Scores from a cache",
-    "fixed": "Same K for all images",
-    "mass": "Share of the score mass",
-    "threshold": "Threshold",
-    "merging": "token merging",
-    "merging_proportional_fused": "token merging, fused attention",
-    "fusing": "token fusing",
-    "full mean": "trained, mean change",
-    "full max": "trained, largest change",
-    "decoder mean": "trained, `decoder` removal",
-    "learned": "`conv`, packaged weights",
-    "gate": "`conv`, learned through the gate",
-    "ink": "the true pixels",
-    "teacher": "the teacher",
-    "cam, blurred": "`cam`, blurred",
-    "smaller image": "smaller image",
-    "token merging": "token merging",
-    "the objects' masks": "the objects' true masks",
-}
-
-
 def method_of(row: Row) -> str:
     """The name of a method for readers; a ranker's is code."""
-    return METHODS.get(row["method"], f"`{row['method']}`")
+    head, comma, rest = METHODS.get(row["method"], row["method"]).partition(", ")
+    known = row["method"] in METHODS and head not in list_rankers()
+    return (f"{head[0].upper()}{head[1:]}" if known else f"`{head}`") + comma + rest
 
 
 MEASURES = {
@@ -194,10 +178,10 @@ def _measure(row: Row) -> str:
 def setting_of(row: Row) -> str:
     """A method and its setting for readers."""
     if row["method"] == "full":
-        return METHODS["full"]
+        return "Full model"
     if row["setting"].startswith("keep"):
         return f"{method_of(row)}, {row['setting']}"
-    return f"{METHODS[row['method']].capitalize()}, {row['setting'].replace(' = ', '=')}"
+    return f"{method_of(row)}, {row['setting'].replace(' = ', '=')}"
 
 
 def _at_equal_time(row: Row) -> dict[str, str]:
@@ -225,7 +209,7 @@ SECTIONS = [
         "Time of the full model, and speed-up over it with the ranking included",
         _model,
         lambda row: (
-            METHODS["full"]
+            "Full model"
             if row["method"] == "full"
             else f"{method_of(row)}, keep {row['keep_ratio']}"
         ),
@@ -254,7 +238,7 @@ SECTIONS = [
         "resolution",
         "Time of the full model, and speed-up over it at keep ratio 0.5 with the ranking included; "
         "`@224` ranks a version of 224 px",
-        lambda row: {"Model": f"`{row['model']}`", "Image": f"{row['img_size']} px"},
+        lambda row: {"Model": model_of(row), "Image": f"{row['img_size']} px"},
         method_of,
         _time_or_speedup,
         pictures={"resolution": "Speed-up by image size"},
@@ -274,7 +258,7 @@ SECTIONS = [
         "where_does_time_go",
         "Share of the full model's time",
         lambda row: {"Part": row["part"], "Method": row["method"]},
-        lambda row: f"`{row['model']}`",
+        model_of,
         lambda row: f"{float(row['share']):.1%}",
         lambda row: (
             row["batch"] == "1"
@@ -318,7 +302,7 @@ SECTIONS = [
         "Training steps: images/s of the full model, and speed-up over it",
         _model,
         lambda row: (
-            METHODS["full"]
+            "Full model"
             if row["method"] == "full"
             else f"{method_of(row)}, keep {row['keep_ratio']}"
         ),

@@ -4,7 +4,6 @@ import argparse
 import csv
 import importlib
 import operator
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +70,47 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+MODELS = {
+    f"vit_{size}_patch16_224": f"ViT-{letter}"
+    for size, letter in (("tiny", "Ti"), ("small", "S"), ("base", "B"), ("large", "L"))
+}
+METHODS = {
+    "full": "full model",
+    "ideal": "patches given",
+    "given": "patches given",
+    "cached": "scores from a cache",
+    "fixed": "same K for all images",
+    "mass": "share of the score mass",
+    "merging": "token merging",
+    "merging_proportional_fused": "token merging, fused",
+    "merging_plain_fused": "token merging, plain, fused",
+    "fusing": "token fusing",
+    "full mean": "trained, mean change",
+    "full max": "trained, largest change",
+    "decoder mean": "trained, decoder removal",
+    "decoder max": "decoder removal, largest change",
+    "learned": "conv, packaged weights",
+    "gate": "conv, through the gate",
+    "ink": "the true pixels",
+    "smaller image": "smaller image",
+    "token merging": "token merging",
+    "the objects' masks": "the objects' true masks",
+    "threshold": "threshold",
+    "cam, blurred": "cam, blurred",
+    "loop": "one after another",
+    "batch": "all in one batch",
+}
+
+
+def nice(text: str) -> str:
+    """A name of a method, or a text with names of models, for readers."""
+    for name, short in MODELS.items():
+        text = text.replace(name, short)
+    method, comma, rest = text.partition(", ")
+    text = METHODS.get(text) or METHODS.get(method, method) + comma + rest
+    return text.replace("flops", "FLOPs")
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of text as a Markdown table; the columns are those of the first row."""
     columns = list(rows[0])
@@ -127,9 +167,13 @@ def conclude(
     text = f"# {title}\n\n{below}\n\n{markdown_table(table)}\n\n## Goals\n\n{verdict}\n"
     write_csv(rows, args.output / f"{name}.csv")
     (args.output / f"{name}.md").write_text(text, encoding="utf-8")
-    inches = picture.get_size_inches()[0]
-    picture.suptitle(textwrap.fill(f"{title} ({line})", int(12 * inches)), fontsize=8)
-    picture.tight_layout()
-    picture.savefig(args.output / f"{name}.png", dpi=150)
-    importlib.import_module("matplotlib.pyplot").close(picture)
+    save_picture(picture, title, args.output / f"{name}.png")
     print(f"\nGoals\n{verdict}")
+
+
+def save_picture(picture: Any, title: str, path: Path) -> None:
+    """Write a matplotlib figure with its title, and close it."""
+    picture.suptitle(title, fontsize=10)
+    picture.tight_layout()
+    picture.savefig(path, dpi=150)
+    importlib.import_module("matplotlib.pyplot").close(picture)

@@ -109,7 +109,11 @@ main = Benchmark(
     ),
     goals=goals,
     plot=lambda rows, _: bars(
-        rows, "speedup", SPEEDUP, panel="{model}, batch {batch}", bar="{method} {keep_ratio:g}"
+        rows,
+        "speedup",
+        SPEEDUP,
+        panel="{model}, batch {batch}",
+        bar="{method}, keep {keep_ratio:g}",
     ),
     parser=functools.partial(
         make_parser, models=[VIT_S], batch_sizes=[8], keep_ratios=[0.5, 0.25], seconds=120.0

@@ -35,7 +35,7 @@ def test_a_page_gets_its_sections(results: Path) -> None:
     speed = tables.read_csv(results / "speed_vs_keep_ratio.csv")
     half = [row for row in speed if row["keep_ratio"] == "0.5"]
     conv = next(row for row in half if row["method"] == "conv")
-    line = next(line for line in text.splitlines() if line.startswith("| `vit_tiny"))
+    line = next(line for line in text.splitlines() if line.startswith("| ViT-Ti"))
     assert f" {float(conv['speedup']):.2f}× |" in line
     # a figure that changes is seen
     half[0]["seconds_median"] = "9.0"
@@ -79,6 +79,16 @@ def test_the_report_refuses_what_it_cannot_answer_for(results: Path) -> None:
     (results / "peers.csv").unlink()
     with pytest.raises(SystemExit, match=r"a table of peers\.csv, but there is no"):
         module.texts(results)["peers"]()
+
+
+@pytest.mark.parametrize("name", ["peers", "quality", "learning"])
+def test_pictures_are_drawn_from_the_csv(name: str) -> None:
+    picture, title = load("redraw").draw(name)
+    shown = [ax for ax in picture.axes if ax.axison]
+    assert title
+    assert all(ax.has_data() for ax in shown)  # no empty panel
+    assert picture.get_size_inches()[0] <= 8.5  # text keeps its size on a page
+    sys.modules["matplotlib.pyplot"].close(picture)
 
 
 def test_documents_agree_with_csv_and_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,13 @@ from studies.scenes import load_crops
 
 GRID = (14, 14)
 MEASURES = ("empty_cells", "distance", "farthest", "unlike", "score")
+TITLES = {
+    "empty_cells": "cells left empty, share",
+    "distance": "distance to a kept patch",
+    "farthest": "largest distance",
+    "unlike": "difference to a kept patch",
+    "score": "score kept, share",
+}
 # selection, as the table names it -> name and options
 SELECTIONS: dict[str, tuple[str, dict[str, float]]] = {
     "top": ("top", {}),
@@ -111,19 +118,19 @@ def run(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 def plot(rows: list[Row], args: argparse.Namespace) -> Any:
     """A panel for each measure, a line for each selection."""
-    picture, axes = panels(1, len(MEASURES) + 1)  # the last is for the legend
-    axes = axes[0]
+    picture, axes = panels(2, 3)  # the last is for the legend
+    axes = axes.flatten()
     for ax, measure in zip(axes, MEASURES):
         for label in SELECTIONS:
             line = sorted(
                 (row for row in rows if row["method"] == label), key=lambda row: row["keep_ratio"]
             )
             ax.plot([r["keep_ratio"] for r in line], [r[measure] for r in line], "-o", ms=3)
-        ax.set_title(measure.replace("_", " "), fontsize=9)
+        ax.set_title(TITLES[measure])
         ax.set_xlabel("keep ratio")
         ax.set_ylim(bottom=0)
     axes[-1].axis("off")
-    axes[-1].legend(axes[0].get_lines(), list(SELECTIONS), loc="center", fontsize=9)
+    axes[-1].legend(axes[0].get_lines(), list(SELECTIONS), loc="center")
     return picture
 
 

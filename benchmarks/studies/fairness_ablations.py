@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tables
 import torch
-from common import Row, load_pyplot, set_up
+from common import WIDTH, Row, load_pyplot, set_up
 
 import ltrp_timm
 from ltrp_timm.selection import num_keep
@@ -173,7 +173,7 @@ def table(rows: list[Row]) -> list[Row]:
 def plot(rows: list[Row]) -> Any:
     """A bar for each variant, with the extremes of the seeds; a line where `contrast` is."""
     own = [row for row in rows if row["seed"] == "all"]
-    figure, axes = load_pyplot().subplots(1, 2, figsize=(14, 7), sharey=True)
+    figure, axes = load_pyplot().subplots(1, 2, figsize=(WIDTH, 6.5), sharey=True)
     names = [row["method"] for row in own]
     for ax, name in zip(axes, ("recall", "map")):
         below = [row[name] - row[f"{name}_low"] for row in own]

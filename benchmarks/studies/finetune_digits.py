@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tables
 import timm
 import torch
-from common import Row, device_parser, load_pyplot, set_up
+from common import WIDTH, Row, device_parser, load_pyplot, set_up
 from PIL import Image
 from safetensors.torch import save_file
-from tables import Goal
+from tables import Goal, nice
 from timm.layers import build_sincos2d_pos_embed
 from torch.utils.data import Dataset
 
@@ -175,14 +175,17 @@ def table(rows: list[Row]) -> list[Row]:
 
 def plot(rows: list[Row]) -> Any:
     """Accuracy against the share of patches."""
-    figure, ax = load_pyplot().subplots(figsize=(7, 4.5))
+    figure, ax = load_pyplot().subplots(figsize=(WIDTH, 4.2))
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         kept, top1 = ([row[name] for row in own] for name in ("keep_ratio", "top1"))
-        ax.plot(kept, top1, "-o", ms=4, label=method)
+        if method == "full":
+            ax.axhline(top1[0], color="k", ls=":", label="all patches")
+        else:
+            ax.plot(kept, top1, "-o", ms=4, label=nice(method))
     ax.set_xlabel("share of patches kept")
     ax.set_ylabel("held-out top-1")
-    ax.legend(fontsize=8)
+    ax.legend()
     ax.grid(alpha=0.3)
     return figure
 

@@ -227,7 +227,7 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> tuple[list[Row], 
             line["train_seconds"] = round(sum(seconds[stage] for stage in taken), 1)
             line["weights_sha256"] = digest(home, line["method"])
             rows.append(line)
-    return rows, plot(rows, folder, args)
+    return rows, plot(rows)
 
 
 def digest(home: Path, method: str) -> str:

@@ -43,7 +43,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tables
-from common import Row, base_parser, compare, load_pyplot, set_up
+from common import WIDTH, Row, base_parser, compare, load_pyplot, set_up
 from tables import Goal
 
 from ltrp_timm import throughput
@@ -355,10 +355,11 @@ def plot(rows: list[Row]) -> Any:
     """Accuracy against speed-up, and closeness to the full model against speed-up."""
     pyplot = load_pyplot()
     sizes = list(dict.fromkeys(row["img_size"] for row in rows))
-    panels = [(sizes[0], "linear", "right classes, linear probe")]
-    panels += [(sizes[0], "retrieval", "right objects, retrieval")]
+    panels = [(sizes[0], "linear", "right classes (linear probe)")]
+    panels += [(sizes[0], "retrieval", "right objects (retrieval)")]
     panels += [(size, "token error", f"1 − cosine, {size} px photos") for size in sizes]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.2))
+    figure, axes = pyplot.subplots(-(-len(panels) // 2), 2, figsize=(WIDTH, 6.4), squeeze=False)
+    axes = axes.flatten()
     speeds = {
         (row["img_size"], row["setting"]): row["speedup"]
         for row in rows
@@ -380,8 +381,10 @@ def plot(rows: list[Row]) -> Any:
         ]
         axis.axhline(full[0]["value"], color="grey", linewidth=0.8)
         axis.set(xlabel="speed-up over the full model", ylabel=label)
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].legend(handles, labels, fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    axes[0].legend(fontsize=7)
     return figure
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, load_pyplot
+from common import WIDTH, Row, load_pyplot
+from tables import nice
 
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.visualize import kept_patches, row, show_images, stack_rows
@@ -13,7 +14,7 @@ from studies.fairness.measures import scores_of
 from studies.fairness.scenes import PATCH, SIDE, TEST, make_scenes
 from studies.fairness.stages import Trained
 
-_SHOWN = ("random", "pixel_std", "contrast", "full mean", "full max", CAM, "attention")
+_SHOWN = ("random", "contrast", "full max", CAM)
 _GRID = (SIDE // PATCH, SIDE // PATCH)
 _SCALE = 2
 
@@ -32,7 +33,7 @@ def draw_scenes(trained: Trained, path: Path, count: int = 6, keep_ratio: float 
         panels = [(large, " ".join(map(str, digits)))]
         for name, values in scores.items():
             keep = select_top(values[number : number + 1], num_keep(values.shape[1], keep_ratio))
-            panels.append((kept_patches(large, keep, _GRID), name))
+            panels.append((kept_patches(large, keep, _GRID), nice(name)))
         rows.append(row(panels))
     stack_rows(rows).save(path)
 
@@ -43,8 +44,10 @@ def plot(rows: list[Row], keep_ratio: float = 0.25) -> Any:
     Lines are the extremes of the seeds.
     """
     halves = list(dict.fromkeys(row["seen"] for row in rows if row["seen"] != "both"))
-    size = (15, 5 * len(halves))
-    figure, axes = load_pyplot().subplots(len(halves), 2, figsize=size, squeeze=False)
+    size = (WIDTH, 3.8 * len(halves))
+    figure, axes = load_pyplot().subplots(
+        len(halves), 2, figsize=size, squeeze=False, sharex=True, sharey=True
+    )
     for line, half in zip(axes, halves):
         case = ("all", half, "clutter", keep_ratio)
         own = [r for r in rows if (r["seed"], r["seen"], r["images"], r["keep_ratio"]) == case]
@@ -56,11 +59,14 @@ def plot(rows: list[Row], keep_ratio: float = 0.25) -> Any:
                 below = [max(r[column] - r[f"{column}_low"], 0) for r in own]
                 above = [max(r[f"{column}_high"] - r[column], 0) for r in own]
                 at = [place + shift for place in places]
-                ax.bar(at, heights, 0.4, yerr=(below, above), capsize=2, label=f"{part} classes")
-            ax.set_xticks(places, [r["method"] for r in own], rotation=40, ha="right", fontsize=8)
-            ax.set_ylim(0, 1)
-            ax.grid(alpha=0.3, axis="y")
-            ax.legend(fontsize=8, title=f"seen digits: {half}", title_fontsize=8)
-        line[0].set_ylabel(f"share of ink kept at keep ratio {keep_ratio:g}")
-        line[1].set_ylabel("mAP of the judge")
+                label = "labelled digits" if part == "seen" else "other digits"
+                ax.barh(at, heights, 0.4, xerr=(below, above), capsize=1, label=label)
+            ax.set_yticks(places, [nice(r["method"]) for r in own])
+            ax.set_ylim(len(own) - 0.4, -0.6)
+            ax.set_xlim(0, 1)
+            ax.set_title(f"labels of {half}")
+            ax.grid(alpha=0.3, axis="x")
+    axes[0][0].legend(loc="upper right", fontsize=7)
+    axes[-1][0].set_xlabel(f"share of pixels kept at keep ratio {keep_ratio:g}")
+    axes[-1][1].set_xlabel("average precision of the judge")
     return figure
