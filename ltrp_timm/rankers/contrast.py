@@ -84,9 +84,9 @@ class StatisticRanker(PatchSizeRanker):
     Args:
         statistic: "pixel_std", the standard deviation of the pixels within a channel; "cell_std",
             that of the cell of 2 x 2 patches around it, for ``rest="coarse"`` on whole scenes;
-            "gradient", the mean length of the step to the next pixels, right and below; "colour", the distance
-            of the mean colour from that of the outermost patches; "centre", minus the squared
-            distance from the middle of the grid, in half grids.
+            "gradient", the mean length of the step to the next pixels, right and below; "colour",
+            the distance of the mean colour from that of the outermost patches; "centre", minus the
+            squared distance from the middle of the grid, in half grids.
         patch_size: side of a patch in pixels, or (height, width).
         img_size: its image size, (H, W) or one side; None accepts any size.
 
