@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.selection.cells import TokenLayout
+from ltrp_timm.selection.cells import CellGrid, TokenLayout
 from ltrp_timm.selection.rules import mean_rank
 from ltrp_timm.weights.files import write_atomically
 
-KEEP_RATIOS = (0.7, 0.5, 0.25)
+KEEP_RATIOS = (0.5, 0.3)
 
 __all__ = [
     "keeping",
@@ -206,6 +206,7 @@ def overview(
     model: LTRPModel,
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     captions: bool = True,
+    coarse: bool = False,
 ) -> Image.Image:
     """Draw a row: the photo as the model sees it, its score map, what is kept at each ratio.
 
@@ -214,6 +215,7 @@ def overview(
         model: Ranks and selects; its ``keep_ratio`` is restored.
         keep_ratios: One picture each.
         captions: Write a line above each picture.
+        coarse: See ``panels``.
 
     Returns:
         The row; each picture is 224 to 264 pixels wide.
@@ -221,12 +223,15 @@ def overview(
     Raises:
         ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.
     """
-    shown = panels(image, model, keep_ratios)
+    shown = panels(image, model, keep_ratios, coarse)
     return row([(picture, text if captions else "") for picture, text in shown])
 
 
 def panels(
-    image: Image.Image, model: LTRPModel, keep_ratios: Sequence[float] = KEEP_RATIOS
+    image: Image.Image,
+    model: LTRPModel,
+    keep_ratios: Sequence[float] = KEEP_RATIOS,
+    coarse: bool = False,
 ) -> list[tuple[Image.Image, str]]:
     """The pictures of ``overview`` with their captions, at the size that the model sees.
 
@@ -234,6 +239,8 @@ def panels(
         image: Of any size.
         model: Ranks and selects; its ``keep_ratio`` is restored.
         keep_ratios: One picture each.
+        coarse: Of a model that drops the rest, also show the tokens of a coarse rest, at ratios
+            that pay for more than the coarsest ones.
 
     Returns:
         The photo, its score map, and what is kept at each ratio.
@@ -261,6 +268,11 @@ def panels(
                 shown = kept_patches(photo, model.select(scores, on_device), grid)
             count = model.num_tokens()
         found.append((shown, f"keep {ratio:g}: {count} of {h * w}"))
+        cells = CellGrid(grid) if coarse and model.rest == "drop" and min(grid) > 1 else None
+        if cells is not None and ratio < 1 and cells.pays(ratio):
+            layout = cells.layout(cells.cell_scores(scores), *cells.counts(ratio))
+            caption = f"coarse rest: {layout.num_tokens} tokens"
+            found.append((token_picture(photo, layout), caption))
     return found
 
 

@@ -23,13 +23,16 @@ from ltrp_timm.commands._console import (
 )
 from ltrp_timm.commands._flags import PathName, Positive, add_command
 from ltrp_timm.data.photos import load_image
+from ltrp_timm.measure.payoff import twin
 from ltrp_timm.measure.throughput import Timing, compare
+from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.selection.cells import CellGrid
 from ltrp_timm.visualize import KEEP_RATIOS, keeping, overview, stack_rows, to_tensor
 from ltrp_timm.weights.files import write_atomically
 
 DEFAULT_OUTPUT = "ltrp_demo.png"
-VARIANTS = ("ideal", "pruned")
+VARIANTS = ("ideal", "pruned", "coarse")
 PHOTOS = ("astronaut", "chelsea", "coffee")  # real photos inside the package scikit-image
 
 
@@ -82,7 +85,9 @@ def _run(**given: Any) -> int:
         write_atomically(behind_links(output), lambda path: sheet.save(path, "PNG", optimize=True))
     if weights is not None:
         _print_predictions(shown, model, ratios)
-    _print_times(_measure(next(iter(shown.values())), model, ratios, options.repeats), ratios)
+    coarse = _coarse_twin(model)
+    times = _measure(next(iter(shown.values())), model, coarse, ratios, options.repeats)
+    _print_times(times, ratios, coarse is not None)
     say(f"\npicture     {printable(output)}")
     return 2 if failed or len(shown) < len(photos) else 0
 
@@ -122,7 +127,7 @@ def _draw(
     with quiet_about_training():
         for name, photo in photos.items():
             try:
-                row = overview(photo, model, keep_ratios, captions=not rows)
+                row = overview(photo, model, keep_ratios, captions=not rows, coarse=True)
             except ValueError as error:
                 complain(f"{printable(name)}: {error}")
             else:
@@ -149,14 +154,28 @@ def _print_predictions(
                 say(f"    {which:12}{index} {names[index]}")
 
 
+def _coarse_twin(model: LTRPModel) -> LTRPModel | None:
+    """The same weights with a coarse rest; None if the model has one, or its family cannot."""
+    if model.rest == "coarse":
+        return None
+    try:
+        return drop_patches(twin(model).restore(), twin(model.ranker), rest="coarse").eval()
+    except TypeError:
+        return None
+
+
 def _measure(
-    x: Tensor, model: LTRPModel, keep_ratios: Sequence[float], repeats: int
+    x: Tensor,
+    model: LTRPModel,
+    coarse: LTRPModel | None,
+    keep_ratios: Sequence[float],
+    repeats: int,
 ) -> dict[str, Timing]:
     """Time the plain model and, at each ratio, given and ranked patches; interleaved."""
 
-    def pruned(ratio: float) -> Any:
-        model.keep_ratio = ratio
-        return model(x)
+    def pruned(net: LTRPModel, ratio: float) -> Any:
+        net.keep_ratio = ratio
+        return net(x)
 
     fns: dict[str, Any] = {"full": partial(model.backbone, x)}
     with torch.inference_mode(), quiet_about_training():
@@ -164,18 +183,23 @@ def _measure(
             with keeping(model, ratio):
                 keep = model.keep_indices(x)
             fns[f"ideal {ratio}"] = partial(model, x, keep_indices=keep)
-            fns[f"pruned {ratio}"] = partial(pruned, ratio)
+            fns[f"pruned {ratio}"] = partial(pruned, model, ratio)
+            if coarse is not None and CellGrid(coarse.patch_grid).pays(ratio):
+                fns[f"coarse {ratio}"] = partial(pruned, coarse, ratio)
         return compare(fns, repeats=repeats)
 
 
-def _print_times(times: dict[str, Timing], keep_ratios: Sequence[float]) -> None:
+def _print_times(times: dict[str, Timing], keep_ratios: Sequence[float], coarse: bool) -> None:
     full = times["full"]
     rounds, count = len(full.seconds), torch.get_num_threads()
     say(f"\ntime of one image: CPU, {count} thread(s), float32, median of {rounds} round(s)")
-    say(f"  {'keep':<10}{'ideal':<32}pruned")
+    say(f"  {'keep':<10}{'ideal':<34}{'pruned':<34}{'coarse rest' if coarse else ''}".rstrip())
     say(f"  {'1 (full)':<10}{1e3 * full.median:.1f} ms")
     for ratio in keep_ratios:
-        ideal, pruned = (time_and_gain(times[f"{kind} {ratio}"], full) for kind in VARIANTS)
-        say(f"  {ratio:<10g}{ideal:<32}{pruned}")
+        found = [times.get(f"{kind} {ratio}") for kind in VARIANTS]
+        texts = ["" if time is None else f"{time_and_gain(time, full):<34}" for time in found]
+        say(f"  {ratio:<10g}{''.join(texts)}".rstrip())
     say("  full: the plain backbone; ideal: given keep_indices, no ranking; pruned: with ranking")
+    if coarse:
+        say("  coarse rest: with ranking; weak cells of 2x2 patches are tokens of half resolution")
     say("  1.23x: speed-up over the full model (lower to upper quartile)")

@@ -200,6 +200,12 @@ class CellGrid:
         """Whole blocks of 4 x 4 patches; 0 without that scale."""
         return (self.grid_size[0] // 4) * (self.grid_size[1] // 4) if 4 in self.scales else 0
 
+    def pays(self, keep_ratio: float) -> bool:
+        """Whether a budget pays for a refined cell."""
+        n = self.grid_size[0] * self.grid_size[1]
+        smallest = self.num_edge_patches + self.num_cells - 3 * self.num_blocks
+        return num_keep(n, keep_ratio) >= smallest + 3
+
     def counts(self, keep_ratio: float) -> Tuple[int, int]:
         """How many cells are refined, and how many blocks stay coarsest, for a budget.
 
