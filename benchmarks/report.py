@@ -23,7 +23,7 @@ from sections import (
     setting_of,
     two_digits,
 )
-from tables import markdown_table, read_csv
+from tables import markdown_table, nice, read_csv
 
 from ltrp_timm.slots import ADAPTERS
 from ltrp_timm.slots.refused import REFUSED_MODELS
@@ -31,6 +31,17 @@ from ltrp_timm.slots.refused import REFUSED_MODELS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+# parts of goals' names, for readers
+GOALS = {
+    "time ÷ that of the fixed budget": "time divided by that of a fixed budget",
+    "time ÷ that of dropping": "time divided by that of dropping patches",
+    "speed-up over eager full": "speed-up over the full model in eager mode",
+    "map spearman − best without weights": "rank correlation above the best score without weights",
+    "object AUC − best without weights": "object AUC above the best score without weights",
+    "AUC": "object AUC",
+    "linear above contrast's": "accuracy above that of `contrast`, lower end of the interval",
+    "seconds": "seconds for the selection",
+}
 CARD = ROOT / "ltrp_timm" / "weights" / "conv.md"
 
 
@@ -94,7 +105,10 @@ def shortfalls(results: Path) -> str:
             cells = [cell.strip() for cell in line.strip("| ").split("|")]
             if cells[-1] == "not met":
                 link = f"[{path.stem.replace('_', ' ')}](../../{path.relative_to(ROOT)})"
-                row = {"Goal": cells[0], "Bound": cells[1], "Measured": cells[2]}
+                goal = ", ".join(nice(GOALS.get(part, part)) for part in cells[0].split(", "))
+                goal = goal[0].upper() + goal[1:]
+                bound = cells[1].replace("<=", "at most").replace(">=", "at least")
+                row = {"Goal": goal, "Bound": bound, "Measured": cells[2]}
                 rows.append({**row, "Benchmark": link})
     return markdown_table(rows) if rows else "Every goal is met."
 
