@@ -98,7 +98,7 @@ def test_good_images_are_done_and_bad_ones_named(
     assert [line.split(": ")[:2] for line in lines] == [["ltrp-timm", name] for name in bad]
     assert "98 of 196 at 0.5" in out
     with Image.open("out.png") as picture:
-        assert picture.size == (3 * 224 + 2 * 8, 3 * 224 + 2 * 8 + 24)
+        assert picture.size == (4 * 224 + 3 * 8, 3 * 224 + 2 * 8 + 24)
 
 
 def test_nothing_good_means_no_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
