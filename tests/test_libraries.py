@@ -248,6 +248,37 @@ def test_accelerate_fills_an_empty_model(images: Tensor, tmp_path: Path) -> None
     assert torch.equal(filled(images), model(images))
 
 
+# transformers
+
+
+def test_the_trainer_of_transformers(images: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    hf = pytest.importorskip("transformers", "5")
+    config = hf.TimmWrapperConfig(
+        architecture="ltrp_vit_tiny",
+        num_labels=5,
+        model_args={"depth": 2, "img_size": 64, "ranker": "conv"},
+    )
+    model = hf.TimmWrapperForImageClassification(config)
+    model.timm_model.ranker.trained = True
+    before = copy.deepcopy(model.state_dict())
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, (0, 4))]
+    options = {"max_steps": 2, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True}
+    options |= {"disable_tqdm": True, "save_steps": 1}
+    arguments = hf.TrainingArguments(str(tmp_path / "run"), **options)
+    trainer = hf.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    changed = {n for n, w in model.state_dict().items() if not torch.equal(w, before[n])}
+    assert "timm_model.backbone.blocks.0.attn.qkv.weight" in changed
+    assert not [name for name in changed if ".ranker." in name]
+    again = hf.TimmWrapperForImageClassification.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again(images).logits, model.eval()(images).logits)
+    trainer = hf.Trainer(copy.deepcopy(again), arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert (trainer.model.eval()(images).logits - again(images).logits).abs().max() <= 1e-5
+
+
 # Lightning
 
 

@@ -63,6 +63,8 @@ def test_a_wrapper_comes_back_exactly(images: Tensor, tmp_path: Path, kind: str)
     wrapper.save_pretrained(tmp_path)
     twin = getattr(transformers, kind).from_pretrained(tmp_path).eval()
     assert twin.timm_model.settings() == wrapper.timm_model.settings()
+    assert not any(parameter.requires_grad for parameter in twin.timm_model.ranker.parameters())
+    assert all(parameter.requires_grad for parameter in twin.timm_model.backbone.parameters())
     assert torch.equal(
         twin.timm_model.patch_scores(images), wrapper.timm_model.patch_scores(images)
     )

@@ -131,8 +131,10 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         self._warned = False
         # nothing was changed before, and nothing fails from here on
         self.ranker.requires_grad_(False).eval()
-        if getattr(ranker, "learned", False) and any(p.is_meta for p in ranker.parameters()):
-            self.ranker.trained = True  # a library that loads weights by itself does not say so
+        # a library that fills it does not say so, and its new parameters are not frozen
+        self._to_be_filled = any(p.is_meta for p in ranker.parameters())
+        if self._to_be_filled and getattr(ranker, "learned", False):
+            self.ranker.trained = True
         self._swaps = install_slots(backbone, self._adapter)
 
     @SelectionSettings.keep_ratio.setter  # type: ignore[attr-defined]
@@ -650,6 +652,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         """Set training mode; the frozen ranker stays in eval mode."""
         super().train(mode)
         self.ranker.eval()
+        if self._to_be_filled and not any(p.is_meta for p in self.ranker.parameters()):
+            self.ranker.requires_grad_(False)
+            self._to_be_filled = False
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "LTRPModel":
