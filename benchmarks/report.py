@@ -146,10 +146,10 @@ def front(results: Path) -> str:
     return (
         f"{markdown_table([figures(*one) for one in shown])}\n\n"
         "A ViT-S/14 with DINOv2 weights, not fine-tuned to drop patches. Images of 224 px, batches "
-        f"of 8; {machine_of(rows[0])}. Linear probes find 19 classes of objects pasted on photos. "
+        f"of 8; {machine_of(rows[0])}. Linear probes for 19 classes of objects, pasted on photos. "
         f"95 % intervals: ± {100 * points:.0f} points of accuracy, ± {precision:.2f} of precision. "
-        "On the same pictures at twice the speed, the precision of `border` is "
-        f"{gain:.2f} ({low:.2f} to {high:.2f}) above that of the smaller image."
+        f"At twice the speed, the average precision of `border` is {gain:.2f} above that of the "
+        f"smaller image ({low:.2f} to {high:.2f}, on the same pictures)."
     )
 
 
