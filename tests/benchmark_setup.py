@@ -18,6 +18,7 @@ TINY = ("--models", "vit_tiny_patch16_224", "--depth", "1", "--batch-sizes", "1"
 # every benchmark that is timed, and its smallest options
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "speed_vs_keep_ratio": (*TINY, "--keep-ratios", "0.5", "0.25"),
+    "coarse_rest": (*TINY, "--keep-ratios", "0.5"),
     "compile_and_export": (*TINY, "--forms", "eager", "onnxruntime"),
     "resolution": (*TINY, "--img-sizes", "64", "96", "--rank-size", "64"),
     "peers": (*TINY, "--rankers", "contrast"),
