@@ -145,8 +145,9 @@ def front(results: Path) -> str:
     gain, low, high = interval("border − smaller image", "at 2 x: ", "precision")
     return (
         f"{markdown_table([figures(*one) for one in shown])}\n\n"
-        "A ViT-S/14 with DINOv2 weights, not fine-tuned to drop patches. Images of 224 px, batches "
-        f"of 8; {machine_of(rows[0])}. Linear probes for 19 classes of objects, pasted on photos. "
+        "A ViT-S/14 with DINOv2 weights, not fine-tuned to drop patches. Linear probes for 19 "
+        "classes of objects, pasted on photos of 224 px. "
+        f"{machine_of(rows[0])}, in batches of 8. "
         f"95 % intervals: ± {100 * points:.0f} points of accuracy, ± {precision:.2f} of precision. "
         f"At twice the speed, the average precision of `border` is {gain:.2f} above that of the "
         f"smaller image ({low:.2f} to {high:.2f}, on the same pictures)."

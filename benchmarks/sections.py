@@ -61,8 +61,8 @@ class Section(NamedTuple):
 def machine_of(row: Row) -> str:
     """Processor, threads, type of numbers and versions of a row."""
     threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
-    versions = ", ".join(f"{name} {row[name].partition('+')[0]}" for name in ("torch", "timm"))
-    return f"{row['machine']}, {threads}, {row['dtype']}; {versions}"
+    versions = " and ".join(f"{name} {row[name].partition('+')[0]}" for name in ("torch", "timm"))
+    return f"Measured on {threads} of an {row['machine']} in {row['dtype']}, with {versions}"
 
 
 def rounds_of(rows: Sequence[Row]) -> str:
@@ -486,8 +486,8 @@ SECTIONS = [
     Section(
         "agreement",
         "agreement",
-        "Two runs on the same machine: figures with overlapping ranges, and the share that chance "
-        "alone would give",
+        "Figures of two runs on the same machine that have overlapping ranges, and the share "
+        "expected by chance",
         lambda row: {
             "Benchmark": row["file"].replace("_", " "),
             "Figure": row["figure"].replace("_", " "),
