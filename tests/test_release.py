@@ -1,16 +1,25 @@
-"""The release recipe at toy size: teacher from a Hub, rankers to it, and back, bit for bit."""
+"""What is released: the package as a wheel, and rankers by the recipe at toy size.
+
+The recipe takes a teacher from a Hub and rankers to it, and back, bit for bit.
+"""
 
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
 from hub_server import Hub
 from safetensors.torch import load
 from test_hub import environment, files_of
@@ -21,6 +30,7 @@ from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.train.logs import read_log
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+NOTEBOOKS = sorted((SCRIPTS.parent / "examples" / "notebooks").glob("*.ipynb"))
 TEACHER = "facebook/vit-mae-base"
 TOY = [
     *("--epochs", "2", "--batch-size", "4", "--lr", "0.01", "--mask-ratio", "0.5"),
@@ -238,3 +248,50 @@ def test_the_documented_flags_exist(
     known = make_parser().format_help() + capsys.readouterr().out
     assert {"--data", "--repo-id", "--dry-run", "--val-data", "--epochs"} <= flags
     assert flags - {"--nproc-per-node"} <= set(re.findall(r"--[a-z][a-z-]+", known))
+
+
+@pytest.mark.slow
+def test_the_wheel_is_all_that_a_newcomer_needs(tmp_path: Path) -> None:
+    """Built from the checkout and from the sdist; installed alone; a demo far from both."""
+    root = SCRIPTS.parent
+    built = {"directory": str(tmp_path / "dist"), "versions": ["standard"]}
+    wheel = next(WheelBuilder(str(root)).build(**built))
+    with tarfile.open(next(SdistBuilder(str(root)).build(**built))) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    for name in (
+        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "SECURITY.md", "LICENSE"),
+        *("mkdocs.yml", "docs/index.md", "docs/app.png", "docs/guides/app.md"),
+        *("tests/conftest.py", "benchmarks/report.py", "scripts/release_rankers.py"),
+        *(f"examples/notebooks/{path.name}" for path in NOTEBOOKS),
+    ):
+        assert (source / name).read_bytes() == (root / name).read_bytes(), name
+    built["directory"] = str(tmp_path / "again")
+    again = next(WheelBuilder(str(source)).build(**built))
+    assert files_in(wheel) == files_in(again)
+
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    home = tmp_path / "venv" / "bin"
+    subprocess.run([home / "pip", "install", "-q", "--no-deps", wheel], check=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    others = Path(importlib.import_module("torch").__file__ or "").parents[1]
+    (site / "others.pth").write_text(str(others))  # its dependencies, which lie behind it
+    away = tmp_path / "away"
+    away.mkdir()
+    env = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    options: dict[str, Any] = {"cwd": away, "capture_output": True, "text": True, "check": False}
+    options["env"] = {**env, "HF_HUB_CACHE": str(away / "hub"), "HF_HUB_OFFLINE": "1"}
+    where = [home / "python", "-c", "import ltrp_timm; print(ltrp_timm.__file__)"]
+    assert subprocess.run(where, **options).stdout.startswith(str(site))
+    demo = [home / "ltrp-timm", "demo", "--model", "ltrp_vit_tiny", "--repeats", "1"]
+    done = subprocess.run(demo, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pruned: with ranking" in done.stdout
+    assert (away / "ltrp_demo.png").read_bytes().startswith(b"\x89PNG")
+    rank = [home / "python", "-c", "import ltrp_timm; ltrp_timm.create_ranker('conv', True)"]
+    assert subprocess.run(rank, **options).returncode == 0  # weights inside the wheel
+
+
+def files_in(wheel: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
