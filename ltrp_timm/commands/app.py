@@ -1,12 +1,13 @@
 """``ltrp-timm app``: a page in the browser to try photos, rankers and keep ratios on."""
 
 import os
+import socket
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-from ltrp_timm._text import say
+from ltrp_timm._text import printable, say
 from ltrp_timm.commands._console import check_names
 from ltrp_timm.commands._flags import add_command
 from ltrp_timm.commands._viewer import OWN, AppOptions, Viewer
@@ -35,6 +36,7 @@ def _run(**given: Any) -> int:
     options = AppOptions(**given)
     for name in options.model:
         check_names(name)
+    check_address(options.host, options.port)
     viewer = Viewer(options)
     with tempfile.TemporaryDirectory() as folder:
         page = make_page(viewer, Path(folder))
@@ -136,30 +138,37 @@ def make_page(viewer: Viewer, folder: Path) -> Any:
     return page
 
 
-def serve(page: Any, host: str, port: int | None) -> str:
-    """Start the server in the background; returns its address.
+def check_address(host: str, port: int | None) -> None:
+    """Check that the page can listen there, before anything slow.
 
     Raises:
+        ValueError: The port is none.
         OSError: The address cannot be used.
     """
-    gr = require_gradio()
+    if port is not None and port > 65535:
+        raise ValueError(f"--port must be from 1 to 65535, got {port}.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            share=False,
-            quiet=True,
-            max_file_size="30mb",
-            enable_monitoring=False,
-            footer_links=[],
-            css=_CSS,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        )
+        socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
-        where = f"--host {host}" if port is None else f"--host {host}, --port {port}"
-        raise OSError(
-            f"cannot listen at {where}: it is in use, or no address of this machine. Leave --port "
-            "out to take a free one."
-        ) from error
+        where = f"--host {printable(host)}" + f", --port {port}" * (port is not None)
+        hint = "Leave --port out to take a free one." if port else "Use 127.0.0.1 or 0.0.0.0."
+        raise OSError(f"cannot listen at {where}: {error.strerror}. {hint}") from error
+
+
+def serve(page: Any, host: str, port: int | None) -> str:
+    """Start the server in the background; returns its address."""
+    gr = require_gradio()
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        share=False,
+        quiet=True,
+        max_file_size="30mb",
+        enable_monitoring=False,
+        footer_links=[],
+        css=_CSS,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )
     return str(url)

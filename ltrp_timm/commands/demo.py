@@ -83,12 +83,13 @@ def _run(**given: Any) -> int:
     sheet = stack_rows(rows)
     with output_errors(output):
         write_atomically(behind_links(output), lambda path: sheet.save(path, "PNG", optimize=True))
+    say(f"picture     {printable(output)}")
     if weights is not None:
         _print_predictions(shown, model, ratios)
     coarse = _coarse_twin(model)
+    say("\nmeasuring the time of the full and the pruned model …")
     times = _measure(next(iter(shown.values())), model, coarse, ratios, options.repeats)
     _print_times(times, ratios, coarse is not None)
-    say(f"\npicture     {printable(output)}")
     return 2 if failed or len(shown) < len(photos) else 0
 
 
