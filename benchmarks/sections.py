@@ -244,6 +244,16 @@ SECTIONS = [
         pictures={"resolution": "Speed-up by image size"},
     ),
     Section(
+        "visual-tokens",
+        "visual_tokens",
+        "Time of the vision tower and the projector, divided by that of the plain ones, ranking "
+        "included; the rest of the model is not in it",
+        lambda row: {"Tower": f"`{row['model']}`", "Method": method_of(row)},
+        lambda row: f"{row['img_size']} px, keep {row['keep_ratio']}",
+        lambda row: f"{float(row['time_ratio']):.2f} ({row['visual_tokens']} tokens)",
+        pictures={"visual_tokens": "Time of the vision side by method"},
+    ),
+    Section(
         "peers",
         "peers",
         "Speed-up over the full model; in brackets the time divided by that of dropping patches",

@@ -22,6 +22,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "compile_and_export": (*TINY, "--forms", "eager", "onnxruntime"),
     "resolution": (*TINY, "--img-sizes", "64", "96", "--rank-size", "64"),
     "peers": (*TINY, "--rankers", "contrast"),
+    "visual_tokens": (*TINY, "--img-sizes", "64", "--rankers", "contrast"),
     "where_does_time_go": TINY,
     "break_even": (*TINY, "--rankers", "contrast", "conv"),
     "index_cache": TINY,

@@ -37,6 +37,8 @@ def test_smoke(name: str, run_benchmark: Callable[..., Done]) -> None:
     """All that is checked of a script's output, in one test: it runs once."""
     if name == "compile_and_export":
         pytest.importorskip("onnxruntime")
+    if name == "visual_tokens":
+        pytest.importorskip("transformers", "5")
     done = run_benchmark(name, *SCRIPTS[name])
     check_where_rows_were_measured(name, done)
     check_files(name, done)
@@ -104,6 +106,13 @@ def check_resolution(done: Done) -> None:
     assert done.cells("img_size", "patches", "patches_kept", "method") == expected
 
 
+def check_visual_tokens(done: Done) -> None:
+    expected = [("64", "full", "4"), ("64", "contrast", "2"), ("64", "contrast, coarse", "4")]
+    assert done.cells("img_size", "method", "visual_tokens") == expected
+    for row in done.rows:
+        assert math.isclose(float(row["time_ratio"]), 1 / float(row["speedup"]), rel_tol=1e-3)
+
+
 def check_peers(done: Done) -> None:
     methods = ["full", "contrast", "random"]
     methods += ["merging", "merging_proportional_fused", "merging_plain_fused", "fusing"]
@@ -168,6 +177,7 @@ CHECKS = {
     "speed_vs_keep_ratio": check_speed_vs_keep_ratio,
     "compile_and_export": check_compile_and_export,
     "resolution": check_resolution,
+    "visual_tokens": check_visual_tokens,
     "peers": check_peers,
     "where_does_time_go": check_where_does_time_go,
     "break_even": check_break_even,
@@ -375,6 +385,13 @@ AT_1024 = {**B1, "img_size": 1024, "method": "conv@224"}
             "share",
             0.005,
             0.006,
+        ),
+        (
+            "visual_tokens",
+            {**AT_1024, "model": "vit_pe_core_small_patch16_384", "method": "border"},
+            "time_ratio",
+            0.6,
+            0.61,
         ),
         (
             "where_does_time_go",
