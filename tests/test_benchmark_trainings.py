@@ -252,3 +252,17 @@ def test_scenes_by_hand() -> None:
     assert crops.shape == (4, 3, 48, 48)
     grey = [bool((crop[0] - crop[1]).abs().max() < 1e-6) for crop in crops]
     assert grey == [True, False, True, False]  # in turns
+
+
+@pytest.mark.benchmarks
+def test_one_epoch_with_a_coarse_rest(run_benchmark: Callable[..., Done]) -> None:
+    short = ("--scenes", "64", "--held-out", "20", "--first-epochs", "1", "--seeds", "0", "1")
+    done = run_benchmark("coarse_digits", "--depth", "1", *short)
+    methods = ["full", "drop", "coarse", "smaller image"]
+    seeds = [seed for seed in ("0", "1", "mean") for _ in methods]
+    assert done.cells("method", "seed") == list(zip(methods * 3, seeds))
+    rows = {(row["method"], row["seed"]): float(row["top1"]) for row in done.rows}
+    assert rows["coarse", "mean"] == pytest.approx((rows["coarse", "0"] + rows["coarse", "1"]) / 2)
+    coarse = next(row for row in done.rows if (row["method"], row["seed"]) == ("coarse", "1"))
+    gap = rows["coarse", "1"] - rows["drop", "1"]
+    assert float(coarse["over_drop"]) == pytest.approx(gap, abs=1e-4)

@@ -172,7 +172,7 @@ def check_training_speed(done: Done) -> None:
         assert float(row["speedup"]) == pytest.approx(expected, rel=1e-2)
 
 
-WITHOUT_SECTION = ("pseudo_score_cost", "coverage", "finetune_digits", "gpu")
+WITHOUT_SECTION = ("pseudo_score_cost", "coverage", "finetune_digits", "coarse_digits", "gpu")
 CHECKS = {
     "speed_vs_keep_ratio": check_speed_vs_keep_ratio,
     "compile_and_export": check_compile_and_export,

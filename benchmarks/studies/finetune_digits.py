@@ -108,19 +108,24 @@ def write_start(args: argparse.Namespace, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, path)
 
 
-def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
-    """Train once on all patches, go on with each method; a row for each."""
-    train, held = Scenes(args.scenes, 0, False), Scenes(args.held_out, 1, True)
-    common: Row = {"num_classes": 10, "val_data": held, "num_workers": 0, "seed": args.seed}
+def common_options(args: argparse.Namespace, held_out: Scenes) -> Row:
+    """Options of ``finetune`` that all trainings share."""
+    common: Row = {"num_classes": 10, "val_data": held_out, "num_workers": 0, "seed": args.seed}
     common |= {"img_size": SIDE, "model_kwargs": sizes(args), "device": args.device}
     common |= {"batch_size": 32, "tensorboard": False, "clip_grad": 1.0}
     common |= {"aa": "none", "reprob": 0.0, "hflip": 0.0, "drop_path": 0.0, "smoothing": 0.0}
     common |= {"scale": (0.9, 1.0), "ratio": (1.0, 1.0), "resume": "auto"}
-    common |= {"opt_args": {"betas": (0.9, 0.95)}}
+    return {**common, "opt_args": {"betas": (0.9, 0.95)}}
+
+
+def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
+    """Train once on all patches, go on with each method; a row for each."""
+    train, held = Scenes(args.scenes, 0, False), Scenes(args.held_out, 1, True)
+    common = common_options(args, held)
     write_start(args, folder / "start.safetensors")
     start: Row = {"checkpoint": folder / "start.safetensors", "lr": args.lr}
     first: Row = {"epochs": args.first_epochs, "layer_decay": None}  # from random weights
-    _tune(train, folder / "first", **first, **start, **common)
+    tune(train, folder / "first", **first, **start, **common)
     start = {"checkpoint": folder / "first" / "model.safetensors", "lr": args.lr / 3}
     learned = folder / "learned"
     ranker = create_ranker("conv", pretrained=True, img_size=2 * SIDE)
@@ -130,7 +135,7 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
         output = folder / f"{method}_{ratio:g}"
         weights: Row = {"ranker_weights": learned} if method == "learned" else {}
         more = {**options, **weights, "keep_ratio": ratio, "epochs": args.epochs, **start, **common}
-        _tune(train, output, **more)
+        tune(train, output, **more)
         log = read_log(output / LOG_NAME)
         row: Row = {"method": method, "keep_ratio": ratio, "img_size": SIDE}
         rows.append({**row, "top1": log[-1]["val_top1"], "top5": log[-1]["val_top5"]})
@@ -139,7 +144,7 @@ def run(args: argparse.Namespace, where: Row, folder: Path) -> list[Row]:
     return [{**row, **compared(row, rows), **fixed} for row in rows]
 
 
-def _tune(data: Scenes, output: Path, **options: Any) -> None:
+def tune(data: Scenes, output: Path, **options: Any) -> None:
     """Fine-tune, or go on with it.
 
     Raises:
