@@ -24,9 +24,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("naflexvit_base_patch16_siglip", {}),
     "register": ("naflexvit_so150m2_patch16_reg1_gap", {}),
     "axial": ("naflexvit_base_patch16_gap", {"rope_type": "axial", **ROPE}),
-    "mixed": ("naflexvit_base_patch16_gap", {"rope_type": "mixed", "class_token": True, **ROPE}),
-    "dinov3": ("naflexvit_base_patch16_gap", {"rope_type": "dinov3", **ROPE}),
 }
+if hasattr(timm.layers.pos_embed_sincos, "RotaryEmbeddingMRope"):  # an older timm has not all
+    mixed = {"rope_type": "mixed", "class_token": True, **ROPE}
+    KINDS["mixed"] = ("naflexvit_base_patch16_gap", mixed)
+    KINDS["dinov3"] = ("naflexvit_base_patch16_gap", {"rope_type": "dinov3", **ROPE})
 
 
 def model_of(kind: str, **changes: Any) -> Any:
