@@ -355,6 +355,7 @@ def test_a_hub_that_stays_broken(hub: Hub, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @records_arguments
 def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=4)

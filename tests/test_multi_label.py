@@ -209,7 +209,8 @@ with join_world("cpu") as world:
 """
 
 
-@pytest.mark.parametrize("case", ["empty", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["empty", "both"])
 def test_two_processes(case: str, tmp_path: Path) -> None:
     logits, targets = whole_set()
     torch.save((logits, targets), tmp_path / "set.pt")

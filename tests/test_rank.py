@@ -706,7 +706,9 @@ def test_a_process_left_over_writes_into_files_that_are_gone(folder: Path) -> No
     assert same(load("out"), before)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
 ) -> None:

@@ -176,7 +176,9 @@ def test_a_folder_in_the_way(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "run already holds checkpoint.pt" in one_line(capsys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_from_outside(here: Path, number: signal.Signals) -> None:
     """To the whole group, as Ctrl-C does it: the loader's workers must not die of it."""
     command = ["-m", "ltrp_timm", "train-ranker", "--data", "photos", "--output", "run", *TINY]
