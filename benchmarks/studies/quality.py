@@ -365,7 +365,7 @@ def plot(rows: list[Row]) -> Any:
         for row in rows
         if row["method"] == DEFAULT and row["speedup"] != ""
     }
-    styles = {DEFAULT: "o-", BASE: "s-", "feature_contrast": "D-", "conv": "v-", RANDOM: "x:"}
+    styles = {DEFAULT: "o-", BASE: "s-", "feature_contrast": "D-", RANDOM: "x:"}
     styles |= {DEFAULT + COARSE: "o--", DEFAULT + THREE: "*--"}
     styles |= {"token merging": "^--", "smaller image": "P--"}
     for axis, (size, measure, label) in zip(axes, panels):

@@ -24,7 +24,6 @@ _BLOCKS, _RANK_SIDE = 4, 112  # of feature_contrast
 def make_rankers(args: Any, full: Any, img_size: int) -> dict[str, Any]:
     """Pruned models by the name of their ranker, on twins of the full model."""
     rankers: dict[str, Any] = {name: create_ranker(name, patch_size=1) for name in WEIGHT_FREE}
-    rankers["conv"] = create_ranker("conv", pretrained=True)
     patch = full.patch_embed.patch_size[0]
     for ranker in rankers.values():
         ranker.set_input_size(patch_size=(patch, patch))
