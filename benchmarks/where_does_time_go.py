@@ -1,9 +1,9 @@
 """Where does the time of a pruned forward go, and what does the front-end launch?
 
 Claim. Ranking, selecting and gathering together are below 1 % of a ViT-B's time on a CPU; a pruned
-forward dispatches at most 1.30 times the operators of the plain one, never makes the host wait for
-the device, and gives the same bits at every call. The README lists what does not hold under *Where
-it falls short*.
+forward dispatches at most 1.30 times (with `conv` 1.40 times) the operators of the plain one, never
+makes the host wait for the device, and gives the same bits at every call. The README lists what
+does not hold under *Where it falls short*.
 
 Arithmetic. The contrast ranker reads 224 · 224 · 3 = 150 528 values a few times, the conv ranker
 takes 0.037 G multiply-adds, a ViT-B 17.5 G. Selecting is two sorts of 196 numbers; gathering copies
@@ -61,12 +61,14 @@ def goals() -> list[Goal]:
     """What the claim says."""
     base = {**ON_ONE_CORE, "model": VIT_B, "keep_ratio": 0.5}
     front_end = {**base, "part": "whole", "method": ("contrast", "conv")}
+    contrast, conv = ({**front_end, "method": name} for name in ("contrast", "conv"))
     text = "ViT-B keep 0.5"
     share = {**base, "batch": 8, "part": "ranker", "method": "contrast"}
     both = ("mixed", "mixed (4 x 4 pixels)")
     mixed = {**base, "batch": 8, "part": "select", "method": both}
     return [
-        Goal(f"{text}, operators ÷ plain", front_end, "operators_ratio", "<=", 1.30),
+        Goal(f"{text}, operators ÷ plain", contrast, "operators_ratio", "<=", 1.30),
+        Goal(f"{text}, operators ÷ plain", conv, "operators_ratio", "<=", 1.40),
         Goal(f"{text}, host syncs", front_end, "host_syncs", "<=", 0),
         Goal(f"{text}, two calls give the same bits", front_end, "same_bits", ">=", 1),
         Goal(f"{text} batch 8, ranker's share of full", share, "share", "<=", 0.005),

@@ -1,5 +1,6 @@
 """The study of quality on real pictures: its sets, measures and refusals, and a quick run."""
 
+import hashlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,3 +113,28 @@ def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["contrast", "keep 0.5", "linear"]["above_contrast"] == "0.0"
     assert float(found["border", "keep 0.5", "linear"]["speedup"]) > 0
     assert (tmp_path / "quality_quick.png").read_bytes().startswith(PNG_MAGIC)
+
+
+@pytest.mark.benchmarks
+def test_a_quick_run_of_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ship").mkdir()
+    command = ["distill.py", "--quick", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--ship", str(tmp_path / "ship")])
+    load("distill").main()
+    rows = {
+        (row["method"], row["pictures"]): row for row in read_csv(tmp_path / "distill_quick.csv")
+    }
+    students = ["conv from border", "conv from feature_contrast"]
+    methods = {"contrast", "border", "feature_contrast", *students}
+    assert {method for method, _ in rows} == methods
+    for kind in ("pasted objects", "photos with boxes"):
+        assert float(rows["contrast", kind]["above_contrast"]) == 0
+        for name in students:
+            gain = float(rows[name, kind]["object_auc"]) - float(
+                rows["contrast", kind]["object_auc"]
+            )
+            assert float(rows[name, kind]["above_contrast"]) == pytest.approx(gain, abs=2e-4)
+            assert float(rows[name, kind]["seconds"]) > 0
+    shipped = hashlib.sha256((tmp_path / "ship" / "conv.safetensors").read_bytes()).hexdigest()
+    assert rows[students[0], "pasted objects"]["weights_sha256"] == shipped
+    assert rows[students[1], "pasted objects"]["weights_sha256"] not in ("", shipped)

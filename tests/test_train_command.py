@@ -144,8 +144,9 @@ def test_every_setting_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for field in dataclasses.fields(Settings):
         assert "--" + field.name.replace("_", "-") in text
-    assert "--epochs N Passes over the training images (default: 20)" in " ".join(text.split())
-    assert "(default: 0.004 for conv, 0.001 for other rankers)" in " ".join(text.split())
+    text = " ".join(text.split())
+    assert "--epochs N Passes over the training images (default: 20, 8 without a teacher)" in text
+    assert "(default: 0.004 for conv, 0.001 for other rankers)" in text
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_it_learns_and_the_folder_loads(photos: Path, tmp_path: Path) -> None:
     rows = read_log(tmp_path / "run" / "log.csv")
     assert [row["epoch"] for row in rows] == list(range(1, 13))
     assert rows[0]["chance"] == pytest.approx(math.log(math.factorial(8)), abs=1e-4)
-    assert rows[-1]["loss"] < rows[-1]["chance"] - 1.0 < rows[0]["loss"]
+    assert rows[-1]["val_loss"] < rows[-1]["chance"] - 1.0 < rows[0]["loss"]
     assert rows[-1]["val_spearman"] > 0.5
     assert summary.steps == 12 * 4
     assert summary.metrics == rows[-1]
@@ -196,7 +196,9 @@ def test_a_recipe_sets_what_is_not_given(
         train_ranker(photos, tmp_path / "run", **options)
         return capsys.readouterr().out
 
-    assert "20 epochs of 4 updates" in plan()
+    assert "8 epochs of 4 updates" in plan()
+    mae = {"teacher": tiny_teacher(), "distill_from": None, "img_size": None, "mask_ratio": 0.5}
+    assert "20 epochs of 4 updates" in plan(**mae, ranker_args={})
     assert "learning rate 0.0005," in plan()  # 4e-3 · √(4 / 256)
     assert "learning rate 0.001," in plan(accumulate=4)
     vit = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -205,6 +207,32 @@ def test_a_recipe_sets_what_is_not_given(
     assert "learning rate 2.34e-06," in plan(recipe="paper")  # 1.5e-4 · 4 / 256
     assert "3 epochs of" in plan(recipe="paper", epochs=3)
     assert "learning rate 0.01," in plan(recipe="paper", base_lr=0.64)
+
+
+def test_a_timm_model_is_the_teacher(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module, or its name in timm; the ranker learns how its features change."""
+    made = []
+
+    def create(name: str, pretrained: bool = False, **given: Any) -> Any:
+        made.append((name, pretrained))
+        return create_model(name, depth=1, **given)
+
+    create_model = timm.create_model
+    vit = create_model("vit_tiny_patch16_224", depth=1, img_size=64, num_classes=3)
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    options = {**QUIET, "epochs": 1, "list_size": 3, "mask_ratio": 0.5}
+    options["ranker_args"] = {"width": 16, "depth": 1}
+    train_ranker(photos, tmp_path / "module", teacher=vit, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+    assert ltrp_timm.create_ranker("conv", pretrained=tmp_path / "module").patch_size == (16, 16)
+    monkeypatch.setattr(timm, "create_model", create)
+    name = "vit_tiny_patch16_224"
+    train_ranker(photos, tmp_path / "name", teacher=name, img_size=64, **options)
+    assert made == [(name, True)]
+    with pytest.raises(ValueError, match=r"img_size is 32, the teacher takes \(64, 64\)"):
+        train_ranker(photos, tmp_path / "size", teacher=vit, img_size=32, **options)
 
 
 def test_the_rate_follows_the_batch_and_the_schedule(photos: Path, tmp_path: Path) -> None:
@@ -350,9 +378,9 @@ def test_the_defaults_learn_from_a_ranker(tmp_path: Path) -> None:
     options = {**QUIET, "teacher": None, "distill_from": "border", "img_size": 32, "holdout": 0.2}
     options["ranker_args"] = {"patch_size": 8}
     found = train_ranker(data, tmp_path / "short", **options).metrics
-    slow = train_ranker(data, tmp_path / "paper", recipe="paper", epochs=20, **options).metrics
+    slow = train_ranker(data, tmp_path / "paper", recipe="paper", epochs=8, **options).metrics
     gains = [row["chance"] - row["val_loss"] for row in (found, slow)]
-    assert found["val_spearman"] > 0.6
+    assert found["val_spearman"] > 0.5
     assert gains[0] > 5 * gains[1]
 
 

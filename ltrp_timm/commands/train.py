@@ -14,6 +14,7 @@ def add_train_ranker(commands: Any) -> None:
     about = "Train a ranker on images without labels, from an MAE or another ranker."
     sources, defaults = (train_ranker, Settings), dict(ranker.RECIPES["short"])
     defaults["base_lr"] = f"{ranker.CONV_LR:g} for conv, {defaults['base_lr']:g} for other rankers"
+    defaults["epochs"] = f"{defaults['epochs']}, {ranker.EPOCHS} without a teacher"
     add_command(commands, "train-ranker", about, _train_ranker, *sources, defaults=defaults)
 
 

@@ -15,6 +15,7 @@ from ltrp_timm.models.checkpoint_filter import checkpoint_filter_fn
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.timm_interface import GENERIC, wrap_pretrained_cfg
+from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.selection import AdaptiveBudget
 from ltrp_timm.weights.files import WEIGHT_SUFFIXES, locate
 from ltrp_timm.weights.hub import PREFIX, hub_errors
@@ -184,6 +185,9 @@ def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any
                 front.pop(options, None)  # saved for another one
     args = front.get("ranker_args")
     if args and args == saved.get("ranker_args"):  # the backbone's channels may be others now
+        name = front.get("ranker")
+        older = ranker_class(name).older_args if name in list_rankers() else {}
+        args = {**older, **args}
         front["ranker_args"] = {name: args[name] for name in args if name != "in_chans"}
     return front, features, rest
 

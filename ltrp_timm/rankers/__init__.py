@@ -124,10 +124,14 @@ def _load(
 ) -> Any:
     found = read_weights(source, cache_dir=cache_dir, token=token)
     inner = {n[len(PUBLISHED) :]: t for n, t in found.tensors.items() if n.startswith(PUBLISHED)}
+    tensors = inner or found.tensors
+    saved = _saved_args(name, found.config, source)
+    if not any(n.startswith("border.") for n in tensors):  # conv of an older version
+        saved = {**ranker_class(name).older_args, **saved}
     ranker: Any = build_and_load(
         lambda **args: _named(name, args),
-        {**_saved_args(name, found.config, source), **kwargs},
-        inner or found.tensors,
+        {**saved, **kwargs},
+        tensors,
         str(source),
         lambda tensors, model: adapt_channels(tensors, model.state_dict()),
     )

@@ -25,10 +25,12 @@ class Ranker:
         img_size: its only image size; images and its map are resized. None accepts any size.
         trained: whether its weights are trained; loading weights and training set it.
         origin: where its weights are from, in words for a model card.
+        older_args: arguments that older versions did not save, as those versions had them.
     """
 
     name: str = ""
     own_args: ClassVar[Tuple[str, ...]] = ()  # attributes that rebuild it, for ``config``
+    older_args: ClassVar[Dict[str, Any]] = {}
     learned: bool = False
     has_published_weights: bool = False
     brings_weights: bool = False

