@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from ltrp_timm.models import ltrp_vit as _ltrp_vit  # registers the models
+from ltrp_timm.models.feature_teacher import FeatureTeacher
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.visual import (
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveBudget",
+    "FeatureTeacher",
     "LTRPModel",
     "MAETeacher",
     "PatchSelector",

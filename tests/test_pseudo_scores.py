@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import small_teacher
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ltrp_timm import create_ranker, semantic_density
+from ltrp_timm import FeatureTeacher, create_ranker, drop_patches, semantic_density
 from ltrp_timm.losses import list_mle
 from ltrp_timm.metrics import spearman
 from ltrp_timm.teacher import MAETeacher, masked_indices, random_visible_indices
@@ -427,3 +428,46 @@ def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="visible_indices must be an int64 tensor, got list"):
         semantic_density(teacher, images, visible.tolist())
     assert set(METRICS) >= {"l1", "mse", "ssim", "psnr", "lpips"}
+
+
+@pytest.mark.parametrize("family", ["vit", "vit_gap", "registers", "rope_mixed", "beit", "relpos"])
+@torch.no_grad()
+def test_features_in_one_batch_equal_a_loop(family: str, backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of(family)
+    teacher = FeatureTeacher(backbone)
+    visible = random_visible_indices(len(images), teacher.num_patches, 0.7)
+    scores, indices = semantic_density(teacher, images, visible)
+    assert torch.equal(indices, visible)
+    pruned = drop_patches(backbone)
+
+    def feature(image: Tensor, kept: Tensor) -> Tensor:
+        tokens = pruned.forward_features(image[None], keep_indices=kept[None])
+        return pruned.forward_head(tokens, pre_logits=True)[0]
+
+    for image, seen, found in zip(images, visible, scores):
+        anchor = feature(image, seen)
+        loop = [feature(image, seen[seen != patch]) - anchor for patch in seen]
+        wanted = torch.stack([change.abs().mean() for change in loop])
+        assert torch.allclose(found, wanted, atol=1e-5)
+        assert found.std() > 1e-4
+        squares = torch.stack([change.square().mean() for change in loop])
+        mse = semantic_density(teacher, image[None], seen[None], metric="mse", chunk=2)[0][0]
+        assert torch.allclose(mse, squares, atol=1e-5)
+
+
+def test_a_teacher_of_features_says_what_it_takes(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    teacher = FeatureTeacher(backbone)
+    assert not teacher.train().training
+    assert not hasattr(backbone, "ranker")
+    scores, indices = semantic_density(teacher, images, mask_ratio=0.5, num_removed=3)
+    assert scores.shape == indices.shape == (len(images), 3)
+    for wrong in ({"metric": "ssim"}, {"removal": "decoder"}, {"aggregate": "max"}):
+        with pytest.raises(ValueError, match=r"must be .* for a teacher of features, got"):
+            semantic_density(teacher, images, mask_ratio=0.5, **wrong)
+    with pytest.raises(ValueError, match="this teacher takes images"):
+        semantic_density(teacher, images[..., :-16])
+    with pytest.raises(ValueError, match="img_size goes with a backbone's name"):
+        FeatureTeacher(backbone, img_size=64)
+    with pytest.raises(TypeError, match="ResNet"):
+        FeatureTeacher(timm.create_model("resnet10t"))

@@ -13,6 +13,7 @@ from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names, t
 from ltrp_timm.teacher.mae import (
     Generators,
     MAETeacher,
+    PatchTeacher,
     draw_uniform,
     masked_indices,
     num_visible,
@@ -24,6 +25,7 @@ from ltrp_timm.weights.untrusted import check_saved_args, read_json
 __all__ = [
     "Generators",
     "MAETeacher",
+    "PatchTeacher",
     "create_teacher",
     "draw_uniform",
     "masked_indices",

@@ -1,4 +1,4 @@
-"""Semantic density: how much a teacher's reconstruction changes without a patch.
+"""Semantic density: how much a teacher's reconstruction, or its features, change without a patch.
 
 Axes: B images, N patches, V visible, M = N - V masked, R removed one at a time, C pixel values of a
 patch, n variants of a chunk. A variant is an image without one of its visible patches; all B * R of
@@ -7,7 +7,7 @@ them form one batch, cut into chunks that fit into memory.
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ _DEVICE_SHARE = 0.5
 
 @torch.no_grad()
 def semantic_density(
-    teacher: MAETeacher,
+    teacher: Any,
     images: Tensor,
     visible_indices: Tensor | None = None,
     mask_ratio: float = 0.9,
@@ -46,13 +46,14 @@ def semantic_density(
     chunk: int | None = None,
     generator: Generators | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score visible patches by how much the reconstruction of the masked ones depends on them.
+    """Score visible patches by how much a teacher's output depends on each of them.
 
-    The teacher predicts the M masked patches from the V visible ones, and again without each of
-    these. The score of a patch is the change of the prediction: the paper's pseudo-label.
+    An MAE predicts the M masked patches from the V visible ones, and again without each of these.
+    The score of a patch is the change of the prediction: the paper's pseudo-label. A
+    ``FeatureTeacher`` predicts nothing: the score is the change of its pooled feature.
 
     Args:
-        teacher: an MAE, see ``create_teacher``.
+        teacher: an MAE, see ``create_teacher``, or a ``FeatureTeacher``.
         images: (B, channels, H, W) of the teacher's size, normalised by its mean and std.
         visible_indices: (B, V) int64, without duplicates, 2 <= V < N; drawn when None.
         mask_ratio: share of patches to mask when they are drawn: V = int(N (1 - mask_ratio)). It
@@ -63,13 +64,14 @@ def semantic_density(
             (published too): the token is isolated in every encoder block; the decoder gets it.
         metric: "l1" or "mse" of the predicted values; "ssim" or "psnr" of the pixels of a
             patch; "lpips" of whole pictures; or a function of two batches of pictures
-            (n, channels, H, W), pixels about in [0, 1], that returns their distances (n,).
+            (n, channels, H, W), pixels about in [0, 1], that returns their distances (n,). Of
+            features: "l1" or "mse".
         aggregate: over the masked patches. "mean" is the paper's; "max", the strongest local
             change, rewards local information instead of a faint shift of the whole picture.
         num_removed: R, score only this many visible patches, drawn per image before anything is
             reconstructed: the cost is (R + 1) / (V + 1). None scores all.
-        chunk: variants per forward pass; None fits encoder and decoder to the memory. The result
-            does not depend on it.
+        chunk: variants per forward pass; None fits them to the memory. The result does not depend
+            on it.
         generator: draws patches: one, or one per image; None is torch's global state.
 
     Returns:
@@ -101,6 +103,11 @@ def semantic_density(
             "are needed, and one that is masked; choose another mask_ratio."
         )
     columns = _columns_to_remove(visible_indices, num_removed, generator)
+    chosen = visible_indices.gather(1, columns)
+    if not isinstance(teacher, MAETeacher):
+        _check_feature_choices(removal, metric, aggregate)
+        change_of = PREDICTION_CHANGES[str(metric)]
+        return _feature_changes(teacher, images, visible_indices, columns, change_of, chunk), chosen
     variants = _Variants(teacher, images, visible_indices, removal)
     change = _Change(variants, images, metric, aggregate)
     rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
@@ -112,7 +119,48 @@ def semantic_density(
             change(variants.predict(tokens, image), image)
             for tokens, image in zip(shown.split(decoded), row.split(decoded))
         ]
-    return torch.cat(scores).reshape(columns.shape), visible_indices.gather(1, columns)
+    return torch.cat(scores).reshape(columns.shape), chosen
+
+
+def _feature_changes(
+    teacher: Any,
+    images: Tensor,
+    visible_indices: Tensor,
+    columns: Tensor,
+    change: Callable[[Tensor, Tensor, int], Tensor],
+    chunk: int | None,
+) -> Tensor:
+    """Change (B, R) of the feature without each of the patches at columns (B, R)."""
+    anchor = teacher.features(images, visible_indices).float()
+    rows = torch.arange(len(images), device=images.device).repeat_interleave(columns.shape[1])
+    values = (visible_indices.shape[1] + 1) * 16 * anchor.shape[1] + images[0].numel()
+    size = chunk or _even(len(rows), int(_memory(images.device) / (4 * values)))
+    scores = []
+    for row, column in zip(rows.split(size), columns.flatten().split(size)):
+        found = teacher.without(images[row], visible_indices[row], column).float()
+        scores.append(change(found, anchor[row], 1))
+    return torch.cat(scores).reshape(columns.shape)
+
+
+def all_but(indices: Tensor, columns: Tensor) -> Tensor:
+    """indices (n, V) without the one of each row at columns (n,) -> (n, V - 1)."""
+    return indices.gather(1, _other_columns(indices.shape[1], columns))
+
+
+def _other_columns(count: int, columns: Tensor) -> Tensor:
+    """All columns but one of each row, (n, count - 1)."""
+    kept = torch.arange(count - 1, device=columns.device)
+    return kept + (kept >= columns.unsqueeze(1))
+
+
+def _check_feature_choices(removal: str, metric: str | ImageChange, aggregate: str) -> None:
+    given = {"removal": removal, "metric": metric, "aggregate": aggregate}
+    fit = {"removal": ("full",), "metric": tuple(PREDICTION_CHANGES), "aggregate": ("mean",)}
+    for name, value in given.items():
+        if value not in fit[name]:
+            raise ValueError(
+                f"{name} must be {' or '.join(fit[name])} for a teacher of features, got {value!r}."
+            )
 
 
 def _check_choices(
@@ -159,13 +207,18 @@ def _chunks(teacher: MAETeacher, visible: int, rows: Tensor, chunk: int | None) 
     encoder = (visible + 1) * width * (8 + 2 * teacher.mlp_ratio)
     decoder = decoder_width * (8 + 2 * teacher.decoder_mlp_ratio) + 4 * values
     decoder = (teacher.num_patches + 1) * decoder
-    budget: float = _CPU_BYTES
-    if rows.device.type == "cuda":
-        free = torch.cuda.mem_get_info(rows.device)[0]
-        cached = torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
-        budget = _DEVICE_SHARE * (free + cached)
+    budget = _memory(rows.device)
     encoded = _even(len(rows), int(budget / (4 * encoder)))
     return encoded, _even(encoded, int(budget / (4 * decoder)))
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes for the activations of a chunk."""
+    if device.type != "cuda":
+        return _CPU_BYTES
+    free = torch.cuda.mem_get_info(device)[0]
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _DEVICE_SHARE * (free + cached)
 
 
 def _even(total: int, size: int) -> int:
@@ -193,8 +246,7 @@ class _Variants:
 
         Tokens (n, L, D'): the class token and those of the V places.
         """
-        kept = torch.arange(self.visible.shape[1] - 1, device=columns.device)
-        kept = kept + (kept >= columns.unsqueeze(1))  # (n, V - 1): all columns but one
+        kept = _other_columns(self.visible.shape[1], columns)
         if self.removal == "decoder":
             with_class = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], dim=1)
             return gather_patches(self.placed[rows], with_class)

@@ -31,7 +31,44 @@ from ltrp_timm.weights.files import PathLike, save_weights
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
-class MAETeacher(nn.Module):
+class PatchTeacher:
+    """A mixin of teachers that see some patches of an image.
+
+    Attributes:
+        img_size: (H, W) of its images.
+        in_chans: their channels.
+        num_patches: N.
+    """
+
+    img_size: tuple[int, int]
+    in_chans: int
+    num_patches: int
+
+    def check_visible(self, visible_indices: Tensor, batch_size: int) -> None:
+        """Check (B, V) int64 indices, in range and without duplicates; waits for the device.
+
+        Raises:
+            ValueError: the indices do not fit.
+            TypeError: the dtype is another one.
+        """
+        check_keep_indices(visible_indices, batch_size, self.num_patches, "visible_indices")
+        validate_keep_indices(visible_indices, self.num_patches, "visible_indices")
+
+    def check_images(self, images: Tensor) -> None:
+        """Check images (B, channels, H, W): at least one, of the teacher's size.
+
+        Raises:
+            ValueError: the shape differs.
+        """
+        expected = (self.in_chans, *self.img_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected or images.shape[0] < 1:
+            raise ValueError(
+                f"this teacher takes images (B, {', '.join(map(str, expected))}), "
+                f"got {list(images.shape)}."
+            )
+
+
+class MAETeacher(PatchTeacher, nn.Module):
     """A masked autoencoder: sees V patches and predicts the others.
 
     Its state dict has the plain names of the authors' files (``blocks.0.attn.qkv.weight``,
@@ -332,29 +369,6 @@ class MAETeacher(nn.Module):
         repeats = patches.shape[-1] // self.in_chans  # channels come last in a patch
         scale, shift = (patches.new_tensor(v).repeat(repeats) for v in (self.std, self.mean))
         return patches * scale + shift
-
-    def check_visible(self, visible_indices: Tensor, batch_size: int) -> None:
-        """Check (B, V) int64 indices, in range and without duplicates; waits for the device.
-
-        Raises:
-            ValueError: the indices do not fit.
-            TypeError: the dtype is another one.
-        """
-        check_keep_indices(visible_indices, batch_size, self.num_patches, "visible_indices")
-        validate_keep_indices(visible_indices, self.num_patches, "visible_indices")
-
-    def check_images(self, images: Tensor) -> None:
-        """Check images (B, channels, H, W): at least one, of the teacher's size.
-
-        Raises:
-            ValueError: the shape differs.
-        """
-        expected = (self.in_chans, *self.img_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != expected or images.shape[0] < 1:
-            raise ValueError(
-                f"this teacher takes images (B, {', '.join(map(str, expected))}), "
-                f"got {list(images.shape)}."
-            )
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.layers.bridge import InputBridge, resize_score_map
 from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.models.feature_teacher import FeatureTeacher
 from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import select_top
 from ltrp_timm.teacher import (
-    MAETeacher,
+    PatchTeacher,
     create_teacher,
     draw_uniform,
     num_visible,
@@ -40,10 +42,10 @@ class Lists(NamedTuple):
 
 
 class Targets:
-    """The scores of an MAE, of another ranker, or of both, for images of one size.
+    """The scores of an MAE or a timm ViT, of another ranker, or of both, for images of one size.
 
     Args:
-        teacher: What ``create_teacher`` takes, a MAETeacher, or None.
+        teacher: What ``create_teacher`` takes, a MAETeacher, a timm ViT or its name, or None.
         distill_from: A ranker, its folder or its name, or None.
         distill_args: Arguments of that ranker.
         distill_weight: Share of ``distill_from`` in the loss beside a teacher.
@@ -144,7 +146,7 @@ class Targets:
         }
 
     def _score(
-        self, teacher: MAETeacher, images: Tensor, generators: list[torch.Generator], size: int
+        self, teacher: Any, images: Tensor, generators: list[torch.Generator], size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) -> visible patches (B, V), scores (B, R), their patches (B, R)."""
         count, ratio = self.num_patches, self.mask_ratio
@@ -186,9 +188,15 @@ class Targets:
         return torch.stack([self.kept[key] for key in keys]).to(self.device)
 
 
-def _open_teacher(teacher: Any, img_size: Any) -> MAETeacher:
-    if isinstance(teacher, MAETeacher):
-        if img_size is not None and to_pair(img_size) != teacher.img_size:
-            raise ValueError(f"img_size is {img_size}, the teacher takes {teacher.img_size}.")
+def _open_teacher(teacher: Any, img_size: Any) -> Any:
+    """An MAE, or a timm ViT as a ``FeatureTeacher``: a module, or by its name in timm."""
+    if isinstance(teacher, nn.Module):
+        if not isinstance(teacher, PatchTeacher):
+            teacher = FeatureTeacher(teacher)
+        own = tuple(teacher.img_size)
+        if img_size is not None and to_pair(img_size) != own:
+            raise ValueError(f"img_size is {img_size}, the teacher takes {own}.")
         return teacher
+    if timm.is_model(str(teacher)):
+        return FeatureTeacher(str(teacher), img_size)
     return create_teacher(teacher, **({} if img_size is None else {"img_size": img_size}))
