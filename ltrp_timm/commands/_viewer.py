@@ -68,6 +68,8 @@ class Viewer:
         self._open = lru_cache(maxsize=2)(self._open_model)
         self._load = lru_cache(maxsize=2)(lambda path: load_image(path, Path(path).name))
         self._latest: dict[Any, tuple[Any, ...]] = {}  # the request of each visitor
+        for name in options.model:  # a wrong one is an error now, not on the page
+            self._open(name, OWN, "drop")
 
     def rankers(self) -> list[str]:
         """Names to choose from: those that need no weights, or whose weights can be had."""

@@ -153,7 +153,8 @@ def check_address(host: str, port: int | None) -> None:
     except OSError as error:
         where = f"--host {printable(host)}" + f", --port {port}" * (port is not None)
         hint = "Leave --port out to take a free one." if port else "Use 127.0.0.1 or 0.0.0.0."
-        raise OSError(f"cannot listen at {where}: {error.strerror}. {hint}") from error
+        reason = str(error.strerror).partition(" (")[0]  # Python adds the address in brackets
+        raise OSError(f"cannot listen at {where}: {reason}. {hint}") from error
 
 
 def serve(page: Any, host: str, port: int | None) -> str:
