@@ -186,8 +186,9 @@ def setting_of(row: Row) -> str:
 
 def _at_equal_time(row: Row) -> dict[str, str]:
     speed, _, settings = row["setting"].removeprefix("at ").partition(" x: ")
-    rival = row["method"].split(" − ")[1]
+    name, rival = row["method"].split(" − ")
     ours, theirs = settings.split(", ")
+    ours = ", ".join([*name.split(", ")[1:], ours])  # a coarse rest, and the keep ratio
     return {"Speed-up": f"{speed}×", "`border`": ours, "Rival": f"{rival}, {theirs}"}
 
 
@@ -195,7 +196,7 @@ _INTERVALS = "Values with 95 % intervals over objects or photos."
 _HALF = ("keep 0.5", "154 px", "r = 23")
 _AT_TWICE_THE_SPEED = {
     size: [
-        *[(method, "keep 0.5") for method in ("border", "random")],
+        *[(method, "keep 0.5") for method in ("border", "border, coarse rest", "random")],
         *[("smaller image", pixels), ("token merging", merges)],
     ]
     for size, pixels, merges in (("224", "154 px", "r = 23"), ("448", "322 px", "r = 93"))
@@ -346,6 +347,7 @@ SECTIONS = [
             and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
             and (row["method"] == "full" or row["setting"] in _HALF)
             and row["method"] not in ("pixel_std", "centre")
+            and (", " not in row["method"] or row["method"].startswith("border, "))
         ),
         how=_INTERVALS,
         pictures={"quality": "Accuracy, and distance to the full model, against speed-up"},
@@ -359,7 +361,9 @@ SECTIONS = [
         _measure,
         with_interval,
         lambda row: (
-            row["method"].startswith("border − ") and row["measure"] in ("linear", "precision")
+            row["method"].startswith("border")
+            and " − " in row["method"]
+            and row["measure"] in ("linear", "precision")
         ),
         how=_INTERVALS,
         folder=STUDIES,

@@ -72,7 +72,7 @@ def create_ranker(
             checkpoint of the paper's authors), or ``hf-hub:owner/name[@revision]``. True loads the
             conv ranker's experimental weights from this package, which find objects worse than the
             weight-free border and contrast, or the weights that timm publishes for the backbone of
-            attention, cam and grad_cam.
+            attention, feature_contrast, cam and grad_cam.
         cache_dir: folder for downloads; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.
         **kwargs: arguments of the ranker's class; they override a saved configuration.
