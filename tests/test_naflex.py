@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned": ("naflexvit_base_patch16_gap", {}),
     "aspect": ("naflexvit_base_patch16_par_gap", {}),
     "factorised": ("naflexvit_base_patch16_parfac_gap", {}),
+    "sampled": ("naflexvit_base_patch16_parfac_gap", {"pos_embed_use_grid_sample": True}),
     "map": ("naflexvit_base_patch16_map", {}),
     "siglip": ("naflexvit_base_patch16_siglip", {}),
     "register": ("naflexvit_so150m2_patch16_reg1_gap", {}),

@@ -224,7 +224,10 @@ def test_bad_input() -> None:
     tiles, keep = torch.randn(1, 1, 3, 112, 112), torch.tensor([[0, 1, 8, 10]])
     with pytest.raises(ValueError, match="keep_indices must be whole cells of 2x2"):
         features(model, tiles, keep_indices=keep)
-    tower.keep_ratio = 0.3
+    tower.selection = "random"
+    with pytest.raises(ValueError, match="selection='top', without a budget"):
+        features(model, tiles)
+    tower.selection, tower.keep_ratio = "top", 0.3
     with pytest.raises(ValueError, match="19 of 64 patches split a cell"):
         features(model, tiles)
     tower.keep_ratio = 1.0

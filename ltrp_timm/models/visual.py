@@ -13,6 +13,8 @@ from ltrp_timm.selection.cells import cell_by_cell, select_cells
 from ltrp_timm.selection.rules import num_keep
 from ltrp_timm.slots import find_adapter
 
+_SELECTION = "visual tokens are kept by selection='top', without a budget."
+
 
 class VisualTower(nn.Module):
     """Stands at ``timm_model`` of a tower: what the projector behind it needs.
@@ -28,6 +30,8 @@ class VisualTower(nn.Module):
     def forward_features(self, x: Tensor, keep_indices: Optional[Tensor] = None) -> Tensor:
         """Images (B, C, H, W) -> tokens (B, P + K, D), or (B, P + N, D) with all patches."""
         model = self.model
+        if model.selection != "top" or model.budget is not None:  # set since then
+            raise ValueError(_SELECTION)
         grid = model.grid_size(x)
         if model.rest == "coarse":
             found: Any = model._run(model.backbone.forward_features, x, keep_indices)
@@ -101,7 +105,7 @@ def drop_visual_tokens(
     if isinstance(backbone, VisualTower):
         raise TypeError("this model drops visual tokens already: set keep_ratio of its tower.")
     if kwargs.get("selection", "top") != "top" or kwargs.get("budget") is not None:
-        raise ValueError("visual tokens are kept by selection='top', without a budget.")
+        raise ValueError(_SELECTION)
     pruned = drop_patches(backbone, ranker, keep_ratio, **kwargs)
     tower = VisualTower(pruned, cell)
     try:
