@@ -247,8 +247,8 @@ SECTIONS = [
     Section(
         "visual-tokens",
         "visual_tokens",
-        "Time of the vision tower and the projector, divided by that of the plain ones, ranking "
-        "included; the rest of the model is not in it",
+        "Time of the vision tower and the projector, ranking included, divided by that of the plain "
+        "ones. The language model is not timed",
         lambda row: {"Tower": f"`{row['model']}`", "Method": method_of(row)},
         lambda row: f"{row['img_size']} px, keep {row['keep_ratio']}",
         lambda row: f"{float(row['time_ratio']):.2f} ({row['visual_tokens']} tokens)",
@@ -356,7 +356,8 @@ SECTIONS = [
     Section(
         "equal-time",
         "quality",
-        "`border` minus its rival, each at its best setting of that speed; positive: `border` wins",
+        "The figure of `border` minus that of its rival, each at its best setting of that speed. "
+        "Positive differences favour `border`",
         _at_equal_time,
         _measure,
         with_interval,
