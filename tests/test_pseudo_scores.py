@@ -455,6 +455,38 @@ def test_features_in_one_batch_equal_a_loop(family: str, backbone_of: Callable[.
         assert torch.allclose(mse, squares, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov3", "vit_gap"])
+@torch.no_grad()
+def test_cells_given_coarsely_equal_a_loop(family: str, backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of(family)
+    teacher = FeatureTeacher(backbone, rest="coarse")
+    assert teacher.grid_size == (3, 3)
+    assert teacher.patch_size == (32, 32)
+    visible = torch.tensor([[0, 4, 8], [1, 2, 3], [5, 6, 7]])
+    scores, indices = semantic_density(teacher, images, visible, removal="coarse")
+    assert torch.equal(indices, visible)
+    pruned = drop_patches(backbone, rest="coarse")
+
+    def feature(image: Tensor, cells: list[int]) -> Tensor:
+        corners = [cell // 3 * 12 + cell % 3 * 2 for cell in cells]
+        patches = torch.tensor([c + step for c in corners for step in (0, 1, 6, 7)])
+        tokens = pruned.forward_features(image[None], keep_indices=patches[None])
+        return pruned.forward_head(tokens, pre_logits=True)[0]
+
+    for image, seen, found in zip(images, visible.tolist(), scores):
+        anchor = feature(image, seen)
+        others = [feature(image, [one for one in seen if one != cell]) for cell in seen]
+        wanted = torch.stack([(other - anchor).abs().mean() for other in others])
+        assert torch.allclose(found, wanted, atol=1e-5)
+        assert found.std() > 1e-5
+    with pytest.raises(ValueError, match="removal must be full for a teacher of features"):
+        semantic_density(FeatureTeacher(pruned.restore()), images, visible, removal="coarse")
+    with pytest.raises(ValueError, match="removal 'coarse' needs a timm ViT"):
+        semantic_density(
+            small_teacher(), torch.rand(1, 3, 32, 32), mask_ratio=0.5, removal="coarse"
+        )
+
+
 def test_a_teacher_of_features_says_what_it_takes(backbone_of: Callable[..., Any]) -> None:
     backbone, images = backbone_of("vit")
     teacher = FeatureTeacher(backbone)

@@ -1,4 +1,7 @@
-"""A timm ViT as the teacher of rankers: its feature changes when a visible patch is taken away."""
+"""A timm ViT as the teacher of rankers: its feature changes when a visible patch is taken away.
+
+Or when a cell of 2 x 2 patches is given coarsely in place of finely.
+"""
 
 import copy
 from typing import Any, Tuple, Union
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ltrp_timm.models.front_end import drop_patches
+from ltrp_timm.selection.cells import CellGrid
 from ltrp_timm.teacher import PatchTeacher
 from ltrp_timm.teacher.density import all_but
 
@@ -22,6 +26,9 @@ class FeatureTeacher(PatchTeacher, nn.Module):
         backbone: a timm ViT whose patches can be dropped, which is copied; or its name, to load the
             weights that timm publishes.
         img_size: side of the images, or (height, width), for a name (default: the model's own).
+        rest: what happens to patches that are not visible: "drop", or "coarse" (see ``LTRPModel``);
+            then the teacher's patches are the cells of 2 x 2 patches of the backbone, and a cell
+            that is taken away is given as one token of the image at half size.
 
     Attributes:
         img_size: (H, W).
@@ -41,7 +48,10 @@ class FeatureTeacher(PatchTeacher, nn.Module):
     """
 
     def __init__(
-        self, backbone: Union[str, nn.Module], img_size: Union[int, Tuple[int, int], None] = None
+        self,
+        backbone: Union[str, nn.Module],
+        img_size: Union[int, Tuple[int, int], None] = None,
+        rest: str = "drop",
     ) -> None:
         super().__init__()
         if isinstance(backbone, str):
@@ -51,12 +61,19 @@ class FeatureTeacher(PatchTeacher, nn.Module):
             raise ValueError("img_size goes with a backbone's name; a model has its own.")
         else:
             net = copy.deepcopy(backbone)
-        self.net = drop_patches(net).eval().requires_grad_(False)
+        self.net = drop_patches(net, rest=rest).eval().requires_grad_(False)
+        self.rest = rest
         config = self.net.data_config()
         self.img_size: Tuple[int, int] = tuple(config["input_size"][-2:])
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.patch_size, self.grid_size = self.net.patch_size, self.net.patch_grid
-        self.num_patches, self.in_chans = self.net.num_patches, self.net.in_chans
+        self.in_chans = self.net.in_chans
+        self.cells = CellGrid(self.grid_size) if rest == "coarse" else None
+        if self.cells is not None:
+            h, w = self.grid_size
+            self.grid_size = h // 2, w // 2
+            self.patch_size = 2 * self.patch_size[0], 2 * self.patch_size[1]
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def train(self, mode: bool = True) -> "FeatureTeacher":
         """It stays in eval mode: it is frozen."""
@@ -64,7 +81,9 @@ class FeatureTeacher(PatchTeacher, nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor, visible_indices: Tensor) -> Tensor:
-        """Images (n, C, H, W) of which patches (n, V) are visible -> features (n, D)."""
+        """Images (n, C, H, W) of which patches, or cells, (n, V) are visible -> (n, D)."""
+        if self.cells is not None:
+            visible_indices = self.cells.fine_patches(visible_indices)
         tokens = self.net.forward_features(images, keep_indices=visible_indices)
         found: Tensor = self.net.forward_head(tokens, pre_logits=True)
         return found

@@ -22,7 +22,7 @@ from ltrp_timm.teacher import (
 )
 from ltrp_timm.teacher.distances import METRICS, PIXEL_CHANGES, PREDICTION_CHANGES, lpips_change
 
-Removal = Literal["full", "decoder", "encoder"]
+Removal = Literal["full", "decoder", "encoder", "coarse"]
 Aggregate = Literal["mean", "max"]
 REMOVALS: tuple[str, ...] = get_args(Removal)
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
@@ -62,6 +62,8 @@ def semantic_density(
             in the decoder. "decoder" (of the published code): the encoder sees all V, the token is
             deleted from the decoder's sequence; its neighbours' latents still hold it. "encoder"
             (published too): the token is isolated in every encoder block; the decoder gets it.
+            "coarse" (of a ``FeatureTeacher`` with ``rest="coarse"``): a cell of 2 x 2 patches is
+            given as one token.
         metric: "l1" or "mse" of the predicted values; "ssim" or "psnr" of the pixels of a
             patch; "lpips" of whole pictures; or a function of two batches of pictures
             (n, channels, H, W), pixels about in [0, 1], that returns their distances (n,). Of
@@ -105,9 +107,13 @@ def semantic_density(
     columns = _columns_to_remove(visible_indices, num_removed, generator)
     chosen = visible_indices.gather(1, columns)
     if not isinstance(teacher, MAETeacher):
-        _check_feature_choices(removal, metric, aggregate)
+        _check_feature_choices(teacher, removal, metric, aggregate)
         change_of = PREDICTION_CHANGES[str(metric)]
         return _feature_changes(teacher, images, visible_indices, columns, change_of, chunk), chosen
+    if removal == "coarse":
+        raise ValueError(
+            "removal 'coarse' needs a timm ViT as teacher: an MAE has no place for coarse tokens."
+        )
     variants = _Variants(teacher, images, visible_indices, removal)
     change = _Change(variants, images, metric, aggregate)
     rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
@@ -153,9 +159,12 @@ def _other_columns(count: int, columns: Tensor) -> Tensor:
     return kept + (kept >= columns.unsqueeze(1))
 
 
-def _check_feature_choices(removal: str, metric: str | ImageChange, aggregate: str) -> None:
+def _check_feature_choices(
+    teacher: Any, removal: str, metric: str | ImageChange, aggregate: str
+) -> None:
     given = {"removal": removal, "metric": metric, "aggregate": aggregate}
-    fit = {"removal": ("full",), "metric": tuple(PREDICTION_CHANGES), "aggregate": ("mean",)}
+    fit = {"metric": tuple(PREDICTION_CHANGES), "aggregate": ("mean",)}
+    fit["removal"] = ("full",) if teacher.rest == "drop" else ("coarse", "full")
     for name, value in given.items():
         if value not in fit[name]:
             raise ValueError(

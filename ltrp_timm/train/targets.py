@@ -80,7 +80,11 @@ class Targets:
             raise ValueError("distill_args need distill_from, a ranker to give them to.")
         if not 0.0 < distill_weight < 1.0:
             raise ValueError(f"distill_weight must be in (0, 1), got {distill_weight}.")
-        self.teacher = None if teacher is None else _open_teacher(teacher, img_size).to(device)
+        self.teacher = (
+            None
+            if teacher is None
+            else _open_teacher(teacher, img_size, scoring.get("removal", "full")).to(device)
+        )
         self.mask_ratio, self.scoring, self.device = mask_ratio, dict(scoring), device
         self.mean, self.std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
         self.img_size, self.patch_size = to_pair(img_size or 224), to_pair(patch_size or 16)
@@ -188,15 +192,16 @@ class Targets:
         return torch.stack([self.kept[key] for key in keys]).to(self.device)
 
 
-def _open_teacher(teacher: Any, img_size: Any) -> Any:
+def _open_teacher(teacher: Any, img_size: Any, removal: str) -> Any:
     """An MAE, or a timm ViT as a ``FeatureTeacher``: a module, or by its name in timm."""
+    rest = "coarse" if removal == "coarse" else "drop"
     if isinstance(teacher, nn.Module):
         if not isinstance(teacher, PatchTeacher):
-            teacher = FeatureTeacher(teacher)
+            teacher = FeatureTeacher(teacher, rest=rest)
         own = tuple(teacher.img_size)
         if img_size is not None and to_pair(img_size) != own:
             raise ValueError(f"img_size is {img_size}, the teacher takes {own}.")
         return teacher
     if timm.is_model(str(teacher)):
-        return FeatureTeacher(str(teacher), img_size)
+        return FeatureTeacher(str(teacher), img_size, rest)
     return create_teacher(teacher, **({} if img_size is None else {"img_size": img_size}))
