@@ -227,6 +227,9 @@ def test_a_timm_model_is_the_teacher(
     train_ranker(photos, tmp_path / "module", teacher=vit, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
     assert ltrp_timm.create_ranker("conv", pretrained=tmp_path / "module").patch_size == (16, 16)
+    cells = {**options, "removal": "coarse", "list_size": 2}
+    train_ranker(photos, tmp_path / "cells", teacher=vit, **cells)
+    assert ltrp_timm.create_ranker("conv", pretrained=tmp_path / "cells").patch_size == (32, 32)
     monkeypatch.setattr(timm, "create_model", create)
     name = "vit_tiny_patch16_224"
     train_ranker(photos, tmp_path / "name", teacher=name, img_size=64, **options)
