@@ -247,8 +247,8 @@ SECTIONS = [
     Section(
         "visual-tokens",
         "visual_tokens",
-        "Time of the vision tower and the projector, ranking included, divided by that of the plain "
-        "ones. The language model is not timed",
+        "Time of the vision tower and the projector, ranking included, divided by that of the "
+        "plain ones. The language model is not timed",
         lambda row: {"Tower": f"`{row['model']}`", "Method": method_of(row)},
         lambda row: f"{row['img_size']} px, keep {row['keep_ratio']}",
         lambda row: f"{float(row['time_ratio']):.2f} ({row['visual_tokens']} tokens)",
