@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 pytestmark = pytest.mark.elsewhere
-APP = [sys.executable, "-m", "ltrp_timm", "app", "--model", "vit_tiny_patch16_224"]
-PATIENCE = 60_000  # milliseconds
+TINY = ("--model", "vit_tiny_patch16_224", "--repeats", "2")
+APP = [sys.executable, "-m", "ltrp_timm", "app", *TINY]
+PATIENCE = 180_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
