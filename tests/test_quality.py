@@ -75,7 +75,9 @@ def test_probes_find_classes_of_other_pictures() -> None:
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"cannot fetch with apt-get: .*--objects FOLDER --photos"):
+    with pytest.raises(
+        SystemExit, match=r"cannot fetch with apt-get: .*apt-get update.*--objects FOLDER --photos"
+    ):
         material.fetch_pictures(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(SystemExit, match=r"cannot fetch with .*python: .*--backbone NAME"):
@@ -84,6 +86,31 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "photos").mkdir()
     with pytest.raises(SystemExit, match="two classes with two objects each are needed"):
         material.own_pictures(tmp_path / "objects", tmp_path / "photos")
+    for number in range(6):
+        kind = tmp_path / "objects" / ("cat", "dog")[number % 2]
+        kind.mkdir(exist_ok=True)
+        (kind / f"{number}.png").touch()
+        if number < 3:
+            (tmp_path / "photos" / f"{number}.jpg").touch()
+    with pytest.raises(SystemExit, match="photos: 4 photos are needed at least, got 3"):
+        material.own_pictures(tmp_path / "objects", tmp_path / "photos")
+    (tmp_path / "photos" / "3.jpg").touch()
+    assert len(material.own_pictures(tmp_path / "objects", tmp_path / "photos").photos) == 2
+
+
+@torch.inference_mode()
+def test_a_backbone_without_class_token_is_judged_by_its_pooled_feature() -> None:
+    args = SimpleNamespace(backbone="vit_base_patch16_gap_224", blocks=1, pretrained=False)
+    args.checkpoint = args.cache = None
+    full = material.load_backbone(args, 64)
+    assert full.cls_token is None
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = full.forward_features(judge.normalised(images, full))
+    pooled = full.fc_norm(tokens.mean(1))
+    assert torch.allclose(judge.encode(full, images).token, pooled, atol=1e-5)
+    rankers = methods.make_rankers(args, full, 64)
+    assert "attention" not in rankers
+    assert "feature_contrast" in rankers
 
 
 def test_rivals_surround_the_budgets() -> None:

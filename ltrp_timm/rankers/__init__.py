@@ -42,8 +42,8 @@ _RANKERS: Dict[str, Callable[..., Any]] = {
 def list_rankers() -> List[str]:
     """Names that ``create_ranker`` accepts.
 
-    >>> list_rankers()[:4]
-    ['attention', 'border', 'cam', 'centre']
+    >>> list_rankers()[:3]
+    ['attention', 'border', 'cam']
     """
     return sorted(_RANKERS)
 

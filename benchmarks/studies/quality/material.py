@@ -99,7 +99,7 @@ def run_tool(command: list[str], folder: Path, instead: str) -> None:
 
 def fetch_pictures(cache: Path) -> Material:
     """Fetch and unpack the listed pictures into a folder, once."""
-    instead = "Pass folders of your own: --objects FOLDER --photos FOLDER."
+    instead = "Run apt-get update, or pass folders of your own: --objects FOLDER --photos FOLDER."
     root = cache / "pictures"
     for package in (STAMPS, *PHOTO_PACKAGES):
         if (root / package).is_dir():
