@@ -14,12 +14,9 @@ from pathlib import Path
 from gpu.tables import gpu_text
 from sections import (
     SECTIONS,
-    Cell,
-    images_of,
+    interval_of,
     machine_of,
-    number,
     percent,
-    score_of,
     setting_of,
     two_digits,
 )
@@ -155,21 +152,19 @@ def front(results: Path) -> str:
 
 
 def held_out(results: Path) -> str:
-    """The card's table: figures of the shipped ranker, the first of the first seed."""
-    every = rows_of(results, "learning")
-    first = (every[0]["seed"], every[0]["aggregate"])
-    rows = [row for row in every if (row["seed"], row["aggregate"]) == first]
-    shipped = next(row["weights_sha256"] for row in rows if row["weights_sha256"])
-    columns: dict[str, Cell] = {
-        "images": images_of,
-        "score": score_of,
-        "Spearman with the teacher's lists": number("spearman"),
-        "with its mean rank": number("map_spearman"),
-        "object AUC": number("object_auc"),
-        "ink kept at 25 %": number("ink_kept"),
-    }
-    table = markdown_table([{name: of(row) for name, of in columns.items()} for row in rows])
-    return f"{table}\n\nSHA-256: `{shipped}`"
+    """The card's table: figures of the shipped ranker and of what it is compared with."""
+    rows = rows_of(results, "distill")
+    shipped = next(row for row in rows if row["weights_sha256"])
+    shown = (shipped["method"], shipped["method"].removeprefix("conv from "), "contrast")
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["method"] in shown and "patches" not in row["pictures"]:
+            name = "these weights" if row["method"] == shown[0] else f"`{row['method']}`"
+            line = lines.setdefault(name, {"ranker": name})
+            line[f"{row['pictures']} ({row['count']})"] = interval_of(row, "object_auc")
+    seconds = f"{float(shipped['seconds']):.0f} s of processor time. {machine_of(shipped)}."
+    table = markdown_table(list(lines.values()))
+    return f"{table}\n\nTraining: {seconds}\n\nSHA-256: `{shipped['weights_sha256']}`"
 
 
 def texts(results: Path) -> dict[str, Callable[[], str]]:

@@ -141,9 +141,22 @@ def number(name: str) -> Cell:
 
 def with_interval(row: Row) -> str:
     """A value and its interval as text."""
-    digits = 3 if row["measure"].endswith("error") else 2
-    value, low, high = (f"{float(row[f'value{end}']):.{digits}f}" for end in ("", "_low", "_high"))
+    return interval_of(row, "value", 3 if row["measure"].endswith("error") else 2)
+
+
+def interval_of(row: Row, column: str, digits: int = 2) -> str:
+    """A column's value and its interval as text."""
+    ends = ("", "_low", "_high")
+    value, low, high = (f"{float(row[f'{column}{end}']):.{digits}f}" for end in ends)
     return f"{value} ({low} to {high})"
+
+
+def student_of(row: Row) -> str:
+    """The name of a ranker of the students' study for readers."""
+    if row["method"] == "change of features":
+        return "Change of a ViT's feature without the patch"
+    head, _, teacher = row["method"].partition(" from ")
+    return f"`{head}`" + (f", student of `{teacher}`" if teacher else "")
 
 
 def percent(share: str) -> str:
@@ -390,7 +403,21 @@ SECTIONS = [
         lambda row: {"Ranker": method_of(row)},
         _measure,
         with_interval,
-        lambda row: row["img_size"] == "224" and row["measure"].startswith("AUC"),
+        lambda row: (
+            row["img_size"] == "224"
+            and row["measure"].startswith("AUC")
+            and row["method"] != "conv"  # its weights have a study of their own
+        ),
+        how=_INTERVALS,
+        folder=STUDIES,
+    ),
+    Section(
+        "students",
+        "distill",
+        "Chance that a patch of an object outranks a patch without one (0.5: random)",
+        lambda row: {"Ranker": student_of(row)},
+        lambda row: f"{row['pictures'].capitalize()} ({row['count']})",
+        lambda row: interval_of(row, "object_auc"),
         how=_INTERVALS,
         folder=STUDIES,
     ),

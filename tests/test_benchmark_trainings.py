@@ -1,8 +1,6 @@
 """The benchmarks of what is learned and kept, and their scenes, judges and runs."""
 
 import dataclasses
-import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,23 +143,6 @@ def test_learning(run_benchmark: Callable[..., Done]) -> None:
     assert len({row["spearman"] for row in pair}) == 2
     assert len({row["ink_kept"] for row in pair}) == 1
     assert len({row["weights_sha256"] for row in done.rows}) == 3  # two rankers, and none
-
-
-def test_the_first_ranker_of_learning_is_what_ships(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, home = load("learning"), tmp_path / "runs" / "seed_3" / "conv_max"
-    home.mkdir(parents=True)
-    (home / "model.safetensors").write_bytes(b"weights")
-    flags = ["--ship", str(tmp_path), "--runs", str(tmp_path / "runs"), "--seeds", "3", "4"]
-    monkeypatch.setattr(sys, "argv", ["learning", *flags, "--aggregates", "max", "mean"])
-    monkeypatch.setattr(module, "run", lambda *_: ([], None))
-    monkeypatch.setattr(module.tables, "conclude", lambda *_: None)
-    module.main()
-    assert (tmp_path / "conv.safetensors").read_bytes() == b"weights"
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert module.digest(tmp_path / "runs" / "seed_3", "conv, max") == digest
-    assert module.digest(tmp_path / "runs" / "seed_3", "contrast") == ""
 
 
 def test_goals_of_learning() -> None:

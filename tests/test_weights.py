@@ -23,6 +23,7 @@ import ltrp_timm
 from ltrp_timm import create_ranker, drop_patches, save_pretrained
 from ltrp_timm.commands import main
 from ltrp_timm.rankers import DEFAULT_RANKER
+from ltrp_timm.train.ranker import CROPS, EPOCHS
 from ltrp_timm.weights.files import read_weights
 
 ROOT = Path(__file__).parents[1]
@@ -57,15 +58,14 @@ def test_they_load_in_silence_and_without_a_network() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_what_they_are_worse_than_is_said_first() -> None:
+def test_what_they_are_no_better_than_is_said_first() -> None:
     first = CARD.read_text(encoding="utf-8").splitlines()[0]
-    assert f"worse than `{DEFAULT_RANKER}`, the default" in first
+    assert f"no better than `{DEFAULT_RANKER}`, the default" in first
     for text in (create_ranker.__doc__, drop_patches.__doc__, type(create_ranker("conv")).__doc__):
-        assert "find objects worse than the weight-free" in " ".join((text or "").split())
-    for page in ("README.md", "docs/guides/rankers.md"):
-        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-        (row,) = (line for line in lines if line.startswith("| `conv` |") and "weights" in line)
-        assert f"worse than `{DEFAULT_RANKER}`" in row
+        assert "find objects no better than the weight-free" in " ".join((text or "").split())
+    lines = (ROOT / "docs" / "guides" / "rankers.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith("| `conv` |") and "weights" in line)
+    assert f"no better than `{DEFAULT_RANKER}`" in row
 
 
 @torch.inference_mode()
@@ -73,8 +73,8 @@ def test_they_are_small_fixed_and_not_random(images: torch.Tensor) -> None:
     assert WEIGHTS.stat().st_size < 1_000_000
     first, second = (create_ranker("conv", pretrained=True).eval() for _ in range(2))
     assert torch.equal(first(images), second(images))
-    untrained = create_ranker("conv", border_distances=0).eval()  # of an older version
-    assert first.config() == untrained.config()  # any image size
+    untrained = create_ranker("conv").eval()
+    assert first.config() == untrained.config()  # a default ranker, any image size
     for (name, own), (_, fresh) in zip(first.named_parameters(), untrained.named_parameters()):
         assert not torch.equal(own, fresh), name
     from_file, config = read_weights(WEIGHTS)[:2]
@@ -152,27 +152,19 @@ def test_the_command_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_card_says_what_was_measured() -> None:
     """Its table is held against the CSV by ``report.py --check``; these are the very weights."""
-    card = CARD.read_text(encoding="utf-8")
-    rows = read_csv(ROOT / "benchmarks" / "results" / "learning.csv")
+    card = " ".join(CARD.read_text(encoding="utf-8").split())
+    rows = read_csv(ROOT / "benchmarks" / "results" / "distill.csv")
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-    own = [row for row in rows if row["weights_sha256"] == digest]
-    assert own, "learning.csv is of other weights"
-    assert {row["seed"] for row in own} == {"0"}
+    own = {row["pictures"]: row for row in rows if row["weights_sha256"] == digest}
+    assert set(own) == {"pasted objects", "photos with boxes"}, "distill.csv is of other weights"
     assert digest in card
-    run = own[0]
-    count = int(run["train_scenes"]) + int(run["train_crops"])
-    for epochs, batch in ((run["teacher_epochs"], 64), (run["ranker_epochs"], 16)):
-        steps = count // batch * int(epochs)
-        assert f"{epochs} epochs, {steps} steps of {batch} images" in " ".join(card.split())
-    parts = [f"{run['train_scenes']} generated scenes", f"{run['train_crops']} squares of 13"]
-    parts += [f"ListMLE on {run['list_size']} patches", f"**Seed:** {run['seed']}", "Experimental"]
-    parts += [
-        "python benchmarks/studies/learning.py --ship ltrp_timm/weights",
-        f"{run['held_out']} images",
-    ]
-    assert [part for part in parts if part not in card] == []
-    assert run["mask_ratio"] == "0.5"
-    assert "32 visible of 64 patches" in card
+    assert {row["method"] for row in own.values()} == {f"conv from {DEFAULT_RANKER}"}
+    best = own["pasted objects"]
+    assert float(best["above_contrast_low"]) > 0
+    assert f"{best['images']} random squares of 13 photos" in card
+    assert f"**Seed:** {best['seed']}" in card
+    assert f"{EPOCHS} epochs of {CROPS} crops" in card
+    assert "python benchmarks/studies/distill.py --ship ltrp_timm/weights" in card
     with safe_open(WEIGHTS, framework="pt") as file:
         assert file.metadata()["format"] == "pt"
 

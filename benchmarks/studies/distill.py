@@ -12,7 +12,9 @@ free; none of them is among the pictures of the judge. `border` has no weights a
 student of the first teacher is what `create_ranker("conv", pretrained=True)` loads; `--ship
 ltrp_timm/weights` writes it there. Judged as in `quality.py`, but at patches of 16 px: objects
 pasted on photos, those for test; and photos whose objects have boxes. Intervals are resampled by
-object, or by photo. `seconds` is processor time of the whole training, one thread.
+object, or by photo. A last set has one picture of each object, of which the backbone sees 32
+patches: how much its feature changes without each of them (`semantic_density`), and what others say
+about these patches. `seconds` is processor time of the whole training, one thread.
 """
 
 import argparse
@@ -33,9 +35,10 @@ import torch
 from common import WIDTH, Row, base_parser, load_pyplot, set_up
 from tables import Goal
 
-from ltrp_timm import create_ranker
+from ltrp_timm import FeatureTeacher, create_ranker, semantic_density
 from ltrp_timm.commands._flags import positive
 from ltrp_timm.layers.bridge import InputBridge, resize_score_map
+from ltrp_timm.teacher import random_visible_indices
 from ltrp_timm.train import train_ranker
 from ltrp_timm.visualize import show_images
 from ltrp_timm.weights.files import WEIGHTS_NAME
@@ -53,6 +56,7 @@ NAME = "distill"
 TITLE = "Students of other rankers"
 BASE = "contrast"  # differences are to it
 TEACHERS = ("border", "feature_contrast")
+CHANGE = "change of features"
 PATCH = 16
 _OF_THE_JUDGE = ("brick", "camera", "grass", "rocket")
 FREE_PHOTOS = tuple(name for name in OLD_PHOTOS + NEW_PHOTOS if name not in _OF_THE_JUDGE)
@@ -76,14 +80,14 @@ def open_teacher(name: str, args: argparse.Namespace) -> Any:
     return create_ranker(name, backbone=backbone, blocks=blocks, img_size=size).eval()
 
 
-def scores_of(ranker: Any, images: torch.Tensor) -> torch.Tensor:
-    """uint8 images (B, 3, S, S) -> scores (B, N) for patches of 16 px."""
-    side = images.shape[-1] // PATCH
+def scores_of(ranker: Any, images: torch.Tensor, grid: Any = None) -> torch.Tensor:
+    """uint8 images (B, 3, S, S) -> scores (B, N) for patches of 16 px, or on another grid."""
+    grid = grid or (images.shape[-1] // PATCH,) * 2
     plain = ([0.0] * 3, [1.0] * 3)
     bridge = InputBridge(plain, (ranker.mean, ranker.std), ranker.img_size)
 
     def call(part: torch.Tensor) -> torch.Tensor:
-        return resize_score_map(ranker(bridge(part.float() / 255)), side, side)
+        return resize_score_map(ranker(bridge(part.float() / 255)), *grid)
 
     return judge.in_batches(call, images)
 
@@ -99,7 +103,8 @@ def run(args: argparse.Namespace, folder: Path, where: Row) -> list[Row]:
         rankers[name] = open_teacher(name, args)
         method, home = f"conv from {name}", folder / f"conv_{name}"
         start = time.process_time()
-        options = {"epochs": args.epochs} if args.epochs else {}
+        options: Any = {"ranker_args": {"img_size": None}}  # what is shipped takes any size
+        options |= {"epochs": args.epochs} if args.epochs else {}
         train_ranker(
             *(data, home), teacher=None, distill_from=rankers[name], num_workers=0, **options
         )
@@ -113,21 +118,50 @@ def run(args: argparse.Namespace, folder: Path, where: Row) -> list[Row]:
     }
     rows: list[Row] = []
     for kind, pictures in sets.items():
-        grid = (args.size // PATCH,) * 2
-        share = judge.share_of_objects(pictures.masks, grid)
-        groups = pictures.objects.numpy()
-        groups = groups if groups.min() >= 0 else np.arange(len(groups))
+        share = judge.share_of_objects(pictures.masks, (args.size // PATCH,) * 2)
         found = {
             method: judge.object_auc(scores_of(ranker, pictures.images), share)
             for method, ranker in rankers.items()
         }
-        for method, values in found.items():
-            row: Row = {"method": method, "pictures": kind, "count": len(values)}
-            row |= _columns("object_auc", judge.interval(values, groups))
-            row |= _columns(f"above_{BASE}", judge.interval(values - found[BASE], groups))
-            row |= {"seconds": seconds.get(method, ""), "images": args.images, "seed": args.seed}
-            rows.append({**row, "weights_sha256": digests.get(method, ""), **where})
+        rows += rows_of_set(kind, pictures.objects, found)
+    rows += change_of_features(args, material, rankers)
+    for row in rows:
+        row["seconds"] = seconds.get(row["method"], "")
+        row |= {"images": args.images, "seed": args.seed}
+        row |= {"weights_sha256": digests.get(row["method"], ""), **where}
     return rows
+
+
+def rows_of_set(kind: str, objects: torch.Tensor, found: dict[str, np.ndarray]) -> list[Row]:
+    """Rows of a set of pictures from the AUC of each method in each picture."""
+    groups = objects.numpy() if objects.min() >= 0 else np.arange(len(objects))
+    rows = []
+    for method, values in found.items():
+        row: Row = {"method": method, "pictures": kind, "count": int((~np.isnan(values)).sum())}
+        row |= _columns("object_auc", judge.interval(values, groups))
+        row |= _columns(f"above_{BASE}", judge.interval(values - found[BASE], groups))
+        rows.append(row)
+    return rows
+
+
+def change_of_features(args: argparse.Namespace, material: Any, rankers: Any) -> list[Row]:
+    """Rows of pictures of which 32 patches are seen: what a ViT's features say about these."""
+    teacher = FeatureTeacher(load_backbone(args, args.size))
+    pictures = composites(material, True, args.pictures // 4, args.seed + 1, args.size)
+    share = judge.share_of_objects(pictures.masks, teacher.grid_size)
+    count, draw = share.shape[1], torch.Generator().manual_seed(0)
+    hidden = 1 - min(32, count // 2) / count
+    visible = random_visible_indices(len(share), count, hidden, draw)
+
+    def change(images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return semantic_density(teacher, judge.normalised(images, teacher.net), seen)[0]
+
+    seen = share.gather(1, visible)
+    found = {CHANGE: judge.object_auc(judge.in_batches(change, pictures.images, visible), seen)}
+    for method in (BASE, *args.teachers):
+        scores = scores_of(rankers[method], pictures.images, teacher.grid_size)
+        found[method] = judge.object_auc(scores.gather(1, visible), seen)
+    return rows_of_set(f"{visible.shape[1]} patches of pasted objects", pictures.objects, found)
 
 
 def _columns(name: str, values: tuple[float, float, float]) -> Row:
@@ -152,14 +186,16 @@ def table(rows: list[Row]) -> list[Row]:
         line[f"AUC, {row['pictures']}"] = tables.figure(row, "object_auc", ".3f")
         line[f"above {BASE}, {row['pictures']}"] = tables.figure(row, f"above_{BASE}", ".3f")
         line["training, s of one core"] = row["seconds"]
+    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+    lines = {name: dict.fromkeys(columns, "") | line for name, line in lines.items()}
     return list(lines.values())
 
 
 def plot(rows: list[Row]) -> Any:
     """A bar for each ranker and set of pictures."""
     pyplot = load_pyplot()
-    kinds = list(dict.fromkeys(row["pictures"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(WIDTH, 2.6), sharey=True)
+    kinds = list(dict.fromkeys(row["pictures"] for row in rows))[:2]
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(WIDTH, 2.4))
     for axis, kind in zip(axes, kinds):
         own = [row for row in rows if row["pictures"] == kind]
         values = [row["object_auc"] for row in own]

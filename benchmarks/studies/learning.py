@@ -5,8 +5,6 @@ the same images puts the patches of new images in its teacher's order, clearly m
 score that needs no weights. It finds objects without labels, better than chance on any kind of
 image. A further goal is to find them better than scores without weights do; until it is met,
 `contrast` stays the default ranker. The page of results lists what does not hold.
-The ranker of the first seed is what `create_ranker("conv", pretrained=True)` loads; `--ship
-ltrp_timm/weights` writes it there.
 
 Arithmetic. Images of 128 px are 64 patches of 16; at mask ratio 0.5 the teacher sees V = 32, and a
 list has 10 of them. It costs 11 encodings and paintings of the small teacher. Chance is a Spearman
@@ -33,7 +31,6 @@ scores on any of them.
 
 import argparse
 import hashlib
-import shutil
 import sys
 import tempfile
 import time
@@ -285,16 +282,11 @@ def main() -> None:
     add("--draws", type=positive, default=4, help="orders of the patches that are cut into lists")
     text = "folder for images, runs and weights; a second run continues there"
     add("--runs", type=Path, help=text)
-    text = "copy the first ranker of the first seed into this folder, as conv.safetensors"
-    add("--ship", type=Path, metavar="FOLDER", help=text)
     args = parser.parse_args()
     where = set_up(args)
     with tempfile.TemporaryDirectory() as name:
         folder = args.runs or Path(name)
         rows, picture = run(args, where, folder)
-        if args.ship is not None:
-            source = weights_of(folder / f"seed_{args.seeds[0]}", args.aggregates[0])
-            shutil.copyfile(source, args.ship / "conv.safetensors")
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), picture, args)
 
 

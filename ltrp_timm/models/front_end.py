@@ -44,8 +44,8 @@ def drop_patches(
         fill: "zeros" or "nearest" at dropped places of dense features.
         ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
             ``hf-hub:owner/name[@revision]``. True loads published weights: the conv ranker's
-            experimental ones from this package, which find objects worse than the weight-free
-            border does, the attention ranker's backbone from the Hub.
+            experimental ones from this package, which find objects no better than the
+            weight-free border does, the attention ranker's backbone from the Hub.
             ``pretrained=True`` of a model does not load them.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".

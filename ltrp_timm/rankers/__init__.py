@@ -70,8 +70,8 @@ def create_ranker(
         name: one of ``list_rankers()``.
         pretrained: a folder written by ``ranker.save``, a file with weights of this ranker (also a
             checkpoint of the paper's authors), or ``hf-hub:owner/name[@revision]``. True loads the
-            conv ranker's experimental weights from this package, which find objects worse than the
-            weight-free border and contrast, or the weights that timm publishes for the backbone of
+            conv ranker's experimental weights from this package, which find objects no better than
+            the weight-free border, or the weights that timm publishes for the backbone of
             attention, feature_contrast, cam and grad_cam.
         cache_dir: folder for downloads; as in huggingface_hub.
         token: for private repositories; as in huggingface_hub.

@@ -18,8 +18,8 @@ class ConvRanker(Ranker, nn.Module):
     The blocks see neighbours; the distances tell them what is unlike the border of the image. It
     costs less than 1 % of a ViT-B, since no map is larger than the patch grid, and accepts any
     image size. GroupNorm over one group is a single operator and does not mix images of a batch.
-    ``create_ranker("conv", pretrained=True)`` loads experimental weights, trained at small scale,
-    which find objects worse than the weight-free ``border`` and ``contrast``; their card,
+    ``create_ranker("conv", pretrained=True)`` loads weights trained at small scale, which find
+    objects no better than the weight-free ``border``, their teacher; their card,
     ``weights/conv.md``, describes data, training command and results.
 
     Args:
