@@ -359,7 +359,7 @@ SECTIONS = [
             row["img_size"] == "224"
             and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
             and (row["method"] == "full" or row["setting"] in _HALF)
-            and row["method"] not in ("pixel_std", "centre")
+            and row["method"] not in ("pixel_std", "centre", "conv")  # the latter has new weights
             and (", " not in row["method"] or row["method"].startswith("border, "))
         ),
         how=_INTERVALS,

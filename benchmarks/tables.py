@@ -89,7 +89,7 @@ METHODS = {
     "full max": "trained, largest change",
     "decoder mean": "trained, decoder removal",
     "decoder max": "decoder removal, largest change",
-    "learned": "conv, packaged weights",
+    "learned": "conv, earlier packaged weights",
     "gate": "conv, through the gate",
     "ink": "the true pixels",
     "smaller image": "smaller image",
