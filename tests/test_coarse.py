@@ -459,6 +459,96 @@ def test_budgets_and_patches_that_make_no_cells(backbone_of: Callable[..., Any])
         drop_patches(small, rest="coarse")(pictures)
 
 
+@pytest.mark.parametrize("family", ["vit", "beit"])
+def test_an_unknown_rest_is_named_for_every_family(
+    backbone_of: Callable[..., Any], family: str
+) -> None:
+    with pytest.raises(ValueError, match="rest must be one of drop, coarse, got 'blur'"):
+        drop_patches(backbone_of(family)[0], rest="blur")
+
+
+def test_wrong_shapes_and_types(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    with pytest.raises(ValueError, match=r"scales must be \(1, 2\)"):
+        drop_patches(backbone, rest="coarse", scales=np.array([1, 2]))  # type: ignore[arg-type]
+    model = drop_patches(backbone, keep_ratio=0.5, rest="coarse")
+    with pytest.raises(ValueError, match=r"keep_indices must be .*B = 3 and 0 <= K .*got \[5, 0\]"):
+        model(images, keep_indices=torch.zeros(5, 0, dtype=torch.int64))
+    with pytest.raises(TypeError, match="must be int64"):
+        model(images, keep_indices=torch.zeros(3, 0))
+    with pytest.raises(ValueError, match=r"scores must be \(B, N\) with N = 36, got \[3, 30\]"):
+        model.select(torch.zeros(3, 30), images)
+    with pytest.raises(ValueError, match=r"rest='coarse' cannot be scripted: .*torch.export"):
+        torch.jit.script(model)
+
+
+def test_three_scales_are_advised_only_where_they_help() -> None:
+    with pytest.raises(ValueError, match=r"0\.2 .* 7 tokens, .* are 9; .* or scales=\(1, 2, 4\)\."):
+        CellGrid((6, 6)).counts(0.2)
+    for grid in ((6, 6), (3, 9)):
+        with pytest.raises(ValueError, match=r"use at least 0\.\d+\.$"):
+            CellGrid(grid).counts(0.05)
+
+
+class Wrapper(nn.Module):
+    """Reads attributes through, as PEFT's wrapper of a trained copy does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+@torch.no_grad()
+def test_a_wrapped_patch_embedding(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone, keep_ratio=0.5, rest="coarse")
+    out, embed = model(images), backbone.patch_embed
+    backbone.patch_embed = Wrapper(embed)
+    assert torch.allclose(model(images), out, atol=1e-6)
+    assert embed.strict_img_size
+
+
+def test_a_refused_call_leaves_checkpointed_blocks_alone(
+    backbone_of: Callable[..., Any],
+) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone, keep_ratio=0.5, rest="coarse")
+    model.set_grad_checkpointing()
+    plain, during = backbone.blocks, []
+
+    def call_again(*_: Any) -> None:
+        before = backbone.blocks
+        keep = model.keep_indices(images)
+        with pytest.raises(RuntimeError, match="VisionTransformer is running already"):
+            model(images, keep_indices=keep)
+        during.append(backbone.blocks is before)
+
+    hook = backbone.norm.register_forward_pre_hook(call_again)
+    place = type(backbone).__setattr__
+    with pytest.MonkeyPatch.context() as patch:
+        changes: list[str] = []
+
+        def noted(self: Any, name: str, value: Any) -> None:
+            changes.append(name)
+            place(self, name, value)
+
+        patch.setattr(type(backbone), "__setattr__", noted)
+        model(images)
+    hook.remove()
+    assert during == [True]
+    assert changes.count("blocks") == 2  # the refused call has not changed them
+    assert backbone.blocks is plain
+
+
 REFUSED = {"beit": "position bias", "relpos": "position bias"}
 REFUSED |= {"cait": "no mask", "naflex": "use_naflex"}
 

@@ -21,6 +21,7 @@ from ltrp_timm.deploy.formats import (
 )
 from ltrp_timm.deploy.parity import Parity, check_parity
 from ltrp_timm.models.ltrp import LTRPModel
+from ltrp_timm.slots.coarse import UNSCRIPTABLE
 from ltrp_timm.weights.files import PathLike, write_atomically
 
 TOLERANCE = 1e-4
@@ -142,10 +143,7 @@ def _check_arguments(model: Any, path: Path, format: str, batch_size: Any, opset
     if opset is not None and opset < OLDEST_OPSET:
         raise ValueError(f"opset must be {OLDEST_OPSET} or later, got {opset}.")
     if format == "torchscript" and model.rest == "coarse":
-        raise ValueError(
-            "a model with rest='coarse' cannot be scripted: torch retires TorchScript; use "
-            "format='pt2' or 'onnx'."
-        )
+        raise ValueError(UNSCRIPTABLE)
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if format == "onnx" and size > ONNX_LIMIT:
         raise ValueError(

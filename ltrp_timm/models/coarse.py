@@ -4,6 +4,7 @@ import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
@@ -138,15 +139,15 @@ class CoarseRest:
         mask = self._mask(layout, model.num_prefix_tokens, backbone.patch_embed)
         if mask is not None:
             kwargs["attn_mask"] = mask
-        with nullcontext() if mask is None else checkpointed(backbone):
-            return run_with_slots(
-                slots,
-                layout.indices[0],
-                call,
-                images,
-                coarse=lambda: coarse_tokens(backbone, padded, layout, model.patch_size),
-                **kwargs,
-            )
+        return run_with_slots(
+            slots,
+            layout.indices[0],
+            call,
+            images,
+            coarse=lambda: coarse_tokens(backbone, padded, layout, model.patch_size),
+            within=nullcontext if mask is None else partial(checkpointed, backbone),
+            **kwargs,
+        )
 
     def _mask(self, layout: TokenLayout, prefix: int, embed: Any) -> Optional[Tensor]:
         """(1, 1, 1, P + T), added to attention logits; None if nothing is to be added."""
@@ -172,8 +173,7 @@ def check_given(
     keep_indices: Tensor, images: Tensor, num_patches: int, values: bool
 ) -> Sequence[int]:
     """Check patches (B, K) that are given to be encoded finely; K may be 0. Returns their shape."""
-    if not isinstance(keep_indices, Tensor) or keep_indices.dim() != 2 or keep_indices.shape[1]:
-        check_keep_indices(keep_indices, images.shape[0], num_patches)
+    check_keep_indices(keep_indices, images.shape[0], num_patches, fewest=0)
     if keep_indices.device != images.device:
         places = f"{keep_indices.device}, the images on {images.device}"
         raise ValueError(f"keep_indices are on {places}: move them.")

@@ -5,6 +5,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 from torch import nn
 
 from ltrp_timm.layers.ml_decoder import make_head
+from ltrp_timm.models.coarse import check_rest
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import DEFAULT_RANKER, create_ranker, ranker_class
 from ltrp_timm.selection import AdaptiveBudget
@@ -72,6 +73,7 @@ def drop_patches(
     >>> import timm
     >>> model = drop_patches(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.25)
     """
+    check_rest(rest, {"scales": scales, "size_bias": size_bias})
     find_adapter(model, rest)
     if ranker_args is not None and not isinstance(ranker_args, Mapping):
         raise TypeError(f"ranker_args must be a mapping, got {type(ranker_args).__name__}.")

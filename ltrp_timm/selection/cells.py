@@ -163,7 +163,7 @@ def cell_by_cell(keep_indices: Tensor, grid_size: Tuple[int, int], cell: int = 2
 
 def check_scales(scales: Tuple[int, ...]) -> Tuple[int, ...]:
     """Return scales as a tuple, or raise ValueError if they are not in ``SCALES``."""
-    found = tuple(scales) if isinstance(scales, (list, tuple)) else scales
+    found = tuple(scales) if isinstance(scales, (list, tuple)) else ()
     if found not in SCALES:
         raise ValueError(f"scales must be (1, 2) or (1, 2, 4), got {scales!r}.")
     return tuple(int(each) for each in found)
@@ -200,11 +200,15 @@ class CellGrid:
         """Whole blocks of 4 x 4 patches; 0 without that scale."""
         return (self.grid_size[0] // 4) * (self.grid_size[1] // 4) if 4 in self.scales else 0
 
+    @property
+    def num_smallest(self) -> int:
+        """Tokens without a refined cell, all blocks coarsest: the smallest budget."""
+        return self.num_edge_patches + self.num_cells - 3 * self.num_blocks
+
     def pays(self, keep_ratio: float) -> bool:
         """Whether a budget pays for a refined cell."""
         n = self.grid_size[0] * self.grid_size[1]
-        smallest = self.num_edge_patches + self.num_cells - 3 * self.num_blocks
-        return num_keep(n, keep_ratio) >= smallest + 3
+        return num_keep(n, keep_ratio) >= self.num_smallest + 3
 
     def counts(self, keep_ratio: float) -> Tuple[int, int]:
         """How many cells are refined, and how many blocks stay coarsest, for a budget.
@@ -214,13 +218,14 @@ class CellGrid:
         """
         n = self.grid_size[0] * self.grid_size[1]
         budget, cells, blocks = num_keep(n, keep_ratio), self.num_cells, self.num_blocks
-        smallest = self.num_edge_patches + cells - 3 * blocks
+        smallest = self.num_smallest
         if budget < smallest:
             least, (h, w) = -(-10000 * smallest // n) / 10000, self.grid_size
+            or_blocks = CellGrid(self.grid_size, SCALES[-1]).num_smallest <= budget
             raise ValueError(
                 f"keep_ratio {keep_ratio:g} is too small for a {h}x{w} grid with scales "
-                f"{self.scales}: its coarsest tokens are {smallest} of {n} patches; use at least "
-                f"{least:g}" + (" or scales=(1, 2, 4)." if 4 not in self.scales else ".")
+                f"{self.scales}: it gives {budget} tokens, the coarsest ones alone are {smallest}; "
+                f"use at least {least:g}{' or scales=(1, 2, 4)' if or_blocks else ''}."
             )
         coarsest = self.num_coarsest(budget) if blocks else 0
         spare = budget - (smallest + 3 * (blocks - coarsest))
@@ -264,7 +269,14 @@ class CellGrid:
         return F.avg_pool2d(cell_scores.view(-1, 1, h, w), 2).flatten(1)
 
     def cell_scores(self, scores: Tensor) -> Tensor:
-        """Scores (B, N) of patches -> (B, M) of cells: the mean of the four."""
+        """Scores (B, N) of patches -> (B, M) of cells: the mean of the four.
+
+        Raises:
+            ValueError: The scores are not those of this grid.
+        """
+        n = self.grid_size[0] * self.grid_size[1]
+        if scores.dim() != 2 or scores.shape[1] != n:
+            raise ValueError(f"scores must be (B, N) with N = {n}, got {list(scores.shape)}.")
         return F.avg_pool2d(scores.view(-1, 1, *self.grid_size), 2).flatten(1)
 
     def fine_patches(self, cells: Tensor) -> Tensor:

@@ -127,9 +127,13 @@ def seeded_scores(batch_size: int, num_patches: int, seed: int, device: torch.de
 
 
 def check_keep_indices(
-    keep_indices: Tensor, batch_size: int, num_patches: int, name: str = "keep_indices"
+    keep_indices: Tensor,
+    batch_size: int,
+    num_patches: int,
+    name: str = "keep_indices",
+    fewest: int = 1,
 ) -> None:
-    """Raise TypeError unless indices are int64, ValueError unless they are (B, K), 1 <= K <= N.
+    """Raise TypeError unless indices are int64, ValueError unless (B, K), ``fewest`` <= K <= N.
 
     Values are not read; ``name`` is the argument's name in the error.
     """
@@ -140,9 +144,9 @@ def check_keep_indices(
     if keep_indices.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {keep_indices.dtype}.")
     shape = keep_indices.shape
-    if len(shape) != 2 or shape[0] != batch_size or shape[1] < 1 or shape[1] > num_patches:
+    if len(shape) != 2 or shape[0] != batch_size or shape[1] < fewest or shape[1] > num_patches:
         raise ValueError(
-            f"{name} must be (B, K) with B = {batch_size} and 1 <= K <= N = {num_patches}, "
+            f"{name} must be (B, K) with B = {batch_size} and {fewest} <= K <= N = {num_patches}, "
             f"got {list(shape)}."
         )
 

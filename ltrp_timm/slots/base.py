@@ -11,7 +11,19 @@ from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from threading import get_ident
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple, Type, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ClassVar,
+    ContextManager,
+    Dict,
+    List,
+    Optional,
+    Tuple,
+    Type,
+    Union,
+)
 
 import torch
 import torch.nn.functional as F
@@ -167,11 +179,13 @@ def run_with_slots(
     call: Callable[..., Any],
     *args: Any,
     coarse: Optional[Callable[[], Any]] = None,
+    within: Callable[[], ContextManager[None]] = nullcontext,
     **kwargs: Any,
 ) -> Any:
     """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case.
 
-    ``coarse`` makes the tokens that the first slot appends.
+    ``coarse`` makes the tokens that the first slot appends. ``within`` makes a context for the call
+    that no other thread is in.
     """
     kind = type(getattr(call, "__self__", call)).__name__
     with nullcontext() if torch.compiler.is_compiling() else alone(slots[0], kind):
@@ -180,7 +194,8 @@ def run_with_slots(
                 slots[0].coarse = coarse()
             for slot in slots:
                 slot.keep_indices = keep
-            out = call(*args, **kwargs)
+            with within():
+                out = call(*args, **kwargs)
             if slots[0].keep_indices is not None:  # without the others, shapes do not match
                 raise RuntimeError(f"{kind} ran without visiting the place that drops patches.")
         finally:

@@ -23,6 +23,10 @@ from ltrp_timm.selection.rules import gather_patches
 from ltrp_timm.slots.base import TokenSlot, named_twins
 
 SCALES = (1, 2, 4)
+UNSCRIPTABLE = (
+    "a model with rest='coarse' cannot be scripted: torch deprecates TorchScript; use "
+    "torch.export, or export_model with format='pt2' or 'onnx'."
+)
 
 
 class Coarse(NamedTuple):
@@ -41,6 +45,10 @@ class CoarseSlot(TokenSlot):
     """Stands at ``patch_drop``: keeps the refined patches and appends the coarse tokens."""
 
     coarse: Optional[Coarse] = None
+
+    def __prepare_scriptable__(self) -> "CoarseSlot":
+        """Called by ``torch.jit.script``, whose own error would be about this class."""
+        raise ValueError(UNSCRIPTABLE)
 
     def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Tokens (B, P + N, D) -> (B, P + T, D), and the indices of the refined patches."""
@@ -132,14 +140,16 @@ def coarse_tokens(
 
 def _embed(embed: Any, images: Tensor, index: Tensor) -> Tensor:
     """Embed the patches (B, K) of images of any size -> (B, K, D)."""
-    strict = getattr(embed, "strict_img_size", False)
-    if strict:
-        embed.strict_img_size = False
+    # a wrapper reads the flag through, but keeps a new one
+    inside = [each for each in embed.modules() if "strict_img_size" in each.__dict__]
+    strict = [each for each in inside if each.strict_img_size]
+    for each in strict:
+        each.strict_img_size = False
     try:
         tokens = embed(images)
     finally:
-        if strict:
-            embed.strict_img_size = True
+        for each in strict:
+            each.strict_img_size = True
     return gather_patches(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, index)
 
 

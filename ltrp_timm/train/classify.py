@@ -100,6 +100,7 @@ class ClassifyTask(Task):
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
         names = (self.model.pretrained_cfg or {}).get("label_names") or ()
+        rest = self.model.settings() if self.pruned else {}
         return {
             "num_classes": self.model.num_classes,
             "classes": sample_seed(0, 0, 0, "\n".join(map(str, names))),
@@ -109,7 +110,7 @@ class ClassifyTask(Task):
             "gate": self.gate,
             "index_cache": self.cached,
             **(self.plan.config() if self.pruned else {}),
-            **({"rest": "coarse"} if self.pruned and self.model.rest == "coarse" else {}),
+            **{name: rest[name] for name in ("rest", "scales", "size_bias") if name in rest},
         }
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
