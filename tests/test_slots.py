@@ -206,8 +206,8 @@ def test_other_families_are_refused_unchanged(kind: str, name: str, reason: str)
 
 
 def test_a_class_of_the_same_name_is_told_apart_by_its_module() -> None:
-    of_others = type("VisionTransformer", (nn.Module,), {"__module__": "open_clip.transformer"})
-    message = "from VisionTransformer of open_clip.transformer: it is not one of the supported timm"
+    of_others = type("VisionTransformer", (nn.Module,), {"__module__": "towers.vit"})
+    message = "from VisionTransformer of towers.vit: it is not one of the supported timm"
     with pytest.raises(TypeError, match=re.escape(message)):
         drop_patches(of_others())
 

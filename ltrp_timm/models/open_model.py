@@ -150,7 +150,9 @@ def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
             own.pop("selection_args")
         own.pop("budget", None)  # its level belongs to the scores of the old ranker
         pruned = drop_patches(found.restore(), **{**own, **front, "ranker": name})
-        pruned.pretrained_cfg = pruned.default_cfg = found.pretrained_cfg  # it names the classes
+        # the same registered model, with the same classes
+        pruned.pretrained_cfg = pruned.default_cfg = found.pretrained_cfg
+        pruned._fixed_backbone, pruned._build_args = found._fixed_backbone, found._build_args
         return pruned
     for key, value in front.items():
         setattr(found, key, value)
