@@ -124,7 +124,9 @@ def front(results: Path) -> str:
             "Speed-up": f"{float(row['speedup']):.2f}×",
             "Accuracy, one object": percent(row["value"]),
             "Average precision, several objects": two_digits(found["precision"]["value"]),
-            "Object area kept": (percent(found["recall"]["value"]) if "recall" in found else "–"),
+            "Distance of the feature map": (
+                f"{float(found['map error']['value']):.2f}" if "map error" in found else "–"
+            ),
         }
 
     def interval(method: str, setting: str, measure: str) -> tuple[float, ...]:
@@ -133,7 +135,8 @@ def front(results: Path) -> str:
         row = next(row for row in own if row["setting"].startswith(setting))
         return tuple(float(row[f"value{end}"]) for end in ("", "_low", "_high"))
 
-    shown = [("full", ""), *[("border", f"keep {ratio}") for ratio in ("0.75", "0.5", "0.25")]]
+    coarse = "border, coarse rest"
+    shown = [("full", ""), ("border", "keep 0.5"), (coarse, "keep 0.5"), (coarse, "keep 0.375")]
     shown += [("smaller image", "154 px"), ("token merging", "r = 23")]
     points, precision = (
         (high - low) / 2

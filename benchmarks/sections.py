@@ -181,6 +181,8 @@ MEASURES = {
     "AUC photos": "Photos with boxes",
     "token error": "Distance of the pooled feature",
     "map error": "Distance of the feature map",
+    "mask": "Mask of the object, overlap",
+    "mask zeros": "The same, holes filled with zeros",
 }
 
 
@@ -205,6 +207,12 @@ def _at_equal_time(row: Row) -> dict[str, str]:
     return {"Speed-up": f"{speed}×", "`border`": ours, "Rival": f"{rival}, {theirs}"}
 
 
+COARSE_VARIANTS = {
+    "drop": "`border`, dropping",
+    "coarse": "`border`, coarse rest",
+    "no bias": "without size bias",
+    "random": "random cells",
+}
 _INTERVALS = "Values with 95 % intervals over objects or photos."
 _HALF = ("keep 0.5", "154 px", "r = 23")
 _AT_TWICE_THE_SPEED = {
@@ -237,6 +245,17 @@ SECTIONS = [
             and row["method"] != "ideal"
         ),
         pictures={"speed_vs_keep_ratio": "Speed-up over the full model by keep ratio"},
+    ),
+    Section(
+        "coarse-speed",
+        "coarse_rest",
+        "Speed-up over the full model at batch 8; in brackets the share of the speed that the same "
+        "encoder reaches when it is given as many tokens",
+        lambda row: {"Model": model_of(row), "Keep": f"{float(row['keep_ratio']):g}"},
+        lambda row: COARSE_VARIANTS[row["method"]],
+        lambda row: f"{float(row['speedup']):.2f}× ({float(row['achieved']):.2f})",
+        lambda row: row["method"] in COARSE_VARIANTS,
+        pictures={"coarse_rest": "Speed-up of dropping and of a coarse rest"},
     ),
     Section(
         "compile",
@@ -397,6 +416,29 @@ SECTIONS = [
         folder=STUDIES,
     ),
     Section(
+        "masks",
+        "quality",
+        "Overlap (intersection over union) of the mask that a linear probe finds, and the object",
+        lambda row: {"Model": setting_of(row)},
+        _measure,
+        with_interval,
+        lambda row: (
+            row["img_size"] == "224"
+            and row["measure"].startswith("mask")
+            and row["at"] == ""
+            and (
+                row["method"] == "full"
+                or row["setting"] in ("154 px", "140 px")
+                or (
+                    row["setting"] in ("keep 0.5", "keep 0.375")
+                    and row["method"] in ("border", "border, coarse rest")
+                )
+            )
+        ),
+        how=_INTERVALS,
+        folder=STUDIES,
+    ),
+    Section(
         "objects",
         "quality",
         "Chance that a patch of an object outranks a patch without one (0.5: random)",
@@ -476,6 +518,22 @@ SECTIONS = [
         lambda row: percent(row["top1"]),
         how="1000 held-out images, one seed.",
         pictures={"finetune_digits": "Top-1 accuracy by keep ratio"},
+        folder=STUDIES,
+    ),
+    Section(
+        "coarse-digits",
+        "coarse_digits",
+        "Top-1 accuracy on digits in clutter after one epoch of fine-tuning, 24 of 64 patch tokens",
+        lambda row: {"Seed": row["seed"]},
+        lambda row: {
+            "full": "All patches",
+            "drop": "`border`, dropping",
+            "coarse": "`border`, coarse rest",
+            "smaller image": "Smaller image",
+        }[row["method"]],
+        lambda row: f"{100 * float(row['top1']):.1f} %",
+        how="1000 held-out images.",
+        pictures={"coarse_digits": "Top-1 accuracy of each method and seed"},
         folder=STUDIES,
     ),
     Section(

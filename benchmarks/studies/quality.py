@@ -373,7 +373,7 @@ def plot(rows: list[Row]) -> Any:
     }
     styles = {DEFAULT: "o-", BASE: "s-", "feature_contrast": "D-", RANDOM: "x:"}
     styles |= {DEFAULT + COARSE: "o--", DEFAULT + THREE: "*--"}
-    styles |= {"token merging": "^--", "smaller image": "P--"}
+    styles |= {"token merging": "^--", "smaller image": "P-."}
     for axis, (size, measure, label) in zip(axes, panels):
         for method, style in styles.items():
             points = sorted(
@@ -381,7 +381,8 @@ def plot(rows: list[Row]) -> Any:
                 for row in rows
                 if (row["img_size"], row["method"], row["measure"]) == (size, method, measure)
             )
-            axis.plot(*zip(*points), style, label=method, markersize=5)
+            colour = {"color": "0.45"} if method == "smaller image" else {}
+            axis.plot(*zip(*points), style, label=method, markersize=5, **colour)
         full = [
             r for r in rows if (r["img_size"], r["method"], r["measure"]) == (size, "full", measure)
         ]
@@ -390,7 +391,7 @@ def plot(rows: list[Row]) -> Any:
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    axes[0].legend(fontsize=7)
+    axes[2].legend(fontsize=7)
     return figure
 
 
