@@ -25,7 +25,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import tables
-from common import ON_ONE_CORE, VIT_B, VIT_S, Calls, Row, batches, compare, inference, make_parser, timed_row
+from common import (
+    ON_ONE_CORE,
+    VIT_B,
+    VIT_S,
+    Calls,
+    Row,
+    batches,
+    compare,
+    inference,
+    make_parser,
+    timed_row,
+)
 from runner import CASE, SPEEDUP, Benchmark, cells, figure, lines, milliseconds, plain
 from tables import Goal
 

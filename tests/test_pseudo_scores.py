@@ -406,7 +406,7 @@ def test_a_teacher_in_bfloat16() -> None:
 def test_wrong_arguments() -> None:
     teacher, images, visible = case()
     for arguments, text in (
-        ({"removal": "half"}, "removal must be one of full, decoder, encoder, got 'half'"),
+        ({"removal": "half"}, "removal must be one of full, decoder, encoder, coarse, got 'half'"),
         ({"metric": "l2"}, r"metric must be one of l1, mse, ssim, psnr, lpips, or a func.* 'l2'"),
         ({"aggregate": "min"}, "aggregate must be one of mean, max, got 'min'"),
         ({"metric": "lpips", "aggregate": "max"}, "one value, not one per patch"),

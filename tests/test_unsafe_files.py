@@ -518,7 +518,7 @@ def test_what_is_no_file_of_weights(kind: str, message: str, tmp_path: Path) -> 
         ({"args": [1]}, "the saved arguments in .* must be a JSON object, got list"),
         (
             {"args": {"trust_remote_code": True}},
-            "must not set 'trust_remote_code'; known are depth",
+            "must not set 'trust_remote_code'; known are border_distances, depth",
         ),
         ({"args": {**RANKER, "device": "cuda"}}, "must not set 'device'"),
         ({"args": {**RANKER, "mean": "abc"}}, "sets 'mean' to 'abc': refused"),

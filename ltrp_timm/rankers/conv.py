@@ -110,17 +110,28 @@ class BorderDistances(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, D, h, w) -> (B, D, h, w)."""
-        h, w = x.shape[2], x.shape[3]
         alike = torch.group_norm(x, x.shape[1], eps=1e-6)  # each channel of each image
-        found = self.describe(alike).reshape(-1, 4, h, w)  # (B * count, 4, h, w)
-        rows, sides = found[:, :, :: max(h - 1, 1)], found[:, :, 1:-1, :: max(w - 1, 1)]
-        border = torch.cat([rows.flatten(2), sides.flatten(2)], dim=2)  # (B * count, 4, R)
-        found = found.flatten(2)
-        length, lengths = (each.square().sum(1, keepdim=True) for each in (found, border))
-        pairs = torch.baddbmm(lengths, found.transpose(1, 2), border, alpha=-2.0)
-        nearest = (pairs.amin(2) + length.squeeze(1)).clamp(min=0.0)
-        nearest = nearest.log1p()  # no root: rounding near 0 stays small
-        return x + self.add(nearest.reshape(-1, self.count, h, w))
+        return x + self.add(nearest_on_border(self.describe(alike), self.count))
+
+
+def nearest_on_border(found: Tensor, count: int) -> Tensor:
+    """Projections (B, 4 * count, h, w) -> (B, count, h, w): log of 1 + squared distances.
+
+    Of each patch to the most similar patch on the border.
+    """
+    h, w = found.shape[2], found.shape[3]
+    found = found.reshape(-1, 4, h, w)  # (B * count, 4, h, w)
+    rows, sides = found[:, :, :: max(h - 1, 1)], found[:, :, 1:-1, :: max(w - 1, 1)]
+    border = torch.cat([rows.flatten(2), sides.flatten(2)], dim=2)  # (B * count, 4, R)
+    found = found.flatten(2)
+    length, lengths = (each.square().sum(1, keepdim=True) for each in (found, border))
+    pairs = torch.baddbmm(lengths, found.transpose(1, 2), border, alpha=-2.0)
+    nearest = (pairs.amin(2) + length.squeeze(1)).clamp(min=0.0)
+    # no root: rounding near 0 stays small
+    return nearest.log1p().reshape(-1, count, h, w)
+
+
+torch.fx.wrap("nearest_on_border")
 
 
 def _init_weights(module: nn.Module) -> None:

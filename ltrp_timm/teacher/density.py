@@ -24,7 +24,7 @@ from ltrp_timm.teacher.distances import METRICS, PIXEL_CHANGES, PREDICTION_CHANG
 
 Removal = Literal["full", "decoder", "encoder", "coarse"]
 Aggregate = Literal["mean", "max"]
-REMOVALS: tuple[str, ...] = get_args(Removal)
+REMOVALS: tuple[str, ...] = get_args(Removal)[:-1]  # of an MAE, which takes no coarse tokens
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 ImageChange = Callable[[Tensor, Tensor], Tensor]
 
@@ -175,8 +175,9 @@ def _check_feature_choices(
 def _check_choices(
     removal: str, metric: str | ImageChange, aggregate: str, chunk: int | None
 ) -> None:
-    if removal not in REMOVALS:
-        raise ValueError(f"removal must be one of {', '.join(REMOVALS)}, got {removal!r}.")
+    if removal not in get_args(Removal):
+        known = ", ".join(get_args(Removal))
+        raise ValueError(f"removal must be one of {known}, got {removal!r}.")
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}.")
     if not callable(metric) and metric not in METRICS:

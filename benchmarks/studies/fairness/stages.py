@@ -26,6 +26,7 @@ HALVES = {"0-4": list(range(5)), "5-9": list(range(5, CLASSES))}  # the digits w
 LTRP = ("full mean", "full max", "decoder mean", "decoder max")
 TEACHER = {"patch_size": PATCH, "embed_dim": 128, "depth": 3, "num_heads": 4}
 TEACHER |= {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
+NO_BORDER = {"border_distances": 0}
 
 
 class Trained(NamedTuple):
@@ -123,6 +124,8 @@ class Run:
             **options: removal, aggregate, loss …; ``ranker``, ``teacher`` too.
         """
         args, kind = self.args, options.get("ranker", "conv")
+        if kind == "conv":  # what is compared is learned from the teacher alone
+            options["ranker_args"] = {**NO_BORDER, **options.get("ranker_args", {})}
         options.setdefault("teacher", self.folder / "teacher")
         options.setdefault("mask_ratio", args.mask_ratio)
         options.setdefault("list_size", args.list_size)
@@ -269,7 +272,9 @@ def load_shipped(path: Path) -> tuple[Trained, dict[str, Any]]:
     """
     if not path.exists():
         raise SystemExit(f"there is no {path}: write it by a run with --ship")
-    rankers = {name: ltrp_timm.create_ranker("conv", patch_size=PATCH) for name in LTRP}
+    rankers = {
+        name: ltrp_timm.create_ranker("conv", patch_size=PATCH, **NO_BORDER) for name in LTRP
+    }
     teacher = ltrp_timm.MAETeacher(img_size=SIDE, **TEACHER)
     trained = Trained(teacher, rankers, {next(iter(HALVES)): make_cnn(5)}, {}, make_judge(), {})
     with safe_open(path, "pt") as file:
