@@ -230,7 +230,10 @@ def test_all_of_it_runs_and_goes_on_where_it_was(tmp_path: Path, capsys: Any) ->
 
 
 def test_what_ships_is_what_was_trained(tmp_path: Path) -> None:
-    rankers = {name: ltrp_timm.create_ranker("conv", patch_size=8) for name in stages.LTRP}
+    rankers = {
+        name: ltrp_timm.create_ranker("conv", patch_size=8, **stages.NO_BORDER)
+        for name in stages.LTRP
+    }
     teacher = ltrp_timm.MAETeacher(img_size=64, **stages.TEACHER)
     cnns = {"0-4": networks.make_cnn(5).eval(), "5-9": networks.make_cnn(5).eval()}
     judge = networks.make_judge().eval()

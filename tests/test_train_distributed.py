@@ -71,12 +71,12 @@ def test_two_processes_are_one_with_twice_the_batch(folder: Path) -> None:
     train(folder / "one", 1, *data, "--batch-size", "4")
     train(folder / "half", 1, *data, "--batch-size", "2")
     two, one, half = (without_shifts(folder / name) for name in ("two", "one", "half"))
-    assert distance(two, one) <= 1e-5
+    assert distance(two, one) <= 1e-4  # sums in another order, over five updates
     assert distance(half, one) > 1e-3
     rows = [read_log(folder / name / "log.csv")[-1] for name in ("two", "one")]
     assert rows[0]["step"] == rows[1]["step"] == 5
     for name in ("loss", "val_loss", "val_spearman", "val_ndcg"):  # each held-out image once
-        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-5), name
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-4), name
     assert [row["unreadable"] for row in rows] == [1, 1]
 
 
