@@ -15,7 +15,6 @@ weights with equal options. Top-1 on 1000 held-out scenes with other handwriting
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import statistics
 
 import tables
-from common import WIDTH, Row, device_parser, load_pyplot, set_up
+from common import WIDTH, Row, load_pyplot
 from tables import Goal
 
-from ltrp_timm.commands._flags import not_negative, positive
+from ltrp_timm.commands._flags import not_negative
 from ltrp_timm.train.logs import LOG_NAME, read_log
-from studies.finetune_digits import SIDE, Scenes, common_options, tune, write_start
+from studies.finetune_digits import (
+    SIDE,
+    Scenes,
+    common_options,
+    digits_parser,
+    run_in_folder,
+    tune,
+    write_start,
+)
 
 NAME = "coarse_digits"
 TITLE = "One epoch of fine-tuning on 24 of 64 patch tokens, digits in clutter"
@@ -113,20 +120,11 @@ def plot(rows: list[Row]) -> Any:
 
 def main() -> None:
     """Train, write CSV, PNG and Markdown, check the goals."""
-    parser = device_parser((__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    add("--scenes", type=positive, default=3000, help="to train on")
-    add("--held-out", type=positive, default=1000, help="to measure on")
-    add("--first-epochs", type=positive, default=16, help="on all patches, before the methods")
-    add("--lr", type=float, default=1.5e-3, help="on all patches; a third of it afterwards")
-    add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], help="of the training")
-    add("--runs", type=Path, help="folder for weights and logs; a second run continues there")
+    parser = digits_parser(__doc__ or "")
+    text = "of the training"
+    parser.add_argument("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], help=text)
     args = parser.parse_args()
-    where = set_up(args)
-    with tempfile.TemporaryDirectory() as name:
-        folder = args.runs or Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = run(args, where, folder)
+    rows = run_in_folder(run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
 
 

@@ -26,6 +26,7 @@ standard error of 1000 images at 80 % is 2.5 points.
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,24 +196,34 @@ def plot(rows: list[Row]) -> Any:
     return figure
 
 
-def main() -> None:
-    """Train, write CSV, PNG and Markdown, check the goals."""
-    parser = device_parser((__doc__ or "").splitlines()[0])
+def digits_parser(doc: str) -> argparse.ArgumentParser:
+    """Options of a study that fine-tunes on digits."""
+    parser = device_parser(doc.splitlines()[0])
     add = parser.add_argument
     add("--scenes", type=positive, default=3000, help="to train on")
     add("--held-out", type=positive, default=1000, help="to measure on")
     add("--first-epochs", type=positive, default=16, help="on all patches, before the methods")
-    add("--epochs", type=positive, default=4, help="of each method")
     add("--lr", type=float, default=1.5e-3, help="on all patches; a third of it afterwards")
-    add("--seed", type=not_negative, default=0, help="of the training")
-    text = "folder for weights and logs; a second run continues there"
-    add("--runs", type=Path, help=text)
-    args = parser.parse_args()
+    add("--runs", type=Path, help="folder for weights and logs; a second run continues there")
+    return parser
+
+
+def run_in_folder(run: Callable[..., list[Row]], args: argparse.Namespace) -> list[Row]:
+    """Run a study in the folder of its options, or in a temporary one."""
     where = set_up(args)
     with tempfile.TemporaryDirectory() as name:
         folder = args.runs or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = run(args, where, folder)
+        return run(args, where, folder)
+
+
+def main() -> None:
+    """Train, write CSV, PNG and Markdown, check the goals."""
+    parser = digits_parser(__doc__ or "")
+    parser.add_argument("--epochs", type=positive, default=4, help="of each method")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the training")
+    args = parser.parse_args()
+    rows = run_in_folder(run, args)
     tables.conclude(NAME, TITLE, rows, table(rows), goals(), plot(rows), args)
 
 

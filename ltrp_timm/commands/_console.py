@@ -31,7 +31,23 @@ _LONGEST = 300  # characters of an error from another library
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class RestOptions:
+    """What happens to the patches that are not kept.
+
+    Args:
+        rest: What happens to the other patches: drop, or coarse for tokens of a smaller image
+            (default: the model's own, else drop).
+        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
+        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
+    """
+
+    rest: Rest | None = None
+    scales: Sequence[int] | None = None
+    size_bias: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RestOptions):
     """A model by name, with its ranker and its weights.
 
     Args:
@@ -43,10 +59,6 @@ class ModelOptions:
         ranker_weights: Weights of the ranker: a folder, a .safetensors file or hf-hub:OWNER/NAME.
         ranker_args: Arguments of the ranker, such as width=32.
         selection: How scores choose patches (default: the model's own, else top).
-        rest: What happens to the other patches: drop, or coarse for tokens of a smaller image
-            (default: the model's own, else drop).
-        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
-        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
         img_size: Side of the images in pixels (default: the model's own).
         num_classes: Number of classes, 0 for features (default: the model's own).
     """
@@ -58,9 +70,6 @@ class ModelOptions:
     ranker_weights: PathName | None = None
     ranker_args: dict[str, Any] | None = None
     selection: Selection | None = None
-    rest: Rest | None = None
-    scales: Sequence[int] | None = None
-    size_bias: float | None = None
     img_size: int | None = None
     num_classes: NotNegative | None = None
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from ltrp_timm._text import printable, say
 from ltrp_timm.commands._console import (
     ModelOptions,
-    Rest,
+    RestOptions,
     Selection,
     behind_links,
     check_names,
@@ -43,7 +43,7 @@ RANKERS = (DEFAULT_RANKER, "conv", "vit_small")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions:
+class BenchmarkOptions(RestOptions):
     """Options of ``ltrp-timm benchmark``.
 
     Args:
@@ -51,9 +51,6 @@ class BenchmarkOptions:
         keep_ratio: Shares of patches to keep, in (0, 1).
         ranker: Names of rankers (default: the model's own, else border, conv and vit_small).
         selection: How scores choose patches.
-        rest: What happens to the other patches: drop, or coarse for tokens of a smaller image.
-        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
-        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
         batch_size: Images per call.
         img_size: Sides of the images in pixels (default: the model's own).
         device: Device, such as cpu, cuda or cuda:1.
@@ -74,9 +71,6 @@ class BenchmarkOptions:
     keep_ratio: Sequence[float] = (0.75, 0.5, 0.25)
     ranker: Sequence[str] | None = None
     selection: Selection = "top"
-    rest: Rest = "drop"
-    scales: Sequence[int] | None = None
-    size_bias: float | None = None
     batch_size: Sequence[int] = (1, 8)
     img_size: Sequence[int] | None = None
     device: str = "cpu"
@@ -133,8 +127,10 @@ def _measure_model(
     name: str, side: int | None, device: torch.device, options: BenchmarkOptions
 ) -> list[dict[str, Any]]:
     """All batch sizes of one model at one image size."""
-    model, _ = ModelOptions(model=name, img_size=side).open()
+    rest = {field.name: getattr(options, field.name) for field in fields(RestOptions)}
+    model, _ = ModelOptions(model=name, img_size=side, **rest).open()
     size, own = input_size(model), model.ranker
+    rest = {key: value for key, value in model.settings().items() if key in rest}
     full = model.restore().eval().requires_grad_(False)
     rankers = _rankers(own, full, name, options.ranker)
     form: dict[str, Any] = {"device": device, "dtype": getattr(torch, options.dtype)}
@@ -150,9 +146,7 @@ def _measure_model(
             rankers,
             options.keep_ratio,
             selection=options.selection,
-            rest=options.rest,
-            scales=options.scales,
-            size_bias=options.size_bias,
+            **rest,
             compile_mode=options.compile_mode,
             repeats=options.repeats,
             warmup=options.warmup,
@@ -163,6 +157,7 @@ def _measure_model(
         say(f"-> {printable(name)} at batch {batch}: {recommend(lines)}.")
         case = {"batch": batch, "device": str(device)}
         case |= {"dtype": options.dtype, "compile": options.compile_mode or "eager"}
+        case |= {"rest": model.rest}
         rows += [
             {"model": name, **_row(line, batch, case), **environment(device)} for line in lines
         ]

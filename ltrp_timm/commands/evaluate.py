@@ -396,7 +396,7 @@ class Evaluation:
             "weights": self.weights or "random",
             "ranker": ranker and getattr(ranker, "name", type(ranker).__name__),
             "selection": getattr(model, "selection", None),
-            "rest": getattr(model, "rest", None),
+            **_rest_of(model),
             "index_cache": options.index_cache is not None,
             "data": options.data,
             "split": options.split,
@@ -407,6 +407,13 @@ class Evaluation:
             "processes": world.size,
             **environment(world.device),
         }
+
+
+def _rest_of(model: Any) -> dict[str, Any]:
+    """What becomes of patches that are not kept; None for a plain model."""
+    settings = model.settings() if isinstance(model, LTRPModel) else {}
+    names = [name for name in ("scales", "size_bias") if name in settings]
+    return {"rest": getattr(model, "rest", None), **{name: settings[name] for name in names}}
 
 
 def _open_images(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:

@@ -5,14 +5,14 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ltrp_timm.selection.cells import CellGrid, TokenLayout, check_scales
-from ltrp_timm.selection.rules import check_keep_indices, seeded_scores, validate_keep_indices
+from ltrp_timm.selection.rules import seeded_scores
 from ltrp_timm.slots.base import run_with_slots
 from ltrp_timm.slots.coarse import checkpointed, coarse_tokens
 
@@ -37,8 +37,8 @@ class CoarseRest:
     Attributes:
         scales: (1, 2): a cell of 2 x 2 patches is four patches or one token of the image at half
             size; (1, 2, 4): a block of 4 x 4 patches may also be one token of the quarter size.
-        size_bias: times the log of the patches that a token covers, added to its attention logits;
-            0 adds nothing. All tokens of one scale: nothing is added.
+        size_bias: size_bias * log(patches that a token covers) is added to its attention logits;
+            0 turns it off. It is also off where all tokens have one scale.
 
     Raises:
         ValueError: An option is out of range.
@@ -59,7 +59,8 @@ class CoarseRest:
         if self.size_bias and "attn_mask" not in inspect.signature(backbone.forward).parameters:
             kind = type(backbone).__name__
             raise TypeError(
-                f"size_bias needs a newer timm, whose {kind} takes attn_mask; or use 0."
+                f"size_bias needs attn_mask, which {kind} of this timm does not take; use a newer "
+                "timm, or size_bias=0."
             )
 
     def layout(
@@ -77,7 +78,7 @@ class CoarseRest:
             grid_size: (h, w), N = h * w.
             keep_ratio: the budget.
             scores: (B, N) of the ranker, or what returns them; called where they decide.
-            seed: refine random cells instead.
+            seed: of random cells, which are refined in place of the best ones; or None.
             keep_indices: (B, K) int64, the patches to encode finely instead of ranked ones.
             check: read the values of ``keep_indices`` to check them.
 
@@ -167,16 +168,3 @@ def _free_blocks(cells: Tensor, grid: CellGrid) -> int:
     marked = torch.zeros(cells.shape[0], h * w, device=cells.device).scatter(1, cells, 1.0)
     taken = F.max_pool2d(marked.view(-1, 1, h, w), 2).flatten(1).sum(dim=1)
     return grid.num_blocks - int(taken.max()) if len(cells) else 0
-
-
-def check_given(
-    keep_indices: Tensor, images: Tensor, num_patches: int, values: bool
-) -> Sequence[int]:
-    """Check patches (B, K) that are given to be encoded finely; K may be 0. Returns their shape."""
-    check_keep_indices(keep_indices, images.shape[0], num_patches, fewest=0)
-    if keep_indices.device != images.device:
-        places = f"{keep_indices.device}, the images on {images.device}"
-        raise ValueError(f"keep_indices are on {places}: move them.")
-    if values:
-        validate_keep_indices(keep_indices, num_patches)
-    return keep_indices.shape

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ltrp_timm.layers.bridge import resize_score_map
 from ltrp_timm.models import naflex
-from ltrp_timm.models.coarse import CoarseRest, check_given, check_rest
+from ltrp_timm.models.coarse import CoarseRest, check_rest
 from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
 from ltrp_timm.selection.cells import TokenLayout, all_fine
@@ -347,7 +347,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if keep_indices is not None:
             readable = self.validate and not torch.compiler.is_compiling()
             readable = readable or (isinstance(keep_indices, Tensor) and may_read(keep_indices))
-            check_given(keep_indices, x, grid[0] * grid[1], readable)
+            check_keep_indices(keep_indices, x.shape[0], grid[0] * grid[1], fewest=0)
+            self._check_given(keep_indices, x, grid[0] * grid[1], readable)
         scores = partial(self._scores, x)
         return self._coarse.layout(
             grid, self._keep_ratio, scores, self._seed(), keep_indices, readable
@@ -376,11 +377,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         else:
             check_keep_indices(keep_indices, x.shape[0], n)
             if not torch.jit.is_scripting():
-                if keep_indices.device != x.device:
-                    places = f"{keep_indices.device}, the images on {x.device}"
-                    raise ValueError(f"keep_indices are on {places}: move them.")
-                if self.validate and not torch.compiler.is_compiling():
-                    validate_keep_indices(keep_indices, n)
+                values = self.validate and not torch.compiler.is_compiling()
+                self._check_given(keep_indices, x, n, values)
             if keep_indices.shape[1] == n and may_read(keep_indices):
                 if bool((keep_indices == torch.arange(n)).all()):
                     return None
@@ -395,6 +393,15 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             return self.patch_scores(x)
         h, w = self.grid_size(x)
         return x.new_zeros(x.shape[0], h * w)
+
+    @torch.jit.unused
+    def _check_given(self, keep_indices: Tensor, x: Tensor, n: int, values: bool) -> None:
+        """Check where given indices lie, and their values."""
+        if keep_indices.device != x.device:
+            places = f"{keep_indices.device}, the images on {x.device}"
+            raise ValueError(f"keep_indices are on {places}: move them.")
+        if values:
+            validate_keep_indices(keep_indices, n)
 
     @torch.jit.unused
     def _check_images(self, x: Tensor) -> None:

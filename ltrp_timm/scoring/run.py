@@ -97,7 +97,8 @@ def rank_images(
         scorer = open_scorer(**scorer_args, **choice, device=str(world.device))
         about = {"model": scorer_args.get("model"), "overlays": overlays}
         if scorer.model.rest == "coarse":
-            about["rest"] = scorer.model.rest
+            own = scorer.model.settings()
+            about |= {"rest": own["rest"], "scales": list(own["scales"])}
         chosen = choice if chooses else dict.fromkeys(choice)  # None: nothing is kept
         settings = {**scorer.settings(), **about, **chosen}
         n = scorer.grid_size[0] * scorer.grid_size[1]

@@ -140,7 +140,7 @@ def select_cells(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int =
             f"{fewer + cell * cell}, that is keep_ratio={fewer / (h * w):.6g} or "
             f"{(fewer + cell * cell) / (h * w):.6g}."
         )
-    means = F.avg_pool2d(scores.float().view(-1, 1, h, w), cell).flatten(1)
+    means = square_means(scores.float(), grid_size, cell)
     return patches_of(select_top(means, k // (cell * cell)), grid_size, cell)
 
 
@@ -159,6 +159,11 @@ def cell_by_cell(keep_indices: Tensor, grid_size: Tuple[int, int], cell: int = 2
     if not torch.equal(found.sort(dim=1)[0], keep_indices.sort(dim=1)[0]):
         raise ValueError(f"keep_indices must be whole cells of {cell}x{cell} patches, each once.")
     return found
+
+
+def square_means(values: Tensor, grid_size: Tuple[int, int], side: int) -> Tensor:
+    """Values (B, h * w) of places -> (B, M): the mean of each square of side x side places."""
+    return F.avg_pool2d(values.view(-1, 1, *grid_size), side).flatten(1)
 
 
 def check_scales(scales: Tuple[int, ...]) -> Tuple[int, ...]:
@@ -253,7 +258,7 @@ class CellGrid:
         scores, indices = cell_scores, []
         if coarsest:
             scores = torch.nan_to_num(scores.float(), nan=-1e38, posinf=1e38, neginf=-1e38)
-            order = best_first(self._block_scores(scores))
+            order = best_first(square_means(scores, (h // 2, w // 2), 2))
             blocks = order[:, order.shape[1] - coarsest :].sort(dim=1).values
             inside = patches_of(blocks, (h // 2, w // 2), 2)
             scores = scores.scatter(1, inside, -torch.inf)
@@ -264,10 +269,6 @@ class CellGrid:
         scales = self.scales[: 2 + len(indices)]
         return TokenLayout(self.grid_size, scales, (fine, rest, *indices))
 
-    def _block_scores(self, cell_scores: Tensor) -> Tensor:
-        h, w = self.grid_size[0] // 2, self.grid_size[1] // 2
-        return F.avg_pool2d(cell_scores.view(-1, 1, h, w), 2).flatten(1)
-
     def cell_scores(self, scores: Tensor) -> Tensor:
         """Scores (B, N) of patches -> (B, M) of cells: the mean of the four.
 
@@ -277,7 +278,7 @@ class CellGrid:
         n = self.grid_size[0] * self.grid_size[1]
         if scores.dim() != 2 or scores.shape[1] != n:
             raise ValueError(f"scores must be (B, N) with N = {n}, got {list(scores.shape)}.")
-        return F.avg_pool2d(scores.view(-1, 1, *self.grid_size), 2).flatten(1)
+        return square_means(scores, self.grid_size, 2)
 
     def fine_patches(self, cells: Tensor) -> Tensor:
         """Refined cells (B, F) -> (B, 4 F + edge) int64, ascending: the patches encoded finely."""

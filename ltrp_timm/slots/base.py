@@ -184,8 +184,8 @@ def run_with_slots(
 ) -> Any:
     """Run a model with keep indices (B, K) in its slots; they are empty afterwards in any case.
 
-    ``coarse`` makes the tokens that the first slot appends. ``within`` makes a context for the call
-    that no other thread is in.
+    ``coarse`` makes the tokens that the first slot appends. ``within`` makes the context of the
+    call; only one thread at a time is in it.
     """
     kind = type(getattr(call, "__self__", call)).__name__
     with nullcontext() if torch.compiler.is_compiling() else alone(slots[0], kind):

@@ -18,11 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ltrp_timm._timm import ROTARY_EMBEDDINGS
-from ltrp_timm.selection.cells import TokenLayout
+from ltrp_timm.selection.cells import SCALES, TokenLayout
 from ltrp_timm.selection.rules import gather_patches
 from ltrp_timm.slots.base import TokenSlot, named_twins
 
-SCALES = (1, 2, 4)
 UNSCRIPTABLE = (
     "a model with rest='coarse' cannot be scripted: torch deprecates TorchScript; use "
     "torch.export, or export_model with format='pt2' or 'onnx'."
@@ -66,7 +65,7 @@ class CoarseSlotWithIndices(CoarseSlot):
 
 
 class RopePyramid:
-    """A mixin for timm's rotary embeddings: those of all scales, one behind the other."""
+    """A mixin for timm's rotary embeddings: those of all scales, one after another."""
 
     keep_indices: Optional[Tensor]
 
@@ -80,7 +79,7 @@ class RopePyramid:
         h, w = shape or self.feat_shape  # type: ignore[attr-defined]  # of the host
         exact = isinstance(self, RotaryEmbeddingDinoV3) and not (self.training and self.aug_active)
         parts = [rope]
-        for scale in SCALES[1:]:
+        for scale in SCALES[-1][1:]:
             if exact and h % scale == w % scale == 0:
                 coarse = host.get_embed([h // scale, w // scale], *args, **kwargs)
                 parts.append(coarse.to(rope.dtype))
