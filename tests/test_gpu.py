@@ -4,6 +4,7 @@ Run those of the GPU by ``pytest -m gpu``, or by ``benchmarks/gpu.py`` where pyt
 installed.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_drop_equals_mask(
 
 @every_device
 @every_dtype
-@pytest.mark.parametrize("ranker", ["contrast", "conv"])
+@pytest.mark.parametrize("ranker", ["border", "contrast", "conv"])
 @pytest.mark.filterwarnings("ignore:.*no trained weights")
 @torch.no_grad()
 def test_keeping_all_is_the_plain_model(
@@ -89,7 +90,7 @@ def test_keeping_all_is_the_plain_model(
 
 
 @every_device
-@pytest.mark.parametrize("ranker", ["contrast", "conv", "pixel_std", "gradient"])
+@pytest.mark.parametrize("ranker", ["border", "contrast", "conv", "pixel_std", "gradient"])
 @pytest.mark.filterwarnings("ignore:.*no trained weights")
 @torch.no_grad()
 def test_scores_are_those_of_the_cpu(
@@ -103,6 +104,45 @@ def test_scores_are_those_of_the_cpu(
     assert found.device.type == device
     assert off(found.cpu(), expected) <= 1e-4
     assert expected.std(dim=1).min() > 1e-3 * expected.abs().max()  # there is an order
+
+
+@every_device
+@every_dtype
+@pytest.mark.parametrize("family", ["vit", "registers", "dinov3"])
+@torch.no_grad()
+def test_coarse_ends_are_the_plain_model(
+    backbone_of: Callable[..., Any], family: str, dtype: torch.dtype, device: str
+) -> None:
+    backbone, images = on(device, dtype, *backbone_of(family))
+    full = backbone(images)
+    model = drop_patches(backbone, keep_ratio=1.0, rest="coarse")
+    assert torch.equal(model(images), full)
+    model.keep_ratio = 0.5
+    cpu, where = copy.deepcopy(model).cpu().float(), images.cpu().float()
+    keep = model.keep_indices(images)
+    expected = cpu(where, keep_indices=keep.cpu())
+    assert off(model(images, keep_indices=keep).cpu(), expected) <= TOLERANCE[dtype]
+    assert off(full.cpu(), expected) > 2 * TOLERANCE[dtype]
+
+
+@every_device
+@pytest.mark.parametrize("rest", ["drop", "coarse"])
+@torch.no_grad()
+def test_nothing_waits_for_the_device(
+    backbone_of: Callable[..., Any], rest: str, device: str
+) -> None:
+    backbone, images = on(device, torch.float32, *backbone_of("vit"))
+    model = drop_patches(backbone, keep_ratio=0.5, rest=rest).eval()
+    model(images)  # what is made once may wait
+    if device == "cpu":
+        pytest.skip("a CPU waits for nothing")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(images)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            model(images).sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @every_device

@@ -19,6 +19,7 @@ from gpu.record import COLUMNS, Case, Method, NotHereError, Record, run_cases
 from gpu.tables import GPU, NOT_MEASURED, gpu_text
 
 PARTS = ["tests", "speed", "latency", "merging", "multiple_of_8", "large_images", "training"]
+SPEED = ("full", "ideal", "border", "conv", "coarse", "coarse, no bias")
 ARGS = {"device": "cpu", "dtype": "bfloat16", "depth": 1, "repeats": 2, "threads": 1}
 
 
@@ -38,7 +39,7 @@ def test_a_part_is_rehearsed_in_this_process(gpu: ModuleType, tmp_path: Path) ->
     assert gpu.main(["--out", str(tmp_path), "--smoke", "--part", "speed"]) == 0
     rows = tables.read_csv(tmp_path / "speed.csv")
     methods = [(row["batch"], row["method"]) for row in rows]
-    assert methods == [(b, m) for b in "12" for m in ("full", "ideal", "contrast", "conv")]
+    assert methods == [(b, m) for b in "12" for m in SPEED]
     for row in rows:
         assert list(row) == list(COLUMNS)
         assert (row["status"], row["dtype"]) == ("measured", "bfloat16")
@@ -74,7 +75,7 @@ def test_every_part_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
             assert float(row["seconds_median"]) > 0
             assert float(row["speedup"]) > 0
     methods = [(r["batch"], r["method"]) for r in rows["speed"]]
-    assert methods == [(b, m) for b in "12" for m in ("full", "ideal", "contrast", "conv")]
+    assert methods == [(b, m) for b in "12" for m in SPEED]
     assert all(bool(row["share_of_ideal"]) is (row["method"] != "full") for row in rows["speed"])
     assert {row["form"] for row in rows["latency"]} == {"eager", "graph", "compiled"}
     assert {row["form"] for row in rows["merging"]} == {"equal FLOPs", "equal time"}

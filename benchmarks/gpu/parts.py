@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from ltrp_timm.measure import throughput
 from ltrp_timm.measure.payoff import ideal, twin
 from ltrp_timm.teacher import random_visible_indices
 
-RANKERS = ("contrast", "conv")
+RANKERS = ("border", "conv")
+COARSE = {"coarse": {}, "coarse, no bias": {"size_bias": 0.0}}  # with the default ranker
 FUSED = ("merging_proportional_fused", "merging_plain_fused")
 Methods = Iterator[Method]
 
@@ -50,6 +52,11 @@ def variants(ratios: Sequence[float]) -> dict[tuple[str, float], Callable[[Any],
     return found
 
 
+def coarse(full: Any, ratio: float, options: Row) -> Any:
+    """The rest given coarsely, with weights shared."""
+    return ltrp_timm.drop_patches(twin(full), keep_ratio=ratio, rest="coarse", **options)
+
+
 def given_for_nothing(full: Any, ratio: float) -> Any:
     """The ideal model at a keep ratio."""
     return ideal(full, num_keep(full.patch_embed.num_patches, ratio))
@@ -68,12 +75,17 @@ def pruning(full: Any, batch: int, ratios: Sequence[float], args: argparse.Names
 
 
 def speed(args: argparse.Namespace) -> Iterator[Case]:
-    """Throughput of three sizes at three batch sizes."""
+    """Throughput of three sizes at three batch sizes; dropping beside the coarse rest."""
     # the cases of a model follow each other
     full = functools.lru_cache(maxsize=1)(functools.partial(new, args=args))
 
     def build(name: str, batch: int) -> Methods:
-        return pruning(full(name), batch, pick(args, (0.75, 0.5, 0.25), (0.5,)), args)
+        ratios = pick(args, (0.75, 0.5, 0.25), (0.5,))
+        yield from pruning(full(name), batch, ratios, args)
+        images = make_images(full(name), batch, args)
+        for ratio, (method, options) in itertools.product(ratios, COARSE.items()):
+            one = functools.partial(coarse, ratio=ratio, options=options)
+            yield Method({"method": method, "keep_ratio": ratio}, forward(one, full(name), images))
 
     for name in pick(args, (VIT_B, VIT_S, VIT_L), (VIT_TI,)):
         for batch in pick(args, (256, 64, 1), (1, 2)):

@@ -54,7 +54,9 @@ GPU = [
         "speed",
         "Images per second of the plain model, and the speed-up over it, ranking included. *Ideal* "
         "is given its patches for nothing and embeds only these; in brackets how much of it is "
-        "reached. Then the peak memory of a forward pass beside weights and images",
+        "reached. `border` and `conv` drop the rest; *coarse* ranks with `border` and gives the "
+        "rest coarsely, with the size bias and without. Then the peak memory of a forward pass "
+        "beside weights and images",
         _case,
         lambda row: row["method"],
         _speed,
@@ -71,7 +73,7 @@ GPU = [
         "merging",
         "Ranking before the first block against token merging in each block, with fused attention: "
         "milliseconds, and the speed-up over the plain model. At *equal time* the smallest number "
-        "of merges is taken that is as fast as `contrast`",
+        "of merges is taken that is as fast as `border`",
         lambda row: {
             "batch": row["batch"],
             "matched": row["form"],
