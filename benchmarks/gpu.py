@@ -17,7 +17,7 @@ Each part runs in a separate process with a share of the budget and writes a CSV
 that a part does not use goes to the later ones.
     tests          pytest -m gpu
     speed          ViT-S, B, L: full, ideal, pruned; images/s, share of the ideal, peak memory
-    latency        batch 1: eager, torch.compile with CUDA graphs, a captured graph
+    latency        eager, a captured graph, torch.compile with CUDA graphs: from batch 1 on
     merging        token merging with fused attention at equal FLOPs and at equal time
     multiple_of_8  ViT-B on 95 to 104 tokens: does a multiple of 8 pay?
     large_images   DINOv3 ViT-L at 1024 px
@@ -92,7 +92,7 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("tests", 14, None),
+    Part("tests", 20, None),
     Part("speed", 28, parts.speed),
     Part("latency", 16, parts.latency),
     Part("merging", 12, parts.merging_against_dropping),

@@ -629,7 +629,7 @@ def test_fine_tuning_and_scores_of_an_index_cache() -> None:
         FinetuneRecipe(rest="coarse", distill="self", distill_features=1.0)
 
 
-@pytest.mark.parametrize(("ranker", "limit"), [("random", 1.45), ("border", 1.6)])
+@pytest.mark.parametrize(("ranker", "limit"), [("random", 1.4), ("border", 1.5)])
 def test_operators_of_a_coarse_rest(ranker: str, limit: float) -> None:
     """Operators beside those of the plain ViT-B; none waits for the device."""
     backbone = timm.create_model("vit_base_patch16_224", embed_dim=48, num_heads=2).eval()

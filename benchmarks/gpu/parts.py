@@ -136,14 +136,16 @@ FORMS: dict[str, Callable[[Any, Tensor], Callable[[], Any]]] = {
 
 
 def latency(args: argparse.Namespace) -> Iterator[Case]:
-    """Batch 1: eager, as a graph, compiled. Compiling takes longest and comes last."""
+    """Small batches: eager, as a graph, compiled. Compiling takes longest and comes last."""
 
-    def build(name: str, forms: Sequence[str]) -> Methods:
+    def build(name: str, batch: int, forms: Sequence[str]) -> Methods:
         full = new(name, args)
-        images = make_images(full, 1, args)
+        images = make_images(full, batch, args)
         yield Method({"method": "full", "form": "eager"}, forward(lambda full: full, full, images))
         rankers = RANKERS[:1] if "compiled" in forms else RANKERS
         models = {"full": full} | {ranker: pruned(full, ranker, 0.5) for ranker in rankers}
+        if "compiled" not in forms:
+            models |= {"ideal": given_for_nothing(full, 0.5), "coarse": coarse(full, 0.5, {})}
         for form in forms:
             for method, model in models.items():
                 if (form, method) != ("eager", "full"):
@@ -151,9 +153,12 @@ def latency(args: argparse.Namespace) -> Iterator[Case]:
                     yield Method({"method": method, "form": form}, make)
 
     names = pick(args, (VIT_B, VIT_S, VIT_L), (VIT_TI,))
-    for name, forms in [(name, ("eager", "graph")) for name in names] + [(names[0], ("compiled",))]:
-        row = columns(args, name, 1, keep_ratio=0.5)
-        yield Case(row, functools.partial(build, name, forms))
+    cases = [(name, 1, ("eager", "graph")) for name in names]
+    more = pick(args, ((0, 64), (0, 256), (1, 64)), ((0, 2),))
+    cases += [(names[i], batch, ("eager", "graph")) for i, batch in more]
+    for name, batch, forms in [*cases, (names[0], 1, ("compiled",))]:
+        row = columns(args, name, batch, keep_ratio=0.5)
+        yield Case(row, functools.partial(build, name, batch, forms))
 
 
 def least_merging(full: Any, attention: str, limit: float, images: Tensor) -> Peer:

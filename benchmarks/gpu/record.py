@@ -106,7 +106,7 @@ def run_case(case: Case, record: Record, args: argparse.Namespace, where: Row) -
     except Exception as error:
         status, timings, peaks = dict.fromkeys(status, trouble(error)), {}, {}
     best = {
-        method.columns.get("keep_ratio"): timings.get(str(i))
+        _like(method): timings.get(str(i))
         for i, method in enumerate(methods)
         if method.columns["method"] == "ideal"
     }
@@ -118,9 +118,14 @@ def run_case(case: Case, record: Record, args: argparse.Namespace, where: Row) -
                 row["peak_mib"] = round(peak / 2**20, 1)
             if full := timings.get("0"):
                 row |= common.spread("speedup", throughput.ratio(full, timing))
-            if given := best.get(row.get("keep_ratio")):
+            if given := best.get(_like(method)):
                 row |= common.spread("share_of_ideal", throughput.ratio(given, timing))
         record.add(row)
+
+
+def _like(method: Method) -> tuple[Any, Any]:
+    """What a method must share with the ideal to be compared with it."""
+    return method.columns.get("keep_ratio"), method.columns.get("form")
 
 
 def run_cases(

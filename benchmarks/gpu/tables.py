@@ -63,9 +63,13 @@ GPU = [
     ),
     _section(
         "latency",
-        "One image, keep 0.5: milliseconds, and the speed-up over the plain eager model. "
+        "Keep 0.5: milliseconds, and the speed-up over the plain eager model. "
         '*Graph* is a captured CUDA graph, *compiled* is `torch.compile(mode="reduce-overhead")`',
-        lambda row: {"model": f"`{row['model']}`", "method": row["method"]},
+        lambda row: {
+            "model": f"`{row['model']}`",
+            "batch": row["batch"],
+            "method": row["method"],
+        },
         lambda row: row["form"],
         _milliseconds,
     ),

@@ -156,10 +156,10 @@ class CoarseRest:
         if not self.size_bias or sum(count > 0 for count in counts) < 2:
             return None
         weight = next(embed.parameters())
-        parts = [weight.new_zeros(1, 1, 1, prefix + counts[0])]
+        mask = weight.new_zeros(1, 1, 1, prefix + counts[0])
         for scale, count in zip(layout.scales[1:], counts[1:]):
-            parts.append(weight.new_full((1, 1, 1, count), 2 * self.size_bias * math.log(scale)))
-        return torch.cat(parts, dim=3)
+            mask = F.pad(mask, (0, count), value=2 * self.size_bias * math.log(scale))
+        return mask
 
 
 def _free_blocks(cells: Tensor, grid: CellGrid) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltrp_timm.rankers.base import PatchSizeRanker
-from ltrp_timm.selection.rules import mean_rank
+from ltrp_timm.selection.rules import places_in_order
 
 PARTS: Dict[str, float] = {"std": 1.0, "colour": 1.0, "centre": 0.7}
 STATISTICS = ("pixel_std", "cell_std", "gradient", "colour", "centre")
@@ -122,17 +122,16 @@ def border_scores(images: Tensor, patch_size: Tuple[int, int]) -> Tensor:
     mean, variance = patch_statistics(images, patch_size, h, w)
     grey = mean.mean(1, keepdim=True)
     described = torch.cat([grey, mean - grey, variance.sqrt()], dim=1)  # (B, 2 C + 1, h, w)
-    away = described - described.mean([2, 3], keepdim=True)
-    spread = away.square().mean([2, 3], keepdim=True).sqrt()  # torch.std warns without images
-    described = described / spread.clamp(min=1e-3)
+    # each by its spread over the image
+    described = torch.group_norm(described, described.shape[1], eps=1e-6)
     nearest, to_mean = border_distances(described)
-    distances = torch.cat([_smoothed(nearest), to_mean])
-    # whole steps, far above rounding noise: flat patches must tie
-    distances = torch.nan_to_num((distances * 1024.0).round(), nan=-1.0)
     centre = centre_distance(h, w, images.device).expand(images.shape[0], -1, -1)
-    ranks = mean_rank(torch.cat([distances, centre]).flatten(1)).reshape(3, -1, h, w)
-    nearest, to_mean, centre = ranks.unbind(0)
-    return torch.add(nearest, to_mean - centre, alpha=0.4)
+    parts = torch.cat([_smoothed(nearest), to_mean, centre])
+    # whole steps, far above rounding noise: flat patches must tie
+    parts = torch.nan_to_num((parts * 1024.0).round(), nan=-1.0)
+    nearest, to_mean, centre = places_in_order(parts.flatten(1)).reshape(3, -1, h, w).unbind(0)
+    # whole numbers until the end: equal sums tie on every device
+    return torch.add(nearest * 5, to_mean - centre, alpha=2) / (10 * h * w)
 
 
 def contrast_scores(
@@ -147,17 +146,20 @@ def contrast_scores(
     pixels = (pixels * 4080.0).round()  # 255 * 16
     parts = torch.cat([pixels, centre_distance(h, w, images.device).expand(batch, -1, -1)])
     # all parts in one sort; NaN comes lowest
-    ranks = mean_rank(torch.nan_to_num(parts.flatten(1), nan=-1.0)).reshape(3, batch, h, w)
-    std, colour, centre = ranks.unbind(0)
-    scores = torch.add(std * weights["std"], colour, alpha=weights["colour"])
-    return torch.sub(scores, centre, alpha=weights["centre"])
+    places = places_in_order(torch.nan_to_num(parts.flatten(1), nan=-1.0))
+    std, colour, centre = places.float().reshape(3, batch, h, w).unbind(0)
+    scores = torch.add(std * (100.0 * weights["std"]), colour, alpha=100.0 * weights["colour"])
+    scores = torch.sub(scores, centre, alpha=100.0 * weights["centre"])
+    # whole hundredths of a place: equal sums tie on every device
+    return scores.round() / (200 * h * w)
 
 
 def statistic_scores(images: Tensor, patch_size: Tuple[int, int], statistic: str) -> Tensor:
     """images (B, C, H, W) -> (B, h, w) float32: that statistic of each patch."""
     h, w = grid_of(images, patch_size)
     if statistic == "centre":
-        return -centre_distance(h, w, images.device).expand(images.shape[0], -1, -1)
+        distance = centre_distance(h, w, images.device) / -(float(h * w) ** 2)
+        return distance.expand(images.shape[0], -1, -1)
     if statistic == "gradient":
         return gradient_length(images, patch_size, h, w)
     mean, variance = patch_statistics(images, patch_size, h, w)
@@ -217,16 +219,15 @@ def border_distances(described: Tensor) -> Tuple[Tensor, Tensor]:
         The mean distance to the four nearest border patches, and the distance to their mean. A
         border patch is its own nearest one.
     """
-    h, w = described.shape[2], described.shape[3]
+    batch, depth, h, w = described.shape
     rows, sides = described[:, :, :: max(h - 1, 1)], described[:, :, 1:-1, :: max(w - 1, 1)]
-    border = torch.cat([rows.flatten(2), sides.flatten(2)], dim=2)  # (B, D, R)
-    described = described.flatten(2)
-    # pair by pair: autocast would round the operands of a matrix product
-    pairs = described.unsqueeze(3) - border.unsqueeze(2)  # (B, D, N, R)
-    distances = torch.linalg.vector_norm(pairs, dim=1)
-    nearest = distances.topk(min(4, border.shape[2]), dim=2, largest=False)[0]
-    to_mean = torch.linalg.vector_norm(described - border.mean(2, keepdim=True), dim=1)
-    return nearest.mean(2).reshape(-1, h, w), to_mean.reshape(-1, h, w)
+    ends = [each.reshape(batch, depth, 1, 1, -1) for each in (rows, sides)]
+    border = torch.cat(ends, dim=4)  # (B, D, 1, 1, R)
+    # pair by pair, (B, D, h, w, R): autocast would round the operands of a matrix product
+    squares = (described.unsqueeze(4) - border).square_().sum(1)
+    nearest = squares.topk(min(4, border.shape[4]), dim=3, largest=False)[0]
+    to_mean = torch.linalg.vector_norm(described - border.mean(4), dim=1)
+    return nearest.sqrt().mean(3), to_mean
 
 
 def _smoothed(scores: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def _smoothed(scores: Tensor) -> Tensor:
     if weight <= 0.0:
         return scores
     around = F.avg_pool2d(scores, 3, stride=1, padding=1, count_include_pad=False)
-    return torch.lerp(scores, around, min(weight, 1.0))
+    return around if weight >= 1.0 else torch.lerp(scores, around, weight)
 
 
 def border_contrast(mean: Tensor) -> Tensor:
@@ -251,9 +252,12 @@ def border_contrast(mean: Tensor) -> Tensor:
 
 
 def centre_distance(h: int, w: int, device: torch.device) -> Tensor:
-    """(1, h, w) squared distance of each patch from the centre, equal for mirrored places."""
-    rows = torch.arange(1 - h, h, 2, device=device, dtype=torch.float32) / h
-    cols = torch.arange(1 - w, w, 2, device=device, dtype=torch.float32) / w
+    """(1, h, w) squared distance of each patch from the centre: 1 / (h * w)² of half a grid.
+
+    Whole numbers, so that places as far from the centre tie on every device.
+    """
+    rows = torch.arange(w - h * w, h * w, 2 * w, device=device, dtype=torch.float32)
+    cols = torch.arange(h - h * w, h * w, 2 * h, device=device, dtype=torch.float32)
     return rows.square().reshape(1, h, 1) + cols.square()
 
 

@@ -64,25 +64,28 @@ def best_first(scores: Tensor, k: Optional[int] = None) -> Tensor:
     Ties go to the lower index; NaN counts as minus infinity.
     """
     scores = torch.nan_to_num(scores, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    k = scores.shape[1] if k is None else k
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             # ONNX has no stable sort; its TopK breaks ties the same way
-            return scores.topk(k, dim=1).indices
-    return torch.sort(scores, dim=1, descending=True, stable=True)[1][:, :k]
+            return scores.topk(scores.shape[1] if k is None else k, dim=1).indices
+    order = torch.sort(scores, dim=1, descending=True, stable=True)[1]
+    return order if k is None else order[:, :k]
 
 
 def mean_rank(values: Tensor) -> Tensor:
     """values (B, N) -> ranks in (0, 1): 0.5/N for the lowest; ties share their mean rank."""
-    count = values.shape[1]
+    return places_in_order(values) / (2 * values.shape[1])
+
+
+def places_in_order(values: Tensor) -> Tensor:
+    """values (B, N) -> (B, N) whole numbers, twice the mean rank: 1, 3, 5, … without ties."""
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():  # ONNX has no searchsorted; counting pairs is equal
             pairs = values.unsqueeze(2) - values.unsqueeze(1)
-            return (pairs.sign().sum(dim=2) + count) / (2 * count)
+            return pairs.sign().sum(dim=2) + values.shape[1]
     ordered = values.sort(dim=1)[0]
     below = torch.searchsorted(ordered, values, right=False)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    return (below + up_to) / (2 * count)
+    return below + torch.searchsorted(ordered, values, right=True)
 
 
 def select_random(
@@ -191,9 +194,16 @@ def token_indices(keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
     return torch.cat([prefix, keep_indices + num_prefix_tokens], dim=1)
 
 
-def keep_tokens(tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Tokens (B, P + N, D), keep_indices (B, K) without prefix tokens -> (B, P + K, D)."""
-    if num_prefix_tokens == 0:
-        return gather_patches(tokens, keep_indices)
+def keep_tokens(
+    tokens: Tensor, keep_indices: Tensor, num_prefix_tokens: int, more: Optional[Tensor] = None
+) -> Tensor:
+    """Tokens (B, P + N, D), keep_indices (B, K) without prefix tokens -> (B, P + K, D).
+
+    ``more`` (B, M, D) is appended.
+    """
     kept = gather_patches(tokens[:, num_prefix_tokens:], keep_indices)
-    return torch.cat([tokens[:, :num_prefix_tokens], kept], dim=1)
+    parts = [] if num_prefix_tokens == 0 else [tokens[:, :num_prefix_tokens]]
+    parts.append(kept)
+    if more is not None:
+        parts.append(more)
+    return kept if len(parts) == 1 else torch.cat(parts, dim=1)

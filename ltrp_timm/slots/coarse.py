@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ltrp_timm._timm import ROTARY_EMBEDDINGS
 from ltrp_timm.selection.cells import SCALES, TokenLayout
-from ltrp_timm.selection.rules import gather_patches
+from ltrp_timm.selection.rules import gather_patches, keep_tokens
 from ltrp_timm.slots.base import TokenSlot, named_twins
 
 UNSCRIPTABLE = (
@@ -51,8 +51,12 @@ class CoarseSlot(TokenSlot):
 
     def take(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Tokens (B, P + N, D) -> (B, P + T, D), and the indices of the refined patches."""
-        x, keep = super().take(x)
-        return (x if self.coarse is None else torch.cat([x, self.coarse.tokens], dim=1)), keep
+        keep, coarse = self.keep_indices, self.coarse
+        if keep is None or coarse is None:
+            return super().take(x)
+        self._check_thread()
+        self.keep_indices = None
+        return keep_tokens(x, keep, self.num_prefix_tokens, coarse.tokens), keep
 
 
 class CoarseSlotWithIndices(CoarseSlot):
@@ -112,14 +116,13 @@ def positions(backbone: Any, grid_size: Tuple[int, int], scale: int) -> Optional
     table = backbone.pos_embed
     if table is None:
         return None
-    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+    table = table[:, 0 if backbone.no_embed_class else backbone.num_prefix_tokens :]
     size, (h, w) = backbone.patch_embed.grid_size, (side // scale for side in grid_size)
     if grid_size[0] % scale or grid_size[1] % scale:  # the part of the grid in whole squares
-        table = resample_abs_pos_embed(table, list(grid_size), size, num_prefix_tokens=prefix)
-        table = table[:, prefix:].unflatten(1, grid_size)
-        table = table[:, : h * scale, : w * scale].flatten(1, 2)
-        size, prefix = [h * scale, w * scale], 0
-    return resample_abs_pos_embed(table, [h, w], size, num_prefix_tokens=prefix)[:, prefix:]
+        table = resample_abs_pos_embed(table, list(grid_size), size, num_prefix_tokens=0)
+        table = table.unflatten(1, grid_size)[:, : h * scale, : w * scale].flatten(1, 2)
+        size = [h * scale, w * scale]
+    return resample_abs_pos_embed(table, [h, w], size, num_prefix_tokens=0)
 
 
 def coarse_tokens(
