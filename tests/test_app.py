@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ltrp_timm import drop_patches, list_rankers, num_keep, save_pretrained
-from ltrp_timm.commands import _viewer, main
-from ltrp_timm.commands._viewer import BACKBONES, OWN, AppOptions, Viewer
+from ltrp_timm.commands import app, main
+from ltrp_timm.commands.app import BACKBONES, OWN, AppOptions, Viewer
 from ltrp_timm.models.open_model import open_model
 
 TINY = "vit_tiny_patch16_224"
@@ -23,7 +23,7 @@ TINY = "vit_tiny_patch16_224"
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_viewer, "_PAUSE", 0.0)
+    monkeypatch.setattr(app, "_PAUSE", 0.0)
     y, x = np.mgrid[0:120, 0:160]
     pixels = np.stack([x, 2 * y, 40 + 200 * (abs(x - 70) + abs(y - 50) < 40)], axis=-1)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save("a.png")
@@ -83,9 +83,9 @@ def test_who_moves_on_meanwhile_gets_no_old_time(
         viewer._latest["me"] = request(keep=0.1)
         return real(*args, **kwargs)
 
-    real = _viewer.compare
+    real = app.compare
     viewer.look("me", *request())
-    monkeypatch.setattr(_viewer, "compare", compare)
+    monkeypatch.setattr(app, "compare", compare)
     assert viewer.measure("me", *request()) is None
 
 
@@ -104,8 +104,8 @@ def test_requests_take_turns(viewer: Viewer, monkeypatch: pytest.MonkeyPatch) ->
         viewer.look(name, *request())
         found.append(viewer.measure(name, *request()))
 
-    real = _viewer.compare
-    monkeypatch.setattr(_viewer, "compare", compare)
+    real = app.compare
+    monkeypatch.setattr(app, "compare", compare)
     threads = [threading.Thread(target=visit, args=(str(number),)) for number in range(3)]
     for thread in threads:
         thread.start()
@@ -165,7 +165,7 @@ def test_a_model_of_ones_own_with_its_ranker_and_classes(tmp_path: Path) -> None
     assert len(rows) == 4  # two of the full, two of the pruned model
     assert sum(float(share) for share, *_ in rows) == pytest.approx(2, abs=1e-3)
     with torch.inference_mode():
-        x = _viewer.to_tensor(Image.open("a.png"), model)
+        x = app.to_tensor(Image.open("a.png"), model)
         likely = [float(net(x).softmax(-1).max()) for net in (model.backbone, model)]
     assert [float(rows[0][0]), float(rows[2][0])] == pytest.approx(likely, abs=1e-3)
 
@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_downloaded_are_no_end(monkeypatch: pytest.Monkey
             raise OSError("the Hub does not answer.")
         return open_model(name, **kwargs)
 
-    monkeypatch.setattr(_viewer, "open_model", offline)
+    monkeypatch.setattr(app, "open_model", offline)
     scores, _, tokens, note = Viewer(AppOptions(pretrained=True)).look("me", *request())
     assert pixels(scores).any()
     assert "99" in tokens

@@ -24,8 +24,8 @@ from ltrp_timm import create_ranker, drop_patches, save_pretrained
 from ltrp_timm.commands import main
 from ltrp_timm.commands._console import check_folder
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.measure import evaluate as measure
-from ltrp_timm.measure.evaluate import MIN_ROUNDS, measure_all
+from ltrp_timm.measure import accuracy as measure
+from ltrp_timm.measure.accuracy import MIN_ROUNDS, measure_all
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.runtime.world import World

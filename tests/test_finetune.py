@@ -21,7 +21,7 @@ from ltrp_timm import LTRPModel
 from ltrp_timm.data.labels import open_labelled
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.train import finetune
-from ltrp_timm.train.head import HEAD_STD
+from ltrp_timm.train.finetune import HEAD_STD
 from ltrp_timm.train.logs import read_log
 from ltrp_timm.train.recipe import split_options
 
@@ -248,7 +248,7 @@ def test_a_registered_model_and_its_own_numbers(data: Path, tmp_path: Path) -> N
 
 
 def test_images_are_normalised_as_the_backbone_wants() -> None:
-    from ltrp_timm.train.head import image_config
+    from ltrp_timm.train.finetune import image_config
     from ltrp_timm.train.recipe import Augmentation
 
     config = image_config(timm.create_model("vit_base_patch16_clip_224", depth=1, img_size=64))
@@ -263,7 +263,7 @@ def test_images_are_normalised_as_the_backbone_wants() -> None:
 
 @pytest.mark.parametrize("aa", ["rand-m10-inc1", "original", "v0r", "augmix-m10"])
 def test_no_policy_leaves_a_picture_without_bits(aa: str) -> None:
-    from ltrp_timm.train.head import image_config
+    from ltrp_timm.train.finetune import image_config
     from ltrp_timm.train.recipe import Augmentation
 
     train, _ = Augmentation(aa=aa, reprob=0.0).transforms(image_config(small_vit()))

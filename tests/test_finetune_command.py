@@ -67,7 +67,7 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(values)
         return type("Summary", (), {"stopped_by": None, "unreadable": [], "epochs": 1, "steps": 1})
 
-    monkeypatch.setattr("ltrp_timm.commands.finetune.finetune", note)
+    monkeypatch.setattr("ltrp_timm.commands.train.finetune", note)
     plain = ["finetune", "ltrp_vit_base", "--data", "d", "--output", "o"]
     assert main(plain) == 0
     assert seen == {"model": "ltrp_vit_base", "data": "d", "output": "o"}  # the recipe's defaults

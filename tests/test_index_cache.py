@@ -32,8 +32,8 @@ from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import CachedTransform, IndexCache, cached_transform
-from ltrp_timm.scoring.follow import FollowedTransform, trace
 from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids, ranks_of
+from ltrp_timm.scoring.transform import FollowedTransform, trace
 from ltrp_timm.train.finetune import finetune
 from ltrp_timm.weights.files import ranker_hash
 

@@ -28,7 +28,7 @@ from train_setup import make_photos
 import ltrp_timm
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.data.labels import open_labelled
-from ltrp_timm.measure.evaluate import measure_all
+from ltrp_timm.measure.accuracy import measure_all
 from ltrp_timm.runtime.world import World
 
 PAGE = (Path(__file__).parents[1] / "docs" / "guides" / "evaluate.md").read_text(encoding="utf-8")

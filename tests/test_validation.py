@@ -17,8 +17,7 @@ from ltrp_timm.data.images import open_dataset
 from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, KeyedStream, make_loader
 from ltrp_timm.data.labels import ClassData, LabelledImages, match_classes, open_labelled
 from ltrp_timm.data.sources import crop_transforms
-from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks
-from ltrp_timm.measure.evaluate import measure_all
+from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_all
 from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")

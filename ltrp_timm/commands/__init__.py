@@ -65,10 +65,9 @@ def _make_parser() -> argparse.ArgumentParser:
     from ltrp_timm.commands.demo import add_demo
     from ltrp_timm.commands.evaluate import add_evaluate
     from ltrp_timm.commands.export import add_export
-    from ltrp_timm.commands.finetune import add_finetune
     from ltrp_timm.commands.rank import add_rank
     from ltrp_timm.commands.share import add_push, add_save
-    from ltrp_timm.commands.train import add_train_ranker, add_train_teacher
+    from ltrp_timm.commands.train import add_finetune, add_train_ranker, add_train_teacher
 
     parser = _Parser(
         prog="ltrp-timm",

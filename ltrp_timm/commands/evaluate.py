@@ -29,8 +29,14 @@ from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
 from ltrp_timm.data.label_files import SEPARATOR, read_names
 from ltrp_timm.data.labels import LabelledImages, open_labelled
 from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
-from ltrp_timm.measure.accuracy import AccuracyCounter, PrecisionCounter, seen_classes
-from ltrp_timm.measure.evaluate import Measured, Prediction, measure_all
+from ltrp_timm.measure.accuracy import (
+    AccuracyCounter,
+    Measured,
+    PrecisionCounter,
+    Prediction,
+    measure_all,
+    seen_classes,
+)
 from ltrp_timm.measure.payoff import FULL, SMALLER, on_grid, smaller_grid
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment, ratio
 from ltrp_timm.models.ltrp import LTRPModel
@@ -39,7 +45,7 @@ from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring import cached_transform
 from ltrp_timm.share.cards import EVALUATION_NAME, TITLES
 from ltrp_timm.train.engine import autocast
-from ltrp_timm.train.head import image_config
+from ltrp_timm.train.finetune import image_config
 from ltrp_timm.visualize import require_matplotlib
 from ltrp_timm.weights.files import write_atomically, write_text
 

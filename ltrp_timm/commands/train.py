@@ -1,12 +1,24 @@
-"""``ltrp-timm train-ranker`` and ``ltrp-timm train-teacher``."""
+"""``ltrp-timm train-ranker``, ``ltrp-timm train-teacher`` and ``ltrp-timm finetune``."""
 
 from collections.abc import Callable
 from typing import Any
 
 from ltrp_timm._text import say
-from ltrp_timm.commands._flags import add_command
+from ltrp_timm.commands._console import check_names
+from ltrp_timm.commands._flags import add_command, flag
 from ltrp_timm.runtime.world import first_process
-from ltrp_timm.train import Settings, Summary, mae, ranker, train_ranker, train_teacher
+from ltrp_timm.train import (
+    Augmentation,
+    Recipe,
+    Settings,
+    Summary,
+    finetune,
+    mae,
+    ranker,
+    train_ranker,
+    train_teacher,
+)
+from ltrp_timm.train.recipe import DEFAULTS, MULTI_LABEL_DEFAULTS
 
 
 def add_train_ranker(commands: Any) -> None:
@@ -25,6 +37,16 @@ def add_train_teacher(commands: Any) -> None:
     add_command(commands, "train-teacher", about, _train_teacher, *sources, defaults=defaults)
 
 
+def add_finetune(commands: Any) -> None:
+    """Add ``ltrp-timm finetune``."""
+    about = "Fine-tune a model that drops patches, or a plain timm model, on labelled images."
+    sources = (finetune, Recipe, Augmentation, Settings)
+    others = (f"{flag(name)} {value:g}" for name, value in MULTI_LABEL_DEFAULTS.items())
+    more = f"Defaults with --multi-label: {', '.join(others)}."
+    options: dict[str, Any] = {"positional": ("model",), "defaults": DEFAULTS, "epilog": more}
+    add_command(commands, "finetune", about, _finetune, *sources, **options)
+
+
 def _train_ranker(**given: Any) -> int:
     hint = f"create_ranker({given.get('ranker', 'conv')!r}, pretrained={given['output']!r})"
     return run_training(train_ranker, given, hint)
@@ -32,6 +54,12 @@ def _train_ranker(**given: Any) -> int:
 
 def _train_teacher(**given: Any) -> int:
     return run_training(train_teacher, given, f"create_teacher({given['output']!r})")
+
+
+def _finetune(**given: Any) -> int:
+    check_names(given["model"], given.get("ranker"))
+    load = f"timm.create_model('local-dir:{given['output']}', pretrained=True)"
+    return run_training(finetune, given, load)
 
 
 def run_training(train: Callable[..., Summary], given: dict[str, Any], load: str) -> int:

@@ -1,6 +1,9 @@
-"""Sizes of images and patches."""
+"""Sizes of images and patches, and the position table of a patch grid."""
 
 from typing import Any, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
 
 
 def to_pair(value: Union[int, Sequence[int]]) -> Tuple[int, int]:
@@ -34,3 +37,25 @@ def set_image_size(net: Any, size: Tuple[int, int]) -> None:
             f"{size[0]}x{size[1]} pixels. Use a model that has one, or leave the other size out."
         )
     net.set_input_size(img_size=size)
+
+
+def sincos_pos_embed(
+    embed_dim: int, grid_size: Tuple[int, int], num_prefix_tokens: int = 1
+) -> Tensor:
+    """The fixed sine-cosine position table of MAE, (1, P + N, D) float32.
+
+    The first half of D encodes the column, the second the row; the P rows in front are zeros.
+    """
+    if embed_dim % 4:
+        raise ValueError(
+            f"embed_dim must be a multiple of 4 for a sine-cosine table, got {embed_dim}."
+        )
+    omega = 1.0 / 10000.0 ** (torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
+    rows = torch.arange(grid_size[0], dtype=torch.float64)
+    cols = torch.arange(grid_size[1], dtype=torch.float64)
+    angles = [
+        place.flatten().unsqueeze(1) * omega
+        for place in reversed(torch.meshgrid(rows, cols, indexing="ij"))  # column first
+    ]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([table.new_zeros(num_prefix_tokens, embed_dim), table]).float().unsqueeze(0)

@@ -16,12 +16,13 @@ from ltrp_timm.models.coarse import CoarseRest, check_rest
 from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
 from ltrp_timm.selection.cells import TokenLayout, all_fine
-from ltrp_timm.selection.dense import check_fill, scatter_patches
 from ltrp_timm.selection.registry import SelectionSettings, select
 from ltrp_timm.selection.rules import (
+    check_fill,
     check_keep_indices,
     check_keep_ratio,
     num_keep,
+    scatter_patches,
     validate_keep_indices,
 )
 from ltrp_timm.slots import install_slots

@@ -9,9 +9,14 @@ exported.
 from ltrp_timm.selection.adaptive import AdaptiveBudget
 from ltrp_timm.selection.cells import select_cells
 from ltrp_timm.selection.coverage import dpc_knn, select_mixed, select_stratified
-from ltrp_timm.selection.dense import scatter_patches
 from ltrp_timm.selection.registry import PatchSelector
-from ltrp_timm.selection.rules import gather_patches, num_keep, select_random, select_top
+from ltrp_timm.selection.rules import (
+    gather_patches,
+    num_keep,
+    scatter_patches,
+    select_random,
+    select_top,
+)
 
 __all__ = [
     "AdaptiveBudget",

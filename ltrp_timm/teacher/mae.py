@@ -17,8 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ltrp_timm.layers.bridge import fit_channels
-from ltrp_timm.layers.pos_embed import sincos_pos_embed
-from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.layers.sizes import sincos_pos_embed, to_pair
 from ltrp_timm.selection.coverage import patch_pixels
 from ltrp_timm.selection.rules import (
     check_keep_indices,
