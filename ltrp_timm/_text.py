@@ -1,8 +1,11 @@
-"""Text for people: printable, on one line, on the terminal."""
+"""Text for people: printable, on one line, as a table, on the terminal."""
 
+import csv
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -36,6 +39,16 @@ def one_line(error: BaseException) -> str:
     lines = (" ".join(line.split()) for line in str(error).splitlines())
     text = "; ".join(filter(None, lines)).replace(":; ", ": ")
     return text or type(error).__name__
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a CSV file; a value that a row lacks is empty."""
+    file = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def say(text: str) -> None:

@@ -20,7 +20,7 @@ from train_setup import distance, weights
 
 from ltrp_timm import LTRPModel, create_ranker, drop_patches
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.train.classify import ClassifyTask, Mixer
+from ltrp_timm.train.classify import ClassifyTask
 from ltrp_timm.train.distill import Distillation, Student, gated, straight_through
 from ltrp_timm.train.engine import make_optimizer
 from ltrp_timm.train.recipe import Augmentation, KeepPlan
@@ -70,13 +70,9 @@ def test_a_schedule_goes_from_all_patches_to_fewer(shape: str) -> None:
 
 
 def test_what_is_mixed_belongs_to_the_batch() -> None:
-    mixer = Mixer(Augmentation(mixup=0.8, cutmix=1.0, smoothing=0.1), 3)
+    augmentation = Augmentation(mixup=0.8, cutmix=1.0, smoothing=0.1)
+    mix = ClassifyTask(small_vit(num_classes=3), KeepPlan(1.0), augmentation).mixed
     images, state = torch.randn(4, 3, 8, 8), (random.getstate(), torch.get_rng_state())
-
-    def mix(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        assert batch.targets is not None
-        return mixer(batch, batch.targets)
-
     before = np.random.get_state()[1].copy()
     batch = batch_of(images)
     first, again = mix(batch), mix(batch_of(images))

@@ -1,13 +1,11 @@
 """What several commands share: the options of a model, what they print, where they may write."""
 
 import contextlib
-import csv
-import io
 import os
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -295,12 +293,3 @@ def size_text(size: Sequence[int]) -> str:
     """An image size (height, width) for a table: one number for a square."""
     height, width = size
     return f"{height}" if height == width else f"{height}x{width}"
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same columns as a CSV file."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()

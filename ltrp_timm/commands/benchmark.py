@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ltrp_timm._text import printable, say
+from ltrp_timm._text import csv_text, printable, say
 from ltrp_timm.commands._console import (
     ModelOptions,
     RestOptions,
@@ -16,7 +16,6 @@ from ltrp_timm.commands._console import (
     behind_links,
     check_names,
     check_output,
-    csv_text,
     output_errors,
     quiet_about_training,
     size_text,

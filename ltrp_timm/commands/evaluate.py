@@ -12,13 +12,12 @@ from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
-from ltrp_timm._text import complain, printable, say
+from ltrp_timm._text import complain, csv_text, printable, say
 from ltrp_timm.commands._console import (
     RANDOM,
     ModelOptions,
     check_folder,
     check_names,
-    csv_text,
     describe_model,
     output_errors,
     quiet_about_training,

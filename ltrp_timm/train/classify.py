@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup
 from torch import Tensor, nn
 
 from ltrp_timm._text import first_names, say
@@ -27,34 +26,6 @@ from ltrp_timm.visualize import keeping, kept_patches, show_images
 from ltrp_timm.weights.files import save_weights
 
 _MAX_NAMES = 3  # classes in a caption
-
-
-class Mixer:
-    """timm's mixup and cutmix, with random numbers that belong to the batch.
-
-    Args:
-        augmentation: What is mixed, and how.
-        num_classes: C.
-    """
-
-    def __init__(self, augmentation: Augmentation, num_classes: int) -> None:
-        self.off_epoch = augmentation.mixup_off_epoch
-        self.mixup = Mixup(
-            mixup_alpha=augmentation.mixup,
-            cutmix_alpha=augmentation.cutmix,
-            prob=augmentation.mixup_prob,
-            switch_prob=augmentation.mixup_switch_prob,
-            mode=augmentation.mixup_mode,
-            label_smoothing=augmentation.smoothing,
-            num_classes=num_classes,
-        )
-
-    def __call__(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix a batch's images (B, 3, H, W) and targets (B,): (B, 3, H, W) and (B, C)."""
-        self.mixup.mixup_enabled = self.off_epoch == 0 or batch.epoch < self.off_epoch
-        with seeded(batch.seed("mixup")):
-            images, mixed = self.mixup(batch.images.clone(), targets)
-        return images, mixed
 
 
 class ClassifyTask(Task):
@@ -93,7 +64,7 @@ class ClassifyTask(Task):
         self.num_graphs = plan.count() if self.pruned else 1
         loss = augmentation.loss_function().to(next(model.parameters()).device)
         self.loss_function: Callable[[Tensor, Tensor], Tensor] = loss
-        self.mixer = Mixer(augmentation, model.num_classes) if augmentation.mixes else None
+        self.mixup = augmentation.mixup_function(model.num_classes) if augmentation.mixes else None
         if distillation is None and not augmentation.bce_loss:
             self.chance = math.log(model.num_classes)
 
@@ -115,9 +86,7 @@ class ClassifyTask(Task):
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         """Mean loss against the labels and, with distillation, against the teacher."""
-        images, targets = batch.images, self.checked_targets(batch)
-        if self.mixer is not None:
-            images, targets = self.mixer(batch, targets)
+        images, targets = self.mixed(batch)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         given = {}
@@ -132,6 +101,16 @@ class ClassifyTask(Task):
             return loss
         distilled = self.distillation.loss(images, logits, tokens, keep)
         return torch.lerp(loss, distilled, self.distillation.weight)
+
+    def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and targets of a batch, mixed by random numbers that belong to it."""
+        images, targets = batch.images, self.checked_targets(batch)
+        if self.mixup is None:
+            return images, targets
+        off = self.augmentation.mixup_off_epoch
+        self.mixup.mixup_enabled = off == 0 or batch.epoch < off
+        with seeded(batch.seed("mixup")):
+            return self.mixup(images.clone(), targets)
 
     def checked_targets(self, batch: Batch) -> Tensor:
         """The class numbers (B,) of a batch; ValueError if one is missing or is no class."""

@@ -23,9 +23,9 @@ class Distillation:
     Args:
         teacher: Images -> logits (B, C); a pruned model keeps all of its patches here.
         student: What learns from it.
-        weight: Share of the distillation in the loss, in (0, 1].
-        temperature: Temperature of both softmaxes.
-        features: Weight, beside the logits, of the distance between tokens; 0 ignores tokens.
+        weight: ``distill_weight`` of ``Recipe``.
+        temperature: ``distill_temperature``.
+        features: ``distill_features``; 0 ignores tokens.
 
     Raises:
         ValueError: Teacher and student differ in their number of classes.

@@ -58,22 +58,15 @@ def make_scheduler(optimizer: Any, updates_per_epoch: int, settings: Settings) -
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """torch's autocast at one of ``PRECISIONS``; "fp32" changes nothing."""
+    """torch's autocast at a ``Precision``; "fp32" changes nothing."""
     dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class Engine:
-    """A model and all that changes its weights.
+    """A model and all that changes its weights; ``Task`` describes what it has of a task.
 
-    Args:
-        model: What is trained, on the device of ``world``.
-        forward: What is called in training: the model, or a module around it.
-        settings: Settings of the run.
-        world: Processes of the run.
-        lr: Learning rate at the top of the schedule.
-        updates_per_epoch: Length of an epoch.
-        num_graphs: Kinds of updates, each of which is compiled separately.
+    ``lr`` is the learning rate at the top of the schedule.
     """
 
     def __init__(
@@ -117,8 +110,7 @@ class Engine:
     @property
     def trained_model(self) -> nn.Module:
         """What is measured and saved: the average of the weights, where there is one."""
-        model: nn.Module = self.ema.module if self.ema else self.model
-        return model
+        return self.ema.module if self.ema else self.model
 
     def gradients(
         self, batches: list[Batch], loss_of: Callable[[nn.Module, Batch], Tensor], step: int
@@ -150,11 +142,6 @@ class Engine:
             self.scheduler.step_update(step)
         if self.ema:
             self.ema.update(self.model, step=step)
-
-    def end_epoch(self, epoch: int, metric: float | None) -> None:
-        """Pass the number of epochs done, and the metric, to the schedule."""
-        if self.scheduler:
-            self.scheduler.step(epoch, metric)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs."""

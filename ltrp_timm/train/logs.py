@@ -2,16 +2,15 @@
 
 import csv
 import importlib
-import io
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ltrp_timm._text import say
+from ltrp_timm._text import csv_text, say
 from ltrp_timm.weights.files import write_text
 
 LOG_NAME = "log.csv"
@@ -38,10 +37,10 @@ class Log:
         epoch: Epochs that the checkpoint has done. Later rows, of a run that got further than its
             checkpoint, are dropped and will be written again.
         step: Updates that the checkpoint has done.
-        tensorboard: Write events; None if TensorBoard is installed.
-        progress: Show a bar; None on a terminal.
-        report_to: "trackio" or "wandb", which also get every value; None for neither.
-        config: What the run reports of itself to them.
+        tensorboard: See ``Settings``.
+        progress: See ``Settings``.
+        report_to: See ``Settings``.
+        config: What the run reports of itself to ``report_to``.
 
     Raises:
         ImportError: ``tensorboard=True`` or ``report_to`` needs what is not installed.
@@ -92,7 +91,7 @@ class Log:
         """Write and print the row of an epoch."""
         self.bar.close()
         self.rows.append(dict(row))
-        write_text(self.path, _table(self.rows))
+        write_text(self.path, csv_text(self.rows))
         values = {name: row[name] for name in row if name not in ("epoch", "step")}
         self._report({f"epoch/{n}": v for n, v in values.items() if v is not None}, row["step"])
         if self.writer:
@@ -148,15 +147,6 @@ def find_tracker(name: str) -> Any:
 
 def _number(text: str) -> float:
     return int(text) if text.isdigit() else float(text)
-
-
-def _table(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def _short(value: float) -> str:

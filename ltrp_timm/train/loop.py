@@ -350,7 +350,6 @@ class Trainer:
         if better:
             progress.best = metric
         progress.epoch, progress.update, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        self.engine.end_epoch(progress.epoch, metric)
         self.world.on_main(lambda: self._write_epoch(log_row, better))
 
     def _write_epoch(self, log_row: dict[str, Any], better: bool) -> None:

@@ -83,11 +83,7 @@ def train_teacher(
 
 
 class TeacherTask(Task):
-    """An MAE that learns to reconstruct.
-
-    Args:
-        teacher: Not frozen, on the device.
-        mask_ratio: Share of patches that are masked.
+    """An MAE that learns to reconstruct: on the device, and not frozen.
 
     Raises:
         ValueError: The ratio leaves no patch visible, or none masked.

@@ -182,14 +182,7 @@ def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from:
 
 
 class RankerTask(Task):
-    """A ranker and what it learns.
-
-    Args:
-        ranker: Images (B, 3, H, W) -> (B, h, w), on the device.
-        targets: What it learns.
-        loss: Name of the ranking loss.
-        visible_only: Show it only the visible patches during training.
-        compare: Names of rankers to measure too.
+    """A ranker on the device and what it learns; ``train_ranker`` describes the other arguments.
 
     Raises:
         ValueError: Ranker or targets do not allow ``visible_only``.

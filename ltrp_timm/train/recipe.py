@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
@@ -272,6 +272,18 @@ class Augmentation:
         _keep_a_bit(train)
         return train, create_transform(**shared, **crop, is_training=False)
 
+    def mixup_function(self, num_classes: int) -> Any:
+        """Make timm's mixup: images (B, 3, H, W) and targets (B,) -> the same and (B, C)."""
+        return Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.mixup_prob,
+            switch_prob=self.mixup_switch_prob,
+            mode=self.mixup_mode,
+            label_smoothing=self.smoothing,
+            num_classes=num_classes,
+        )
+
     def loss_function(self) -> Any:
         """Make the loss: (logits (B, C), targets (B,) or (B, C)) -> scalar."""
         if self.bce_loss:
@@ -312,14 +324,7 @@ def check_keep_ratios(keep_ratio: float | Sequence[float]) -> list[float]:
 
 
 class KeepPlan:
-    """The keep ratio of each update, a function of (seed, epoch, update).
-
-    Args:
-        keep_ratio: Share of patches in (0, 1]; with several, one is drawn for each update.
-        schedule: Start with all patches and reach ``keep_ratio`` in steps, one ratio per epoch.
-        schedule_epochs: Epochs until ``keep_ratio`` is reached; None for half of all, at least 1.
-        epochs: Epochs of the run.
-        seed: Seed of the draws.
+    """The keep ratio of each update, a function of (seed, epoch, update); see ``Recipe``.
 
     Raises:
         ValueError: A ratio is out of its range or comes twice, or a schedule has several ratios.

@@ -24,7 +24,6 @@ CropScale = Annotated[tuple[float, float], "two numbers, 0 < from <= to <= 1"]
 CropRatio = Annotated[tuple[float, float], "two numbers, 0 < from <= to"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 # a continuation may change these: they change no weight
 _FREE = {

@@ -44,17 +44,8 @@ class Lists(NamedTuple):
 class Targets:
     """The scores of an MAE or a timm ViT, of another ranker, or of both, for images of one size.
 
-    Args:
-        teacher: What ``create_teacher`` takes, a MAETeacher, a timm ViT or its name, or None.
-        distill_from: A ranker, its folder or its name, or None.
-        distill_args: Arguments of that ranker.
-        distill_weight: Share of ``distill_from`` in the loss beside a teacher.
-        img_size: Side of the images, or (height, width); None for the teacher's.
-        patch_size: Patch side of the grid when there is no teacher.
-        list_size: Patches of a list; None for 20, or for all when there is no teacher.
-        mask_ratio: Share of patches that the teacher does not see.
-        scoring: removal, metric, aggregate and chunk of ``semantic_density``.
-        device: Device of teacher and ranker.
+    Most arguments are those of ``train_ranker``; ``patch_size`` is that of the grid without a
+    teacher, ``scoring`` holds removal, metric, aggregate and chunk of ``semantic_density``.
 
     Raises:
         ValueError: There is neither teacher nor ranker, or too few patches are visible.
