@@ -255,6 +255,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def labels(self) -> Tensor:
+        """The targets; ValueError if there are none."""
+        if self.targets is None:
+            raise ValueError("the images have no labels.")
+        return self.targets
+
     def generators(self, purpose: str) -> list[torch.Generator]:
         """A generator for each image, with its random numbers for that purpose."""
         return generators(self._seed, self.epoch, self.indices, purpose)

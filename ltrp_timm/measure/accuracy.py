@@ -351,17 +351,16 @@ def measure_all(
 
 def _count(counter: Any, logits: Any, batch: Batch, case: Case) -> list[Prediction[Case]]:
     """Count a batch; returns the predictions for images with one class."""
-    if batch.targets is None:
-        raise ValueError("the images have no labels.")
+    targets = batch.labels()
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError("the model gives no logits (B, C): it is not a classifier.")
     if isinstance(counter, PrecisionCounter):
-        counter.add(logits, batch.targets, batch.indices, batch.real)
+        counter.add(logits, targets, batch.indices, batch.real)
         return []
-    ranks = counter.add(logits, batch.targets, batch.real)
+    ranks = counter.add(logits, targets, batch.real)
     best = torch.nan_to_num(counter.restrict(logits[batch.real]), nan=-torch.inf).argmax(1)
     indices = torch.tensor(batch.indices, device=batch.real.device)[batch.real]
-    columns = (indices, batch.targets[batch.real], best, ranks)
+    columns = (indices, targets[batch.real], best, ranks)
     return [
         Prediction(index, case, target, predicted, rank)
         for index, target, predicted, rank in zip(*(column.tolist() for column in columns))

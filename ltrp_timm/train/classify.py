@@ -114,9 +114,7 @@ class ClassifyTask(Task):
 
     def checked_targets(self, batch: Batch) -> Tensor:
         """The class numbers (B,) of a batch; ValueError if one is missing or is no class."""
-        targets, count = batch.targets, self.model.num_classes
-        if targets is None:
-            raise ValueError("the images have no labels.")
+        targets, count = batch.labels(), self.model.num_classes
         wrong = targets[batch.real & ((targets < 0) | (targets >= count))]
         if len(wrong):
             raise ValueError(f"a label is {int(wrong[0])}, but there are {count} classes.")
@@ -223,9 +221,7 @@ class MultiLabelTask(ClassifyTask):
 
     def checked_targets(self, batch: Batch) -> Tensor:
         """The targets (B, C) of a batch; ValueError if it has none."""
-        if batch.targets is None:
-            raise ValueError("the images have no labels.")
-        return batch.targets
+        return batch.labels()
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """The loss of each image at each keep ratio; scores are kept for ``measure_set``."""

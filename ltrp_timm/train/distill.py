@@ -67,7 +67,8 @@ class Distillation:
         try:
             with torch.no_grad():
                 logits, tokens = self._teach(images)
-                own = _all_tokens(student, images) if self.features else None
+                plain = student.backbone if isinstance(student, LTRPModel) else student
+                own = plain.forward_features(images) if self.features else None
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"distill: the teacher takes no images of {size}: {error}") from error
         if logits.dim() != 2:
@@ -124,15 +125,6 @@ class Distillation:
             features = keep_tokens(features, keep, self.num_prefix_tokens)
         similar = F.cosine_similarity(tokens.float(), features.float(), dim=-1)
         return loss + self.features * (1.0 - similar.mean())
-
-
-def _all_tokens(model: Any, images: Tensor) -> Tensor:
-    """Tokens (B, P + N, D) of a model that keeps all patches."""
-    if not isinstance(model, LTRPModel):
-        return model.forward_features(images)
-    h, w = model.grid_size(images)
-    every = torch.arange(h * w, device=images.device).expand(len(images), -1)
-    return model.forward_features(images, keep_indices=every)
 
 
 class Student(nn.Module):

@@ -21,9 +21,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def make_optimizer(model: nn.Module, lr: float, settings: Settings) -> Any:
     """Make timm's optimiser of that name; AdamW's default betas are (0.9, 0.95)."""
-    arguments = dict(settings.opt_args or {})
-    if settings.opt_args is None and settings.opt == "adamw":
-        arguments = {"betas": (0.9, 0.95)}
+    betas = {"betas": (0.9, 0.95)} if settings.opt == "adamw" else {}
+    arguments = betas if settings.opt_args is None else settings.opt_args
     optimizer = create_optimizer_v2(
         model,
         settings.opt,

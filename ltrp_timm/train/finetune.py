@@ -12,7 +12,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from ltrp_timm._text import say
-from ltrp_timm.data.labels import ClassData, order_of
+from ltrp_timm.data.labels import ClassData, listed_names, order_of
 from ltrp_timm.data.multi_label import MultiLabelData
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.layers.ml_decoder import MLDecoder, make_head
@@ -280,8 +280,7 @@ def fit_head(model: Any, num_classes: int, class_names: Sequence[str]) -> bool:
         Whether the head is new.
     """
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    known = cfg.get("label_names")
-    known = list(known.values()) if isinstance(known, Mapping) else list(known or ())
+    known = listed_names(cfg.get("label_names"))
     others = bool(known and class_names) and set(known) != set(class_names)
     new = model.num_classes != num_classes or others
     if new:

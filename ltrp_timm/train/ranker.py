@@ -43,9 +43,10 @@ LOSSES: tuple[str, ...] = get_args(Loss)
 # their value for equal scores does not depend on the targets: it is the chance level
 _LOSSES_WITH_CHANCE = {"list_mle", "list_net", "rank_net", "focused_rank"}
 Recipe = Literal["short", "paper"]
-_SHORT = {"epochs": 20, "base_lr": 1e-3, "lr_base_scale": "sqrt", "weight_decay": 0.06}
-_PAPER = {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.06}
-RECIPES: dict[str, dict[str, Any]] = {"short": _SHORT, "paper": _PAPER}
+RECIPES: dict[str, dict[str, Any]] = {
+    "short": {"epochs": 20, "base_lr": 1e-3, "lr_base_scale": "sqrt", "weight_decay": 0.06},
+    "paper": {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.06},
+}
 CONV_LR = 4e-3  # base_lr of conv in the short recipe
 CROPS, EPOCHS = 4, 8  # of the short recipe without a teacher
 

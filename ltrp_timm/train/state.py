@@ -54,8 +54,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
     if not isinstance(found, dict) or _KEY not in found:
         raise ValueError(f"{path} is not a checkpoint of a training run.")
-    state: dict[str, Any] = found[_KEY]
-    return state
+    return found[_KEY]
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:

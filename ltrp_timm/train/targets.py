@@ -71,15 +71,13 @@ class Targets:
             raise ValueError("distill_args need distill_from, a ranker to give them to.")
         if not 0.0 < distill_weight < 1.0:
             raise ValueError(f"distill_weight must be in (0, 1), got {distill_weight}.")
-        self.teacher = (
-            None
-            if teacher is None
-            else _open_teacher(teacher, img_size, scoring.get("removal", "full")).to(device)
-        )
         self.mask_ratio, self.scoring, self.device = mask_ratio, dict(scoring), device
         self.mean, self.std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
         self.img_size, self.patch_size = to_pair(img_size or 224), to_pair(patch_size or 16)
-        if self.teacher is not None:
+        self.teacher: Any = None
+        if teacher is not None:
+            found = _open_teacher(teacher, img_size, scoring.get("removal", "full"))
+            self.teacher = found.to(device)
             self.mean, self.std = tuple(self.teacher.mean), tuple(self.teacher.std)
             self.img_size, self.patch_size = self.teacher.img_size, self.teacher.patch_size
         (height, width), (p, q) = self.img_size, self.patch_size
