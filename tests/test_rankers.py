@@ -247,17 +247,27 @@ def test_border_is_what_its_docstring_says(rows: int, cols: int, size: int) -> N
     """Patch by patch and neighbour by neighbour."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, rows * size, cols * size, generator=generator)
+    pixels, side = image[0], size
+    if size == 8:  # seen in half size
+        pixels = pixels.unflatten(2, (-1, 2)).mean(3).unflatten(1, (-1, 2)).mean(2)
+        side = 4
+    around = torch.nn.functional.unfold(pixels.mean(0)[None, None], 3, padding=1)
+    near = torch.nn.functional.unfold(torch.ones(1, 1, *pixels.shape[1:]), 3, padding=1)
+    blurred = (around.sum(1) / near.sum(1)).view(pixels.shape[1:])
+    detail = (pixels.mean(0) - blurred).abs()
     described = {}
     for row, col in itertools.product(range(rows), range(cols)):
-        patch = image[0, :, row * size : (row + 1) * size, col * size : (col + 1) * size]
-        mean, spread = patch.mean((1, 2)), patch.flatten(1).std(1, correction=0)
-        described[row, col] = torch.cat([mean.mean()[None], mean - mean.mean(), spread])
+        place = (slice(row * side, (row + 1) * side), slice(col * side, (col + 1) * side))
+        patch = pixels[:, place[0], place[1]].flatten(1)
+        mean, spread = patch.mean(1), patch.var(1, correction=0).mean().sqrt()
+        values = [mean.mean()[None], mean - mean.mean(), spread[None], detail[place].mean()[None]]
+        described[row, col] = torch.cat(values)
     spread = torch.stack(list(described.values())).std(0, correction=0)
     described = {place: values / spread for place, values in described.items()}
     border = [v for (r, c), v in described.items() if r in (0, rows - 1) or c in (0, cols - 1)]
     nearest, to_mean = torch.zeros(2, rows, cols)
     for place, values in described.items():
-        nearest[place] = sum(sorted(float((values - one).norm()) for one in border)[:4]) / 4
+        nearest[place] = sum(sorted(float((values - one).norm()) for one in border)[:3]) / 3
         to_mean[place] = (values - torch.stack(border).mean(0)).norm()
     weight = min(1.0, max(0.0, (min(rows, cols) - 8) / 6))
     around = torch.zeros(rows, cols)
@@ -532,7 +542,7 @@ def test_an_untrained_ranker_warns_once(backbone_of: Callable[..., Any], tmp_pat
 
 @pytest.mark.parametrize("ranker", ["border", "contrast", "conv", "random"])
 def test_operators_of_a_pruned_forward(ranker: str) -> None:
-    """At most 1.30 times those of the plain ViT-B, 1.40 by distances to the border; no waits."""
+    """At most 1.30 times those of the plain ViT-B, more by distances to the border; no waits."""
     backbone = timm.create_model("vit_base_patch16_224", embed_dim=48, num_heads=2).eval()
     images = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
@@ -540,7 +550,7 @@ def test_operators_of_a_pruned_forward(ranker: str) -> None:
         model = drop_patches(backbone, ranker=ranker)
         model.ranker.trained = True
         pruned = operators(lambda: model(images))
-        assert len(pruned) <= {"border": 1.35, "conv": 1.40}.get(ranker, 1.30) * len(plain)
+        assert len(pruned) <= {"border": 1.36, "conv": 1.38}.get(ranker, 1.30) * len(plain)
         assert not host_syncs(pruned)
         assert host_syncs(operators(lambda: bool(images.sum() > 0)))  # it would be seen
     assert "aten.sort.stable" in pruned  # it did select

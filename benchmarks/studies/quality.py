@@ -75,7 +75,7 @@ TITLE = "What dropping patches loses on real pictures, without training"
 BASE = "contrast"  # differences are to it
 DEFAULT = "border"
 OURS = (DEFAULT, DEFAULT + COARSE, DEFAULT + THREE)
-WITH_COARSE = (DEFAULT, "feature_contrast")  # rankers that also refine cells
+WITH_COARSE = (DEFAULT, "cell_std", "feature_contrast")  # rankers that also refine cells
 FIND_ONLY = ("pixel_std", "centre", "attention")  # judged by what they find, not by accuracy
 AT = (2.0, 2.7)  # times as fast
 

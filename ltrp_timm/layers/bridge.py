@@ -27,7 +27,8 @@ def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:
     if scores.dim() != 3 or scores.shape[1] == 0 or scores.shape[2] == 0:
         shape: List[int] = list(scores.shape)
         raise ValueError(f"a ranker must return a score map (B, h, w), got shape {shape}.")
-    scores = scores.float()
+    if scores.dtype != torch.float32:
+        scores = scores.float()
     if scores.shape[1] != h or scores.shape[2] != w:
         scores = F.interpolate(
             scores.unsqueeze(1), size=[h, w], mode="bilinear", antialias=True

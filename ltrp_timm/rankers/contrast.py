@@ -18,10 +18,11 @@ class BorderRanker(PatchSizeRanker):
     """Distance of each patch to the most similar patches on the border of the image.
 
     What has nothing like it on the border is probably an object; sky, grass and wall may all be on
-    the border at once. A patch is described by the mean and the spread of its pixels. Scores are
-    rank(distance to the nearest border patches) + 0.4 * rank(distance to the border's mean)
-    + 0.4 * rank(nearness to the centre). No weights, no training, no labels. Ranks are taken within
-    an image; so scores are not comparable between images.
+    the border at once. A patch is described by its colour, the spread of its pixels and how fine
+    its texture is. Scores are rank(distance to the nearest border patches)
+    + 0.4 * rank(distance to the border's mean) + 0.4 * rank(nearness to the centre). No weights, no
+    training, no labels. Ranks are taken within an image; so scores are not comparable between
+    images.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
@@ -119,19 +120,36 @@ class StatisticRanker(PatchSizeRanker):
 def border_scores(images: Tensor, patch_size: Tuple[int, int]) -> Tensor:
     """images (B, C, H, W) -> (B, h, w) float32: the weighted sum of three ranks."""
     h, w = grid_of(images, patch_size)
-    mean, variance = patch_statistics(images, patch_size, h, w)
-    grey = mean.mean(1, keepdim=True)
-    described = torch.cat([grey, mean - grey, variance.sqrt()], dim=1)  # (B, 2 C + 1, h, w)
-    # each by its spread over the image
-    described = torch.group_norm(described, described.shape[1], eps=1e-6)
-    nearest, to_mean = border_distances(described)
+    nearest, to_mean = border_distances(describe_patches(images, patch_size))
     centre = centre_distance(h, w, images.device).expand(images.shape[0], -1, -1)
-    parts = torch.cat([_smoothed(nearest), to_mean, centre])
+    parts = torch.cat([_smoothed(nearest), to_mean, centre]).flatten(1)
     # whole steps, far above rounding noise: flat patches must tie
-    parts = torch.nan_to_num((parts * 1024.0).round(), nan=-1.0)
-    nearest, to_mean, centre = places_in_order(parts.flatten(1)).reshape(3, -1, h, w).unbind(0)
+    places = places_in_order((parts * 1024.0).round())
+    nearest, to_mean, centre = places.reshape(3, -1, h, w).unbind(0)
     # whole numbers until the end: equal sums tie on every device
     return torch.add(nearest * 5, to_mean - centre, alpha=2) / (10 * h * w)
+
+
+def describe_patches(images: Tensor, patch_size: Tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) -> (B, C + 3, h, w) float32, each channel divided by its spread.
+
+    Lightness, colours, the spread of the pixels, and their distance to a blurred image. Patches of
+    8 pixels and more are looked at in half size: noise of the camera counts less.
+    """
+    rows, cols = patch_size
+    if rows % 2 == 0 and cols % 2 == 0 and min(rows, cols) >= 8:
+        images, rows, cols = F.avg_pool2d(images, 2), rows // 2, cols // 2
+    pixels = images if images.dtype == torch.float32 else images.float()
+    size = [rows, cols]
+    mean = F.avg_pool2d(pixels, size)
+    # negative by rounding where a patch is flat
+    variance = torch.addcmul(F.avg_pool2d(pixels.square(), size), mean, mean, value=-1.0)
+    spread = variance.mean(1, keepdim=True).clamp(min=1e-6).sqrt()
+    light, grey = mean.mean(1, keepdim=True), pixels.mean(1, keepdim=True)
+    blurred = F.avg_pool2d(grey, 3, stride=1, padding=1, count_include_pad=False)
+    detail = F.avg_pool2d((grey - blurred).abs(), size)
+    described = torch.cat([light, mean - light, spread, detail], dim=1)
+    return described / described.std([2, 3], correction=0, keepdim=True).clamp(min=1e-3)
 
 
 def contrast_scores(
@@ -216,16 +234,17 @@ def border_distances(described: Tensor) -> Tuple[Tensor, Tensor]:
     """Distances of patches (B, D, h, w) to the border, each (B, h, w).
 
     Returns:
-        The mean distance to the four nearest border patches, and the distance to their mean. A
+        The mean distance to the three nearest border patches, and the distance to their mean. A
         border patch is its own nearest one.
     """
     batch, depth, h, w = described.shape
     rows, sides = described[:, :, :: max(h - 1, 1)], described[:, :, 1:-1, :: max(w - 1, 1)]
-    ends = [each.reshape(batch, depth, 1, 1, -1) for each in (rows, sides)]
+    size = (batch, depth, 1, 1)
+    ends = [each.reshape(*size, each.shape[2] * each.shape[3]) for each in (rows, sides)]
     border = torch.cat(ends, dim=4)  # (B, D, 1, 1, R)
     # pair by pair, (B, D, h, w, R): autocast would round the operands of a matrix product
     squares = (described.unsqueeze(4) - border).square_().sum(1)
-    nearest = squares.topk(min(4, border.shape[4]), dim=3, largest=False)[0]
+    nearest = squares.topk(min(3, border.shape[4]), dim=3, largest=False)[0]
     to_mean = torch.linalg.vector_norm(described - border.mean(4), dim=1)
     return nearest.sqrt().mean(3), to_mean
 

@@ -99,10 +99,9 @@ def patches_of(index: Tensor, grid_size: Tuple[int, int], scale: int) -> Tensor:
     >>> patches_of(torch.tensor([[1]]), (4, 4), 2)
     tensor([[2, 3, 6, 7]])
     """
-    h, w = grid_size[0] // scale, grid_size[1] // scale
     every = torch.arange(grid_size[0] * grid_size[1], device=index.device).view(grid_size)
-    squares = every[: h * scale, : w * scale].reshape(h, scale, w, scale).transpose(1, 2)
-    return squares.reshape(h * w, scale * scale)[index].flatten(1)
+    squares = every.unfold(0, scale, scale).unfold(1, scale, scale)  # (h, w, scale, scale)
+    return squares.reshape(-1, scale * scale)[index].flatten(1)
 
 
 def select_cells(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:

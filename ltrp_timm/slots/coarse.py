@@ -137,7 +137,7 @@ def coarse_tokens(
         table = positions(backbone, layout.grid_size, scale)
         tokens.append(rows if table is None else rows + table[0][index])
     found = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-    return Coarse(backbone.pos_drop(found), layout)
+    return Coarse(backbone.pos_drop(found) if backbone.training else found, layout)
 
 
 def _embed(embed: Any, images: Tensor, index: Tensor) -> Tensor:

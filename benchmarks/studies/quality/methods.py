@@ -16,7 +16,7 @@ from studies.quality.judge import Encoded, encode, in_batches, normalised
 from studies.quality.material import load_backbone
 
 ORACLE, RANDOM = "the objects' masks", "random"
-WEIGHT_FREE = ("border", "contrast", "pixel_std", "centre")
+WEIGHT_FREE = ("border", "contrast", "cell_std", "pixel_std", "centre")
 COARSE, THREE = ", coarse rest", ", three scales"  # behind a ranker's name
 _BLOCKS, _RANK_SIDE = 4, 112  # of feature_contrast
 
