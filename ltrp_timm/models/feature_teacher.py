@@ -85,8 +85,7 @@ class FeatureTeacher(PatchTeacher, nn.Module):
         if self.cells is not None:
             visible_indices = self.cells.fine_patches(visible_indices)
         tokens = self.net.forward_features(images, keep_indices=visible_indices)
-        found: Tensor = self.net.forward_head(tokens, pre_logits=True)
-        return found
+        return self.net.forward_head(tokens, pre_logits=True)
 
     def without(self, images: Tensor, visible_indices: Tensor, columns: Tensor) -> Tensor:
         """Features (n, D) when the visible patch of each image at columns (n,) is taken away."""

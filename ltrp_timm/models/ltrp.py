@@ -304,14 +304,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if isinstance(x, dict):
             return naflex.choose(self, naflex.opened(self, x))
         if self._coarse is not None:
-            layout = self._layout(x, None)
-            keep = None if layout is None else layout.indices[0]
-        else:
-            keep = self._choose(x, None)
-        if keep is None:
-            h, w = self.grid_size(x)
-            keep = torch.arange(h * w, device=x.device).expand(x.shape[0], -1)
-        return keep
+            return self.token_layout(x).indices[0]
+        keep = self._choose(x, None)
+        return all_fine(self.grid_size(x), x).indices[0] if keep is None else keep
 
     @torch.jit.unused
     def token_layout(self, x: Tensor, keep_indices: Optional[Tensor] = None) -> TokenLayout:
@@ -344,12 +339,12 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             raise ValueError("rest='coarse' cannot be traced by torch.fx: use torch.export.")
         self._check_images(x)
         grid = self.grid_size(x)
-        readable = False
+        readable, n = False, grid[0] * grid[1]
         if keep_indices is not None:
-            readable = self.validate and not torch.compiler.is_compiling()
-            readable = readable or (isinstance(keep_indices, Tensor) and may_read(keep_indices))
-            check_keep_indices(keep_indices, x.shape[0], grid[0] * grid[1], fewest=0)
-            self._check_given(keep_indices, x, grid[0] * grid[1], readable)
+            check_keep_indices(keep_indices, x.shape[0], n, fewest=0)
+            validate = self.validate and not torch.compiler.is_compiling()
+            readable = validate or may_read(keep_indices)
+            self._check_given(keep_indices, x, n, readable)
         scores = partial(self._scores, x)
         return self._coarse.layout(
             grid, self._keep_ratio, scores, self._seed(), keep_indices, readable
@@ -368,11 +363,11 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         n = h * w
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):
-                return given_or_chosen(keep_indices, self._rank_and_select(x, n), n)
+                return given_or_chosen(keep_indices, self.select(self._scores(x), x), n)
         if keep_indices is None:
             if self._keep_ratio == 1.0:
                 return None
-            keep_indices = self._rank_and_select(x, n)
+            keep_indices = self.select(self._scores(x), x)
             if keep_indices.shape[1] == n:
                 return None
         else:
@@ -384,9 +379,6 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                 if bool((keep_indices == torch.arange(n)).all()):
                     return None
         return keep_indices
-
-    def _rank_and_select(self, x: Tensor, n: int) -> Tensor:
-        return self.select(self._scores(x), x)
 
     def _scores(self, x: Tensor) -> Tensor:
         """The ranker's scores (B, N), or zeros if they do not decide."""
@@ -416,7 +408,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                 f"images must be floating point, got {x.dtype}; normalise pixels of 0 to 255 as "
                 "(pixels / 255 - mean) / std, with mean and std of model.data_config()."
             )
-        embed = getattr(self.backbone, self._adapter.patch_embed)
+        embed = self._adapter.embed_of(self.backbone)
         strict = getattr(embed, "strict_img_size", False)
         size = tuple(x.shape[-2:])
         if strict and embed.img_size is not None and size != tuple(embed.img_size):
@@ -490,16 +482,13 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         """Images (B, C, H, W) -> prefix and kept tokens (B, P + K, D) after the final norm."""
         if isinstance(x, dict):
             return naflex.forward_features(self, x, keep_indices)  # type: ignore[return-value]
-        out: Tensor = self._run(self.backbone.forward_features, x, keep_indices)[0]
-        return out
+        return self._run(self.backbone.forward_features, x, keep_indices)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, P + K, D) -> (B, num_classes), or pooled (B, D) with ``pre_logits``."""
         if isinstance(x, dict):
-            out: Tensor = self.backbone.forward_head(**x, pre_logits=pre_logits)
-        else:
-            out = self.backbone.forward_head(x, pre_logits=pre_logits)
-        return out
+            return self.backbone.forward_head(**x, pre_logits=pre_logits)
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
 
     def forward_intermediates(
         self,
@@ -676,5 +665,4 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         This model cannot run afterwards.
         """
         swap_back(self.backbone, self._swaps)
-        backbone: nn.Module = self.backbone
-        return backbone
+        return self.backbone

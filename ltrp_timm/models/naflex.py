@@ -82,30 +82,13 @@ def _chosen(
 ) -> Iterator[Tuple[Tensor, Tensor]]:
     """Keep indices of images of one size, in groups that keep equally many, and the groups."""
     h, w = model.grid_size(images)
-    if scores is not None:
-        scores = scores[:, : h * w]
+    scores = model._scores(images) if scores is None else scores[:, : h * w]
     if not model._counts_vary(None):
-        everything = torch.arange(images.shape[0])
-        if scores is None:
-            yield everything, model._rank_and_select(images, h * w)
-        else:
-            yield everything, model.select(scores, images)
+        yield torch.arange(images.shape[0]), model.select(scores, images)
         return
-    scores = model.patch_scores(images) if scores is None else scores
     for k, part in buckets_of(model._counts(scores))[0]:
         rule, args = model.selection, model._selection_args
         yield part.cpu(), select(scores[part], k, rule, args, (h, w), images[part])
-
-
-def given_or_chosen(
-    model: "LTRPModel", batch: NaFlexBatch, given: Optional[Tensor]
-) -> Optional[Tensor]:
-    """Given or chosen keep indices (B, K); None if all patches stay, without ranking."""
-    if given is not None:
-        check_keep_indices(given, *batch.patch_valid.shape)
-        check_kept(given, batch)
-        return given
-    return None if model.keep_ratio == 1.0 else choose(model, batch)
 
 
 def forward_features(
@@ -113,6 +96,9 @@ def forward_features(
 ) -> Dict[str, Tensor]:
     """Kept tokens "patches" (B, P + K, D) and their "patch_valid" (B, K)."""
     found = opened(model, batch)
-    keep = given_or_chosen(model, found, given)
-    slot = model._adapter.slots(model.backbone)[0]
-    return run_batch(model.backbone, slot, found, keep)
+    if given is not None:
+        check_keep_indices(given, *found.patch_valid.shape)
+        check_kept(given, found)
+    elif model.keep_ratio < 1.0:
+        given = choose(model, found)
+    return run_batch(model.backbone, model._adapter.slots(model.backbone)[0], found, given)

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -20,6 +20,8 @@ from ltrp_timm.weights.files import PathLike, load_strictly, read_weights
 from ltrp_timm.weights.hub import hub_errors
 
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+_RANKER, _REST = ("ranker", "ranker_weights", "ranker_args"), ("rest", "scales", "size_bias")
+_FRONT_END = (*_RANKER, "keep_ratio", "selection", *_REST)
 
 
 def is_source(name: str) -> bool:
@@ -50,14 +52,6 @@ def open_model(
     pretrained: bool | None = None,
     checkpoint: PathLike | None = None,
     plain: bool = False,
-    ranker: str | nn.Module | None = None,
-    ranker_weights: bool | PathLike | None = None,
-    ranker_args: Mapping[str, Any] | None = None,
-    keep_ratio: float | None = None,
-    selection: str | None = None,
-    rest: str | None = None,
-    scales: Sequence[int] | None = None,
-    size_bias: float | None = None,
     **kwargs: Any,
 ) -> tuple[Any, str | None]:
     """Build a model by name and load its weights. Arguments that are None are left out.
@@ -72,15 +66,9 @@ def open_model(
             holds its weights under "model" as MAE's and LTRP's authors do: without antialiasing.
             ``num_classes`` is that of the file's head, unless it is given.
         plain: leave a timm model as it is; otherwise patches are dropped from it.
-        ranker: replaces the model's ranker (a timm model has the default of ``drop_patches``).
-        ranker_weights: as in ``drop_patches``.
-        ranker_args: as in ``drop_patches``.
-        keep_ratio: replaces the model's.
-        selection: replaces the model's.
-        rest: replaces the model's, "drop" or "coarse".
-        scales: as in ``drop_patches``.
-        size_bias: as in ``drop_patches``.
-        **kwargs: arguments of ``timm.create_model`` (``img_size``, ``num_classes``, …).
+        **kwargs: ``ranker``, ``ranker_weights``, ``ranker_args``, ``keep_ratio``, ``selection``,
+            ``rest``, ``scales`` and ``size_bias`` of ``drop_patches``, which replace the model's;
+            and arguments of ``timm.create_model`` (``img_size``, ``num_classes``, …).
 
     Returns:
         The model in eval mode, and where its backbone's weights are from (None: they are random).
@@ -92,39 +80,29 @@ def open_model(
         OSError: a file does not exist, or the Hub refuses or does not answer.
     """
     check_name(name)
-    given = {
-        "ranker": ranker,
-        "ranker_weights": ranker_weights,
-        "ranker_args": ranker_args,
-        "keep_ratio": keep_ratio,
-        "selection": selection,
-        "rest": rest,
-        "scales": scales,
-        "size_bias": size_bias,
-    }
-    front = {key: value for key, value in given.items() if value is not None}
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    front = {key: given.pop(key) for key in _FRONT_END if key in given}
     if plain and front:
         raise ValueError(f"{', '.join(front)}: patches are not dropped from a plain model.")
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained and checkpoint both name weights: give one, not both.")
-    if pretrained and isinstance(ranker, str) and ranker_weights is None:
-        if ranker_class(ranker).has_published_weights:
+    if pretrained and isinstance(front.get("ranker"), str) and "ranker_weights" not in front:
+        if ranker_class(front["ranker"]).has_published_weights:
             front["ranker_weights"] = True
     if checkpoint is None:
         with _known_errors(name):
-            model, origin = _create(name, pretrained, plain, front, kwargs)
+            model, origin = _create(name, pretrained, plain, front, given)
         published = (model.pretrained_cfg or {}).get("num_classes")
         if origin and model.num_classes not in (0, published):
             origin += f"; the head for {model.num_classes} classes is new and random"
         return model.eval(), origin
     found = read_weights(checkpoint)
-    if ranker_weights is not None and any(key.startswith("ranker.") for key in found.tensors):
+    if "ranker_weights" in front and any(key.startswith("ranker.") for key in found.tensors):
         raise ValueError(f"{checkpoint} has a ranker: leave ranker_weights (--ranker-weights) out.")
     if not is_source(name):
-        kwargs.setdefault("num_classes", _num_classes(name, found.tensors))
+        given.setdefault("num_classes", _num_classes(name, found.tensors))
     with _known_errors(name):
-        model, _ = _create(name, False, plain, front, kwargs)
+        model, _ = _create(name, False, plain, front, given)
     fit = checkpoint_filter_fn if isinstance(model, LTRPModel) else backbone_filter
     load_strictly(model, fit(found.tensors, model, not found.by_authors), str(checkpoint))
     average = " (average of the weights)" if found.averaged else ""
@@ -138,13 +116,13 @@ def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
     """
     if not isinstance(found, LTRPModel):
         return drop_patches(found, **front)
-    coarse = {"rest", "scales", "size_bias"} & set(front)
-    if coarse or {"ranker", "ranker_weights", "ranker_args"} & set(front):
+    coarse, ranker = set(_REST) & set(front), set(_RANKER) & set(front)
+    if coarse or ranker:
         name = front.get("ranker") or getattr(found.ranker, "name", "")
         own = {**found.settings(), "validate": found.validate}
         if coarse:  # fixed when a model is built
             own = {key: own[key] for key in own if key not in ("scales", "size_bias", "fill")}
-        if coarse and not {"ranker", "ranker_weights", "ranker_args"} & set(front):
+        if not ranker:
             name = found.ranker
         if front.get("selection", found.selection) != found.selection:
             own.pop("selection_args")

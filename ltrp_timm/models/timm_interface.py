@@ -108,8 +108,7 @@ class TimmInterface(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The backbone's classifier (a pair for distilled models)."""
-        classifier: nn.Module = self.backbone.get_classifier()
-        return classifier
+        return self.backbone.get_classifier()
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -155,7 +154,7 @@ class TimmInterface(nn.Module):
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
         """Remove the backbone's layers behind the last of ``indices``; returns the used indices."""
-        taken: List[int] = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         self._copy_from_backbone()
         return taken
 

@@ -127,8 +127,7 @@ def restore_visual_tokens(model: Any) -> nn.Module:
         raise TypeError("this model drops no visual tokens.")
     host.multi_modal_projector.pooling = host.multi_modal_projector.pooling.pooling
     host.vision_tower.timm_model = tower.model.restore()
-    backbone: nn.Module = host.vision_tower.timm_model
-    return backbone
+    return host.vision_tower.timm_model
 
 
 def num_visual_tokens(model: Any, image_size: Union[int, Tuple[int, int], None] = None) -> int:
