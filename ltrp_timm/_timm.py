@@ -89,8 +89,7 @@ def backbone_filter(
             options = {"adapt_layer_scale": True, "antialias": antialias}
             known = inspect.signature(fn).parameters
             options = {name: value for name, value in options.items() if name in known}
-            out: Dict[str, Any] = fn(state_dict, backbone, **options)
-            return out
+            return fn(state_dict, backbone, **options)
     return state_dict
 
 

@@ -32,7 +32,7 @@ from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import CachedTransform, IndexCache, cached_transform
-from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids, ranks_of
+from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids
 from ltrp_timm.scoring.transform import FollowedTransform, trace
 from ltrp_timm.train.finetune import finetune
 from ltrp_timm.weights.files import ranker_hash
@@ -172,11 +172,6 @@ def test_what_cannot_be_followed_is_named() -> None:
             auto_augment="rand-m9-mstd0.5-inc1",
         )
     )
-
-
-def test_ranks_are_places_in_the_order() -> None:
-    scores = torch.tensor([[0.5, float("nan"), 0.5, 2.0]])
-    assert ranks_of(scores).tolist() == [[1, 3, 2, 0]]
 
 
 @pytest.mark.parametrize("selection", ["top", "mixed", "stratified"])

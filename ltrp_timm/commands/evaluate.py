@@ -186,7 +186,9 @@ class Evaluation:
         self.images: Any = _open_images(options)
         self.model, self.weights = _open_model(options)
         self.model.to(world.device)
-        names = _class_names(options, self.model)
+        names = (self.model.pretrained_cfg or {}).get("label_names")
+        if options.class_map is not None:
+            names = read_names(options.class_map)
         self.matched = self.images.match(self.model.num_classes, names)
         self.ratios = _keep_ratios(options, self.model)
         # method and keep ratio -> the plain model on smaller images, and their size
@@ -242,14 +244,11 @@ class Evaluation:
         """Run the model at a keep ratio, or on smaller images."""
         model, keep_ratio = self.model, case[1]
         with autocast(self.world.device, self.options.precision):
-            logits: Tensor
             if case in self.smaller:
                 plain, size = self.smaller[case]
-                logits = plain(batch.others[size])
-                return logits
+                return plain(batch.others[size])
             if not isinstance(model, LTRPModel):
-                logits = model(batch.images)
-                return logits
+                return model(batch.images)
             if keep_ratio == 1.0:
                 return model.backbone(batch.images)  # the plain model, whatever the selection
             if model.keep_ratio != keep_ratio:
@@ -396,12 +395,14 @@ class Evaluation:
         """What the figures depend on."""
         model, options, world = self.model, self.options, self.world
         ranker = getattr(model, "ranker", None)
+        settings = model.settings() if isinstance(model, LTRPModel) else {}
         return {
             "model": options.model,
             "weights": self.weights or "random",
             "ranker": ranker and getattr(ranker, "name", type(ranker).__name__),
             "selection": getattr(model, "selection", None),
-            **_rest_of(model),
+            "rest": getattr(model, "rest", None),
+            **{name: settings[name] for name in ("scales", "size_bias") if name in settings},
             "index_cache": options.index_cache is not None,
             "data": options.data,
             "split": options.split,
@@ -412,13 +413,6 @@ class Evaluation:
             "processes": world.size,
             **environment(world.device),
         }
-
-
-def _rest_of(model: Any) -> dict[str, Any]:
-    """What becomes of patches that are not kept; None for a plain model."""
-    settings = model.settings() if isinstance(model, LTRPModel) else {}
-    names = [name for name in ("scales", "size_bias") if name in settings]
-    return {"rest": getattr(model, "rest", None), **{name: settings[name] for name in names}}
 
 
 def _open_images(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
@@ -445,13 +439,6 @@ def _open_model(options: EvaluateOptions) -> tuple[Any, str | None]:
     if not getattr(model, "num_classes", 0):
         raise ValueError(f"MODEL {printable(options.model)} has no classes: it gives features.")
     return model, weights
-
-
-def _class_names(options: EvaluateOptions, model: Any) -> Any:
-    """Class names of ``--class-map``, else those stored with the model."""
-    if options.class_map is None:
-        return (model.pretrained_cfg or {}).get("label_names")
-    return read_names(options.class_map)
 
 
 def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:

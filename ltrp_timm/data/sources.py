@@ -27,6 +27,8 @@ SCALE = (0.2, 1.0)  # of the published crops
 class Sources:
     """Batches to train on and to measure with.
 
+    The arguments from ``batch_size`` to ``seed`` are those of training's ``Settings``.
+
     Args:
         train: data set to train on, see ``open_dataset``; or ``Images`` of it; or a stream.
         held_out: data set to measure with, no stream; None holds out a share of ``train``.
@@ -36,12 +38,6 @@ class Sources:
         img_size: (H, W) of transformed pictures.
         min_side: smallest side of a readable picture, in pixels.
         labelled: whether samples of a stream carry their targets.
-        batch_size: images of one process at a time (default: 64, or fewer if there are fewer).
-        accumulate: batches per update.
-        holdout: share of ``train`` to hold out.
-        num_samples: length of a stream that does not know its length.
-        num_workers: processes that read images.
-        seed: seed of everything that is drawn.
         crops: how many random crops of an image epochs show in turn; None draws new ones. A stream
             always draws new ones.
 

@@ -196,5 +196,4 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
 
 
 def _device(model: LTRPModel) -> torch.device:
-    device: torch.device = next(model.backbone.parameters()).device
-    return device
+    return next(model.backbone.parameters()).device

@@ -198,8 +198,7 @@ def _load_compiled(path: PathLike) -> tuple[Callable[[Tensor], Tensor], dict[str
         device = known.get("AOTI_DEVICE_KEY", images.device.type)
         if images.device.type != device:
             raise ValueError(f"the file runs on {device}, got images on {images.device.type}.")
-        logits: Tensor = module(images.contiguous())
-        return logits
+        return module(images.contiguous())
 
     return run, metadata
 

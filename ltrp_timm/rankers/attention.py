@@ -55,7 +55,10 @@ class AttentionRanker(SizedRanker):
             raise ValueError(f"block must lie in {-depth} … {depth - 1}, got {block!r}.")
         self.block = block % depth
         self.heads = _head_indices(heads, self.backbone.blocks[self.block])
-        _cut(self.backbone, self.block, self.heads or ())
+        blocks = self.backbone.blocks[: self.block + 1]
+        end = ClassTokenAttention(blocks[-1], self.backbone.num_prefix_tokens, self.heads or ())
+        blocks[-1] = end.train(self.backbone.training)
+        self.backbone.blocks = blocks  # forward_features then returns the class token's attention
         self.end_before_head()
 
     def check(self, net: Any) -> None:
@@ -83,13 +86,6 @@ class AttentionRanker(SizedRanker):
         """images (B, C, H, W) of ``img_size`` -> score map (B, h, w) float32, its sum below 1."""
         h, w = self.backbone.patch_embed.grid_size
         return self.backbone.forward_features(images).reshape(-1, h, w)
-
-
-def _cut(backbone: Any, block: int, heads: Sequence[int]) -> None:
-    """End a model at a block: ``forward_features`` then returns the class token's attention."""
-    end = ClassTokenAttention(backbone.blocks[block], backbone.num_prefix_tokens, heads)
-    backbone.blocks = backbone.blocks[: block + 1]
-    backbone.blocks[block] = end.train(backbone.training)
 
 
 def _head_indices(heads: Union[int, Sequence[int], None], block: Any) -> Optional[List[int]]:

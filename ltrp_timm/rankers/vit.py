@@ -94,5 +94,4 @@ class VitRanker(Ranker, VisionTransformer):
 
     @torch.jit.unused
     def _visible_features(self, x: Tensor, visible_indices: Optional[Tensor]) -> Tensor:
-        out: Tensor = run_with_slots([self.patch_drop], visible_indices, self.forward_features, x)
-        return out
+        return run_with_slots([self.patch_drop], visible_indices, self.forward_features, x)

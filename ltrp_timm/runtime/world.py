@@ -48,8 +48,7 @@ class World:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        sums: list[float] = tensor.tolist()
-        return sums
+        return tensor.tolist()
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run an action on rank 0; every process returns its result or raises its exception.
@@ -70,8 +69,7 @@ class World:
                 )
         if outcome[1] is not None:
             raise outcome[1]
-        result: T = outcome[0]
-        return result
+        return outcome[0]
 
     def barrier(self) -> None:
         """Wait until every process is here."""

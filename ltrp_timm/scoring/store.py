@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ltrp_timm._text import one_line, printable
 from ltrp_timm.data.images import Images
-from ltrp_timm.selection.rules import best_first
 from ltrp_timm.weights.files import ranker_hash, write_atomically, write_text
 from ltrp_timm.weights.untrusted import parse_json
 
@@ -84,17 +83,6 @@ def _size_and_time(sample: Any) -> tuple[int, int]:
     except OSError:  # reading the image reports it
         return -1, 0
     return status.st_size, status.st_mtime_ns
-
-
-def ranks_of(scores: Tensor) -> Tensor:
-    """Scores (B, N) -> the place of each patch in their order (B, N) int64; 0 is the best.
-
-    Ties and NaN are ordered as in every selection: the lower index first, NaN last.
-
-    >>> ranks_of(torch.tensor([[0.1, 0.9, 0.5]]))
-    tensor([[2, 0, 1]])
-    """
-    return best_first(scores).argsort(dim=1)
 
 
 def begin(
@@ -274,8 +262,7 @@ def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> _Array:
 
 
 def _writable(path: Path) -> _Array:
-    array: _Array = np.lib.format.open_memmap(path, mode="r+")
-    return array
+    return np.lib.format.open_memmap(path, mode="r+")
 
 
 class IndexCache:

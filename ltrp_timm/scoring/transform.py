@@ -26,8 +26,9 @@ from ltrp_timm.data.images import Images
 from ltrp_timm.data.keyed import Transform
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import restored
-from ltrp_timm.scoring.store import IndexCache, image_ids, ranks_of
+from ltrp_timm.scoring.store import IndexCache, image_ids
 from ltrp_timm.selection.registry import SELECTIONS
+from ltrp_timm.selection.rules import best_first
 
 Matrix = tuple[float, float, float, float, float, float]
 _Points = npt.NDArray[np.float64]
@@ -321,7 +322,7 @@ class CachedTransform:
         if self.follow is None:
             return self.transform(picture), self.cache.scores(self.rows[index])
         image, steps = self.follow(picture)
-        ranks = ranks_of(self.cache.scores(self.rows[index])[None])
+        ranks = best_first(self.cache.scores(self.rows[index])[None]).argsort(dim=1)
         return image, self._sampled(ranks, steps, picture.size)
 
     def _sampled(self, ranks: Tensor, steps: Sequence[Step], size: tuple[int, int]) -> Tensor:

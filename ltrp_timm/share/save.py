@@ -106,7 +106,8 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         _save(model, Path(folder), model_card, True, repo_id, evaluation)
-        return _upload(folder, repo_id, private, token, revision, overwrite)
+        options = {"private": private, "token": token, "overwrite": overwrite}
+        return _upload(folder, repo_id, revision, **options)
 
 
 def push_folder(directory: PathLike, repo_id: str, **options: Any) -> str:
@@ -133,16 +134,9 @@ def push_folder(directory: PathLike, repo_id: str, **options: Any) -> str:
         return _upload(staged, repo_id, **options)
 
 
-def _upload(
-    folder: str,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
-) -> str:
-    settings = (repo_id, private, token, revision, overwrite)
-    name = hub.upload(Path(folder), FILES, *settings, keep=(CARD_NAME,))
+def _upload(folder: str, repo_id: str, revision: str | None = None, **options: Any) -> str:
+    options = {"revision": revision, "keep": (CARD_NAME,), **options}
+    name = hub.upload(Path(folder), FILES, repo_id, **options)
     return f"{hub.PREFIX}{name}" + (f"@{revision}" if revision else "")
 
 

@@ -176,5 +176,4 @@ class _Checkpointed(nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Tokens (B, L, D) -> (B, L, D)."""
-        out: Tensor = checkpoint(self.block, x, **kwargs)
-        return out
+        return checkpoint(self.block, x, **kwargs)

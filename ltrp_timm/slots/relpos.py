@@ -107,8 +107,7 @@ class KeptPairsAttention(RelPosAttention):
             self.rel_pos.keep_indices = shared_rel_pos
         else:
             self._fill(shared_rel_pos)
-        out: Tensor = self._timm_forward(x)
-        return out
+        return self._timm_forward(x)
 
 
 class RelPosAdapter(SlotAdapter):

@@ -4,7 +4,7 @@ timm drops patches of ViT and Eva in a place made for it, ``patch_drop``; Eva ga
 embedding itself. CaiT has no ``patch_drop``, and no class token where it adds positions.
 """
 
-from typing import Any, ClassVar, Dict, Optional, Tuple
+from typing import Any, ClassVar, Dict, Optional, Tuple, Type
 
 import torch
 from timm.models.cait import Cait
@@ -57,6 +57,7 @@ class VitAdapter(SlotAdapter):
     family = "VisionTransformer"
     host = VisionTransformer
     places: Tuple[str, ...] = ("patch_drop",)
+    slot: Type[TokenSlot] = TokenSlot
     first_kind = FirstTokens
     how = "in timm's own slot, `patch_drop`"
     examples: ClassVar = {
@@ -74,7 +75,7 @@ class VitAdapter(SlotAdapter):
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot."""
-        return {"patch_drop": TokenSlot(backbone.num_prefix_tokens)}
+        return {"patch_drop": self.slot(backbone.num_prefix_tokens)}
 
     def check(self, backbone: Any) -> None:
         """Raise TypeError if ``patch_drop`` is in use."""
@@ -86,6 +87,7 @@ class EvaAdapter(VitAdapter):
 
     family = "Eva"
     host = Eva
+    slot: Type[TokenSlot] = TokenSlotWithIndices
     first_kind = FirstTokensWithIndices
     how = "in timm's own slot, `patch_drop`; the RoPE follows"
     examples: ClassVar = {
@@ -100,28 +102,24 @@ class EvaAdapter(VitAdapter):
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, which also returns the indices."""
         make_rope_gather_a_leaf()
-        return {"patch_drop": TokenSlotWithIndices(backbone.num_prefix_tokens)}
+        return super().modules(backbone)
 
 
 class CoarseVitAdapter(VitAdapter):
     """A ViT with tokens of several scales."""
 
-    def modules(self, backbone: Any) -> Dict[str, nn.Module]:
-        """The tokens' slot."""
-        return {"patch_drop": CoarseSlot(backbone.num_prefix_tokens)}
+    slot = CoarseSlot
 
 
 class CoarseEvaAdapter(EvaAdapter):
     """An Eva with tokens of several scales; its RoPE has an embedding for each of them."""
 
     places = ("patch_drop", "rope")
+    slot = CoarseSlotWithIndices
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, and the rotary embedding of all scales."""
-        make_rope_gather_a_leaf()
-        found: Dict[str, nn.Module] = {
-            "patch_drop": CoarseSlotWithIndices(backbone.num_prefix_tokens)
-        }
+        found = super().modules(backbone)
         if backbone.rope is not None:
             found["rope"] = as_slot(backbone.rope, TWINS[type(backbone.rope)])
         return found

@@ -76,8 +76,7 @@ def create_teacher(
         **_normalisation(found.path),
     }
     args = infer_args(plain, {**check_saved_args(saved, text, _SAVED), **kwargs}, text)
-    teacher: MAETeacher = build_and_load(MAETeacher, args, plain, text, _fit_positions)
-    return teacher
+    return build_and_load(MAETeacher, args, plain, text, _fit_positions)
 
 
 def _normalisation(path: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +213,8 @@ class MultiLabelTask(ClassifyTask):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loss_name, self.loss_function, self.chance = loss, multi_label_loss(loss), None
-        self.seen_classes = seen_classes
-        self.counters: dict[str, PrecisionCounter] = {}
+        new = partial(PrecisionCounter, self.class_names, seen_classes)
+        self.counters: defaultdict[str, PrecisionCounter] = defaultdict(new)
         self.absent: tuple[str, ...] = ()
 
     def config(self) -> dict[str, Any]:
@@ -228,41 +230,33 @@ class MultiLabelTask(ClassifyTask):
         targets, out = self.checked_targets(batch), {}
         for name in self.budgets(model):
             logits = model(batch.images).float()
-            self._counter(name).add(logits, targets, batch.indices, batch.real)
+            self.counters[name].add(logits, targets, batch.indices, batch.real)
             pairs = zip(logits.split(1), targets.split(1))
             out[f"loss{name}"] = torch.stack([self.loss_function(*pair) for pair in pairs])
         return out
-
-    def _counter(self, name: str) -> PrecisionCounter:
-        if name not in self.counters:
-            self.counters[name] = PrecisionCounter(self.class_names, self.seen_classes)
-        return self.counters[name]
 
     def measure_set(self, world: World) -> dict[str, float]:
         """The mAP over the images of all processes at each keep ratio; with several, their mean."""
         out: dict[str, float] = {}
         for name in self.budget_names:
-            found = self._counter(name).total(world)
+            found = self.counters[name].total(world)
             out |= {f"{mean}{name}": value for mean, value in found.row().items()}
             if world.main and found.absent != self.absent:  # once: the images stay the same
                 names = first_names(found.absent)
                 say(f"excluded from the mAP, no held-out image has them: {names}")
             self.absent = found.absent
-        self.counters = {}
+        self.counters.clear()
         each = [value for mean, value in out.items() if mean.startswith("map@")]
         return {**out, "map": sum(each) / len(each)} if each else out
 
     def label_captions(self, targets: Tensor) -> list[str]:
-        """The classes of each image, by its labels."""
-        return [self._listed(row) for row in targets > 0]
+        """The classes of each image by its labels; by logits the likely ones, likeliest first."""
+        lines = []
+        for values in targets.tolist():
+            found = sorted((-value, number) for number, value in enumerate(values) if value > 0)
+            lines.append(first_names([self.class_names[n] for _, n in found], _MAX_NAMES) or "none")
+        return lines
 
     def prediction_captions(self, logits: Tensor) -> list[str]:
-        """The classes of each image that the model finds likely, most likely first."""
-        return [self._listed(row > 0, row) for row in logits]
-
-    def _listed(self, has: Tensor, by: Tensor | None = None) -> str:
-        numbers = has.nonzero().flatten().tolist()
-        if by is not None:
-            numbers.sort(key=lambda number: -float(by[number]))
-        shown = ", ".join(self.class_names[number] for number in numbers[:_MAX_NAMES])
-        return (shown + (", …" if len(numbers) > _MAX_NAMES else "")) or "none"
+        """The classes of each image that the model finds likely."""
+        return self.label_captions(logits)

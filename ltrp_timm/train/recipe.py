@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -31,6 +30,7 @@ from ltrp_timm.train.settings import (
     check_fields,
     make_settings,
 )
+from ltrp_timm.weights.files import PathLike
 
 DEFAULTS: dict[str, Any] = {
     "epochs": 50,
@@ -46,7 +46,6 @@ MULTI_LABEL_DEFAULTS: dict[str, Any] = {
     "ema_decay": 0.9997,
 }
 MULTI_LABEL_KEEP_RATIO = 0.75
-Source = str | os.PathLike[str]
 Schedule = Literal["linear", "cosine"]
 Rest = Literal["drop", "coarse"]
 _FRONT = ("ranker", "ranker_weights", "selection", "rest", "scales", "size_bias")
@@ -108,14 +107,14 @@ class Recipe:
 
     num_classes: Annotated[int, "at least 2"] | None = None
     pretrained: bool = False
-    checkpoint: Source | None = None
+    checkpoint: PathLike | None = None
     ranker: str | None = None
-    ranker_weights: Source | bool | None = None
+    ranker_weights: PathLike | bool | None = None
     selection: str | None = None
     rest: Rest | None = None
     scales: Sequence[int] | None = None
     size_bias: float | None = None
-    index_cache: Source | None = None
+    index_cache: PathLike | None = None
     keep_ratio: float | Sequence[float] | None = None
     keep_schedule: Schedule | None = None
     keep_schedule_epochs: int | None = None
@@ -131,10 +130,10 @@ class Recipe:
     grad_checkpointing: bool = False
     channels_last: bool = False
     multi_label: bool = False
-    labels: Source | None = None
-    val_labels: Source | None = None
+    labels: PathLike | None = None
+    val_labels: PathLike | None = None
     skip_absent: bool = False
-    seen_classes: Source | None = None
+    seen_classes: PathLike | None = None
     loss: MultiLabelLoss | None = None
     head: Head | None = None
     head_args: Mapping[str, Any] | None = None
