@@ -25,7 +25,7 @@ from train_setup import distance, make_photos, weights
 from ltrp_timm import AdaptiveBudget, drop_patches
 from ltrp_timm.commands import main
 from ltrp_timm.data.images import Images, open_dataset
-from ltrp_timm.data.keyed import HELD_OUT, Batch, HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.data.keyed import HELD_OUT, Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.metrics import spearman
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers.base import Ranker
@@ -69,7 +69,7 @@ def eval_transform(model: Any) -> Any:
 
 def whole_batch(transform: Any, images: Images) -> Batch:
     keyed = KeyedImages(images, range(len(images)), transform, 0, (3, 64, 64))
-    sampler = HeldOutSampler(len(images), World(0, 1, CPU))
+    sampler = held_out_keys(len(images), World(0, 1, CPU))
     (sample,) = make_loader(keyed, sampler, batch_size=len(images), device=CPU)
     return Batch(sample, 0, HELD_OUT, CPU)
 

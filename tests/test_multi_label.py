@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from train_setup import make_photos
 
-from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.data.multi_label import open_multi_label
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.losses import multi_label_loss
@@ -83,7 +83,7 @@ def test_a_bad_image_is_named_and_counts_nowhere(tmp_path: Path) -> None:
     (folder / "001.png").write_text("text")
     images = open_multi_label(folder, table(tmp_path, TEXT))
     keyed = KeyedImages(images, range(3), EVAL, 0, (3, 32, 32))
-    loader = make_loader(keyed, HeldOutSampler(3, World(0, 1, CPU)), batch_size=2, device=CPU)
+    loader = make_loader(keyed, held_out_keys(3, World(0, 1, CPU)), batch_size=2, device=CPU)
     batches = [Batch(sample, 0, -1, CPU) for sample in loader]
     assert [problem for batch in batches for problem in batch.problems] == [
         "001.png: is not an image in a known format."

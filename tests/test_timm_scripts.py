@@ -26,7 +26,7 @@ from torch import nn
 from train_setup import make_photos
 
 import ltrp_timm
-from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.data.labels import open_labelled
 from ltrp_timm.measure.accuracy import measure_all
 from ltrp_timm.runtime.world import World
@@ -130,7 +130,7 @@ def our_accuracy(model: Any, folder: Path, config: dict[str, Any]) -> float:
     images = open_labelled(folder / "set", split="validation")
     transform = timm.data.create_transform(**config, is_training=False)
     keyed = KeyedImages(images, range(len(images)), transform, 0, (3, 64, 64))
-    sampler = HeldOutSampler(len(images), World(0, 1, CPU))
+    sampler = held_out_keys(len(images), World(0, 1, CPU))
     batches = [Batch(s, 0, -1, CPU) for s in make_loader(keyed, sampler, batch_size=4, device=CPU)]
     with torch.inference_mode():
         results, _ = measure_all({1.0: lambda b: model(b.images)}, batches, World(0, 1, CPU))

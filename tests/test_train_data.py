@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from train_setup import QUIET, make_photos, run, same_bits, weights
 
 from ltrp_timm.data.images import Images, open_dataset, split_indices
-from ltrp_timm.data.keyed import HELD_OUT, HeldOutSampler, KeyedImages, KeyedSampler, make_loader
+from ltrp_timm.data.keyed import HELD_OUT, KeyedImages, KeyedSampler, held_out_keys, make_loader
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.runtime.keyed_rng import generators, sample_seed, seeded
 from ltrp_timm.runtime.world import World
@@ -120,7 +120,7 @@ def test_processes_share_what_one_would_do() -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(5, 2), (1, 3), (6, 2)])
 def test_held_out_samples_come_once(count: int, size: int) -> None:
-    every = [key for rank in range(size) for key in HeldOutSampler(count, World(rank, size, CPU))]
+    every = [key for rank in range(size) for key in held_out_keys(count, World(rank, size, CPU))]
     assert sorted(every) == [(HELD_OUT, place) for place in range(count)]
 
 
@@ -287,7 +287,7 @@ def test_a_tar_that_was_read_before_serves_workers(photos: Path, tmp_path: Path)
     tar = tarred(photos, tmp_path / "photos.tar")
     dataset = keyed(tar)
     expected = [dataset[0, place]["image"] for place in range(11)]  # opened here
-    sampler = HeldOutSampler(11, World(0, 1, CPU))
+    sampler = held_out_keys(11, World(0, 1, CPU))
     loader = DataLoader(dataset, sampler=[(0, place) for _, place in sampler], num_workers=2)
     for sample, image in zip(loader, expected):
         assert torch.equal(sample["image"][0], image)

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from train_setup import make_photos
 
 from ltrp_timm.data.images import open_dataset
-from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, KeyedStream, make_loader
+from ltrp_timm.data.keyed import Batch, KeyedImages, KeyedStream, held_out_keys, make_loader
 from ltrp_timm.data.labels import ClassData, LabelledImages, match_classes, open_labelled
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_all
@@ -34,7 +34,7 @@ def make_classes(folder: Path, **counts: int) -> Path:
 def batches(images: LabelledImages, size: int, world: World | None = None) -> list[Batch]:
     world = world or World(0, 1, CPU)
     keyed = KeyedImages(images, range(len(images)), EVAL, 0, (3, 32, 32))
-    loader = make_loader(keyed, HeldOutSampler(len(images), world), batch_size=size, device=CPU)
+    loader = make_loader(keyed, held_out_keys(len(images), world), batch_size=size, device=CPU)
     return [Batch(sample, 0, -1, CPU) for sample in loader]
 
 

@@ -24,7 +24,7 @@ from ltrp_timm.commands._console import (
     size_text,
 )
 from ltrp_timm.commands._flags import PathName, Positive, add_command
-from ltrp_timm.data.keyed import Batch, HeldOutSampler, KeyedImages, make_loader
+from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.data.label_files import SEPARATOR, read_names
 from ltrp_timm.data.labels import LabelledImages, open_labelled
 from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
@@ -224,7 +224,7 @@ class Evaluation:
         workers, device = self.options.num_workers, self.world.device
         if workers is None:
             workers = 0 if device.type == "cpu" else NUM_WORKERS
-        sampler = HeldOutSampler(len(self.keyed), self.world)
+        sampler = held_out_keys(len(self.keyed), self.world)
         size = max(1, min(self.options.batch_size, len(sampler)))
         loader = make_loader(
             self.keyed, sampler, batch_size=size, device=device, num_workers=workers

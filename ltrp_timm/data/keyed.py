@@ -4,7 +4,7 @@ A sample depends only on the seed, the epoch and its image, not on the process o
 it; see ``ltrp_timm.runtime.keyed_rng``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -180,22 +180,14 @@ class KeyedSampler(Sampler[tuple[int, int]]):
         return self.per_epoch - self.start
 
 
-class HeldOutSampler(Sampler[tuple[int, int]]):
-    """Each held-out sample in exactly one process, without padding."""
-
-    def __init__(self, count: int, world: World) -> None:
-        self.places = range(world.rank, count, world.size)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((HELD_OUT, place) for place in self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
+def held_out_keys(count: int, world: World) -> list[tuple[int, int]]:
+    """The held-out samples of this process; each is in exactly one, without padding."""
+    return [(HELD_OUT, place) for place in range(world.rank, count, world.size)]
 
 
 def make_loader(
     dataset: Dataset[Sample],
-    sampler: Sampler[tuple[int, int]] | None,
+    sampler: Iterable[tuple[int, int]] | None,
     *,
     batch_size: int,
     device: torch.device,

@@ -11,11 +11,11 @@ from torch.utils.data import IterableDataset, default_collate
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.keyed import (
     Batch,
-    HeldOutSampler,
     KeyedImages,
     KeyedSampler,
     KeyedStream,
     Transform,
+    held_out_keys,
     make_loader,
 )
 from ltrp_timm.runtime.keyed_rng import HELD_OUT, sample_seed
@@ -191,7 +191,7 @@ class Sources:
         """Yield this process's held-out images, each once."""
         if self.held_out is None:
             return
-        sampler = HeldOutSampler(len(self.held_out), self.world)
+        sampler = held_out_keys(len(self.held_out), self.world)
         for sample in self._loader("held out", self.held_out, sampler):
             yield Batch(sample, self.seed, HELD_OUT, self.world.device)
 

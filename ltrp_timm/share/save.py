@@ -106,8 +106,8 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         _save(model, Path(folder), model_card, True, repo_id, evaluation)
-        options = {"private": private, "token": token, "overwrite": overwrite}
-        return _upload(folder, repo_id, revision, **options)
+        options = (repo_id, private, token, revision, overwrite)
+        return hub.upload(Path(folder), FILES, *options, keep=(CARD_NAME,))
 
 
 def push_folder(directory: PathLike, repo_id: str, **options: Any) -> str:
@@ -131,13 +131,7 @@ def push_folder(directory: PathLike, repo_id: str, **options: Any) -> str:
             os.symlink((folder / name).resolve(), Path(staged) / name)
         text = card.replace(f"hf-hub:{UNNAMED}", f"hf-hub:{repo_id}")
         (Path(staged) / CARD_NAME).write_text(text, encoding="utf-8")
-        return _upload(staged, repo_id, **options)
-
-
-def _upload(folder: str, repo_id: str, revision: str | None = None, **options: Any) -> str:
-    options = {"revision": revision, "keep": (CARD_NAME,), **options}
-    name = hub.upload(Path(folder), FILES, repo_id, **options)
-    return f"{hub.PREFIX}{name}" + (f"@{revision}" if revision else "")
+        return hub.upload(Path(staged), FILES, repo_id, keep=(CARD_NAME,), **options)
 
 
 def _save(

@@ -119,18 +119,8 @@ def upload(
 ) -> str:
     """Upload files to a repository in one commit; the repository is created if it is missing.
 
-    Args:
-        folder: the folder of the files.
-        names: the files.
-        repository: ``owner/name``, or a name in the account of the token.
-        private: whether a new repository is private; None is the account's setting.
-        token: as in huggingface_hub, with the right to write.
-        revision: the branch, created if it is missing; None is the main branch.
-        overwrite: replace files of the branch.
-        keep: files that stay as they are on the branch, instead of an error.
-
-    Returns:
-        ``owner/name``.
+    ``keep`` are files that stay as they are on the branch, instead of an error; ``push_to_hub``
+    describes the other arguments and the result.
 
     Raises:
         FileExistsError: the branch holds one of the files and ``overwrite`` is False.
@@ -158,7 +148,7 @@ def upload(
             commit_message=f"Upload {', '.join(sent)}",
             revision=revision,
         )
-    return repository
+    return f"{PREFIX}{repository}" + (f"@{revision}" if revision else "")
 
 
 @contextlib.contextmanager
