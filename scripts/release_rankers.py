@@ -25,8 +25,7 @@ from ltrp_timm.commands import main as ltrp_timm_command
 from ltrp_timm.rankers import ranker_class
 from ltrp_timm.runtime.world import join_world
 from ltrp_timm.share.save import push_folder
-from ltrp_timm.train.logs import LOG_NAME, read_log
-from ltrp_timm.train.state import CHECKPOINT_NAME, read_state
+from ltrp_timm.train.folder import CHECKPOINT_NAME, LOG_NAME, read_log, read_state
 from ltrp_timm.weights.files import digest
 from ltrp_timm.weights.hub import PREFIX, hub_errors, split_repository
 

@@ -22,7 +22,7 @@ from ltrp_timm.data.labels import open_labelled
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.train import finetune
 from ltrp_timm.train.finetune import HEAD_STD
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import read_log
 from ltrp_timm.train.recipe import split_options
 
 pytestmark = records_arguments

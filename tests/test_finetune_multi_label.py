@@ -18,7 +18,7 @@ from ltrp_timm.data.images import split_indices
 from ltrp_timm.layers.ml_decoder import MLDecoder
 from ltrp_timm.train import Summary, finetune
 from ltrp_timm.train.finetune import fit_head, put_head
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import read_log
 from ltrp_timm.train.recipe import split_options
 
 

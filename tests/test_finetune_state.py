@@ -12,8 +12,8 @@ from finetune_setup import make_classes, small_vit, tune
 from train_setup import same_bits, weights
 
 from ltrp_timm.train import NonFiniteLossError
+from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
-from ltrp_timm.train.state import read_state
 
 # on a machine of one core
 pytestmark = [

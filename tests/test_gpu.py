@@ -24,8 +24,8 @@ from ltrp_timm import drop_patches, gather_patches, semantic_density
 from ltrp_timm.measure.throughput import peak_memory
 from ltrp_timm.teacher import random_visible_indices
 from ltrp_timm.teacher.density import REMOVALS
+from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
-from ltrp_timm.train.state import read_state
 
 every_device = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -27,7 +27,7 @@ from train_setup import make_photos, same_bits, tiny_teacher, weights
 
 from ltrp_timm.commands import main
 from ltrp_timm.rankers import list_rankers, ranker_class
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import read_log
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NOTEBOOKS = sorted((SCRIPTS.parent / "examples" / "notebooks").glob("*.ipynb"))

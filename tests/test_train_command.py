@@ -18,7 +18,7 @@ import ltrp_timm
 from ltrp_timm.commands import main
 from ltrp_timm.metrics import spearman
 from ltrp_timm.train import Settings, train_ranker
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import read_log
 
 QUICK = ["--num-workers", "0", "--no-tensorboard", "--no-progress", "--epochs", "1"]
 TINY = ["--ranker-args", "width=16", "depth=1", "--mask-ratio", "0.5"]

@@ -22,8 +22,8 @@ from ltrp_timm.data.keyed import HELD_OUT, KeyedImages, KeyedSampler, held_out_k
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.runtime.keyed_rng import generators, sample_seed, seeded
 from ltrp_timm.runtime.world import World
+from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
-from ltrp_timm.train.state import read_state
 
 # on a machine of one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

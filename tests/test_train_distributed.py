@@ -10,7 +10,7 @@ from finetune_setup import make_classes
 from torch import Tensor
 from train_setup import distance, make_photos, tiny_teacher, weights
 
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import read_log
 
 # they shift all scores alike, so that their gradient is 0; AdamW makes steps of its rounding noise
 SHIFTS = ("head.bias", "norm.bias")

@@ -12,7 +12,7 @@ from train_setup import make_photos, run
 
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
-from ltrp_timm.train.logs import LOG_NAME, Log
+from ltrp_timm.train.folder import LOG_NAME, Log
 from ltrp_timm.train.settings import Settings
 
 

@@ -22,7 +22,7 @@ from ltrp_timm.data.sources import Sources, crop_transforms
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train import train_ranker
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import read_log
 from ltrp_timm.train.ranker import LOSSES
 from ltrp_timm.train.targets import Targets
 

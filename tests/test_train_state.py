@@ -19,10 +19,9 @@ from train_setup import QUIET, TEACHER_ARGS, make_photos, run, same_bits, tiny_t
 from ltrp_timm.runtime.world import locked
 from ltrp_timm.train import Augmentation, NonFiniteLossError, Recipe, Settings, train_teacher
 from ltrp_timm.train.engine import Engine
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import check_same, read_log, read_state, save_state
 from ltrp_timm.train.loop import Trainer
 from ltrp_timm.train.settings import _RANGES
-from ltrp_timm.train.state import check_same, read_state, save_state
 from ltrp_timm.weights.files import digest
 
 # on a machine of one core

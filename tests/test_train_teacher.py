@@ -10,7 +10,7 @@ from train_setup import QUIET, TEACHER_ARGS, distance, make_photos, run, weights
 
 import ltrp_timm
 from ltrp_timm.train import train_teacher
-from ltrp_timm.train.logs import read_log
+from ltrp_timm.train.folder import read_log
 
 SIZES = {name: value for name, value in TEACHER_ARGS.items() if name != "img_size"}
 TINY: dict[str, Any] = {

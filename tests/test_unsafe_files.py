@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ltrp_timm import create_ranker, create_teacher, save_pretrained
 from ltrp_timm.rankers.vit import VitRanker
-from ltrp_timm.train.state import read_state
+from ltrp_timm.train.folder import read_state
 from ltrp_timm.weights.files import read_weights
 from ltrp_timm.weights.untrusted import MAX_BYTES
 

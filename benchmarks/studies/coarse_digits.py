@@ -28,7 +28,7 @@ from common import WIDTH, Row, load_pyplot
 from tables import Goal
 
 from ltrp_timm.commands._flags import not_negative
-from ltrp_timm.train.logs import LOG_NAME, read_log
+from ltrp_timm.train.folder import LOG_NAME, read_log
 from studies.finetune_digits import (
     SIDE,
     Scenes,

@@ -46,7 +46,7 @@ from torch.utils.data import Dataset
 from ltrp_timm import create_ranker
 from ltrp_timm.commands._flags import not_negative, positive
 from ltrp_timm.train import finetune
-from ltrp_timm.train.logs import LOG_NAME, read_log
+from ltrp_timm.train.folder import LOG_NAME, read_log
 from ltrp_timm.visualize import show_images
 from studies.scenes import make_digit_scenes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltrp_timm.train import Summary, train_ranker, train_teacher
-from ltrp_timm.train.logs import LOG_NAME, read_log
+from ltrp_timm.train.folder import LOG_NAME, read_log
 from ltrp_timm.visualize import show_images
 from studies.judging import ink_per_patch
 from studies.scenes import (

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,8 @@ class ClassifyTask(Task):
 
     def budgets(self, model: Any) -> Iterator[str]:
         """Set each keep ratio in turn; yields its suffix."""
-        if not self.pruned:
-            yield ""
-            return
         for ratio, name in zip(self.plan.ratios, self.budget_names):
-            with keeping(model, ratio):
+            with keeping(model, ratio) if self.pruned else nullcontext():
                 yield name
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -193,13 +191,9 @@ class ClassifyTask(Task):
 
 
 class MultiLabelTask(ClassifyTask):
-    """A model that learns several classes per image.
+    """A model that learns several classes per image; see ``ClassifyTask``.
 
-    Args:
-        *args: See ``ClassifyTask``.
-        loss: See ``multi_label_loss``.
-        seen_classes: Names of classes to report the mAP of separately, or None.
-        **kwargs: See ``ClassifyTask``.
+    ``loss`` is that of ``multi_label_loss``; the mAP of ``seen_classes`` is reported separately.
     """
 
     metric = "map"

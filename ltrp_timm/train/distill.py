@@ -50,12 +50,9 @@ class Distillation:
             )
         self.weight, self.temperature, self.features = weight, temperature, features
         self.num_prefix_tokens = getattr(student, "num_prefix_tokens", 0)
-        self.bridge: nn.Module = nn.Identity()
-        own = (getattr(m, "pretrained_cfg", None) or {} for m in (teacher, student))
-        if len({(tuple(cfg.get("mean", ())), tuple(cfg.get("std", ()))) for cfg in own}) > 1:
-            cfg = teacher.pretrained_cfg
-            wanted = SimpleNamespace(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
-            self.bridge = make_bridge(wanted, student)
+        cfg = getattr(teacher, "pretrained_cfg", None) or {}
+        wanted = SimpleNamespace(mean=cfg.get("mean"), std=cfg.get("std"))
+        self.bridge = make_bridge(wanted, student)
 
     def check(self, images: Tensor, student: Any) -> None:
         """Run the teacher once, on images (1, 3, H, W).
@@ -130,9 +127,7 @@ class Distillation:
 class Student(nn.Module):
     """What training calls when logits alone are not enough; its weights are those of the model.
 
-    Args:
-        model: What is trained.
-        gate: Let the gradient reach the ranker, see ``straight_through``.
+    With ``gate`` the gradient reaches the ranker, see ``straight_through``.
     """
 
     def __init__(self, model: LTRPModel, gate: bool = False) -> None:
@@ -152,18 +147,11 @@ class Student(nn.Module):
 
 
 def straight_through(model: LTRPModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep indices, and factors of 1 through which a gradient reaches the ranker's scores.
+    """Keep indices (B, K), and factors (B, K) of 1 that pass a gradient to the ranker's scores.
 
     The factor of a kept patch is 1 + p - stop(p), p = sigmoid(score - the lowest kept score): its
     value is 1 to rounding, its gradient that of p, as if p weighted the token. Dropped patches have
-    no token, hence no gradient.
-
-    Args:
-        model: Its ranker must require a gradient.
-        images: (B, 3, H, W), normalised for the backbone.
-
-    Returns:
-        (B, K) int64 and (B, K).
+    no token, hence no gradient. The ranker must require one; images are (B, 3, H, W).
 
     Source: Bengio et al. (2013), Estimating or propagating gradients through stochastic neurons.
     """

@@ -266,15 +266,10 @@ def _describe(task: ClassifyTask, sources: Sources) -> str:
 
 
 def fit_head(model: Any, num_classes: int, class_names: Sequence[str]) -> bool:
-    """Give a model a new head for these classes, unless its head is already for them.
+    """Give a model, in place, a new head for these classes unless its head is already for them.
 
     A head stays if it has C classes and did not record other names. A new head starts close to
-    zero, so that the features decide the first steps. The names are recorded.
-
-    Args:
-        model: a timm model or an LTRPModel, changed in place.
-        num_classes: C.
-        class_names: C names, or none.
+    zero, so that the features decide the first steps. The names, C or none, are recorded.
 
     Returns:
         Whether the head is new.

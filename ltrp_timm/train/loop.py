@@ -24,16 +24,18 @@ from ltrp_timm.data.sources import Sources
 from ltrp_timm.runtime.stopping import StopRequests, stop_requests
 from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
-from ltrp_timm.train.logs import Log, find_tracker, find_writer
-from ltrp_timm.train.settings import Settings
-from ltrp_timm.train.state import (
+from ltrp_timm.train.folder import (
     CHECKPOINT_NAME,
+    Log,
     check_folder,
     check_same,
     claimed,
+    find_tracker,
+    find_writer,
     read_state,
     save_state,
 )
+from ltrp_timm.train.settings import Settings
 from ltrp_timm.visualize import plot_curves, require_matplotlib, row, stack_rows
 from ltrp_timm.weights.files import digest, write_atomically
 
@@ -303,10 +305,7 @@ class Trainer:
         return 0
 
     def train_update(self, batches: list[Batch], requests: StopRequests) -> tuple[float, int]:
-        """Train one update on its accumulated batches.
-
-        Returns:
-            Its loss over all processes, and the signal that asks for an end, or 0.
+        """Train one update on its accumulated batches; its mean loss, and a stop signal or 0.
 
         Raises:
             NonFiniteLossError: Before anything has changed.

@@ -241,10 +241,7 @@ class Augmentation:
         return self.mixup > 0.0 or self.cutmix > 0.0
 
     def transforms(self, data_config: Mapping[str, Any]) -> tuple[Transform, Transform]:
-        """Make the transforms for training and for measuring.
-
-        Args:
-            data_config: timm's data configuration of the model.
+        """Make the transforms for training and measuring, by timm's configuration of the data.
 
         Raises:
             ValueError: timm does not know the policy ``aa``.

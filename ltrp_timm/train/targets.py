@@ -88,7 +88,7 @@ class Targets:
         self.list_size = self._check_list(list_size)
         if self.teacher is not None:  # refuse bad scoring arguments before anything is written
             image = torch.zeros(1, 3, *self.img_size, device=device)
-            self._score(self.teacher, image, [torch.Generator().manual_seed(0)], 1)
+            self._score(image, [torch.Generator().manual_seed(0)], 1)
         self.shares = (1.0, 0.0) if distill_from is None else (1.0 - distill_weight, distill_weight)
         self.other: nn.Module | None = None
         if distill_from is not None:
@@ -139,13 +139,13 @@ class Targets:
         }
 
     def _score(
-        self, teacher: Any, images: Tensor, generators: list[torch.Generator], size: int
+        self, images: Tensor, generators: list[torch.Generator], size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) -> visible patches (B, V), scores (B, R), their patches (B, R)."""
         count, ratio = self.num_patches, self.mask_ratio
         visible = random_visible_indices(len(images), count, ratio, generators, self.device)
         values, indices = semantic_density(
-            teacher, images, visible, num_removed=size, generator=generators, **self.scoring
+            self.teacher, images, visible, num_removed=size, generator=generators, **self.scoring
         )
         return visible, values, indices
 
@@ -159,8 +159,7 @@ class Targets:
             uniform = draw_uniform(len(generators), self.num_patches, generators, self.device)
             indices = select_top(uniform, self.list_size)
         else:
-            found = self._score(self.teacher, batch.images, generators, self.list_size)
-            visible, values, indices = found
+            visible, values, indices = self._score(batch.images, generators, self.list_size)
             scores.append((self.shares[0], values))
         if self.other is not None:
             share = self.shares[1] if scores else 1.0

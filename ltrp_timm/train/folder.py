@@ -1,21 +1,137 @@
-"""What a run reports: a progress bar, a table, TensorBoard events, trackio or wandb."""
+"""What a run keeps in its folder and reports: checkpoints, its claim, a table, events, a tracker.
 
+A checkpoint is whole or the one before, and exact.
+"""
+
+import contextlib
 import csv
 import importlib
+import io
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from ltrp_timm._text import csv_text, say
-from ltrp_timm.weights.files import write_text
+from ltrp_timm._text import csv_text, one_line, say
+from ltrp_timm.runtime.world import locked
+from ltrp_timm.weights.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    unpickle,
+    write_atomically,
+    write_text,
+)
 
+CHECKPOINT_NAME = "checkpoint.pt"
+FORMER_NAME = "checkpoint.safetensors"  # of runs that an earlier version began
 LOG_NAME = "log.csv"
 PROJECT = "ltrp_timm"  # for trackio and wandb, unless TRACKIO_PROJECT or WANDB_PROJECT is set
 Row = dict[str, Any]
+_KEY = "ltrp_timm_training_state"
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a tree of dicts, lists, tuples, tensors and plain values in one atomic step.
+
+    A run that is killed, or a disk that fills up, at any moment leaves the last good file.
+
+    Raises:
+        OSError: The file cannot be written; the former one at ``path`` is intact.
+        TypeError: The tree holds what ``read_state`` would refuse.
+    """
+    buffer = io.BytesIO()
+    torch.save({_KEY: dict(state)}, buffer)
+    buffer.seek(0)
+    unreadable = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+    if unreadable:
+        raise TypeError(f"a checkpoint cannot hold {', '.join(sorted(unreadable))}.")
+    try:
+        write_atomically(path, lambda file: file.write_bytes(buffer.getbuffer()))
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        kept = "; the checkpoint before it is whole" if path.exists() else ""
+        raise OSError(f"{path} could not be written: {reason}{kept}.") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what ``save_state`` wrote, onto the CPU; no code is run.
+
+    Raises:
+        ValueError: The file is not such a checkpoint.
+    """
+    try:
+        found = unpickle(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    if not isinstance(found, dict) or _KEY not in found:
+        raise ValueError(f"{path} is not a checkpoint of a training run.")
+    return found[_KEY]
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:
+    """Compare the configurations of a checkpoint and of a run.
+
+    Raises:
+        ValueError: They differ; the message names each differing field with both values.
+    """
+    saved, now = _flat(saved), _flat(now)
+    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if names:
+        lines = [f"{name} ({saved.get(name)} there, {now.get(name)} here)" for name in names]
+        raise ValueError(f"{source} is of another configuration: {', '.join(lines)}.")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by dotted names; JSON makes tuples and lists equal."""
+    out: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(dict(config))).items():
+        nested = isinstance(value, dict)
+        out |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return out
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Check that a run may use a folder: new or empty, or with a checkpoint to ``resume``.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is not a folder.")
+    if resume and (folder / CHECKPOINT_NAME).exists():
+        return
+    if resume and (folder / FORMER_NAME).exists():
+        raise FileExistsError(
+            f"{folder} holds a run of an earlier version of ltrp-timm, which cannot be resumed; "
+            "finish it with that version, or choose another folder."
+        )
+    names = (CHECKPOINT_NAME, FORMER_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
+    present = [name for name in names if (folder / name).exists()]
+    if present:
+        known = CHECKPOINT_NAME in present
+        hint = "resume='auto' continues it" if known else "choose another folder"
+        raise FileExistsError(f"{folder} already holds {' and '.join(present)}; {hint}.")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Lock an output folder for this run, if ``check_folder`` allows it and no other run holds it.
+
+    Raises:
+        BlockingIOError: Another process writes to the folder.
+    """
+    if not folder.is_dir():
+        check_folder(folder, resume)
+    with locked(folder):
+        check_folder(folder, resume)
+        for orphan in folder.glob(".*.tmp"):  # of a write that was cut off
+            orphan.unlink(missing_ok=True)
+        yield
 
 
 def read_log(path: Path) -> list[Row]:
@@ -37,10 +153,7 @@ class Log:
         epoch: Epochs that the checkpoint has done. Later rows, of a run that got further than its
             checkpoint, are dropped and will be written again.
         step: Updates that the checkpoint has done.
-        tensorboard: See ``Settings``.
-        progress: See ``Settings``.
-        report_to: See ``Settings``.
-        config: What the run reports of itself to ``report_to``.
+        config: What the run reports of itself to ``report_to``; the others are in ``Settings``.
 
     Raises:
         ImportError: ``tensorboard=True`` or ``report_to`` needs what is not installed.
