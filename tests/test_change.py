@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.models import AlexNet_Weights, alexnet
 
 from ltrp_timm import semantic_density
-from ltrp_timm.teacher.distances import (
+from ltrp_timm.teacher.density import (
     _lpips_network,
     l1_change,
     lpips_change,

@@ -235,8 +235,8 @@ class Images:
         return (*item, None)[:2] if isinstance(item, (tuple, list)) else (item, None)
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
-        """Training and held-out indices, see ``split_indices``; a single image is for training."""
-        return split_indices(len(self), share if len(self) > 1 else 0.0)
+        """Training and held-out indices, see ``split_indices``."""
+        return split_indices(len(self), share)
 
     def fingerprint(self, indices: Sequence[int]) -> dict[str, Any]:
         """Identify these images: their number, and their names if they are files."""
@@ -364,6 +364,8 @@ def close_tars(reader: Any) -> None:
 
 def split_indices(count: int, holdout: float) -> tuple[list[int], list[int]]:
     """Split 0 … n - 1 into training and held-out indices, ascending; depends on (n, share) only.
+
+    A single one is for training.
 
     >>> [len(part) for part in split_indices(10, 0.2)]
     [8, 2]

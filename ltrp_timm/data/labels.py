@@ -276,8 +276,7 @@ class LabelledImages(Images):
         train: list[int] = []
         held: list[int] = []
         for indices in members.values():
-            parts = split_indices(len(indices), share if len(indices) > 1 else 0.0)
-            for whole, part in zip((train, held), parts):
+            for whole, part in zip((train, held), split_indices(len(indices), share)):
                 whole += [indices[place] for place in part]
         return sorted(train), sorted(held)
 

@@ -39,12 +39,10 @@ def set_image_size(net: Any, size: Tuple[int, int]) -> None:
     net.set_input_size(img_size=size)
 
 
-def sincos_pos_embed(
-    embed_dim: int, grid_size: Tuple[int, int], num_prefix_tokens: int = 1
-) -> Tensor:
-    """The fixed sine-cosine position table of MAE, (1, P + N, D) float32.
+def sincos_pos_embed(embed_dim: int, grid_size: Tuple[int, int]) -> Tensor:
+    """The fixed sine-cosine position table of MAE, (1, 1 + N, D) float32.
 
-    The first half of D encodes the column, the second the row; the P rows in front are zeros.
+    The first half of D encodes the column, the second the row; the class token's are zeros.
     """
     if embed_dim % 4:
         raise ValueError(
@@ -58,4 +56,4 @@ def sincos_pos_embed(
         for place in reversed(torch.meshgrid(rows, cols, indexing="ij"))  # column first
     ]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([table.new_zeros(num_prefix_tokens, embed_dim), table]).float().unsqueeze(0)
+    return torch.cat([table.new_zeros(1, embed_dim), table]).float().unsqueeze(0)

@@ -24,8 +24,7 @@ from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
 from ltrp_timm.runtime.world import join_world
 from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import num_keep, select_top
-from ltrp_timm.teacher.density import Aggregate, Removal
-from ltrp_timm.teacher.distances import Metric
+from ltrp_timm.teacher.density import Aggregate, Metric, Removal
 from ltrp_timm.train.loop import Summary, Task, fit, rehearse
 from ltrp_timm.train.settings import (
     AtLeastOne,
