@@ -207,7 +207,7 @@ def test_weights_that_cannot_be_downloaded_are_no_end(monkeypatch: pytest.Monkey
         (["--model", "vit_tiny_patch16_24"], "did you mean"),
         (["--model", "resnet10t"], "cannot drop patches from ResNet"),
         (["--model", "local-dir:nowhere"], "nowhere"),
-        (["--device", "gpu"], "--device gpu cannot be used"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--port", "0"], "--port: must be a whole number from 1"),
         (["--port", "70000"], "--port must be from 1 to 65535, got 70000."),
         (

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ltrp_timm._text import one_line, printable, say
@@ -186,23 +185,6 @@ def class_names(model: LTRPModel) -> list[str]:
         return []
     classes = ImageNetInfo(subset)
     return [classes.index_to_description(index) for index in range(classes.num_classes())]
-
-
-def usable_device(text: str) -> torch.device:
-    """The device ``--device``, after a test that it holds a tensor.
-
-    Raises:
-        ValueError: This machine has no such device.
-    """
-    try:
-        device = torch.device(text)
-        torch.zeros(1, device=device)
-        if device.type == "meta":
-            raise ValueError("it computes nothing")
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = one_line(error)
-        raise ValueError(f"--device {printable(text)} cannot be used: {reason}") from error
-    return device
 
 
 def time_and_gain(timing: Timing, full: Timing) -> str:

@@ -19,7 +19,6 @@ from ltrp_timm.commands._console import (
     output_errors,
     quiet_about_training,
     size_text,
-    usable_device,
 )
 from ltrp_timm.commands._flags import NotNegative, PathName, Positive, add_command
 from ltrp_timm.deploy.formats import input_size
@@ -36,6 +35,7 @@ from ltrp_timm.measure.payoff import (
 from ltrp_timm.measure.throughput import environment
 from ltrp_timm.models.front_end import make_ranker
 from ltrp_timm.rankers import DEFAULT_RANKER
+from ltrp_timm.runtime.world import usable_device
 from ltrp_timm.weights.files import write_text
 
 RANKERS = (DEFAULT_RANKER, "conv", "vit_small")

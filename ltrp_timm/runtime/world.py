@@ -96,6 +96,16 @@ class World:
         return sorted(set(self.gather(names)))
 
 
+def usable_device(name: str) -> torch.device:
+    """A device by its name; ValueError if this machine has none such, or it computes nothing."""
+    try:
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+
+
 @contextlib.contextmanager
 def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, or run alone.
@@ -109,11 +119,7 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
             beside it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # torch built without a device asserts
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
+    usable_device(device)
     mine = not dist.is_initialized()
     if mine:
         _check_environment()
