@@ -1,6 +1,7 @@
-"""Text for people: printable, on one line, as a table, on the terminal."""
+"""Text for people: printable, on one line, as a table, on the terminal; what to install."""
 
 import csv
+import importlib
 import io
 import os
 import sys
@@ -49,6 +50,18 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
+
+
+def optional_import(name: str, reason: str, package: str) -> Any:
+    """Import a module that need not be installed.
+
+    Raises:
+        ImportError: It is missing; the message is the reason and the command to type.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{reason}: pip install {package}") from error
 
 
 def say(text: str) -> None:

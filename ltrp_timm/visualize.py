@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ltrp_timm._text import optional_import
 from ltrp_timm.data.photos import check_aspect, load_image
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection.cells import CellGrid, TokenLayout
@@ -364,16 +365,9 @@ def _panel(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def require_matplotlib() -> Any:
-    """matplotlib's Figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'ltrp-timm[demo]'") from error
-    return Figure
+    """matplotlib's Figure; ImportError if it is not installed."""
+    name, reason = "matplotlib.figure", "curves need matplotlib"
+    return optional_import(name, reason, "'ltrp-timm[demo]'").Figure
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the page of ``ltrp-timm app`` answers; the page itself is in test_app_browser.py."""
 
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -229,8 +230,9 @@ def test_wrong_flags_are_one_line(
 def test_a_missing_library_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, missing, None)
+    monkeypatch.setitem(sys.modules, missing, None)
     if missing == "skimage":
+        monkeypatch.setitem(sys.modules, "skimage.data", None)
         monkeypatch.setattr("ltrp_timm.commands.app.require_gradio", lambda: None)
     assert main(["app"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

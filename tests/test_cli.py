@@ -1,5 +1,4 @@
 import argparse
-import builtins
 import os
 import re
 import subprocess
@@ -197,14 +196,8 @@ def test_a_failure_while_writing_leaves_the_old_picture(
 def test_without_scikit_image_it_says_what_to_type(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "skimage":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for name in ("skimage", "skimage.data"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert main([*FAST]) == 2
     assert "pip install 'ltrp-timm[demo]'" in one_line(capsys.readouterr().err)
     assert main([*FAST, "--keep-ratio", "0.5", "--image", "a.jpg"]) == 0

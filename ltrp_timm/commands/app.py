@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ltrp_timm._text import one_line, printable, say
+from ltrp_timm._text import one_line, optional_import, printable, say
 from ltrp_timm.commands._console import (
     check_names,
     class_names,
@@ -258,17 +258,9 @@ def _run(**given: Any) -> int:
 
 
 def require_gradio() -> Any:
-    """gradio, which sends no statistics from now on.
-
-    Raises:
-        ImportError: gradio is not installed.
-    """
+    """gradio, which sends no statistics from now on; ImportError if it is not installed."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError("the page needs gradio: pip install 'ltrp-timm[app]'") from error
-    return gradio
+    return optional_import("gradio", "the page needs gradio", "'ltrp-timm[app]'")
 
 
 def make_page(viewer: Viewer, folder: Path) -> Any:

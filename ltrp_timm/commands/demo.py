@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ltrp_timm._text import complain, printable, say
+from ltrp_timm._text import complain, optional_import, printable, say
 from ltrp_timm.commands._console import (
     ModelOptions,
     behind_links,
@@ -95,13 +95,8 @@ def _run(**given: Any) -> int:
 
 def sample_photos(extra: str = "demo") -> dict[str, Image.Image]:
     """Photos that scikit-image has; ``extra`` is what installs it."""
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise ImportError(
-            f"the sample photos are part of scikit-image: run pip install 'ltrp-timm[{extra}]'"
-            + (", or choose your own with --image." if extra == "demo" else ".")
-        ) from error
+    package = f"'ltrp-timm[{extra}]'" + ", or choose your own with --image" * (extra == "demo")
+    data = optional_import("skimage.data", "the sample photos are part of scikit-image", package)
     return {name: Image.fromarray(getattr(data, name)()) for name in PHOTOS}
 
 

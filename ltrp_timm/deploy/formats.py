@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltrp_timm._text import optional_import
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.weights.files import PathLike
 
@@ -32,16 +33,9 @@ METADATA_FILE = "ltrp_timm.json"  # in torch's archives
 
 
 def require(format: str) -> None:
-    """Check that the packages of a format are installed.
-
-    Raises:
-        ImportError: A package is missing; the message has the command to install it.
-    """
+    """Raise ImportError if a package of a format is not installed."""
     for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(f"ONNX files need {name}: pip install 'ltrp-timm[export]'") from error
+        optional_import(name, f"ONNX files need {name}", "'ltrp-timm[export]'")
 
 
 def input_size(model: LTRPModel) -> tuple[int, int, int]:

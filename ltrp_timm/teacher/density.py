@@ -6,7 +6,6 @@ them form one batch, cut into chunks that fit into memory.
 """
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ltrp_timm._text import optional_import
 from ltrp_timm.selection import gather_patches, select_top
 from ltrp_timm.teacher import (
     Generators,
@@ -393,12 +393,8 @@ def lpips_change(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _lpips_network(device: torch.device) -> Any:
-    try:
-        module: Any = importlib.import_module("torchmetrics.image.lpip")
-    except ImportError as error:
-        raise ImportError(
-            "metric='lpips' needs torchmetrics: pip install 'ltrp-timm[lpips]'"
-        ) from error
+    name, reason = "torchmetrics.image.lpip", "metric='lpips' needs torchmetrics"
+    module = optional_import(name, reason, "'ltrp-timm[lpips]'")
     network = module.LearnedPerceptualImagePatchSimilarity
     return network("alex", reduction="none", normalize=True).to(device)
 

@@ -5,7 +5,6 @@ A checkpoint is whole or the one before, and exact.
 
 import contextlib
 import csv
-import importlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ltrp_timm._text import csv_text, one_line, say
+from ltrp_timm._text import csv_text, one_line, optional_import, say
 from ltrp_timm.runtime.world import locked
 from ltrp_timm.weights.files import (
     CONFIG_NAME,
@@ -171,8 +170,10 @@ class Log:
     ) -> None:
         self.path, self.progress = folder / LOG_NAME, progress
         self.rows = [row for row in read_log(self.path) if row["epoch"] <= epoch]
-        writer = None if tensorboard is False else find_writer(bool(tensorboard))
-        self.writer = writer and writer(str(folder), purge_step=step)
+        self.writer: Any = None
+        with contextlib.nullcontext() if tensorboard else contextlib.suppress(ImportError):
+            if tensorboard is not False:
+                self.writer = find_writer()(str(folder), purge_step=step)
         self.tracker = None if report_to is None else find_tracker(report_to)
         if self.tracker:
             project = os.environ.get(f"{report_to}_PROJECT".upper(), PROJECT)
@@ -229,33 +230,15 @@ class Log:
             self.tracker.finish()
 
 
-def find_writer(required: bool) -> Any:
-    """TensorBoard's SummaryWriter, or None where it is not installed.
-
-    Raises:
-        ImportError: It is required and not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        if required:
-            raise ImportError("TensorBoard is missing: pip install 'ltrp-timm[train]'") from error
-        return None
-    return SummaryWriter
+def find_writer() -> Any:
+    """TensorBoard's SummaryWriter; ImportError if it is not installed."""
+    name, reason = "torch.utils.tensorboard", "TensorBoard is missing"
+    return optional_import(name, reason, "'ltrp-timm[train]'").SummaryWriter
 
 
 def find_tracker(name: str) -> Any:
-    """The module ``trackio`` or ``wandb``: both have ``init``, ``log`` and ``finish``.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ImportError(f"report_to={name!r} needs {name}: pip install {name}") from error
+    """``trackio`` or ``wandb``, which have ``init``, ``log`` and ``finish``; else ImportError."""
+    return optional_import(name, f"report_to={name!r} needs {name}", name)
 
 
 def _number(text: str) -> float:

@@ -135,7 +135,7 @@ def fit(task: Task, sources: Sources, settings: Settings, world: World, output: 
     if settings.plot:
         require_matplotlib()
     if settings.tensorboard:
-        find_writer(required=True)
+        find_writer()
     if settings.report_to:
         find_tracker(settings.report_to)
     trainer = Trainer(task, sources, settings, world, Path(output))
