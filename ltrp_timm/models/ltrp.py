@@ -408,7 +408,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                 f"images must be floating point, got {x.dtype}; normalise pixels of 0 to 255 as "
                 "(pixels / 255 - mean) / std, with mean and std of model.data_config()."
             )
-        embed = self._adapter.embed_of(self.backbone)
+        embed = getattr(self.backbone, self._adapter.patch_embed)
         strict = getattr(embed, "strict_img_size", False)
         size = tuple(x.shape[-2:])
         if strict and embed.img_size is not None and size != tuple(embed.img_size):
