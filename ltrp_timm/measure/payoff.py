@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -210,7 +211,8 @@ def measure_payoff(
     variants = _variants(full, images, rankers, keep_ratios, front, smaller_image)
     with _compiling(compile_mode, len(variants)) as prepare:
         calls = {
-            key: _inference(prepare(model), *inputs) for key, (model, inputs, _) in variants.items()
+            key: torch.inference_mode()(partial(prepare(model), *inputs))
+            for key, (model, inputs, _) in variants.items()
         }
         timings = compare(
             {str(key): call for key, call in calls.items()},
@@ -292,14 +294,6 @@ def _compiling(
     torch_mode = "default" if mode == "freezing" else mode
     with dynamo.patch(**limits), inductor.patch(freezing=mode == "freezing"):
         yield lambda model: torch.compile(model, dynamic=False, mode=torch_mode)
-
-
-def _inference(fn: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
-    def call() -> Any:
-        with torch.inference_mode():
-            return fn(*inputs)
-
-    return call
 
 
 def _payoff(key: Key, variant: Variant, timings: Mapping[Key, Timing]) -> Payoff:

@@ -5,7 +5,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class CoarseRest:
         self,
         grid_size: Tuple[int, int],
         keep_ratio: float,
-        scores: Union[Tensor, Callable[[], Tensor]],
+        scores: Callable[[], Tensor],
         seed: Optional[int],
         keep_indices: Optional[Tensor] = None,
         check: bool = True,
@@ -77,7 +77,7 @@ class CoarseRest:
         Args:
             grid_size: (h, w), N = h * w.
             keep_ratio: the budget.
-            scores: (B, N) of the ranker, or what returns them; called where they decide.
+            scores: returns those of the ranker, (B, N); called where they decide.
             seed: of random cells, which are refined in place of the best ones; or None.
             keep_indices: (B, K) int64, the patches to encode finely instead of ranked ones.
             check: read the values of ``keep_indices`` to check them.
@@ -92,14 +92,14 @@ class CoarseRest:
             refined, coarsest = grid.counts(keep_ratio)
             if refined == grid.num_cells:
                 return None
-            return grid.layout(self._cell_scores(grid, scores, seed), refined, coarsest)
+            return grid.layout(_cell_scores(grid, scores(), seed), refined, coarsest)
         cells = grid.refined_cells(keep_indices, check)
         refined, coarsest = cells.shape[1], 0
         if refined == grid.num_cells:
             return None
         chosen = torch.zeros(cells.shape[0], grid.num_cells, device=cells.device)
         if grid.num_blocks:
-            chosen = self._cell_scores(grid, scores, seed).float()
+            chosen = _cell_scores(grid, scores(), seed).float()
             chosen = chosen - chosen.amax(dim=1, keepdim=True) - 1
             coarsest = min(grid.counts(keep_ratio)[1], _free_blocks(cells, grid))
         # the given cells come first, and no block with one of them stays coarsest
@@ -111,17 +111,6 @@ class CoarseRest:
         grid = CellGrid(grid_size, self.scales)
         refined, coarsest = grid.counts(keep_ratio)
         return grid.num_edge_patches + grid.num_cells + 3 * (refined - coarsest)
-
-    def _cell_scores(
-        self,
-        grid: CellGrid,
-        scores: Union[Tensor, Callable[[], Tensor]],
-        seed: Optional[int],
-    ) -> Tensor:
-        scores = scores if isinstance(scores, Tensor) else scores()
-        if seed is None:
-            return grid.cell_scores(scores)
-        return seeded_scores(scores.shape[0], grid.num_cells, seed, scores.device)
 
     def run(
         self,
@@ -168,3 +157,10 @@ def _free_blocks(cells: Tensor, grid: CellGrid) -> int:
     marked = torch.zeros(cells.shape[0], h * w, device=cells.device).scatter(1, cells, 1.0)
     taken = F.max_pool2d(marked.view(-1, 1, h, w), 2).flatten(1).sum(dim=1)
     return grid.num_blocks - int(taken.max()) if len(cells) else 0
+
+
+def _cell_scores(grid: CellGrid, scores: Tensor, seed: Optional[int]) -> Tensor:
+    """Scores (B, N) of patches -> (B, M) of cells, or random ones."""
+    if seed is None:
+        return grid.cell_scores(scores)
+    return seeded_scores(scores.shape[0], grid.num_cells, seed, scores.device)

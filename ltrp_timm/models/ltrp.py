@@ -327,7 +327,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if self._coarse is None:
             raise ValueError("select_layout needs a model with rest='coarse'.")
         grid = self.grid_size(images)
-        layout = self._coarse.layout(grid, self._keep_ratio, scores, self._seed())
+        layout = self._coarse.layout(grid, self._keep_ratio, lambda: scores, self._seed())
         return layout or all_fine(grid, images)
 
     @torch.jit.unused

@@ -67,7 +67,8 @@ def create_teacher(
         ValueError: ``source`` is not a whole MAE, or its number of heads is unknown.
         RuntimeError: the weights do not fit; the message lists every difference.
     """
-    found = read_weights(source, True, (PREPROCESSOR_NAME,), cache_dir, token)
+    more = {"bare": True, "optional": (PREPROCESSOR_NAME,)}
+    found = read_weights(source, **more, cache_dir=cache_dir, token=token)
     text = str(source)
     plain = to_plain_names(found.tensors, text)
     saved = {

@@ -192,13 +192,7 @@ class Weights(NamedTuple):
         return any(key.startswith("model") for key in self.keys)
 
 
-def read_weights(
-    source: PathLike,
-    bare: bool = False,
-    optional: Sequence[str] = (),
-    cache_dir: PathLike | None = None,
-    token: str | None = None,
-) -> Weights:
+def read_weights(source: PathLike, **options: Any) -> Weights:
     """Read weights from a file, a folder or a repository. No code of a pickle runs.
 
     Args:
@@ -207,17 +201,14 @@ def read_weights(
             lie under "state_dict" or "model", and an average of them, which is preferred as in
             timm, under "state_dict_ema" or "model_ema"; or a folder or repository
             (``hf-hub:owner/name[@revision]``) with ``config.json`` and such a file.
-        bare: see ``locate``.
-        optional: see ``locate``.
-        cache_dir: as in huggingface_hub.
-        token: as in huggingface_hub.
+        **options: see ``locate``.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a file holds no weights, or its configuration is not a JSON object.
         OSError: the Hub does not provide the files (see ``locate``).
     """
-    path = locate(source, bare, optional, cache_dir, token)
+    path = locate(source, **options)
     file, config = path, None
     if path.is_dir():
         there = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
