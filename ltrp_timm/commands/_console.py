@@ -16,31 +16,14 @@ from ltrp_timm._text import one_line, printable, say
 from ltrp_timm.commands._flags import NotNegative, PathName
 from ltrp_timm.data.labels import listed_names
 from ltrp_timm.measure.throughput import Timing, ratio
-from ltrp_timm.models.coarse import RESTS
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import check_name, open_model
 from ltrp_timm.rankers import list_rankers
 from ltrp_timm.selection.registry import SELECTIONS
+from ltrp_timm.train.recipe import RestOptions
 
 Selection = Annotated[str, tuple(SELECTIONS)]
-Rest = Annotated[str, RESTS]
 _LONGEST = 300  # characters of an error from another library
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestOptions:
-    """What happens to the patches that are not kept.
-
-    Args:
-        rest: What happens to the other patches: drop, or coarse for tokens of a smaller image
-            (default: the model's own, else drop).
-        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
-        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
-    """
-
-    rest: Rest | None = None
-    scales: Sequence[int] | None = None
-    size_bias: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

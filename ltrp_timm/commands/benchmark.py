@@ -11,7 +11,6 @@ from torch import nn
 from ltrp_timm._text import csv_text, printable, say
 from ltrp_timm.commands._console import (
     ModelOptions,
-    RestOptions,
     Selection,
     behind_links,
     check_names,
@@ -36,6 +35,7 @@ from ltrp_timm.measure.throughput import environment
 from ltrp_timm.models.front_end import make_ranker
 from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.runtime.world import usable_device
+from ltrp_timm.train.recipe import RestOptions
 from ltrp_timm.weights.files import write_text
 
 RANKERS = (DEFAULT_RANKER, "conv", "vit_small")

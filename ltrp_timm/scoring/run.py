@@ -93,7 +93,8 @@ def rank_images(
         join_world(device, patient=True) as world,
         contextlib.ExitStack() as stack,
     ):
-        images, missing = _open_images(inputs, output, split, data_root, input_key, world)
+        named = {"split": split, "root": data_root, "input_key": input_key}
+        images, missing = _open_images(inputs, output, world, named)
         scorer = open_scorer(**scorer_args, **choice, device=str(world.device))
         about = {"model": scorer_args.get("model"), "overlays": overlays}
         if scorer.model.rest == "coarse":
@@ -123,21 +124,16 @@ def rank_images(
 
 
 def _open_images(
-    inputs: Sequence[str],
-    output: Path,
-    split: str | None,
-    data_root: PathLike | None,
-    input_key: str | None,
-    world: World,
+    inputs: Sequence[str], output: Path, world: World, named: dict[str, Any]
 ) -> tuple[Images, list[str]]:
-    """The images, and a line for each input that does not exist."""
+    """The images, by ``named`` options of a data set; a line for each input that does not exist."""
     if "" in inputs:  # a path would make it the current folder
         raise ValueError("an input has an empty name.")
-    if split or data_root or input_key or any(map(_is_dataset, inputs)):
+    if any(named.values()) or any(map(_is_dataset, inputs)):
         if len(inputs) != 1:
             raise ValueError(f"a data set is ranked alone, got {len(inputs)} inputs.")
-        named: dict[str, Any] = {"root": data_root, "input_key": input_key}
-        dataset = open_dataset(inputs[0], split=split or "train", training=False, **named)
+        named = {**named, "split": named["split"] or "train"}
+        dataset = open_dataset(inputs[0], training=False, **named)
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"{inputs[0]} is a stream; its images have no fixed numbers.")
         missing: list[str] = []

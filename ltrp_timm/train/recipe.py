@@ -47,7 +47,6 @@ MULTI_LABEL_DEFAULTS: dict[str, Any] = {
 }
 MULTI_LABEL_KEEP_RATIO = 0.75
 Schedule = Literal["linear", "cosine"]
-Rest = Literal["drop", "coarse"]
 _FRONT = ("ranker", "ranker_weights", "selection", "rest", "scales", "size_bias")
 _ONE_CLASS = ("smoothing", "mixup", "cutmix", "bce_loss")  # what needs one class per image
 _MULTI_LABEL = (
@@ -56,8 +55,24 @@ _MULTI_LABEL = (
 _BETAS = {"betas": (0.9, 0.999)}  # of AdamW
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestOptions:
+    """What happens to the patches that are not kept.
+
+    Args:
+        rest: What happens to the other patches: drop, or coarse for tokens of a smaller image
+            (default: the model's own, else drop).
+        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
+        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
+    """
+
+    rest: Literal["drop", "coarse"] | None = None
+    scales: Sequence[int] | None = None
+    size_bias: float | None = None
+
+
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(RestOptions):
     """What is trained, and how patches, teacher and ranker take part.
 
     Args:
@@ -68,10 +83,6 @@ class Recipe:
             gets a ``keep_ratio``).
         ranker_weights: Weights of the ranker: a folder, a file or ``hf-hub:owner/name``.
         selection: How scores become patches (default: the model's own).
-        rest: What happens to the other patches: "drop", or "coarse" for tokens of a smaller image
-            (default: the model's own, else drop).
-        scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too (default: 1 2).
-        size_bias: With a coarse rest: how much more attention a coarse token gets (default: 0.5).
         index_cache: Folder of ``ltrp-timm rank --crop-mode squash`` with scores of the training
             images, used in training in place of the ranker.
         keep_ratio: Share of patches to keep, in (0, 1]; with several, one is drawn for each update
@@ -111,9 +122,6 @@ class Recipe:
     ranker: str | None = None
     ranker_weights: PathLike | bool | None = None
     selection: str | None = None
-    rest: Rest | None = None
-    scales: Sequence[int] | None = None
-    size_bias: float | None = None
     index_cache: PathLike | None = None
     keep_ratio: float | Sequence[float] | None = None
     keep_schedule: Schedule | None = None
