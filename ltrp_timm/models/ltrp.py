@@ -608,7 +608,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         scores: List[Tensor] = []
         for batch in batches:
             if isinstance(batch, dict):
-                scores += [part.cpu() for part in naflex.scores_by_grid(self, batch)]
+                parts = naflex.by_grid(self, naflex.opened(self, batch))
+                scores += [self.patch_scores(part).cpu() for _, part in parts]
             else:
                 scores.append(self.patch_scores(batch).cpu())
         budget, reached = budget.calibrated(scores)

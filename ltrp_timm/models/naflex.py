@@ -43,11 +43,6 @@ def by_grid(model: "LTRPModel", batch: NaFlexBatch) -> Iterator[Tuple[List[int],
         yield places, images
 
 
-def scores_by_grid(model: "LTRPModel", batch: Mapping[str, Any]) -> List[Tensor]:
-    """The ranker's scores (b, h * w) of the images of each size."""
-    return [model.patch_scores(images) for _, images in by_grid(model, opened(model, batch))]
-
-
 def patch_scores(model: "LTRPModel", batch: NaFlexBatch) -> Tensor:
     """The ranker's scores (B, N) float32, -inf at padding."""
     scores = torch.full(batch.patch_valid.shape, -torch.inf, device=batch.patches.device)
