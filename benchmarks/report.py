@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from families import REFUSED_EXAMPLES, SUPPORTED
 from gpu.tables import gpu_text
 from sections import (
     SECTIONS,
@@ -22,7 +23,6 @@ from sections import (
 )
 from tables import markdown_table, nice, read_csv
 
-from ltrp_timm.slots import ADAPTERS
 from ltrp_timm.slots.refused import REFUSED_MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -78,13 +78,13 @@ def rows_of(results: Path, name: str) -> list[dict[str, str]]:
 def support_table() -> str:
     """Which timm models can drop patches, and why the others cannot."""
     rows = [
-        (kinds, "yes", models, adapter.how)
-        for adapter in ADAPTERS
-        for kinds, models in adapter.examples.items()
+        (kinds, "yes", models, how)
+        for how, examples in SUPPORTED.values()
+        for kinds, models in examples.items()
     ]
     for reason, refused in REFUSED_MODELS.items():
         kinds = ", ".join(f"`{kind}`" for kind in refused)
-        rows.append((kinds, "no", tuple(refused.values())[:2], reason))
+        rows.append((kinds, "no", tuple(REFUSED_EXAMPLES[kind] for kind in refused[:2]), reason))
     columns = ("Family", "Supported", "Examples", "How, or why not")
     return markdown_table(
         [

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, grid_of
+from families import REFUSED_EXAMPLES, SUPPORTED
 from timm.layers import HybridEmbed, PatchDropoutWithIndices, RelPosBiasTf
 from timm.models.beit import Attention as BeitAttention
 from timm.models.cait import Cait
@@ -183,7 +184,7 @@ def test_restore_gives_the_same_object_back(backbone_of: Callable[..., Any], fam
     drop_patches(backbone)(images)  # and it can be wrapped again
 
 
-MODELS = [(kind, name, why) for why, of in REFUSED_MODELS.items() for kind, name in of.items()]
+MODELS = [(kind, REFUSED_EXAMPLES[kind], why) for why, of in REFUSED_MODELS.items() for kind in of]
 UNKNOWN = "not one of the supported timm families"
 MODELS += [
     ("ResNet of timm.models.resnet", "resnet18", UNKNOWN),
@@ -221,7 +222,7 @@ def test_subclasses_are_refused_for_the_same_reason() -> None:
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.family)
 def test_every_example_of_the_table_drops_patches(adapter: SlotAdapter) -> None:
-    for name in (name for names in adapter.examples.values() for name in names):
+    for name in (name for names in SUPPORTED[adapter.family][1].values() for name in names):
         with torch.device("meta"):
             model = drop_patches(timm.create_model(name, depth=1), keep_ratio=0.25)
             side = model.pretrained_cfg["input_size"][-1]

@@ -15,7 +15,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
-    ClassVar,
     ContextManager,
     Dict,
     List,
@@ -232,8 +231,6 @@ class SlotAdapter(ABC):
         prefix_in_blocks: whether the sequence has prefix tokens while the blocks run.
         first_kind: a module that keeps the prefix and the first K patches, for ``places[0]``.
         coarse: how the family takes tokens of several scales: an adapter, or why it cannot.
-        how: where tokens are dropped, in words for a table.
-        examples: kinds of models of this class -> names of such models.
     """
 
     family: str
@@ -243,8 +240,6 @@ class SlotAdapter(ABC):
     prefix_in_blocks: bool = True
     first_kind: Optional[Callable[[int, int], nn.Module]] = None
     coarse: Union["SlotAdapter", str] = "its position bias has one entry for each pair of patches"
-    how: str
-    examples: ClassVar[Dict[str, Tuple[str, ...]]]
 
     @abstractmethod
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:

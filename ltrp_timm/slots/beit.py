@@ -6,7 +6,7 @@ blocks receive it as that argument, and each attention looks it up in its own ta
 block thus gets all it needs as arguments, never from state.
 """
 
-from typing import Any, ClassVar, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
@@ -99,8 +99,6 @@ class BeitAdapter(SlotAdapter):
     family = "Beit"
     host = Beit
     places = ("pos_drop", "rel_pos_bias")
-    how = "at `pos_drop`; the relative position bias follows, own or shared"
-    examples: ClassVar = {"BEiT, BEiT v2": ("beit_base_patch16_224", "beitv2_base_patch16_224")}
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, and modules that look up the bias of kept pairs."""

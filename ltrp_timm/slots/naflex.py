@@ -4,7 +4,7 @@ That is for images. A dict of patches brings a validity mask and, for each image
 own; timm gathers all of them behind ``patch_drop``, which stands there while such a batch runs.
 """
 
-from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from einops import rearrange
@@ -60,13 +60,6 @@ class NaFlexAdapter(SlotAdapter):
     family = "NaFlexVit"
     host = NaFlexVit
     places = ("norm_pre", "rope")
-    how = "at `norm_pre`; the RoPE follows; a dict of patches: in timm's own slot, `patch_drop`"
-    examples: ClassVar = {
-        "NaFlexVit, and what `use_naflex=True` makes": (
-            "naflexvit_base_patch16_gap",
-            "naflexvit_base_patch16_siglip",
-        )
-    }
     patch_embed = "embeds"
     coarse = "its patch embedding adds the positions itself; use a model without use_naflex"
 

@@ -6,7 +6,7 @@ indices as that argument, and each attention gives them to its own bias. A check
 gets all it needs as arguments, never from state.
 """
 
-from typing import Any, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
@@ -116,13 +116,6 @@ class RelPosAdapter(SlotAdapter):
     family = "VisionTransformerRelPos"
     host = VisionTransformerRelPos
     places = ("patch_embed.norm", "shared_rel_pos")
-    how = "behind `patch_embed`; the relative position bias follows, own or shared"
-    examples: ClassVar = {
-        "ViT-RelPos, ViT-SRelPos": (
-            "vit_relpos_base_patch16_cls_224",
-            "vit_srelpos_small_patch16_224",
-        )
-    }
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, which the class token joins later, and the biases of kept pairs."""

@@ -4,7 +4,7 @@ timm drops patches of ViT and Eva in a place made for it, ``patch_drop``; Eva ga
 embedding itself. CaiT has no ``patch_drop``, and no class token where it adds positions.
 """
 
-from typing import Any, ClassVar, Dict, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 from timm.models.cait import Cait
@@ -59,19 +59,6 @@ class VitAdapter(SlotAdapter):
     places: Tuple[str, ...] = ("patch_drop",)
     slot: Type[TokenSlot] = TokenSlot
     first_kind = FirstTokens
-    how = "in timm's own slot, `patch_drop`"
-    examples: ClassVar = {
-        "ViT, registers, average pooling": (
-            "vit_base_patch16_224",
-            "vit_betwixt_patch16_reg4_gap_256",
-            "vit_base_patch16_gap_224",
-        ),
-        "DINOv2": ("vit_small_patch14_reg4_dinov2",),
-        "CLIP, SigLIP": ("vit_base_patch16_clip_224", "vit_base_patch16_siglip_224"),
-        "DeiT, distilled, DeiT-3": ("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
-        "FlexiViT, AIMv2": ("flexivit_small", "aimv2_large_patch14_224"),
-        "hybrids, ViTamin": ("vit_tiny_r_s16_p8_224", "vitamin_small_224"),
-    }
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot."""
@@ -89,15 +76,6 @@ class EvaAdapter(VitAdapter):
     host = Eva
     slot: Type[TokenSlot] = TokenSlotWithIndices
     first_kind = FirstTokensWithIndices
-    how = "in timm's own slot, `patch_drop`; the RoPE follows"
-    examples: ClassVar = {
-        "EVA-02, RoPE ViTs, PE-core": (
-            "eva02_tiny_patch14_224",
-            "vit_small_patch16_rope_mixed_224",
-            "vit_pe_core_tiny_patch16_384",
-        ),
-        "DINOv3": ("vit_small_patch16_dinov3",),
-    }
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, which also returns the indices."""
@@ -142,8 +120,6 @@ class CaitAdapter(SlotAdapter):
     family = "Cait"
     host = Cait
     places = ("pos_drop",)
-    how = "at `pos_drop`; the class token joins behind the blocks"
-    examples: ClassVar = {"CaiT": ("cait_xxs24_224",)}
     prefix_in_blocks = False
     first_kind = FirstTokens
     coarse = "its attention takes no mask for the sizes of tokens"
