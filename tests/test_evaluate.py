@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import run_two
 from timm.data import ImageNetInfo, create_transform
 from timm.utils import accuracy
 from torch import Tensor
@@ -362,16 +362,9 @@ def no_ranking(*_: Any) -> Any:
 
 def test_two_processes_count_every_image_once(here: Path) -> None:
     assert evaluate("-o", "one", "--per-image") == 2
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["evaluate", "local-dir:model", "--data", "set", "--batch-size", "3"]
     more = ["--device", "cpu", "-o", "two", "--per-image", "--num-workers", "0"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "ltrp_timm", *command, *more],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_two(*command, *more)
     assert done.stdout.count("speed-up") == 2, done.stderr
     assert done.stderr.count("skipped dog/bad.png") == 1
     one, two = read("one/evaluate.csv"), read("two/evaluate.csv")

@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from processes import Started, run_command, run_two
 
 import ltrp_timm
 from ltrp_timm import create_ranker, drop_patches, num_keep, select_top
@@ -511,10 +512,6 @@ def test_a_full_disk_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str
     assert not (Path("out") / "scores.npy").exists()
 
 
-def command_line(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ltrp_timm", "rank", *arguments]
-
-
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -549,10 +546,12 @@ def test_two_processes_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert main([*command, "-o", "one"]) == 2
     assert same(load("two"), load("one"))  # to the last bit: the batches are the same
     assert tree("two") == {*FILES, "keep_indices.npy"}
-    # an error is reported once, not by each process
-    done = subprocess.run(run, env=environment(), capture_output=True, text=True, check=False)
-    assert done.stderr.count("two already holds scores") == 1
-    assert "ltrp_timm/commands" not in done.stderr  # torchrun has a traceback, the command has none
+    done = run_two(*command, "-o", "two")
+    assert done == (
+        2,
+        "",
+        "ltrp-timm: two already holds scores; use --overwrite to replace them.\n",
+    )
 
 
 @contextlib.contextmanager
@@ -612,46 +611,33 @@ def test_several_processes_need_torchrun(
     assert not Path("out").exists()
 
 
-def test_two_processes_of_slurm(tmp_path: Path) -> None:
+def test_two_processes_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     many_images(tmp_path / "many", 16)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {**RENDEZVOUS, "MASTER_PORT": str(free.getsockname()[1])}
+    command = ["rank", "many", "-o", "out", *SMALL, "--batch-size", "4"]
     processes = [
-        subprocess.Popen(
-            command_line("many", "-o", "out", *SMALL, "--batch-size", "4"),
-            env={**environment(), **place, "SLURM_NTASKS": "2", "SLURM_PROCID": number},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=tmp_path,
-            text=True,
-        )
+        Started(main, command, **place, SLURM_NTASKS="2", SLURM_PROCID=number)
         for number in ("0", "1")
     ]
-    (first, second) = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], (first, second)
-    assert first[0] == "ranked 16 images, 0 failed: out\n"
-    assert second == ("", "")
+    first, second = (process.wait() for process in processes)
+    assert first[:2] == (0, "ranked 16 images, 0 failed: out\n"), first
+    assert second == (0, "", "")
 
 
-class Running:
+class Running(Started):
     """``ltrp-timm rank`` in a process of its own, started and seen to have written something."""
 
     def __init__(self, *arguments: str) -> None:
+        super().__init__(main, ["rank", *arguments])
         self.output = Path(arguments[arguments.index("-o") + 1])
-        self.process = subprocess.Popen(
-            command_line(*arguments),
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
         deadline = time.monotonic() + 120
         while not self.ranked():
-            assert self.process.poll() is None, self.process.communicate()
+            assert self.poll() is None, self.wait()
             assert time.monotonic() < deadline
-            time.sleep(0.01)
+            time.sleep(0.005)
 
     def ranked(self) -> int:
         """How many rows are done."""
@@ -662,25 +648,18 @@ class Running:
 def test_two_rankers_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process never writes into the results of a run that goes on, nor of one that died."""
     monkeypatch.chdir(tmp_path)
-    many_images(tmp_path / "many", 320)
+    many_images(tmp_path / "many", 160)
     common = ["many", "-o", "out", *SMALL, "--batch-size", "4"]
     slow = [*common, "--overlays"]  # drawing takes long enough to be stopped
     first = Running(*slow)
-    os.killpg(first.process.pid, signal.SIGSTOP)  # it goes on for as long as the others try
+    os.killpg(first.pid, signal.SIGSTOP)  # it goes on for as long as the others try
     for more in (["--ranker", "pixel_std", "--overwrite"], ["--ranker", "pixel_std"], []):
-        done = subprocess.run(
-            command_line(*slow, *more),
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        done = run_command("rank", *slow, *more)
         assert done.returncode == 2
         assert done.stderr == ("ltrp-timm: another process is writing out; wait for it to end.\n")
-    os.killpg(first.process.pid, signal.SIGKILL)
-    first.process.communicate()
-    assert 0 < first.ranked() < 320
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert 0 < first.ranked() < 160
     # what a killed run has left is continued by itself alone, or replaced as a whole
     assert main(["rank", *slow, "--ranker", "pixel_std"]) == 2
     assert main(["rank", *slow]) == 0
@@ -716,11 +695,11 @@ def test_a_signal_leaves_whole_files(
     many_images(tmp_path / "many", 200)
     arguments = ["many", "-o", "out", "--img-size", "64", "--num-workers", "1"]
     arguments += ["--batch-size", "4", "--overlays"]
-    process = Running(*arguments).process
+    process = Running(*arguments)
     os.killpg(process.pid, kind)  # as a terminal and torchrun do: data workers too
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[kind]
-    assert err == ""
+    done = process.wait()
+    assert done.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[kind]
+    assert done.stderr == ""
     done, scores = np.load("out/done.npy"), np.load("out/scores.npy")
     assert 4 <= (done == RANKED).sum() < 200
     assert (np.ptp(scores[done == RANKED], axis=1) > 0).all()

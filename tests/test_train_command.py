@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import Started
 from train_setup import make_photos, run, tiny_teacher
 
 import ltrp_timm
@@ -182,25 +182,17 @@ def test_a_folder_in_the_way(here: Path, capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_a_signal_from_outside(here: Path, number: signal.Signals) -> None:
     """To the whole group, as Ctrl-C does it: the loader's workers must not die of it."""
-    command = ["-m", "ltrp_timm", "train-ranker", "--data", "photos", "--output", "run", *TINY]
+    command = ["train-ranker", "--data", "photos", "--output", "run", *TINY]
     command += ["--teacher", "teacher", "--epochs", "5000", "--batch-size", "4"]
     command += ["--num-workers", "1", "--no-tensorboard", "--holdout", "0"]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = Started(main, command)
     for _ in range(6000):
         if Path("run/log.csv").exists() or process.poll() is not None:
             break
         time.sleep(0.01)
-    import os
-
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, err
+    code, out, err = process.wait()
+    assert code == 128 + number, err
     assert f"stopped by signal {int(number)} in epoch" in out
     assert "Traceback" not in err
     assert len(read_log(Path("run/log.csv"))) >= 1

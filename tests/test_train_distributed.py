@@ -1,4 +1,4 @@
-"""Two processes of torchrun do what one does with twice the batch."""
+"""Two processes, as torchrun starts them, do what one does with twice the batch."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import records_arguments
 from finetune_setup import make_classes
+from processes import Done, run_command, run_two
 from torch import Tensor
 from train_setup import distance, make_photos, tiny_teacher, weights
 
@@ -36,16 +37,16 @@ def launch(
     check: bool = True,
     script: Path | None = None,
 ) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else [])]
-    command += ["-m", "ltrp_timm"] if script is None else [str(script)]
-    done = subprocess.run(
-        [*command, *arguments, "--output", str(folder), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = [*arguments, "--output", str(folder), *flags]
+    if processes == 1:
+        done = run_command(*command)
+    elif script is None:
+        done = run_two(*command)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        line = [sys.executable, *launcher, str(script), *command]
+        ran = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+        done = Done(ran.returncode, ran.stdout, ran.stderr)
     assert not check or done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
