@@ -1,4 +1,4 @@
-"""timm's own test-suite over our registered names, one subprocess each.
+"""timm's own test-suite over our registered names, in subprocesses.
 
 How it is pointed at them stands in ``timm_suite_plugin``. ``GITHUB_ACTIONS=1`` switches off the
 tests that pull weights, as in timm's own CI.
@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Dict, Iterable, Tuple
+from typing import Dict, Tuple
 
 import pytest
 import timm
@@ -110,19 +111,23 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- running it ----------------------------------------------------------------------------------
 
 
-def run_suite(
-    suite: Path, name: str, tests: Iterable[str], github_actions: bool = True
-) -> Outcomes:
-    """Run timm's tests over one name, those of the slow or special ones only that are asked for."""
-    unwanted = {PRUNE, FX_TORCHSCRIPT, *NEEDS_HUB}.difference(tests)
-    keyword = " and ".join(["ltrp", *(f"not {test}" for test in sorted(unwanted))])
+def keyword_of(name: str, tests: Iterable[str]) -> str:
     if set(tests) <= {PRUNE, FX_TORCHSCRIPT}:
-        keyword = f"ltrp and ({' or '.join(tests)})"
+        return f"{name} and ({' or '.join(tests)})"
+    unwanted = {PRUNE, FX_TORCHSCRIPT, *NEEDS_HUB}.difference(tests)
+    return " and ".join([name, *(f"not {test}" for test in sorted(unwanted))])
+
+
+def run_suite(
+    suite: Path, tests: Mapping[str, Iterable[str]], github_actions: bool = True
+) -> Outcomes:
+    """Run timm's tests over each name, those of the slow or special ones only that it asks for."""
+    keyword = " or ".join(f"({keyword_of(name, chosen)})" for name, chosen in tests.items())
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     for key in ("GITHUB_ACTIONS", "TORCH_BACKEND", "TORCH_DEVICE"):
         env.pop(key, None)
     env.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    env.update({NAMES_VARIABLE: name, "COLUMNS": "1000"})
+    env.update({NAMES_VARIABLE: ",".join(tests), "COLUMNS": "1000"})
     paths = [str(Path(__file__).parent), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     env["TIMEOUT"] = "1200"  # seconds for one of timm's tests; its own are for its own machines
@@ -132,7 +137,9 @@ def run_suite(
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", "pytest.ini", "-k", keyword]
     command += ["-v", "-rs", "--no-fold-skipped", "--tb=short", "--disable-warnings"]
     done = subprocess.run(command, cwd=suite, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{name}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, (
+        f"{keyword}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    )
     return read_outcomes(done.stdout)
 
 
@@ -197,20 +204,26 @@ def test_the_plugin_adds_ours_beside_timms_vits_and_changes_nothing_else() -> No
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name",
-    [n if n in EVERY_KIND else pytest.param(n, marks=pytest.mark.timm_suite) for n in SMALL],
+    "names",  # all that a run takes besides its tests takes as long as those of a small model
+    [EVERY_KIND]
+    + [pytest.param((n,), marks=pytest.mark.timm_suite) for n in SMALL if n not in EVERY_KIND],
+    ids=" ".join,
 )
-def test_small_models_meet_timms_contracts(suite: Path, name: str) -> None:
-    tests = released(suite, (*EVERY_RUN, PRUNE) if name in TINY else EVERY_RUN)
-    assert run_suite(suite, name, tests) == expected_outcomes(name, tests)
+def test_small_models_meet_timms_contracts(suite: Path, names: Sequence[str]) -> None:
+    tests = {
+        name: released(suite, (*EVERY_RUN, PRUNE) if name in TINY else EVERY_RUN) for name in names
+    }
+    expected: Outcomes = {}
+    for name in names:
+        expected |= expected_outcomes(name, tests[name])
+    assert run_suite(suite, tests) == expected
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", TINY)
-def test_tiny_models_script_after_fx(suite: Path, name: str) -> None:
+def test_tiny_models_script_after_fx(suite: Path) -> None:
     """timm's CI switches this test off for its memory, not for the Hub."""
-    outcomes = run_suite(suite, name, [FX_TORCHSCRIPT], github_actions=False)
-    assert outcomes == {(FX_TORCHSCRIPT, name): PASSED}
+    outcomes = run_suite(suite, {name: [FX_TORCHSCRIPT] for name in TINY}, github_actions=False)
+    assert outcomes == {(FX_TORCHSCRIPT, name): PASSED for name in TINY}
 
 
 @pytest.mark.timm_suite
@@ -219,7 +232,7 @@ def test_tiny_models_script_after_fx(suite: Path, name: str) -> None:
 def test_small_models_meet_timms_prune_contract(suite: Path, name: str) -> None:
     if not released(suite, [PRUNE]):
         pytest.skip(f"timm {timm.__version__} has no prune contract.")
-    assert run_suite(suite, name, [PRUNE]) == expected_outcomes(name, [PRUNE])
+    assert run_suite(suite, {name: [PRUNE]}) == expected_outcomes(name, [PRUNE])
 
 
 @pytest.mark.timm_suite
@@ -227,7 +240,7 @@ def test_small_models_meet_timms_prune_contract(suite: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in OTHERS if name not in HUGE])
 def test_larger_models_meet_timms_contracts(suite: Path, name: str) -> None:
     tests = released(suite, (*EVERY_RUN, PRUNE))
-    assert run_suite(suite, name, tests) == expected_outcomes(name, tests)
+    assert run_suite(suite, {name: tests}) == expected_outcomes(name, tests)
 
 
 @pytest.mark.timm_suite
@@ -235,5 +248,5 @@ def test_larger_models_meet_timms_contracts(suite: Path, name: str) -> None:
 @pytest.mark.parametrize("name", HUGE)
 def test_huge_models_meet_timms_contracts(suite: Path, name: str) -> None:
     """timm never runs the prune contract over a huge model."""
-    outcomes = run_suite(suite, name, EVERY_RUN, github_actions=False)
+    outcomes = run_suite(suite, {name: EVERY_RUN}, github_actions=False)
     assert outcomes == expected_outcomes(name, EVERY_RUN, github_actions=False)
