@@ -121,7 +121,8 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def environment_line(row: Mapping[str, Any]) -> str:
     """Machine, settings and versions of a row in one line of prose."""
-    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "timm", "ltrp_timm"))
+    known = [name for name in ("torch", "timm", "ltrp_timm") if row[name] != "unknown"]
+    versions = ", ".join(f"{name} {row[name]}" for name in known)
     cores = f"{row['cores']} core{'s' if str(row['cores']) != '1' else ''}"
     where = f"{row['machine']} ({cores}, {row['threads']} used)"
     short = "" if row["depth"] == "all" else f", models cut to {row['depth']} blocks"

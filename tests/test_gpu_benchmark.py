@@ -310,7 +310,7 @@ def test_the_readme_says_what_was_measured(tmp_path: Path) -> None:
     assert NOT_MEASURED.count(". ") == 0  # one sentence
     place = {"device": "cuda", "dtype": "bfloat16", "depth": "all", "runs": 1, "torch": "2.11"}
     place |= {"machine": "NVIDIA X", "cores": 16, "threads": 8, "timm": "1", "ltrp_timm": "0"}
-    place |= {"model": "vit", "img_size": 224, "batch": 1, "status": "measured"}
+    place |= {"model": "vit", "img_size": 224, "batch": 256, "status": "measured"}
     place |= {"seconds_median": 0.002, "images_per_second": 500.0, "peak_mib": 90.0}
     for section in GPU:
         record = Record(tmp_path / f"{section.file}.csv", COLUMNS)
@@ -326,10 +326,10 @@ def test_the_readme_says_what_was_measured(tmp_path: Path) -> None:
     tables.write_csv(ended, tmp_path / "status.csv")
     text = gpu_text(tmp_path)
     assert text.startswith("Measured on NVIDIA X (16 cores, 8 used), cuda, bfloat16; torch 2.11")
-    rows = [line for line in text.splitlines() if line.startswith("| `vit` | 1 | 0.5 |")]
-    assert rows[0] == "| `vit` | 1 | 0.5 | 500 images/s, 90 MiB | 1.90× (0.97), 90 MiB |"
-    assert "| `vit` | 1 | 0.25 | 500 images/s, 90 MiB | out of memory |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| `vit` | 0.5 |")]
+    assert rows[0] == "| `vit` | 0.5 | 500 images/s | 1.90× (0.97) |"
+    assert "| `vit` | 0.25 | 500 images/s | out of memory |" in text
     assert "2.00 ms (1.00×)" in text
-    assert "| pseudo-scores | `vit` | 1 | – | – | 2.50× |" in text
+    assert "| pseudo-scores | `vit` | 256 | – | – | 2.50× |" in text
     assert "Not finished: training (out of time)." in text
     assert all(section.says in text for section in GPU)
