@@ -57,8 +57,8 @@ GPU = [
         "speed",
         "Batch 256: images per second of the plain model, and the speed-up over it, ranking "
         "included. *Ideal* is given its patches for nothing and embeds only these; in brackets how "
-        "much of it is reached. `border` and `conv` drop the rest; *coarse* ranks with `border` and gives the "
-        "rest coarsely, with the size bias and without",
+        "much of it is reached. `border` and `conv` drop the rest; *coarse* ranks with `border` "
+        "and gives the rest coarsely, with the size bias and without",
         _case,
         lambda row: row["method"],
         _speed,
