@@ -302,6 +302,11 @@ def test_border_ties_on_flat_patches() -> None:
     assert create_ranker("border")(noise.fill_(torch.nan)).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:std\\(\\)")  # of no images
+def test_border_takes_an_empty_batch_on_a_fine_grid() -> None:
+    assert create_ranker("border", patch_size=8)(torch.rand(0, 3, 96, 96)).shape == (0, 12, 12)
+
+
 def test_contrast_finds_the_object() -> None:
     images = torch.full((1, 3, 112, 112), 0.7)
     images[:, :, 32:64, 48:80] = torch.rand(1, 3, 32, 32)  # rows 2-3, columns 3-4 of a 7x7 grid

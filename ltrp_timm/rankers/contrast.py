@@ -121,7 +121,7 @@ def border_scores(images: Tensor, patch_size: Tuple[int, int]) -> Tensor:
     """images (B, C, H, W) -> (B, h, w) float32: the weighted sum of three ranks."""
     h, w = grid_of(images, patch_size)
     nearest, to_mean = border_distances(describe_patches(images, patch_size))
-    centre = centre_distance(h, w, images.device).expand(images.shape[0], -1, -1)
+    centre = centre_distance(h, w, images.device).expand(images.shape[0], 1, -1, -1)
     parts = torch.cat([_smoothed(nearest), to_mean, centre]).flatten(1)
     # whole steps, far above rounding noise: flat patches must tie
     places = places_in_order((parts * 1024.0).round())
@@ -231,7 +231,7 @@ def patch_statistics(
 
 
 def border_distances(described: Tensor) -> Tuple[Tensor, Tensor]:
-    """Distances of patches (B, D, h, w) to the border, each (B, h, w).
+    """Distances of patches (B, D, h, w) to the border, each (B, 1, h, w).
 
     Returns:
         The mean distance to the three nearest border patches, and the distance to their mean. A
@@ -243,19 +243,19 @@ def border_distances(described: Tensor) -> Tuple[Tensor, Tensor]:
     ends = [each.reshape(*size, each.shape[2] * each.shape[3]) for each in (rows, sides)]
     border = torch.cat(ends, dim=4)  # (B, D, 1, 1, R)
     # pair by pair, (B, D, h, w, R): autocast would round the operands of a matrix product
-    squares = (described.unsqueeze(4) - border).square_().sum(1)
-    nearest = squares.topk(min(3, border.shape[4]), dim=3, largest=False)[0]
-    to_mean = torch.linalg.vector_norm(described - border.mean(4), dim=1)
-    return nearest.sqrt().mean(3), to_mean
+    squares = (described.unsqueeze(4) - border).square_().sum(1, keepdim=True)
+    nearest = squares.topk(min(3, border.shape[4]), dim=4, largest=False)[0]
+    to_mean = torch.linalg.vector_norm(described - border.mean(4), dim=1, keepdim=True)
+    return nearest.sqrt().mean(4), to_mean
 
 
 def _smoothed(scores: Tensor) -> Tensor:
-    """scores (B, h, w) -> (B, h, w), averaged over 3 x 3 patches where the grid is fine.
+    """scores (B, 1, h, w) -> the same, averaged over 3 x 3 patches where the grid is fine.
 
     Up to 8 x 8 patches a neighbour is often another object and nothing is averaged; from 14 x 14 on
     the mean counts alone.
     """
-    weight = (min(scores.shape[1], scores.shape[2]) - 8) / 6.0
+    weight = (min(scores.shape[2], scores.shape[3]) - 8) / 6.0
     if weight <= 0.0:
         return scores
     around = F.avg_pool2d(scores, 3, stride=1, padding=1, count_include_pad=False)
