@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import aoti_is_slow, every_format, no_compiler
+from conftest import aoti_is_slow, every_format
 from torch import Tensor, nn
 
 import ltrp_timm
@@ -97,6 +97,24 @@ def test_a_file_gives_the_pruned_outputs_and_says_what_it_is(
     }
     assert metadata == expected
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # one file, nothing beside it
+    if format == "aoti":
+        check_images_as_services_have_them(model, path, images)
+
+
+def check_images_as_services_have_them(model: LTRPModel, path: Path, images: Tensor) -> None:
+    run, _ = load_exported(path, "aoti")
+    wide = torch.randn(3, 3, 96, 200)
+    for given in (
+        images.contiguous(memory_format=torch.channels_last),
+        wide[..., 50:146],
+        torch.randn(3, 96, 96, 3).permute(0, 3, 1, 2),
+    ):
+        assert (run(given) - model(given)).abs().max() <= 1e-4
+    for wrong in (images.double(), images.half(), images[:2], images[..., :80]):
+        with pytest.raises(ValueError, match=r"takes torch.float32 of shape \[3, 3, 96, 96\], got"):
+            run(wrong)
+    with pytest.raises(ValueError, match="runs on cpu, got images on meta"):
+        run(images.to("meta"))
 
 
 @aoti_is_slow
@@ -164,8 +182,13 @@ def test_all_patches_kept_is_the_full_model(pruned_of: Callable[..., Any], tmp_p
     assert parity.error <= 1e-5
 
 
-@aoti_is_slow
-@pytest.mark.parametrize("fault", ["full", "other"])
+@pytest.mark.parametrize(
+    ("format", "fault"),
+    [
+        *(("onnx", "full"), ("pt2", "other"), ("torchscript", "full")),
+        *(pytest.param("aoti", fault, marks=pytest.mark.slow) for fault in ("full", "other")),
+    ],
+)
 def test_a_wrong_file_is_not_left_behind(
     pruned_of: Callable[..., Any],
     tmp_path: Path,
@@ -246,28 +269,6 @@ def test_near_ties_are_left_out_and_counted(backbone_of: BackboneOf) -> None:
     model = drop_patches(model.restore(), ranker=Nervous(always=True)).eval()
     with pytest.raises(RuntimeError, match="only 0 of 32 images have a clear order"):
         check_parity(model, model, SIZE, 1, False)
-
-
-@pytest.mark.skipif(no_compiler, reason="needs g++")
-@torch.no_grad()
-def test_a_compiled_file_takes_images_as_services_have_them(
-    pruned_of: Callable[..., Any], tmp_path: Path
-) -> None:
-    model, images = pruned_of()
-    export_model(model, tmp_path / "a.pt2", "aoti", batch_size=3)
-    run, _ = load_exported(tmp_path / "a.pt2", "aoti")
-    wide = torch.randn(3, 3, 96, 200)
-    for given in (
-        images.contiguous(memory_format=torch.channels_last),
-        wide[..., 50:146],
-        torch.randn(3, 96, 96, 3).permute(0, 3, 1, 2),
-    ):
-        assert (run(given) - model(given)).abs().max() <= 1e-4
-    for wrong in (images.double(), images.half(), images[:2], images[..., :80]):
-        with pytest.raises(ValueError, match=r"takes torch.float32 of shape \[3, 3, 96, 96\], got"):
-            run(wrong)
-    with pytest.raises(ValueError, match="runs on cpu, got images on meta"):
-        run(images.to("meta"))
 
 
 def test_what_keeps_aotinductor_from_compiling_is_said(
