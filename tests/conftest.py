@@ -3,7 +3,7 @@ import gc
 import importlib.util
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,12 +169,10 @@ def backbone_of() -> Callable[..., tuple[Any, Tensor]]:
     return make
 
 
-@pytest.fixture
-def little_to_collect() -> Iterator[None]:
-    """Each measurement collects garbage, which takes long where much is imported."""
+def pytest_collection_finish() -> None:
+    """Measuring and compiling collect garbage, which takes long where much is imported."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

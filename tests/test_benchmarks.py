@@ -29,8 +29,6 @@ from sections import SECTIONS
 from ltrp_timm.measure import payoff, throughput
 from ltrp_timm.selection.rules import keep_tokens
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
-
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_smoke(name: str, run_benchmark: Callable[..., Done]) -> None:

@@ -23,9 +23,6 @@ SPEED = ("full", "ideal", "border", "conv", "coarse", "coarse, no bias")
 ARGS = {"device": "cpu", "dtype": "bfloat16", "depth": 1, "repeats": 2, "threads": 1}
 
 
-pytestmark = pytest.mark.usefixtures("little_to_collect")
-
-
 @pytest.fixture
 def gpu() -> ModuleType:
     return load("gpu")

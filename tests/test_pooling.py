@@ -112,7 +112,6 @@ beyond = pytest.mark.benchmarks
 LONGER = ("speed_vs_keep_ratio", "compile_and_export", "memory")
 
 
-@pytest.mark.usefixtures("little_to_collect")
 @pytest.mark.parametrize(
     "name", ["break_even", *[pytest.param(name, marks=beyond) for name in LONGER]]
 )

@@ -54,7 +54,6 @@ def test_goals(module: ModuleType) -> None:
         assert [line[""] for line in lines] == verdicts, changes
 
 
-@pytest.mark.usefixtures("little_to_collect")
 def test_a_small_run(run_benchmark: Callable[..., Done]) -> None:
     options = ["--img-size", "64", "--depth", "1", "--mask-ratio", "0.5", "--batch-sizes", "1"]
     options += ["--chunks", "3", "--num-removed", "4", "--repeats", "1"]
