@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -443,8 +444,13 @@ def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_wrong_arguments_are_one_line(
-    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    text: str,
 ) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no patience with it
     make_photos(Path("flat"), 1)
     make_photos(Path("two/a"), 1)
     make_photos(Path("two/b"), 1)
