@@ -61,6 +61,9 @@ class Started:
     def poll(self) -> int | None:
         return self.process.exitcode
 
+    def stdout(self) -> str:
+        return Path(self.folder.name, "stdout").read_text()
+
     def wait(self, timeout: float = 120) -> Done:
         self.process.join(timeout)
         code = self.process.exitcode

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from processes import Started
 from train_setup import QUIET, TEACHER_ARGS, make_photos, run, same_bits, tiny_teacher, weights
 
 from ltrp_timm.runtime.world import locked
@@ -307,25 +308,26 @@ def test_weights_that_are_not_finite_are_not_saved(photos: Path, tmp_path: Path)
     assert not (folder / "model.safetensors").exists()
 
 
+def hold(folder: Path) -> None:
+    with locked(folder):
+        print("held", flush=True)
+        time.sleep(60)
+
+
 def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    source = (
-        "import sys, time; from pathlib import Path; from ltrp_timm.runtime.world import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", source, str(folder)], stdout=subprocess.PIPE, text=True
-    )
+    other = Started(hold, folder)
     try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+        while not other.stdout():
+            assert other.poll() is None, other.wait()
+            time.sleep(0.01)
         with pytest.raises(BlockingIOError, match=r"another process is writing .*run; wait"):
             run(photos, folder)
         assert os.listdir(folder) == [".lock"]
     finally:
-        other.kill()
-        other.communicate()
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
     (folder / ".checkpoint.pt.abc.tmp").touch()  # a write that was cut off
     run(photos, folder, epochs=1)
     assert not list(folder.glob(".*.tmp"))
