@@ -23,7 +23,7 @@ from sections import (
 )
 from tables import markdown_table, nice, read_csv
 
-from ltrp_timm.slots.refused import REFUSED_MODELS
+from ltrp_timm.slots import REFUSED_MODELS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -28,9 +28,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from ltrp_timm import drop_patches, gather_patches, num_keep
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers.base import Ranker
-from ltrp_timm.slots import ADAPTERS, find_adapter
+from ltrp_timm.slots import ADAPTERS, REFUSED, REFUSED_MODELS, find_adapter
 from ltrp_timm.slots.base import SlotAdapter, TokenSlot
-from ltrp_timm.slots.refused import REFUSED, REFUSED_MODELS
 
 
 def masked_reference(model: Any, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
