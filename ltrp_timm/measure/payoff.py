@@ -89,11 +89,11 @@ def ideal(full: Any, kept: int) -> Any:
         position bias, NaFlexViT).
     """
     adapter = find_adapter(full)
-    first = adapter.first_tokens(full, kept)
-    if first is None:
+    if adapter.first_kind is None:
         return None
     model = twin(full)
-    setattr(model, adapter.places[0], first)
+    prefix = model.num_prefix_tokens if adapter.prefix_in_blocks else 0
+    setattr(model, adapter.places[0], adapter.first_kind(prefix, kept))
     embed = adapter.embed_of(model)
     if can_embed_kept(embed):
         embed = as_slot(embed, FirstPatchEmbed)

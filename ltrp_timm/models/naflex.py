@@ -35,7 +35,10 @@ def by_grid(model: "LTRPModel", batch: NaFlexBatch) -> Iterator[Tuple[List[int],
     """The images (b, C, H, W) of each grid, in the model's patch size; and their places."""
     channels_last = getattr(model.backbone.embeds, "channels_last", True)
     rows, cols = model.patch_size
-    for (h, w), places in batch.same_grid().items():
+    by_size: Dict[Tuple[int, int], List[int]] = {}
+    for image, grid in enumerate(batch.grids):
+        by_size.setdefault(grid, []).append(image)
+    for (h, w), places in by_size.items():
         images = batch.images(places, channels_last)
         if batch.patch_size != (rows, cols):
             size = [h * rows, w * cols]

@@ -231,22 +231,17 @@ class CellGrid:
                 f"{self.scales}: it gives {budget} tokens, the coarsest ones alone are {smallest}; "
                 f"use at least {least:g}{' or scales=(1, 2, 4)' if or_blocks else ''}."
             )
-        coarsest = self.num_coarsest(budget) if blocks else 0
+        coarsest = 0
+        if blocks:
+            # from the fewest that the budget allows to the most that leave it something to refine
+            fewest = max(0, -((budget - self.num_edge_patches - cells) // 3))
+            most = max(fewest, min(blocks, (n - budget) // 15))
+            coarsest = fewest + int((most - fewest) * COARSEST_SHARE + 0.5)
         spare = budget - (smallest + 3 * (blocks - coarsest))
         refined = min(spare // 3, cells - 4 * coarsest)
         if refined == cells:
             return cells, 0
         return refined, coarsest
-
-    def num_coarsest(self, budget: int) -> int:
-        """How many blocks stay coarsest when ``budget`` patch tokens may be encoded.
-
-        Between the fewest that the budget allows and the most that leave it something to refine.
-        """
-        n = self.grid_size[0] * self.grid_size[1]
-        fewest = max(0, -((budget - self.num_edge_patches - self.num_cells) // 3))
-        most = max(fewest, min(self.num_blocks, (n - budget) // 15))
-        return fewest + int((most - fewest) * COARSEST_SHARE + 0.5)
 
     def layout(self, cell_scores: Tensor, refined: int, coarsest: int = 0) -> TokenLayout:
         """Scores (B, M) of cells, numbers of ``counts`` -> the layout: the best cells are refined.

@@ -229,7 +229,8 @@ class SlotAdapter(ABC):
         places: attributes of the backbone where slots stand, the tokens' slot first.
         patch_embed: attribute of the module that cuts images into patches.
         prefix_in_blocks: whether the sequence has prefix tokens while the blocks run.
-        first_kind: a module that keeps the prefix and the first K patches, for ``places[0]``.
+        first_kind: a module for ``places[0]`` that keeps the prefix and the first K patches, for
+            timing; None where dropping patches changes more than the tokens.
         coarse: how the family takes tokens of several scales: an adapter, or why it cannot.
     """
 
@@ -247,12 +248,6 @@ class SlotAdapter(ABC):
 
     def check(self, backbone: Any) -> None:  # noqa: B027  # most families have nothing to check
         """Raise TypeError if this particular model cannot drop tokens."""
-
-    def first_tokens(self, backbone: Any, k: int) -> Optional[nn.Module]:
-        """A module for ``places[0]`` that keeps the first K patches, for timing; or None."""
-        if self.first_kind is None:  # dropping patches changes more than the tokens
-            return None
-        return self.first_kind(backbone.num_prefix_tokens if self.prefix_in_blocks else 0, k)
 
     def embed_of(self, backbone: Any) -> Any:
         """The module that cuts images into patches."""

@@ -57,8 +57,12 @@ class KeptPatchEmbed(PatchEmbed):
         if not torch.jit.is_scripting():
             if not _is_plain(self.proj):  # an adapter or a hook inside must run
                 return self._timm_forward(x)
-            if torch.compiler.is_compiling() and torch.is_grad_enabled():
-                _fix_size(x)
+            compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            if compiling and torch.is_grad_enabled():
+                # for one image size, as timm's convolution is: the gradient of a resized position
+                # table cannot be compiled for several
+                for side in x.shape[2:]:
+                    index(side)
         elif self.strict_img_size and self.img_size is not None:
             if x.shape[2] != self.img_size[0] or x.shape[3] != self.img_size[1]:
                 raise ValueError("images must have the size that the model was made for.")
@@ -68,16 +72,6 @@ class KeptPatchEmbed(PatchEmbed):
             x = F.pad(x, (0, w * cols - x.shape[-1], 0, h * rows - x.shape[-2]))
         x = self.norm(embed_kept(x, keep, self.proj.weight, self.proj.bias))
         return x.flatten(1, 2) if self.flatten else x
-
-
-def _fix_size(images: Tensor) -> None:
-    """Compile for one image size, as timm's convolution does.
-
-    The gradient of a resized position table cannot be compiled for several.
-    """
-    if not torch.compiler.is_exporting():
-        index(images.shape[2])
-        index(images.shape[3])
 
 
 def _is_plain(proj: nn.Module) -> bool:

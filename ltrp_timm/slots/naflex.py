@@ -25,30 +25,25 @@ class TokenSlotWithNorm(TokenSlot, LayerNorm):
         return LayerNorm.forward(self, self.take(x)[0])
 
 
-def rope_of_kept(rope: Tensor, keep_indices: Tensor) -> Any:
-    """Rotary embedding of all patches, keep_indices (B, K) -> that of the kept ones.
-
-    It is (N, 2d) -> (B, 1, K, 2d). One for each block, (depth, H, N, 2d), becomes an iterator over
-    blocks of (B, H, K, 2d): never are all of them in memory.
-    """
-    if rope.dim() == 2:
-        return rope[keep_indices].unsqueeze(1)
-    return (layer[:, keep_indices].transpose(0, 1) for layer in rope.unbind(0))
-
-
 class RopeSlot:
     """A mixin for timm's rotary embeddings: the embedding of the kept patches."""
 
     keep_indices: Optional[Tensor]
 
     def get_embed(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's embedding, or that of the kept patches."""
+        """timm's embedding, or that of the kept patches (B, K).
+
+        It is (N, 2d) -> (B, 1, K, 2d). One for each block, (depth, H, N, 2d), becomes an iterator
+        over blocks of (B, H, K, 2d): never are all of them in memory.
+        """
         rope = super().get_embed(*args, **kwargs)  # type: ignore[misc]  # of the host
         keep = self.keep_indices
         if keep is None:
             return rope
         self.keep_indices = None
-        return rope_of_kept(rope, keep)
+        if rope.dim() == 2:
+            return rope[keep].unsqueeze(1)
+        return (layer[:, keep].transpose(0, 1) for layer in rope.unbind(0))
 
 
 SLOTS = named_twins(RopeSlot, ROTARY_EMBEDDINGS, globals())
@@ -103,13 +98,6 @@ class NaFlexBatch(NamedTuple):
     patch_valid: Tensor
     grids: List[Tuple[int, int]]
     patch_size: Tuple[int, int]
-
-    def same_grid(self) -> Dict[Tuple[int, int], List[int]]:
-        """Grid (h, w) -> the images that have it."""
-        found: Dict[Tuple[int, int], List[int]] = {}
-        for image, grid in enumerate(self.grids):
-            found.setdefault(grid, []).append(image)
-        return found
 
     def images(self, rows: List[int], channels_last: bool) -> Tensor:
         """The pixels (b, C, H, W) of images that have one grid."""
