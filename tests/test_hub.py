@@ -13,8 +13,8 @@ import pytest
 import timm
 import torch
 from conftest import records_arguments, small_teacher
-from hub_server import Hub
-from safetensors.torch import save
+from hub_server import Hub, digest
+from safetensors.torch import load, save
 
 from ltrp_timm import create_ranker
 
@@ -167,10 +167,27 @@ print(torch.equal(back(images), model(images)), back.selection)
     assert all("authorization" not in headers for headers in hub.asked("GET", "/cdn/"))
 
 
-def test_revisions_teacher_and_offline(hub: Hub, tmp_path: Path) -> None:
+def add_sharded_and_pickled(hub: Hub, folder: Path) -> None:
+    """A saved ranker in the other layouts; only what is read is downloaded of them."""
+    content = files_of(folder)
+    config, state = {"config.json": content["config.json"]}, load(content["model.safetensors"])
+    names = sorted(state)
+    parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    places = {name: file for file, part in parts.items() for name in part}
+    shards = {file: save({name: state[name] for name in part}) for file, part in parts.items()}
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": places}).encode()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    pickled, other = {"pytorch_model.bin": buffer.getvalue()}, {"tf_model.bin": b"x" * 1000}
+    hub.add("me/sharded", {**config, **shards, **index, **pickled, **other})
+    hub.add("me/pickled", {**config, **pickled, **other})
+
+
+def test_revisions_layouts_teacher_and_offline(hub: Hub, tmp_path: Path) -> None:
     first = add_ranker(hub, tmp_path / "first")
     hub.repositories["me/ranker"].branches["v1"] = first
     add_ranker(hub, tmp_path / "second")
+    add_sharded_and_pickled(hub, tmp_path / "second")
     small_teacher().save(tmp_path / "mae")
     hub.add("facebook/vit-mae-base", files_of(tmp_path / "mae"))
     source = """
@@ -180,18 +197,21 @@ print(same(ranker, create_ranker("conv", pretrained=f"{folder}/second")))
 for revision in ("v1", sys.argv[2]):
     ranker = create_ranker("conv", pretrained=f"hf-hub:me/ranker@{revision}")
     print(same(ranker, create_ranker("conv", pretrained=f"{folder}/first")))
+for name in ("sharded", "pickled"):
+    ranker = create_ranker("conv", pretrained=f"hf-hub:me/{name}")
+    print(same(ranker, create_ranker("conv", pretrained=f"{folder}/second")))
 for name in ("facebook/vit-mae-base", "hf-hub:facebook/vit-mae-base@main"):
     print(same(create_teacher(name), create_teacher(f"{folder}/mae")))
 """
     home = tmp_path / "home"
-    assert client(hub, home, source, tmp_path, first) == ["True"] * 5
+    assert client(hub, home, source, tmp_path, first) == ["True"] * 7
     downloads = len(hub.asked("GET", "/cdn/"))
-    assert downloads == 3  # nothing twice
+    assert downloads == 6  # two revisions, two shards, a pickle, a teacher; nothing twice
     asked = len(hub.log)
     offline = source + 'print(error(create_ranker, "conv", pretrained="hf-hub:me/other@v2"))\n'
     lines = client(hub, home, offline, tmp_path, first, HF_HUB_OFFLINE="1")
     assert lines == [
-        *["True"] * 5,
+        *["True"] * 7,
         "FileNotFoundError: me/other@v2 is not in the cache and HF_HUB_OFFLINE is set: unset it "
         "once to download.",
     ]
@@ -200,39 +220,7 @@ for name in ("facebook/vit-mae-base", "hf-hub:facebook/vit-mae-base@main"):
     with Hub() as other:
         dead = other.endpoint
     lines = client(hub, home, source, tmp_path, first, HF_ENDPOINT=dead)
-    assert lines == ["True"] * 5
-
-
-def test_sharded_and_pickled_weights_of_a_repository(hub: Hub, tmp_path: Path) -> None:
-    """Only what is read is downloaded: shards if there is an index, a pickle if nothing else."""
-    ranker = create_ranker("conv", width=8, depth=1)
-    ranker.save(tmp_path / "ranker")
-    config = {"config.json": (tmp_path / "ranker" / "config.json").read_bytes()}
-    names = sorted(ranker.state_dict())
-    parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
-    places = {name: file for file, part in parts.items() for name in part}
-    shards = {
-        file: save({name: ranker.state_dict()[name] for name in part})
-        for file, part in parts.items()
-    }
-    index = {"model.safetensors.index.json": json.dumps({"weight_map": places}).encode()}
-    buffer = io.BytesIO()
-    torch.save(ranker.state_dict(), buffer)
-    pickled, other = {"pytorch_model.bin": buffer.getvalue()}, {"tf_model.bin": b"x" * 1000}
-    hub.add("me/sharded", {**config, **shards, **index, **pickled, **other})
-    hub.add("me/pickled", {**config, **pickled, **other})
-    source = """
-for name in ("sharded", "pickled"):
-    ranker = create_ranker("conv", pretrained=f"hf-hub:me/{name}")
-    print(same(ranker, create_ranker("conv", pretrained=sys.argv[1])))
-"""
-    home = tmp_path / "home"
-    assert client(hub, home, source, tmp_path / "ranker") == ["True", "True"]
-    assert len(hub.asked("GET", "/cdn/")) == 3
-    asked = len(hub.log)
-    lines = client(hub, home, source, tmp_path / "ranker", HF_HUB_OFFLINE="1")
-    assert lines == ["True", "True"]
-    assert len(hub.log) == asked
+    assert lines == ["True"] * 7
 
 
 def test_errors_are_one_sentence(hub: Hub, tmp_path: Path) -> None:
@@ -310,26 +298,26 @@ def test_a_broken_download_is_resumed_and_a_busy_hub_asked_again(hub: Hub, tmp_p
     add_ranker(hub, tmp_path / "ranker", width=1100)  # the client writes chunks of 10 MiB
     hub.fault("/cdn/", times=2, cut=True)
     hub.fault(r"resolve/\w+/config.json", "HEAD", times=2, status=429, headers={"Retry-After": "0"})
+    add_ranker(hub, tmp_path / "other", "me/other")
+    other = digest((tmp_path / "other" / "model.safetensors").read_bytes())
+    hub.fault(f"/cdn/{other}", times=1, status=500)
     source = """
-ranker = create_ranker("conv", pretrained="hf-hub:me/ranker")
-print(same(ranker, create_ranker("conv", pretrained=sys.argv[1])))
+def compare(name):
+    ranker = create_ranker("conv", pretrained=f"hf-hub:me/{name}")
+    print(same(ranker, create_ranker("conv", pretrained=f"{sys.argv[1]}/{name}")))
+compare("ranker")
+print(error(compare, "other"))
+compare("other")
 """
-    assert client(hub, tmp_path / "home", source, tmp_path / "ranker") == ["True"]
-    ranges = [headers.get("range") for headers in hub.asked("GET", "/cdn/")]
-    assert ranges == [None, f"bytes={20 * 2**20}-", f"bytes={30 * 2**20}-"]
-    assert len(hub.asked("HEAD", r"resolve/\w+/config.json")) == 3
-    hub.fault("/cdn/", times=1, status=500)
-    lines = client(
-        hub,
-        tmp_path / "other",
-        'print(error(create_ranker, "conv", pretrained="hf-hub:me/ranker"))\n' + source,
-        tmp_path / "ranker",
-    )
-    assert lines == [
-        "ConnectionError: the Hub has an internal error for me/ranker (500): try again later.",
+    assert client(hub, tmp_path / "home", source, tmp_path) == [
+        "True",
+        "ConnectionError: the Hub has an internal error for me/other (500): try again later.",
         "True",
     ]
-    assert not list((tmp_path / "other").rglob("*incomplete*"))
+    ranges = [headers.get("range") for headers in hub.asked("GET", f"/cdn/(?!{other})")]
+    assert ranges == [None, f"bytes={20 * 2**20}-", f"bytes={30 * 2**20}-"]
+    assert len(hub.asked("HEAD", r"me/ranker/resolve/\w+/config.json")) == 3
+    assert not list((tmp_path / "home").rglob("*incomplete*"))
 
 
 @pytest.mark.slow
