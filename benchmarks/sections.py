@@ -215,9 +215,10 @@ COARSE_VARIANTS = {
 }
 _INTERVALS = "Values with 95 % intervals over objects or photos."
 _HALF = ("keep 0.5", "154 px", "r = 23")
+_SCENES = ("border", "border, coarse rest", "cell_std, coarse rest", "random")
 _AT_TWICE_THE_SPEED = {
     size: [
-        *[(method, "keep 0.5") for method in ("border", "border, coarse rest", "random")],
+        *[(method, "keep 0.5") for method in _SCENES],
         *[("smaller image", pixels), ("token merging", merges)],
     ]
     for size, pixels, merges in (("224", "154 px", "r = 23"), ("448", "322 px", "r = 93"))
@@ -431,7 +432,7 @@ SECTIONS = [
                 or row["setting"] in ("154 px", "140 px")
                 or (
                     row["setting"] in ("keep 0.5", "keep 0.375")
-                    and row["method"] in ("border", "border, coarse rest")
+                    and row["method"] in ("cell_std", *_SCENES[:3])
                 )
             )
         ),
