@@ -10,6 +10,7 @@ from gpu.record import MEASURED
 
 Line = Callable[[Row], dict[str, str]]
 COMMAND = "`python benchmarks/gpu.py --out benchmarks/results/gpu`"
+LINK = "[speed.csv](../../benchmarks/results/gpu/speed.csv)"
 NOT_MEASURED = f"No GPU has been measured yet; {COMMAND} measures one."
 
 
@@ -146,7 +147,8 @@ def gpu_text(folder: Path) -> str:
     if missing:
         texts = [f"{row['part'].replace('_', ' ')} ({row['status']})" for row in missing]
         parts.append(f"Not finished: {', '.join(texts)}.")
-    return "\n\n".join([*parts, f"All rows: [CSV](../../benchmarks/results/gpu), by {COMMAND}."])
+    parts.append(f"All rows: {LINK} and the files beside it, by {COMMAND}.")
+    return "\n\n".join(parts)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
