@@ -230,6 +230,9 @@ def test_a_timm_model_is_the_teacher(
     cells = {**options, "removal": "coarse", "list_size": 2}
     train_ranker(photos, tmp_path / "cells", teacher=vit, **cells)
     assert ltrp_timm.create_ranker("conv", pretrained=tmp_path / "cells").patch_size == (32, 32)
+    mae = tiny_teacher()
+    train_ranker(photos, tmp_path / "mae", teacher=mae, **cells)
+    assert ltrp_timm.create_ranker("conv", pretrained=tmp_path / "mae").patch_size == (16, 16)
     monkeypatch.setattr(timm, "create_model", create)
     name = "vit_tiny_patch16_224"
     train_ranker(photos, tmp_path / "name", teacher=name, img_size=64, **options)

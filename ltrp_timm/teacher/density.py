@@ -11,14 +11,18 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
 from ltrp_timm._text import optional_import
 from ltrp_timm.selection import gather_patches, select_top
+from ltrp_timm.selection.cells import patches_of
 from ltrp_timm.teacher import (
     Generators,
     MAETeacher,
+    PatchTeacher,
     draw_uniform,
     masked_indices,
     random_visible_indices,
@@ -27,7 +31,7 @@ from ltrp_timm.teacher import (
 Removal = Literal["full", "decoder", "encoder", "coarse"]
 Aggregate = Literal["mean", "max"]
 Metric = Literal["l1", "mse", "ssim", "psnr", "lpips"]
-REMOVALS: tuple[str, ...] = get_args(Removal)[:-1]  # of an MAE, which takes no coarse tokens
+REMOVALS: tuple[str, ...] = get_args(Removal)[:-1]  # of single patches, by an MAE
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 METRICS: tuple[str, ...] = get_args(Metric)
 # patches a and b (…, M, C), channels last, and their channels -> (…, M), larger = more change
@@ -59,7 +63,7 @@ def semantic_density(
     ``FeatureTeacher`` predicts nothing: the score is the change of its pooled feature.
 
     Args:
-        teacher: an MAE, see ``create_teacher``, or a ``FeatureTeacher``.
+        teacher: an MAE, see ``create_teacher``, a ``FeatureTeacher``, or a ``CellTeacher``.
         images: (B, channels, H, W) of the teacher's size, normalised by its mean and std.
         visible_indices: (B, V) int64, without duplicates, 2 <= V < N; drawn when None.
         mask_ratio: share of patches to mask when they are drawn: V = int(N (1 - mask_ratio)). It
@@ -68,8 +72,9 @@ def semantic_density(
             in the decoder. "decoder" (of the published code): the encoder sees all V, the token is
             deleted from the decoder's sequence; its neighbours' latents still hold it. "encoder"
             (published too): the token is isolated in every encoder block; the decoder gets it.
-            "coarse" (of a ``FeatureTeacher`` with ``rest="coarse"``): a cell of 2 x 2 patches is
-            given as one token.
+            "coarse": a cell of 2 x 2 patches is given as one token, by a ``FeatureTeacher`` with
+            ``rest="coarse"`` or an MAE (see ``CellTeacher``); patches are these cells everywhere
+            else.
         metric: "l1" or "mse" of the predicted values; "ssim" or "psnr" of the pixels of a
             patch; "lpips" of whole pictures; or a function of two batches of pictures
             (n, channels, H, W), pixels about in [0, 1], that returns their distances (n,). Of
@@ -99,6 +104,8 @@ def semantic_density(
     (torch.Size([2, 8]), torch.Size([2, 8]))
     """
     _check_choices(removal, metric, aggregate, chunk)
+    if removal == "coarse" and isinstance(teacher, MAETeacher):
+        teacher = CellTeacher(teacher)
     teacher.check_images(images)
     if visible_indices is None:
         batch, n = images.shape[0], teacher.num_patches
@@ -116,10 +123,6 @@ def semantic_density(
         _check_feature_choices(teacher, removal, metric, aggregate)
         change_of = PREDICTION_CHANGES[str(metric)]
         return _feature_changes(teacher, images, visible_indices, columns, change_of, chunk), chosen
-    if removal == "coarse":
-        raise ValueError(
-            "removal 'coarse' needs a timm ViT as teacher: an MAE has no place for coarse tokens."
-        )
     variants = _Variants(teacher, images, visible_indices, removal)
     change = _Change(variants, images, metric, aggregate)
     rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
@@ -134,6 +137,71 @@ def semantic_density(
     return torch.cat(scores).reshape(columns.shape), chosen
 
 
+class CellTeacher(PatchTeacher, nn.Module):
+    """An MAE that is given the visible cells of 2 x 2 patches finely, or one of them coarsely.
+
+    A coarse token is a patch of the image at half size, with the position table resized to the half
+    grid, as a ViT has it. Behind the encoder it fills the four places of its cell.
+
+    Args:
+        mae: its weights are shared.
+
+    Attributes:
+        rest: "coarse".
+        patch_size: (height, width) of a cell in pixels.
+        grid_size: (h, w) in cells.
+        num_patches: the number of cells.
+
+    Raises:
+        ValueError: the patch grid has an odd side.
+    """
+
+    rest = "coarse"
+
+    def __init__(self, mae: MAETeacher) -> None:
+        super().__init__()
+        (h, w), (rows, cols) = mae.grid_size, mae.patch_size
+        if h % 2 or w % 2:
+            raise ValueError(
+                f"removal 'coarse' needs whole cells of 2x2 patches, the teacher has {h}x{w} "
+                "patches: use another img_size."
+            )
+        self.mae = mae
+        self.img_size, self.in_chans = mae.img_size, mae.in_chans
+        self.mean, self.std = mae.mean, mae.std
+        self.patch_size, self.grid_size = (2 * rows, 2 * cols), (h // 2, w // 2)
+        self.num_patches = h * w // 4
+
+    def features(self, images: Tensor, visible_indices: Tensor) -> Tensor:
+        """Images (n, C, H, W) of which cells (n, V) are visible -> masked patches (n, M * C)."""
+        places = patches_of(visible_indices, self.mae.grid_size, 2)
+        return self._predict(self.mae.encode_tokens(self.mae.embed(images, places)), places)
+
+    def without(self, images: Tensor, visible_indices: Tensor, columns: Tensor) -> Tensor:
+        """The same when the visible cell of each image at columns (n,) is one token."""
+        gone = visible_indices.gather(1, columns.unsqueeze(1))
+        fine = patches_of(all_but(visible_indices, columns), self.mae.grid_size, 2)
+        tokens = [self.mae.embed(images, fine), self._coarse(images, gone)]
+        latents = self.mae.encode_tokens(torch.cat(tokens, dim=1))
+        latents = torch.cat([latents, latents[:, -1:].expand(-1, 3, -1)], dim=1)
+        places = torch.cat([fine, patches_of(gone, self.mae.grid_size, 2)], dim=1)
+        return self._predict(latents, places)
+
+    def _coarse(self, images: Tensor, cells: Tensor) -> Tensor:
+        """Tokens (n, V, D) of cells (n, V), with positions."""
+        tokens = self.mae.patch_embed.proj(F.avg_pool2d(images, 2)).flatten(2).transpose(1, 2)
+        table = resample_abs_pos_embed(
+            self.mae.pos_embed, list(self.grid_size), list(self.mae.grid_size), num_prefix_tokens=1
+        )
+        return gather_patches(tokens + table[:, 1:], cells)
+
+    def _predict(self, latents: Tensor, places: Tensor) -> Tensor:
+        masked = masked_indices(places, self.mae.num_patches)
+        tokens = self.mae.place(latents, places)
+        tokens = torch.cat([tokens, self.mae.mask_tokens(masked).to(tokens.dtype)], dim=1)
+        return self.mae.predict(tokens, masked.shape[1]).flatten(1)
+
+
 def _feature_changes(
     teacher: Any,
     images: Tensor,
@@ -142,7 +210,7 @@ def _feature_changes(
     change: Callable[[Tensor, Tensor, int], Tensor],
     chunk: int | None,
 ) -> Tensor:
-    """Change (B, R) of the feature without each of the patches at columns (B, R)."""
+    """Change (B, R) of the output without each of the patches at columns (B, R)."""
     anchor = teacher.features(images, visible_indices).float()
     rows = torch.arange(len(images), device=images.device).repeat_interleave(columns.shape[1])
     values = (visible_indices.shape[1] + 1) * 16 * anchor.shape[1] + images[0].numel()
@@ -174,7 +242,7 @@ def _check_feature_choices(
     for name, value in given.items():
         if value not in fit[name]:
             raise ValueError(
-                f"{name} must be {' or '.join(fit[name])} for a teacher of features, got {value!r}."
+                f"{name} must be {' or '.join(fit[name])} for this teacher, got {value!r}."
             )
 
 

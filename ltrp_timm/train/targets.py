@@ -15,13 +15,14 @@ from ltrp_timm.models.feature_teacher import FeatureTeacher
 from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import select_top
 from ltrp_timm.teacher import (
+    MAETeacher,
     PatchTeacher,
     create_teacher,
     draw_uniform,
     num_visible,
     random_visible_indices,
 )
-from ltrp_timm.teacher.density import semantic_density
+from ltrp_timm.teacher.density import CellTeacher, semantic_density
 from ltrp_timm.weights.files import digest
 
 LIST_SIZE = 20
@@ -189,7 +190,10 @@ def _open_teacher(teacher: Any, img_size: Any, removal: str) -> Any:
         own = tuple(teacher.img_size)
         if img_size is not None and to_pair(img_size) != own:
             raise ValueError(f"img_size is {img_size}, the teacher takes {own}.")
-        return teacher
-    if timm.is_model(str(teacher)):
+    elif timm.is_model(str(teacher)):
         return FeatureTeacher(str(teacher), img_size, rest)
-    return create_teacher(teacher, **({} if img_size is None else {"img_size": img_size}))
+    else:
+        size = {} if img_size is None else {"img_size": img_size}
+        teacher = create_teacher(teacher, **size)
+    by_cells = rest == "coarse" and isinstance(teacher, MAETeacher)
+    return CellTeacher(teacher) if by_cells else teacher
