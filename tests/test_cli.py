@@ -123,7 +123,7 @@ def test_nothing_good_means_no_picture(here: Path, capsys: pytest.CaptureFixture
         (["demo", "--ranker", "best"], "--ranker must be one of attention, .* got 'best'"),
         (["demo", "--model", "ltrp_vit_bse"], "is unknown: did you mean ltrp_vit_base"),
         (["demo", "--model", "qqqqqqqqq"], "is unknown: see timm.list_models"),
-        (["demo", "--model", "."], "is unknown: a folder is given as local-dir:."),
+        (["demo", "--model", "."], r"is unknown: a folder is given as 'local-dir:\.'\."),
         (["demo", "--model", "ltrp_vit_tiny.best"], r"Invalid pretrained tag \(best\)"),
         (["demo", "--model", "resnet10t"], "MODEL resnet10t: cannot drop patches from ResNet"),
         (["demo", "--output", "b.png"], r"--output b\.png cannot be written: it exists already"),

@@ -40,7 +40,7 @@ def check_name(name: str, label: str = "model") -> None:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('ltrp*')."
-        hint = f"a folder is given as local-dir:{name}." if Path(name).is_dir() else hint
+        hint = f"a folder is given as {'local-dir:' + name!r}." if Path(name).is_dir() else hint
         raise ValueError(f"{label} {name!r} is unknown: {hint}")
     try:
         timm.models.get_pretrained_cfg(name)
