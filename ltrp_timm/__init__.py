@@ -29,7 +29,7 @@ from ltrp_timm.selection import (
     select_stratified,
     select_top,
 )
-from ltrp_timm.share.save import push_to_hub, save_pretrained
+from ltrp_timm.share import push_to_hub, save_pretrained
 from ltrp_timm.teacher import MAETeacher, create_teacher
 from ltrp_timm.teacher.density import semantic_density
 

@@ -7,7 +7,7 @@ import timm
 import ltrp_timm
 from ltrp_timm.commands import main
 from ltrp_timm.rankers import DEFAULT_RANKER
-from ltrp_timm.share.save import save_pretrained
+from ltrp_timm.share import save_pretrained
 
 FAST = (
     "--img-size",

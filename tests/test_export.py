@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import ltrp_timm
 from ltrp_timm import LTRPModel, create_ranker, drop_patches, export_model
 from ltrp_timm.deploy import export as export_module
-from ltrp_timm.deploy.export import describe
+from ltrp_timm.deploy.export import check_parity, describe
 from ltrp_timm.deploy.formats import FORMATS, load_exported, write_file
-from ltrp_timm.deploy.parity import check_parity
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

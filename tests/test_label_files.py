@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ltrp_timm.data.label_files import read_labels, read_names
+from ltrp_timm.data.multi_label import read_labels, read_names
 
 # ids with gaps, out of order; a crowd; an image without labels
 COCO: dict[str, Any] = {

@@ -23,7 +23,7 @@ from ltrp_timm.data.images import ImageFiles, Images, PixelDataset, find_images,
 from ltrp_timm.data.keyed import KeyedStream
 from ltrp_timm.data.multi_label import open_multi_label
 from ltrp_timm.data.photos import load_image
-from ltrp_timm.runtime.world import World
+from ltrp_timm.runtime import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZE = (48, 32)

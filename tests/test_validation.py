@@ -18,7 +18,7 @@ from ltrp_timm.data.keyed import Batch, KeyedImages, KeyedStream, held_out_keys,
 from ltrp_timm.data.labels import ClassData, LabelledImages, match_classes, open_labelled
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_all
-from ltrp_timm.runtime.world import World
+from ltrp_timm.runtime import World
 
 CPU = torch.device("cpu")
 _, EVAL = crop_transforms((32, 32), (0.5,) * 3, (0.5,) * 3)

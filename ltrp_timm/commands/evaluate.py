@@ -25,9 +25,8 @@ from ltrp_timm.commands._console import (
 )
 from ltrp_timm.commands._flags import PathName, Positive, add_command
 from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
-from ltrp_timm.data.label_files import SEPARATOR, read_names
 from ltrp_timm.data.labels import LabelledImages, open_labelled
-from ltrp_timm.data.multi_label import MultiLabelImages, open_multi_label
+from ltrp_timm.data.multi_label import SEPARATOR, MultiLabelImages, open_multi_label, read_names
 from ltrp_timm.measure.accuracy import (
     AccuracyCounter,
     Measured,
@@ -39,10 +38,9 @@ from ltrp_timm.measure.accuracy import (
 from ltrp_timm.measure.payoff import FULL, SMALLER, on_grid, smaller_grid
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment, ratio
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.runtime.keyed_rng import HELD_OUT
-from ltrp_timm.runtime.world import World, join_world
+from ltrp_timm.runtime import HELD_OUT, World, join_world
 from ltrp_timm.scoring import cached_transform
-from ltrp_timm.share.cards import EVALUATION_NAME, TITLES
+from ltrp_timm.share import EVALUATION_NAME, TITLES
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.finetune import image_config
 from ltrp_timm.visualize import require_matplotlib

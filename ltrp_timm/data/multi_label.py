@@ -1,19 +1,268 @@
-"""Images with several classes each: the files of a folder and the labels of a file."""
+"""Images with several classes each: the files of a folder, and the labels of a file.
 
+Label files (COCO's annotations, and CSV tables) come from others: they are read as data and checked
+whole before any image is opened.
+"""
+
+import csv
+import io
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
+from timm.utils import natural_key
 from torch import Tensor
 
-from ltrp_timm._text import first_names
+from ltrp_timm._text import first_names, one_line, printable
 from ltrp_timm.data.images import ImageFiles, Images
-from ltrp_timm.data.label_files import LabelTable, read_labels
 from ltrp_timm.data.labels import ClassData, listed_names, match_classes, refuse_empty
-from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.runtime import sample_seed
+
+SEPARATOR = ";"  # between the labels of a cell
+_JOINED = ("label", "labels")  # names of a column that holds labels, not a class
+_OTHER_SEPARATORS = re.compile(r"[,|\t]")  # "cat|dog" is no class
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels of images.
+
+    Attributes:
+        names: N files, relative to the folder of the images.
+        classes: C names.
+        targets: (N, C) bool.
+    """
+
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class CocoLists:
+    """The lists of a file in COCO's format, checked to refer to each other.
+
+    Attributes:
+        images: entries with ``id`` and ``file_name``.
+        categories: entries with ``id`` and ``name``, in the order of their ids.
+        annotations: entries with the ``image_id`` and the ``category_id`` of one of those.
+    """
+
+    images: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+
+
+def read_labels(path: Any) -> LabelTable:
+    """Read a label file; images stay in the order of the file.
+
+    Args:
+        path: a ``.json`` file with COCO's instance annotations, or a ``.csv`` file: image,labels
+            with labels joined by semicolons; or image and a column of 0 and 1 for each class.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is invalid; one line with its name and the reason.
+
+    >>> read_labels("annotations/instances_val2014.json").classes[:2]  # doctest: +SKIP
+    ('person', 'bicycle')
+    """
+    parsers = {".json": _coco_table, ".csv": _read_csv}
+    file = Path(path)
+    if file.suffix.lower() not in parsers:
+        raise ValueError(f"labels must be a {' or '.join(parsers)} file, got {file}.")
+    return _read(file, parsers[file.suffix.lower()])
+
+
+def read_coco(path: Any) -> CocoLists:
+    """Read the images, categories and annotations of a file in COCO's format.
+
+    Args:
+        path: a ``.json`` file with instance annotations.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is invalid; one line with its name and the reason.
+
+    >>> len(read_coco("annotations/instances_val2017.json").categories)  # doctest: +SKIP
+    80
+    """
+    return _read(Path(path), _read_coco)
+
+
+def read_names(path: Any) -> tuple[str, ...]:
+    """Read names of classes, one per line; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file names no class, or one of them twice.
+    """
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise ValueError("it names no class.")
+        _check_once(names, "it names a class twice")
+        return tuple(names)
+
+    return _read(Path(path), parse)
+
+
+def _read(file: Path, parse: Callable[[str], _T]) -> _T:
+    """Parse the text of a file; errors carry the file's name."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist, or is not a file.")
+    try:
+        return parse(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8.") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{file}: {one_line(error)}") from error
+
+
+def _check_once(values: Sequence[Any], problem: str) -> None:
+    """Raise ValueError, with the first such values, if one comes twice."""
+    twice = [str(value) for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"{problem}: {first_names(twice)}.")
+
+
+def _check_names(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("it names no image.")
+    paths = {name: PurePosixPath(name) for name in names}
+    _check_once([str(paths[name]) for name in names], "it names an image twice")  # ./a is a
+    outside = [name for name, path in paths.items() if path.is_absolute() or ".." in path.parts]
+    if outside:
+        raise ValueError(f"images must lie below their folder, got {first_names(outside)}.")
+    return tuple(names)
+
+
+# COCO: {"images": [{id, file_name}], "annotations": [{image_id, category_id}], "categories": [...]}
+
+
+def _read_coco(text: str) -> CocoLists:
+    content = json.loads(text)
+    lists = content if isinstance(content, dict) else {}
+    images = _entries(lists, "images", ("id", "file_name"))
+    categories = _entries(lists, "categories", ("id", "name"))
+    annotations = _entries(lists, "annotations", ("image_id", "category_id"))
+    if not categories:
+        raise ValueError("it has no categories.")
+    _check_once([image["id"] for image in images], "it has an image id twice")
+    _check_once([category["id"] for category in categories], "it has a category id twice")
+    _check_once([category["name"] for category in categories], "it names a category twice")
+    categories.sort(key=lambda category: natural_key(str(category["id"])))  # the ids have gaps
+    for what, known in (("image", images), ("category", categories)):
+        ids = {entry["id"] for entry in known}
+        for annotation in annotations:
+            if annotation[f"{what}_id"] not in ids:
+                number = annotation[f"{what}_id"]
+                raise ValueError(f"an annotation refers to the unknown {what} {number!r}.")
+    _check_names([image["file_name"] for image in images])
+    return CocoLists(images, categories, annotations)
+
+
+def _entries(content: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[Any]:
+    """A list of COCO's; each entry has the fields that are needed."""
+    found = content.get(name)
+    if not isinstance(found, list):
+        raise ValueError(f"expected COCO's annotations, but there is no list {name!r}.")
+    for number, entry in enumerate(found):
+        for key in keys:
+            if not isinstance(entry, dict) or key not in entry:
+                raise ValueError(f"entry {number} of {name!r} has no {key!r}.")
+            kinds = (str,) if key in ("file_name", "name") else (int, str)
+            if not isinstance(entry[key], kinds) or entry[key] == "":
+                raise ValueError(f"entry {number} of {name!r} has {key!r} = {entry[key]!r}.")
+    return list(found)
+
+
+def _coco_table(text: str) -> LabelTable:
+    found = _read_coco(text)
+    names = {category["id"]: category["name"] for category in found.categories}
+    labels: dict[Any, list[str]] = {image["id"]: [] for image in found.images}
+    for annotation in found.annotations:  # crowds too: a crowd of people shows people
+        labels[annotation["image_id"]].append(names[annotation["category_id"]])
+    files = [image["file_name"] for image in found.images]
+    return _table(files, labels.values(), list(names.values()))
+
+
+# CSV: image,labels with labels joined by semicolons; or image and a column of 0 and 1 per class
+
+
+def _read_csv(text: str) -> LabelTable:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    if not lines:
+        raise ValueError("it is empty.")
+    header, rows = lines[0][1], lines[1:]
+    if len(header) < 2:
+        raise ValueError(f"its header must be image,labels or image,CLASS,…, got {header}.")
+    _check_header(header, [row[0] for _, row in rows])
+    places: dict[PurePosixPath, int] = {}
+    for number, row in lines:
+        if len(row) != len(header):
+            raise ValueError(f"line {number} has {len(row)} columns, the header {len(header)}.")
+        if not row[0]:
+            raise ValueError(f"line {number} names no image.")
+        first = places.setdefault(PurePosixPath(row[0]), number)
+        if first != number:
+            raise ValueError(f"line {number} names an image twice: {row[0]}, as line {first}.")
+    files, classes = [row[0] for _, row in rows], header[1:]
+    if len(classes) == 1 and classes[0].lower() in _JOINED:
+        for number, row in rows:
+            if _OTHER_SEPARATORS.search(row[1]):
+                raise ValueError(
+                    f"line {number} has the labels {printable(row[1])!r}: join labels by "
+                    f"{SEPARATOR!r}, or give each class a column of 0 and 1."
+                )
+        labels = [[part.strip() for part in row[1].split(SEPARATOR)] for _, row in rows]
+        labels = [[label for label in parts if label] for parts in labels]
+        classes = sorted({label for parts in labels for label in parts}, key=natural_key)
+        if not classes:
+            raise ValueError("no image has a label.")
+        return _table(files, labels, classes)
+    if not all(classes):
+        raise ValueError("its header has a column without a name.")
+    _check_once(classes, "it names a class twice")
+    for number, row in rows:
+        for name, cell in zip(classes, row[1:]):
+            if cell not in ("0", "1"):
+                raise ValueError(
+                    f"line {number} has {printable(cell)!r} for {printable(name)!r}, "
+                    "expected 0 or 1 (or one column, labels)."
+                )
+    labels = [[name for name, cell in zip(classes, row[1:]) if cell == "1"] for _, row in rows]
+    return _table(files, labels, classes)
+
+
+def _check_header(header: Sequence[str], files: Sequence[str]) -> None:
+    """Check that the first line is no image: it would be lost, and its cells become classes."""
+    first, *endings = (PurePosixPath(file.lower()).suffix for file in (header[0], *files))
+    if (first and first in (".jpg", ".jpeg", ".png", *endings)) or set(header[1:]) <= {"0", "1"}:
+        raise ValueError(
+            f"line 1 must be a header, image,labels or image,CLASS,…, got {','.join(header)}."
+        )
+
+
+def _table(
+    files: Sequence[str], labels: Iterable[Sequence[str]], classes: Sequence[str]
+) -> LabelTable:
+    """A table from the labels of each file."""
+    columns = {name: column for column, name in enumerate(classes)}
+    targets = torch.zeros(len(files), len(classes), dtype=torch.bool)
+    for row, found in enumerate(labels):
+        targets[row, [columns[label] for label in found]] = True
+    return LabelTable(_check_names(files), tuple(classes), targets)
 
 
 class MultiLabelImages(Images):

@@ -18,8 +18,7 @@ from ltrp_timm.data.keyed import (
     held_out_keys,
     make_loader,
 )
-from ltrp_timm.runtime.keyed_rng import HELD_OUT, sample_seed
-from ltrp_timm.runtime.world import World
+from ltrp_timm.runtime import HELD_OUT, World, sample_seed
 
 SCALE = (0.2, 1.0)  # of the published crops
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ltrp_timm._text import first_names
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.data.label_files import read_names
+from ltrp_timm.data.multi_label import read_names
 from ltrp_timm.measure.throughput import Timing, timed
 from ltrp_timm.metrics import average_precision
-from ltrp_timm.runtime.world import World
+from ltrp_timm.runtime import World
 
 TOP_K = (1, 5)
 MIN_ROUNDS = 5  # timed rounds; a small set repeats its first batch

@@ -17,8 +17,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from ltrp_timm.data.images import NAMED, ImageFiles, Images, PixelDataset, find_images, open_dataset
-from ltrp_timm.runtime.stopping import stop_requests, stopped_by_sigterm, worker_init
-from ltrp_timm.runtime.world import World, join_world, locked
+from ltrp_timm.runtime import (
+    World,
+    join_world,
+    locked,
+    stop_requests,
+    stopped_by_sigterm,
+    worker_init,
+)
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids
 from ltrp_timm.visualize import kept_patches, row, score_map, token_picture

@@ -13,7 +13,7 @@ from torch import nn
 from ltrp_timm.data.keyed import Transform
 from ltrp_timm.layers.ml_decoder import Head
 from ltrp_timm.losses import MultiLabelLoss
-from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.runtime import sample_seed
 from ltrp_timm.selection.registry import check_selection
 from ltrp_timm.selection.rules import check_keep_ratio
 from ltrp_timm.train.distill import Gate

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ltrp_timm._text import one_line, printable
-from ltrp_timm.data.label_files import CocoLists
+from ltrp_timm.data.multi_label import CocoLists
 from ltrp_timm.data.photos import check_aspect, load_image
 
 Mask = NDArray[np.uint8]

@@ -1,1 +1,0 @@
-"""Processes, signals and random numbers."""
