@@ -35,15 +35,6 @@ def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def generators(
-    seed: int, epoch: int, indices: Sequence[int], purpose: str
-) -> list[torch.Generator]:
-    """Make a generator for each sample."""
-    return [
-        torch.Generator().manual_seed(sample_seed(seed, epoch, index, purpose)) for index in indices
-    ]
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators for a while, then restore them."""
@@ -84,12 +75,7 @@ class StopRequests:
             signal.signal(known, handler)
 
     def check(self) -> None:
-        """Leave as an exception if a stop was requested.
-
-        Raises:
-            KeyboardInterrupt: SIGINT came.
-            SystemExit: SIGTERM came; the exit code is 143.
-        """
+        """Raise KeyboardInterrupt or SystemExit (143) if SIGINT or SIGTERM came."""
         if self.signal is not None:
             _leave(self.signal, None)
 
@@ -179,7 +165,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes and prints."""
+        """Whether this is process 0."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -211,12 +197,6 @@ class World:
             raise outcome[1]
         return outcome[0]
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            with self._waiting():
-                dist.barrier()
-
     def _waiting(self) -> contextlib.AbstractContextManager[Any]:
         """While gloo waits, Python's signal handlers do not run: the default ones end the wait."""
         if not self.patient:
@@ -228,7 +208,8 @@ class World:
         parts: list[list[Any]] = [list(values)]
         if self.size > 1:
             parts = [[] for _ in range(self.size)]
-            dist.all_gather_object(parts, list(values))
+            with self._waiting():
+                dist.all_gather_object(parts, list(values))
         return [value for part in parts for value in part]
 
     def gather_names(self, names: Sequence[str]) -> list[str]:
@@ -263,19 +244,15 @@ def join_world(device: str | None = None, *, patient: bool = False) -> Iterator[
     mine = not dist.is_initialized()
     if mine:
         _check_environment()
-    if mine and patient:
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if size > 1:
+        if not patient:
+            device = init_distributed_device_so(device)["device"]
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("gloo", timeout=_PATIENCE)
-            if device == "cuda":
-                device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    elif mine:
-        found = init_distributed_device_so(device)
-        rank, size, device = found["global_rank"], found["world_size"], found["device"]
-    else:
+    rank, size = 0, 1
+    if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
         yield World(rank, size, torch.device(device), patient=patient)
     finally:

@@ -41,27 +41,16 @@ UNNAMED = "owner/name"  # the repository in cards that are not on the Hub
 NOT_STATED = "not stated"
 _RATIOS = (1.0, 0.75, 0.5, 0.25)
 _STATED = {
-    "Licence": "license",
-    "Training data": "training_data",
+    **{"Licence": "license", "Training data": "training_data"},
     "Weights of the ranker": "ranker",
 }
-_TEXTS = (
-    *("license", "training_data", "ranker", "base_model", "description"),
-    *("evaluation_data", "results_note"),
-)
+_TEXTS = (*_STATED.values(), "base_model", "description", "evaluation_data", "results_note")
 _TABLES = {"measured": "{keep_ratio: {what: value}}", "results": "{who: {what: value}}"}
 _TAGS = ["image-classification", "timm", "ltrp", "token-pruning"]
 
 
 def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check what a user states for the card.
-
-    Args:
-        card: texts: "license" (an identifier such as "apache-2.0"), "training_data", "ranker"
-            (where its weights are from), "base_model" (the repository it was trained from),
-            "description", "evaluation_data" (what "measured" is of), "results_note" (below
-            "results"); tables: "measured" ``{keep_ratio: {what: value}}`` and "results"
-            ``{who: {what: value}}``.
+    """Check what a user states for the card, see ``save_pretrained``.
 
     Raises:
         ValueError: a field is unknown, or its value is of another kind.
@@ -134,23 +123,13 @@ def write_card(
     patch_size: Sequence[int],
     keep_ratio: float | None = None,
 ) -> str:
-    """Write the README.md of a model.
-
-    Args:
-        title: what the model is.
-        card: as ``check_card`` returns it.
-        facts: what the model shows.
-        usage: lines of Python.
-        img_size: (height, width) in pixels.
-        patch_size: (height, width) in pixels.
-        keep_ratio: the model's.
-    """
+    """Write the README.md of a model; sizes are (height, width) in pixels, ``usage`` is Python."""
     (height, width), (rows, cols) = img_size, patch_size
     count, measured = (height // rows) * (width // cols), card["measured"]
     ratios = sorted({*_RATIOS, *measured, *filter(None, [keep_ratio])}, reverse=True)
     kept = {
         f"{ratio:g}{' (as saved)' * (ratio == keep_ratio)}": {
-            "K": num_keep(count, ratio),
+            **{"K": num_keep(count, ratio)},
             **measured.get(ratio, {}),
         }
         for ratio in ratios
@@ -163,7 +142,7 @@ def write_card(
         f"# {title}",
         card.get("description"),
         "Made with ltrp_timm: a ranker scores the patches of an image, the ViT encodes the best.",
-        "\n".join(f"- **{name}:** {_one_line(t)}" for name, t in {**facts, **stated}.items()),
+        "\n".join(f"- **{n}:** {' '.join(t.split())}" for n, t in {**facts, **stated}.items()),
         *(results if card["results"] else []),
         "## Keep ratios",
         _table("keep_ratio", kept),
@@ -210,11 +189,7 @@ def _table(corner: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return _one_line(str(value)).replace("|", "\\|")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 CARD_NAME = "README.md"
@@ -236,10 +211,10 @@ def save_pretrained(
     Args:
         model: an LTRPModel with a ranker of ``list_rankers()``, or such a ranker alone.
         directory: created if it is missing.
-        model_card: what the card states: "license", "training_data", "ranker" (where its weights
-            are from), "base_model" (the repository it was trained from), "description", "measured"
-            ``{keep_ratio: {what: value}}`` on "evaluation_data", "results" ``{who: {what: value}}``
-            with a "results_note".
+        model_card: what the card states: "license" (an identifier such as "apache-2.0"),
+            "training_data", "ranker" (where its weights are from), "base_model" (the repository it
+            was trained from), "description", "measured" ``{keep_ratio: {what: value}}`` on
+            "evaluation_data", "results" ``{who: {what: value}}`` with a "results_note".
         overwrite: replace these three files.
         evaluation: evaluate.json of ``ltrp-timm evaluate``, or its folder, of this model; its
             accuracies are the card's "measured" and the results that the Hub reads.
@@ -335,15 +310,14 @@ def _save(
     repo_id: str,
     evaluation: PathLike | None = None,
 ) -> Path:
-    stated = check_card(model_card)
-    whole = isinstance(model, LTRPModel)
+    stated, whole = check_card(model_card), isinstance(model, LTRPModel)
+    ranker = model.ranker if whole else model
     if evaluation is not None:
-        if not isinstance(model, LTRPModel):
+        if not whole:
             raise ValueError("an evaluation goes with a whole model, not with a ranker alone.")
-        parts = {"ranker": getattr(model.ranker, "name", None), "selection": model.selection}
+        parts = {"ranker": getattr(ranker, "name", None), "selection": model.selection}
         found = read_evaluation(evaluation, {**parts, "rest": model.rest})
         stated = check_card({**found, **(model_card or {})})
-    ranker = model.ranker if isinstance(model, LTRPModel) else model
     check_ranker(ranker, whole)
     origin = ranker.origin if ranker.learned else "none: it has no weights"
     card = {"ranker": origin, **stated}
@@ -384,11 +358,7 @@ def check_ranker(ranker: Any, whole: bool) -> None:
 
 
 def model_config(model: Any) -> dict[str, Any]:
-    """timm's configuration of a pruned or plain model in its present state.
-
-    Raises:
-        ValueError: an argument of the model cannot be written as JSON.
-    """
+    """timm's configuration of a model; ValueError if JSON cannot hold one of its arguments."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG_NAME
         args = dict(model._model_args) if isinstance(model, LTRPModel) else None

@@ -26,7 +26,7 @@ from ltrp_timm.commands import main
 from ltrp_timm.commands._console import check_folder
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.measure import accuracy as measure
-from ltrp_timm.measure.accuracy import MIN_ROUNDS, measure_all
+from ltrp_timm.measure.accuracy import MIN_ROUNDS, AccuracyCounter, measure_all
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.runtime import World
@@ -232,16 +232,17 @@ def check_per_image(rows: list[dict[str, str]]) -> None:
 
 
 def fake_batches(sizes: list[int]) -> list[Batch]:
-    def sample(size: int) -> dict[str, Any]:
+    def sample(start: int, size: int) -> dict[str, Any]:
         return {
             "image": torch.zeros(size, 3, 2, 2),
             "real": torch.ones(size, dtype=torch.bool),
-            "index": torch.arange(size),
+            "index": torch.arange(start, start + size),
             "target": torch.zeros(size, dtype=torch.int64),
             "problems": [],
         }
 
-    return [Batch(sample(size), 0, -1, CPU) for size in sizes]
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    return [Batch(sample(*each), 0, -1, CPU) for each in zip(starts, sizes)]
 
 
 def test_whole_batches_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +264,8 @@ def test_whole_batches_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(measure, "timed", timed)
     calls = {1.0: call(1.0), 0.5: call(0.5)}
-    results, _ = measure_all(calls, fake_batches([4, 4, 3]), ALONE)
+    counters = {ratio: AccuracyCounter() for ratio in calls}
+    results = measure_all(calls, fake_batches([4, 4, 3]), ALONE, counters)
     warm, rest = seen[:4], seen[4:]
     assert warm == [(ratio, 4, False) for ratio in (1.0, 0.5) * 2]
     assert [ratio for ratio, _, _ in rest] == [1.0, 0.5] * (3 + MIN_ROUNDS - 2)
@@ -271,15 +273,15 @@ def test_whole_batches_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> No
     for result in results.values():
         assert result.batch_size == 4
         assert len(result.timing.seconds) == MIN_ROUNDS
-        assert (result.accuracy.images, result.accuracy.top1) == (11, 1.0)
+        assert (result.accuracy.images, result.accuracy.means["top1"]) == (11, 1.0)
     assert 9.0 not in results[1.0].timing.seconds  # the third batch is a smaller one
     assert results[1.0].timing.seconds[:3] == (5.0, 7.0, 11.0)
-    assert results[1.0].images_per_second == pytest.approx(4 / results[1.0].timing.median)
 
 
 def test_a_model_that_is_no_classifier() -> None:
+    calls, counters = {1.0: lambda batch: torch.zeros(4, 2, 3)}, {1.0: AccuracyCounter()}
     with pytest.raises(ValueError, match=r"gives no logits \(B, C\)"):
-        measure_all({1.0: lambda batch: torch.zeros(4, 2, 3)}, fake_batches([4]), ALONE)
+        measure_all(calls, fake_batches([4]), ALONE, counters)
 
 
 def test_a_plain_model_is_one_row(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from train_setup import make_photos
 import ltrp_timm
 from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.data.labels import open_labelled
-from ltrp_timm.measure.accuracy import measure_all
+from ltrp_timm.measure.accuracy import AccuracyCounter, measure_all
 from ltrp_timm.runtime import World
 
 PAGE = (Path(__file__).parents[1] / "docs" / "guides" / "evaluate.md").read_text(encoding="utf-8")
@@ -131,8 +131,9 @@ def our_accuracy(model: Any, folder: Path, config: dict[str, Any]) -> float:
     sampler = held_out_keys(len(images), World(0, 1, CPU))
     batches = [Batch(s, 0, -1, CPU) for s in make_loader(keyed, sampler, batch_size=4, device=CPU)]
     with torch.inference_mode():
-        results, _ = measure_all({1.0: lambda b: model(b.images)}, batches, World(0, 1, CPU))
-    return results[1.0].accuracy.top1
+        calls, counters = {1.0: lambda b: model(b.images)}, {1.0: AccuracyCounter()}
+        results = measure_all(calls, batches, World(0, 1, CPU), counters)
+    return results[1.0].accuracy.means["top1"]
 
 
 @pytest.mark.parametrize("torchscript", [False, True])

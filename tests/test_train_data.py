@@ -20,7 +20,7 @@ from train_setup import QUIET, make_photos, run, same_bits, weights
 from ltrp_timm.data.images import Images, open_dataset, split_indices
 from ltrp_timm.data.keyed import HELD_OUT, KeyedImages, KeyedSampler, held_out_keys, make_loader
 from ltrp_timm.data.sources import crop_transforms
-from ltrp_timm.runtime import World, generators, sample_seed, seeded
+from ltrp_timm.runtime import World, sample_seed, seeded
 from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
 
@@ -48,10 +48,6 @@ def test_a_seed_has_its_sample_and_purpose() -> None:
     keys = [(0, 0, 0, "a"), (1, 0, 0, "a"), (0, 1, 0, "a"), (0, 0, 1, "a"), (0, 0, 0, "b")]
     assert len({sample_seed(*key) for key in keys}) == len(keys)
     assert sample_seed(0, 1, 2, "patches") == 5785637314744985454  # for ever: runs are taken up
-    first, again = (generators(0, 0, [4, 5], "a") for _ in range(2))
-    assert [float(torch.rand((), generator=g)) for g in first] == [
-        float(torch.rand((), generator=g)) for g in again
-    ]
 
 
 def test_seeded_lends_the_global_generators() -> None:

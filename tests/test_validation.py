@@ -41,24 +41,28 @@ def batches(images: LabelledImages, size: int, world: World | None = None) -> li
 class TwoProcesses(World):
     """Adds what the other process has counted."""
 
-    def __init__(self, other: list[float]) -> None:
+    def __init__(self, other: AccuracyCounter) -> None:
         super().__init__(0, 2, CPU)
         self.other = other
 
-    def sum(self, values: Any) -> list[float]:
-        return [a + b for a, b in zip(values, self.other)]
+    def gather(self, values: Any) -> list[Any]:
+        return [*values, *self.other.parts]
 
 
 def test_ranks_are_those_of_timm_and_of_counting() -> None:
     logits, targets = torch.randn(64, 12), torch.randint(12, (64,))
     counter = AccuracyCounter()
-    ranks = torch.cat([counter.add(logits[i : i + 7], targets[i : i + 7]) for i in range(0, 64, 7)])
+    for i in range(0, 64, 7):
+        counter.add(logits[i : i + 7], targets[i : i + 7], range(64)[i : i + 7])
     order = logits.argsort(1, descending=True)
+    numbers, right, best, ranks = counter.rows()
+    assert numbers.tolist() == list(range(64))
+    assert right.equal(targets)
+    assert best.equal(order[:, 0])
     assert ranks.tolist() == [order[i].tolist().index(int(targets[i])) for i in range(64)]
     top1, top5 = accuracy(logits, targets, topk=(1, 5))
-    total = counter.total()
-    assert (100 * total.top1, 100 * total.top5) == pytest.approx((float(top1), float(top5)))
-    assert 0 < total.top1 < total.top5 < 1
+    assert counter.total().percent() == pytest.approx({"top1": float(top1), "top5": float(top5)})
+    assert 0 < top1 < top5 < 100
 
 
 def test_equal_and_broken_logits_are_no_gift() -> None:
@@ -71,11 +75,12 @@ def test_equal_and_broken_logits_are_no_gift() -> None:
 
 def test_padding_counts_nowhere_and_processes_are_summed() -> None:
     logits, targets = torch.eye(4), torch.tensor([0, 1, 0, 3])
-    counter = AccuracyCounter()
-    counter.add(logits, targets, torch.tensor([True, True, True, False]))
+    counter, other = AccuracyCounter(), AccuracyCounter()
+    counter.add(logits, targets, range(4), torch.tensor([True, True, True, False]))
+    other.add(logits[2:], targets[2:], [2, 4])  # the first is there already, as a sampler pads
     alone = counter.total()
-    assert (alone.top1, alone.images) == (2 / 3, 3)
-    assert counter.total(TwoProcesses([0.0, 1.0, 1.0])).top1 == 2 / 4
+    assert (alone.means["top1"], alone.images) == (2 / 3, 3)
+    assert counter.total(TwoProcesses(other)).means["top1"] == 3 / 4
     with pytest.raises(ValueError, match="no readable image"):
         AccuracyCounter().total()
 
@@ -83,15 +88,14 @@ def test_padding_counts_nowhere_and_processes_are_summed() -> None:
 def test_classes_that_are_not_in_the_set_do_not_compete() -> None:
     logits, targets = torch.tensor([[9.0, 1.0, 2.0]]), torch.tensor([2])
     every, some = AccuracyCounter(), AccuracyCounter([1, 2])
-    assert every.add(logits, targets).tolist() == [1]
-    assert some.add(logits, targets).tolist() == [0]
+    for counter, (predicted, rank) in ((every, (0, 1)), (some, (2, 0))):
+        counter.add(logits, targets, [0])
+        assert [int(column) for column in counter.rows()] == [0, 2, predicted, rank]
 
 
 def test_labels_out_of_range_are_said() -> None:
     with pytest.raises(ValueError, match="a label is 7, but the model has 3 classes"):
         class_ranks(torch.zeros(2, 3), torch.tensor([1, 7]))
-    with pytest.raises(ValueError, match=r"expected logits \(B, C\)"):
-        class_ranks(torch.zeros(2, 3), torch.tensor([1]))
 
 
 def test_the_folder_gives_the_labels_each_image_once(tmp_path: Path) -> None:
@@ -107,17 +111,18 @@ def test_the_folder_gives_the_labels_each_image_once(tmp_path: Path) -> None:
 
     def accuracy_of_cat(found: list[Batch], world: World) -> Any:
         always_cat = torch.tensor([[1.0, 0.0, 0.0]])
-        results, _ = measure_all({1.0: lambda b: always_cat.expand(len(b), -1)}, found, world)
-        return results[1.0].accuracy
+        calls, counters = {1.0: lambda b: always_cat.expand(len(b), -1)}, {1.0: AccuracyCounter()}
+        return measure_all(calls, found, world, counters)[1.0].accuracy
 
     one = accuracy_of_cat(found, World(0, 1, CPU))
-    assert (one.top1, one.top5, one.images) == (3 / 6, 1.0, 6)
+    assert (one.means, one.images) == ({"top1": 3 / 6, "top5": 1.0}, 6)
     second = AccuracyCounter()
     for batch in batches(images, 2, World(1, 2, CPU)):
         assert batch.targets is not None
-        second.add(torch.eye(3)[:1].expand(len(batch), -1), batch.targets, batch.real)
+        logits = torch.eye(3)[:1].expand(len(batch), -1)
+        second.add(logits, batch.targets, batch.indices, batch.real)
     half = batches(images, 2, World(0, 2, CPU))
-    both = accuracy_of_cat(half, TwoProcesses([*second.hits, second.images]))
+    both = accuracy_of_cat(half, TwoProcesses(second))
     assert both == one
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.data import create_transform
@@ -31,7 +31,6 @@ from ltrp_timm.measure.accuracy import (
     AccuracyCounter,
     Measured,
     PrecisionCounter,
-    Prediction,
     measure_all,
     seen_classes,
 )
@@ -51,7 +50,6 @@ CSV_NAME, JSON_NAME, PLOT_NAME = "evaluate.csv", EVALUATION_NAME, "evaluate.png"
 PER_IMAGE_NAME, PER_CLASS_NAME = "per_image.csv", "per_class.csv"
 PRUNED = "pruned"
 Row = dict[str, Any]
-Case = tuple[str, float]  # method and keep ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +165,17 @@ def _run(**given: Any) -> int:
     return 2 if unreadable else 0
 
 
+class Case(NamedTuple):
+    """What is measured: a model at a keep ratio, on images (height, width)."""
+
+    method: str
+    keep_ratio: float
+    model: Any
+    img_size: tuple[int, int]
+
+
 class Evaluation:
     """A model, labelled images and the keep ratios to measure.
-
-    Args:
-        options: The user's.
-        world: The processes that share the images.
 
     Raises:
         ValueError: The model cannot be built, or its classes are not those of the images.
@@ -188,33 +191,36 @@ class Evaluation:
         if options.class_map is not None:
             names = read_names(options.class_map)
         self.matched = self.images.match(self.model.num_classes, names)
-        self.ratios = _keep_ratios(options, self.model)
-        # method and keep ratio -> the plain model on smaller images, and their size
-        self.smaller: dict[Case, tuple[Any, tuple[int, int]]] = {}
+        config = image_config(self.model, options.img_size)
+        size: tuple[int, int] = tuple(config["input_size"][-2:])
+        full = getattr(
+            self.model, "backbone", self.model
+        )  # the plain model, whatever the selection
         self.cases: list[Case] = []
-        for share in self.ratios:
-            self.cases.append((FULL if share == 1.0 else PRUNED, share))
-            if options.smaller_image and share < 1.0:
-                kept = self.model.num_tokens(share)
-                found = on_grid(self.model, smaller_grid(self.model.patch_grid, kept))
-                self.smaller[SMALLER, share] = found
-                self.cases.append((SMALLER, share))
+        for share in _keep_ratios(options, self.model):
+            whole = share == 1.0
+            method, model = (FULL, full) if whole else (PRUNED, self.model)
+            self.cases.append(Case(method, share, model, size))
+            if options.smaller_image and not whole:
+                grid = smaller_grid(self.model.patch_grid, self.model.num_tokens(share))
+                self.cases.append(Case(SMALLER, share, *on_grid(self.model, grid)))
         present = () if options.all_classes else getattr(self.images, "present", ())
         every = len(present) in (0, self.model.num_classes)
         self.classes: Sequence[int] | None = None if every else present  # those that compete
         self.problems: list[str] = []
         self.first: Tensor | None = None  # images of the first batch
-        config = image_config(self.model, options.img_size)
         transform: Any = create_transform(**config, is_training=False)
         if options.index_cache is not None:
             transform = cached_transform(options.index_cache, self.model, self.images, transform)
-        indices, size = range(len(self.images)), config["input_size"]
         others: Any = {
-            other: create_transform(**{**config, "input_size": (3, *other)}, is_training=False)
-            for _, other in self.smaller.values()
+            case.img_size: create_transform(
+                **{**config, "input_size": (3, *case.img_size)}, is_training=False
+            )
+            for case in self.cases
+            if case.method == SMALLER
         }
-        self.size: tuple[int, int] = size[-2:]
-        self.keyed = KeyedImages(self.images, indices, transform, 0, size, others)
+        indices = range(len(self.images))
+        self.keyed = KeyedImages(self.images, indices, transform, 0, (3, *size), others)
         self.keyed.check_readable()
 
     def batches(self) -> Iterator[Batch]:
@@ -239,52 +245,44 @@ class Evaluation:
                 bar.update(len(batch))
 
     def logits(self, case: Case, batch: Batch) -> Tensor:
-        """Run the model at a keep ratio, or on smaller images."""
-        model, keep_ratio = self.model, case[1]
+        """Run the model of a case."""
+        model, given = case.model, {}
         with autocast(self.world.device, self.options.precision):
-            if case in self.smaller:
-                plain, size = self.smaller[case]
-                return plain(batch.others[size])
-            if not isinstance(model, LTRPModel):
-                return model(batch.images)
-            if keep_ratio == 1.0:
-                return model.backbone(batch.images)  # the plain model, whatever the selection
-            if model.keep_ratio != keep_ratio:
-                model.keep_ratio = keep_ratio
-            if batch.scores is None:
-                return model(batch.images)
-            return model(batch.images, keep_indices=model.select(batch.scores, batch.images))
+            if case.method == SMALLER:
+                return model(batch.others[case.img_size])
+            if case.method == PRUNED:
+                if model.keep_ratio != case.keep_ratio:
+                    model.keep_ratio = case.keep_ratio
+                if batch.scores is not None:
+                    given["keep_indices"] = model.select(batch.scores, batch.images)
+            return model(batch.images, **given)
 
     def num_kept(self, case: Case) -> float | None:
         """Patches that an image keeps; the mean over the first batch where they differ."""
-        model, keep_ratio = self.model, case[1]
-        if case in self.smaller:
-            rows, cols = model.patch_size
-            height, width = self.smaller[case][1]
-            return float(height // rows * (width // cols))
+        model = self.model
         if not isinstance(model, LTRPModel):
             return None
-        if model.budget is not None and keep_ratio < 1.0 and self.first is not None:
+        if case.method == SMALLER:
+            (rows, cols), (height, width) = model.patch_size, case.img_size
+            return float(height // rows * (width // cols))
+        if case.method == PRUNED and model.budget is not None and self.first is not None:
             return float(model.keep_counts(self.first).double().mean())
-        return float(model.num_tokens(keep_ratio))
+        return float(model.num_tokens(case.keep_ratio))
 
     def measure(self) -> tuple[dict[Case, Measured], dict[str, Sequence[Row]]]:
-        """Accuracy and speed by keep ratio, and tables by name; all processes must call this."""
+        """Accuracy and speed by case, and tables by name; all processes must call this."""
         options, names = self.options, self.images.class_names
+        new: Any = partial(AccuracyCounter, self.classes)
         if options.multi_label:
-            seen = seen_classes(options.seen_classes, names)
-            counters: Any = {case: PrecisionCounter(names, seen) for case in self.cases}
-        else:
-            counters = {case: AccuracyCounter(self.classes) for case in self.cases}
+            new = partial(PrecisionCounter, names, seen_classes(options.seen_classes, names))
+        counters = {case: new() for case in self.cases}
         calls = {case: partial(self.logits, case) for case in self.cases}
         with torch.inference_mode(), quiet_about_training():
-            results, predictions = measure_all(calls, self.batches(), self.world, counters)
+            results = measure_all(calls, self.batches(), self.world, counters)
             rows = [self.row(results, case) for case in results]
         tables: dict[str, Sequence[Row]] = {CSV_NAME: rows}
-        if options.per_image and options.multi_label:
-            tables[PER_IMAGE_NAME] = _label_rows(counters, self.images, self.world)
-        elif options.per_image:
-            tables[PER_IMAGE_NAME] = _image_rows(self.world.gather(predictions), self.images)
+        if options.per_image:
+            tables[PER_IMAGE_NAME] = _image_rows(counters, self.images, self.world)
         if options.multi_label:
             tables[PER_CLASS_NAME] = _class_rows(results, counters[self.cases[0]])
         return results, tables
@@ -292,29 +290,29 @@ class Evaluation:
     def row(self, results: Mapping[Case, Measured], case: Case) -> Row:
         """The figures of one line of the table; its speed-up is over the first one."""
         full, found = next(iter(results.values())), results[case]
-        gain = ratio(full.timing, found.timing)
-        method, keep_ratio = case
+        gain, timing, batch = ratio(full.timing, found.timing), found.timing, found.batch_size
         return {
-            "method": method,
-            "keep_ratio": keep_ratio,
+            "method": case.method,
+            "keep_ratio": case.keep_ratio,
             "num_keep": self.num_kept(case),
-            "img_size": size_text(self.smaller[case][1] if case in self.smaller else self.size),
+            "img_size": size_text(case.img_size),
             **found.accuracy.percent(),
-            "images_per_second": found.images_per_second,
-            "images_per_second_low": found.batch_size / found.timing.high,
-            "images_per_second_high": found.batch_size / found.timing.low,
+            "images_per_second": timing.items_per_second(batch),
+            "images_per_second_low": batch / timing.high,
+            "images_per_second_high": batch / timing.low,
             "speedup": gain.median,
             "speedup_low": gain.low,
             "speedup_high": gain.high,
-            "rounds": len(found.timing.seconds),
-            "timed_batch": found.batch_size,
+            "rounds": len(timing.seconds),
+            "timed_batch": batch,
         }
 
     def describe(self) -> None:
         """Print what is measured on what."""
         model, images, options = self.model, self.images, self.options
         if isinstance(model, LTRPModel):
-            describe_model(model, options.model, self.weights, self.ratios)
+            ratios = [case.keep_ratio for case in self.cases if case.method != SMALLER]
+            describe_model(model, options.model, self.weights, ratios)
         else:
             say(f"model       {printable(options.model)}, a plain model: it cannot drop patches")
             say(f"weights     {self.weights or RANDOM}")
@@ -343,8 +341,8 @@ class Evaluation:
         """
         rows, options = tables[CSV_NAME], self.options
         self._print(rows)
-        found: Any = next(iter(results.values())).accuracy
-        facts = {"images": found.images, "unreadable": unreadable}
+        found = next(iter(results.values())).accuracy
+        facts: Row = {"images": found.images, "unreadable": unreadable}
         if options.multi_label:
             absent = [printable(name) for name in found.absent]
             facts["absent"] = SEPARATOR.join(absent)
@@ -386,7 +384,7 @@ class Evaluation:
         ranking = "ranking read from a file" if self.options.index_cache else "ranking included"
         say(f"  images/s: {where}, {ranking}, reading images excluded;")
         say(f"  median of {first['rounds']} interleaved rounds; speed-up over the first row")
-        if self.smaller:
+        if self.options.smaller_image:
             say(f"  {SMALLER}: the full model at the size with about as many patches")
 
     def _conditions(self) -> Row:
@@ -451,52 +449,47 @@ def _keep_ratios(options: EvaluateOptions, model: Any) -> list[float]:
     return list(dict.fromkeys(given))
 
 
-def _image_rows(predictions: Sequence[Prediction[Case]], images: Any) -> list[Row]:
-    """A line for each image and case; ``rank`` 1 is a correct prediction."""
-    return [
-        {
-            "image": printable(images.name(found.index)),
-            "method": found.case[0],
-            "keep_ratio": found.case[1],
-            "target": found.target,
-            "target_name": images.class_name(found.target),
-            "predicted": found.predicted,
-            "predicted_name": images.class_name(found.predicted),
-            "rank": found.rank + 1,
-        }
-        for found in sorted(predictions, key=lambda found: found.index)
-    ]
-
-
-def _label_rows(counters: Mapping[Case, PrecisionCounter], images: Any, world: World) -> list[Row]:
-    """A line for each image and case: its labels and the probability of each class.
-
-    All processes must call this.
-    """
-    lines = []
-    for (method, share), counter in counters.items():
-        for number, logits, target in zip(*counter.rows(world)):
-            labels = [name for name, yes in zip(counter.class_names, target.tolist()) if yes]
-            row: Row = {"image": printable(images.name(int(number)))}
-            row |= {"method": method, "keep_ratio": share}
-            row["labels"] = SEPARATOR.join(labels)
-            odds = zip(counter.class_names, logits.sigmoid().tolist())
-            lines.append((int(number), {**row, **{f"p({name})": p for name, p in odds}}))
+def _image_rows(counters: Mapping[Case, Any], images: Any, world: World) -> list[Row]:
+    """A line for each image and case; all processes must call this."""
+    lines: list[tuple[int, Row]] = []
+    for case, counter in counters.items():
+        several = isinstance(counter, PrecisionCounter)
+        about = partial(_labels, counter) if several else partial(_prediction, images)
+        for number, *found in zip(*(column.tolist() for column in counter.rows(world))):
+            row: Row = {"image": printable(images.name(number)), "method": case.method}
+            lines.append((number, {**row, "keep_ratio": case.keep_ratio, **about(*found)}))
     lines.sort(key=lambda line: line[0])  # stable: the cases stay in order
     return [row for _, row in lines]
 
 
-def _class_rows(results: Mapping[Case, Measured], counter: PrecisionCounter) -> list[Row]:
+def _prediction(images: Any, target: int, predicted: int, rank: int) -> Row:
+    return {
+        "target": target,
+        "target_name": images.class_name(target),
+        "predicted": predicted,
+        "predicted_name": images.class_name(predicted),
+        "rank": rank + 1,  # 1 is correct
+    }
+
+
+def _labels(counter: PrecisionCounter, logits: Sequence[float], targets: Sequence[int]) -> Row:
+    """The labels of an image, and the probability of each class."""
+    names = counter.class_names
+    labels = SEPARATOR.join(name for name, yes in zip(names, targets) if yes)
+    odds = zip(names, torch.tensor(logits).sigmoid().tolist())
+    return {"labels": labels, **{f"p({name})": p for name, p in odds}}
+
+
+def _class_rows(results: Mapping[Case, Measured], counter: Any) -> list[Row]:
     """A line for each class: its average precisions in per cent, empty without any image."""
     rows = []
     for name in counter.class_names:
         row: Row = {"class": name}
         if counter.seen is not None:
             row["seen"] = int(name in counter.seen)
-        for (method, share), measured in results.items():
-            found: Any = measured.accuracy
-            value = found.per_class.get(name)
-            where = f"ap@{share:g}{' ' + SMALLER if method == SMALLER else ''}"
+        for case, measured in results.items():
+            value = measured.accuracy.per_class.get(name)
+            where = f"ap@{case.keep_ratio:g}{' ' + SMALLER if case.method == SMALLER else ''}"
             row[where] = "" if value is None else 100 * value
         rows.append(row)
     return rows

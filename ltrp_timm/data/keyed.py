@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.photos import load_image
-from ltrp_timm.runtime import HELD_OUT, World, generators, sample_seed, seeded, worker_init
+from ltrp_timm.runtime import HELD_OUT, World, sample_seed, seeded, worker_init
 
 Sample = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]
@@ -253,7 +253,8 @@ class Batch:
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """A generator for each image, with its random numbers for that purpose."""
-        return generators(self._seed, self.epoch, self.indices, purpose)
+        seeds = [sample_seed(self._seed, self.epoch, index, purpose) for index in self.indices]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def seed(self, purpose: str) -> int:
         """A seed for what is drawn once for the batch: that of its first image."""

@@ -4,10 +4,11 @@ Both in one pass: every batch through all models, interleaved.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,29 +19,33 @@ from ltrp_timm.measure.throughput import Timing, timed
 from ltrp_timm.metrics import average_precision
 from ltrp_timm.runtime import World
 
-TOP_K = (1, 5)
 MIN_ROUNDS = 5  # timed rounds; a small set repeats its first batch
 _WARM_UP = 2  # untimed calls on the first batch
-Case = TypeVar("Case")  # what names a call, such as a keep ratio
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of a set's readable images, in [0, 1].
+    """Accuracies over a whole set.
 
     Attributes:
-        top1: Images whose class has the highest logit.
-        top5: Images whose class is among the five highest.
-        images: Number of images.
+        means: In [0, 1]. "top1" and "top5" are shares of the images. "map" is the mean average
+            precision over the classes that an image of the set has, "map_seen" and "map_unseen" are
+            those of a split; a mean over no class is left out.
+        images: Number of readable images.
+        per_class: Average precision by name, for classes that an image has.
+        absent: Names of the classes that no image has; they are excluded.
     """
 
-    top1: float
-    top5: float
+    means: dict[str, float]
     images: int
+    per_class: dict[str, float] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     def percent(self) -> dict[str, float]:
-        """Top-1 and top-5 in per cent."""
-        return {"top1": 100 * self.top1, "top5": 100 * self.top5}
+        """The means in per cent; ValueError if no image has a label."""
+        if not self.means:
+            raise ValueError("no readable image has a label; cannot compute mAP.")
+        return {name: 100 * value for name, value in self.means.items()}
 
 
 def class_ranks(logits: Tensor, targets: Tensor) -> Tensor:
@@ -57,14 +62,11 @@ def class_ranks(logits: Tensor, targets: Tensor) -> Tensor:
         (B,) int64 in 0 … C.
 
     Raises:
-        ValueError: The shapes do not match, or a target is not a class.
+        ValueError: A target is not a class.
 
     >>> class_ranks(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2]))
     tensor([1])
     """
-    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        shapes = f"{list(logits.shape)} and {list(targets.shape)}"
-        raise ValueError(f"expected logits (B, C) and targets (B,), got {shapes}.")
     num_classes = logits.shape[1]
     wrong = targets[(targets < 0) | (targets >= num_classes)]
     if len(wrong):
@@ -79,113 +81,17 @@ def class_ranks(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class AccuracyCounter:
-    """Counts hits over batches, and sums them over processes at the end.
+    """Collects the predictions of a set over batches, and counts those of all processes at the end.
 
     Args:
         classes: Class numbers that compete; None for all.
     """
 
+    what = "accuracy"
+
     def __init__(self, classes: Sequence[int] | None = None) -> None:
         self.classes = classes
-        self.hits, self.images = [0] * len(TOP_K), 0
-
-    def add(self, logits: Tensor, targets: Tensor, real: Tensor | None = None) -> Tensor:
-        """Count a batch.
-
-        Args:
-            logits: (B, C).
-            targets: (B,) class numbers.
-            real: (B,) bool, False for images that do not count: padding, unreadable ones.
-
-        Returns:
-            (B',) ``class_ranks`` of the images that count.
-        """
-        if real is not None:
-            logits, targets = logits[real], targets[real]
-        ranks = class_ranks(self.restrict(logits), targets)
-        self.images += len(ranks)
-        self.hits = [hits + int((ranks < k).sum()) for hits, k in zip(self.hits, TOP_K)]
-        return ranks
-
-    def restrict(self, logits: Tensor) -> Tensor:
-        """Logits (B, C) with -inf for the classes that do not compete."""
-        if self.classes is None:
-            return logits
-        excluded = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-        excluded[list(self.classes)] = False
-        return logits.masked_fill(excluded, -torch.inf)
-
-    def total(self, world: World | None = None) -> Accuracy:
-        """Accuracy over all processes, all of which must call this.
-
-        Raises:
-            ValueError: No image was counted.
-        """
-        counts: list[float] = [*self.hits, self.images]
-        top1, top5, images = counts if world is None else world.sum(counts)
-        if not images:
-            raise ValueError("no readable image in the evaluation set; cannot compute accuracy.")
-        return Accuracy(top1 / images, top5 / images, int(images))
-
-
-@dataclass(frozen=True)
-class MeanPrecision:
-    """Average precisions over a whole set, in [0, 1].
-
-    Attributes:
-        map: Mean over the classes that an image of the set has; NaN if there is none.
-        seen: Mean over the seen classes; None without a split.
-        unseen: Mean over the other classes; None without a split.
-        per_class: Average precision by name, for classes that an image has.
-        absent: Names of the classes that no image has; they are excluded.
-        images: Number of images.
-    """
-
-    map: float
-    seen: float | None
-    unseen: float | None
-    per_class: dict[str, float]
-    absent: tuple[str, ...]
-    images: int
-
-    def row(self) -> dict[str, float]:
-        """The means by name; without those over no class."""
-        means = {"map": self.map, "map_seen": self.seen, "map_unseen": self.unseen}
-        return {
-            name: value for name, value in means.items() if value is not None and value == value
-        }
-
-    def percent(self) -> dict[str, float]:
-        """The means in per cent, by name.
-
-        Raises:
-            ValueError: No image has a label.
-        """
-        if not self.row():
-            raise ValueError("no readable image has a label; cannot compute mAP.")
-        return {name: 100 * value for name, value in self.row().items()}
-
-
-class PrecisionCounter:
-    """Collects the logits of a set, and computes average precisions at the end.
-
-    Args:
-        class_names: C names, in the order of the logits.
-        seen: Names of seen classes, which get a mean of their own; None for no split.
-
-    Raises:
-        ValueError: A name is not a class, or all classes are named.
-    """
-
-    def __init__(self, class_names: Sequence[str], seen: Sequence[str] | None = None) -> None:
-        self.class_names, self.seen = tuple(class_names), seen
-        unknown = [name for name in seen or () if name not in self.class_names]
-        if unknown:
-            names = first_names(unknown)
-            raise ValueError(f"{len(unknown)} seen classes are not classes: {names}.")
-        if seen is not None and set(seen) == set(self.class_names):
-            raise ValueError(f"all {len(seen)} classes are seen; none is unseen.")
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.parts: list[tuple[Tensor, ...]] = []
 
     def add(
         self, logits: Tensor, targets: Tensor, indices: Sequence[int], real: Tensor | None = None
@@ -194,57 +100,79 @@ class PrecisionCounter:
 
         Args:
             logits: (B, C).
-            targets: (B, C), 0 or 1.
+            targets: (B,) class numbers; with several classes (B, C), 0 or 1.
             indices: B numbers of the images in the set; a repeated image counts once.
             real: (B,) bool, False for unreadable images, which do not count.
         """
-        numbers = torch.tensor(list(indices), device=logits.device)
-        if real is None:
-            real = torch.ones_like(numbers, dtype=torch.bool)
-        rows = (numbers, logits.detach().float(), targets.to(logits.device, torch.uint8))
-        self.parts.append(tuple(part[real].cpu() for part in rows))  # type: ignore[arg-type]
+        columns = (torch.tensor(list(indices)), logits.detach(), targets.to(logits.device))
+        numbers, logits, targets = (c if real is None else c[real.to(c.device)] for c in columns)
+        self.parts.append((numbers, *(part.cpu() for part in self.columns(logits, targets))))
 
-    def total(self, world: World | None = None) -> MeanPrecision:
-        """Average precisions over all processes, all of which must call this.
+    def columns(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Targets, predicted classes and ``class_ranks``, each (B,)."""
+        if self.classes is not None:
+            excluded = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            excluded[list(self.classes)] = False
+            logits = logits.masked_fill(excluded, -torch.inf)
+        best = torch.nan_to_num(logits, nan=-torch.inf).argmax(1)
+        return targets, best, class_ranks(logits, targets)
+
+    def rows(self, world: World | None = None) -> list[Tensor]:
+        """What all processes collected, each image once; all of them must call this.
+
+        Returns:
+            Numbers of the images (N,), ascending, and their ``columns``.
 
         Raises:
-            ValueError: No image was counted, or a logit is NaN.
+            ValueError: There is no image.
         """
+        parts = self.parts if world is None else world.gather(self.parts)
+        if not any(len(part[0]) for part in parts):
+            text = "no readable image in the evaluation set; cannot compute"
+            raise ValueError(f"{text} {self.what}.")
+        columns = [torch.cat(column) for column in zip(*parts)]
+        once = torch.from_numpy(np.unique(columns[0].numpy(), return_index=True)[1])
+        return [column[once] for column in columns]
+
+    def total(self, world: World | None = None) -> Accuracy:
+        """The result over all processes, all of which must call this; errors as of ``rows``."""
+        *_, ranks = self.rows(world)
+        hits = {f"top{k}": int((ranks < k).sum()) / len(ranks) for k in (1, 5)}
+        return Accuracy(hits, len(ranks))
+
+
+class PrecisionCounter(AccuracyCounter):
+    """Collects the logits of a set of several classes per image; average precisions at the end.
+
+    Args:
+        class_names: C names, in the order of the logits.
+        seen: Names of seen classes, which get a mean of their own; None for no split.
+    """
+
+    what = "mAP"
+
+    def __init__(self, class_names: Sequence[str], seen: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.class_names, self.seen = tuple(class_names), seen
+
+    def columns(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, C) float32 and targets (B, C) uint8."""
+        return logits.float(), targets.to(torch.uint8)
+
+    def total(self, world: World | None = None) -> Accuracy:
+        """See ``AccuracyCounter``; ValueError also if a logit is NaN."""
         numbers, logits, targets = self.rows(world)
-        if not len(numbers):
-            raise ValueError("no readable image in the evaluation set; cannot compute mAP.")
         if bool(logits.isnan().any()):
             raise ValueError("the model gives NaN logits; cannot compute mAP.")
         values = average_precision(logits, targets)
-        per_class = {n: v for n, v in zip(self.class_names, values.tolist()) if v == v}
-        absent = tuple(name for name in self.class_names if name not in per_class)
-        seen = unseen = None
+        found = {name: v for name, v in zip(self.class_names, values.tolist()) if v == v}
+        groups = {"map": list(found.values())}
         if self.seen is not None:
-            seen = _mean([v for n, v in per_class.items() if n in self.seen])
-            unseen = _mean([v for n, v in per_class.items() if n not in self.seen])
-        mean = _mean(list(per_class.values()))
-        return MeanPrecision(mean, seen, unseen, per_class, absent, len(numbers))
-
-    def rows(self, world: World | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What all processes collected, each image once; all processes must call this.
-
-        Returns:
-            Numbers of the images (N,), ascending, logits (N, C) and targets (N, C) uint8.
-        """
-        count = len(self.class_names)
-        empty = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, count))
-        nothing = (*empty, torch.zeros(0, count, dtype=torch.uint8))
-        parts: Any = self.parts if world is None else world.gather(self.parts)
-        numbers, logits, targets = (torch.cat(column) for column in zip(nothing, *parts))
-        order = numbers.argsort(stable=True)
-        first = torch.ones(len(order), dtype=torch.bool)
-        first[1:] = numbers[order][1:] != numbers[order][:-1]
-        once = order[first]
-        return numbers[once], logits[once], targets[once]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+            groups["map_seen"] = [v for name, v in found.items() if name in self.seen]
+            groups["map_unseen"] = [v for name, v in found.items() if name not in self.seen]
+        means = {name: sum(group) / len(group) for name, group in groups.items() if group}
+        absent = tuple(name for name in self.class_names if name not in found)
+        return Accuracy(means, len(numbers), found, absent)
 
 
 def seen_classes(path: Any, class_names: Sequence[str]) -> tuple[str, ...] | None:
@@ -257,10 +185,12 @@ def seen_classes(path: Any, class_names: Sequence[str]) -> tuple[str, ...] | Non
     if path is None:
         return None
     names = read_names(path)
-    try:
-        PrecisionCounter(class_names, names)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    unknown = [name for name in names if name not in class_names]
+    if unknown:
+        count = len(unknown)
+        raise ValueError(f"{path}: {count} seen classes are not classes: {first_names(unknown)}.")
+    if set(names) == set(class_names):
+        raise ValueError(f"{path}: all {len(names)} classes are seen; none is unseen.")
     return names
 
 
@@ -274,33 +204,17 @@ class Measured:
         batch_size: Images of a timed batch.
     """
 
-    accuracy: Accuracy | MeanPrecision
+    accuracy: Accuracy
     timing: Timing
     batch_size: int
 
-    @property
-    def images_per_second(self) -> float:
-        """Throughput at the median."""
-        return self.timing.items_per_second(self.batch_size)
-
-
-@dataclass(frozen=True)
-class Prediction(Generic[Case]):
-    """The result of one call for one image; ``rank`` 0 is a hit."""
-
-    index: int
-    case: Case
-    target: int
-    predicted: int
-    rank: int
-
 
 def measure_all(
-    calls: Mapping[Case, Callable[[Batch], Tensor]],
+    calls: Mapping[Any, Callable[[Batch], Tensor]],
     batches: Iterable[Batch],
     world: World,
-    counters: Mapping[Case, Any] | None = None,
-) -> tuple[dict[Case, Measured], list[Prediction[Case]]]:
+    counters: Mapping[Any, AccuracyCounter],
+) -> dict[Any, Measured]:
     """Run every batch through every call, interleaved: A B C, A B C, ….
 
     The clock starts and stops at a synchronisation of the device: ranking and selecting patches are
@@ -311,18 +225,15 @@ def measure_all(
         calls: Batch -> logits (B, C), by what names them: a keep ratio, or a model and its ratio.
         batches: With targets.
         world: The processes that share the set.
-        counters: An AccuracyCounter or a PrecisionCounter for each call (default: the former).
+        counters: An AccuracyCounter or a PrecisionCounter for each call.
 
     Returns:
-        Results by call, and the predictions of this process for images with one class.
+        Results by call; none in a process without images.
 
     Raises:
         ValueError: No image could be read, or a label is not a class of the model.
     """
-    if counters is None:
-        counters = {case: AccuracyCounter() for case in calls}
-    seconds: dict[Case, list[float]] = {case: [] for case in calls}
-    predictions: list[Prediction[Case]] = []
+    seconds: dict[Any, list[float]] = {case: [] for case in calls}
     full: Batch | None = None
     for batch in batches:
         if full is None:
@@ -333,7 +244,9 @@ def measure_all(
             logits, took = timed(partial(call, batch), world.device)
             if len(batch) == len(full):
                 seconds[case].append(took)
-            predictions += _count(counters[case], logits, batch, case)
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise ValueError("the model gives no logits (B, C): it is not a classifier.")
+            counters[case].add(logits, batch.labels(), batch.indices, batch.real)
     if full is not None:
         for _ in range(MIN_ROUNDS - min(len(rounds) for rounds in seconds.values())):
             for case, call in calls.items():
@@ -341,27 +254,8 @@ def measure_all(
     # a process without any image takes part in the sums, and has no times
     totals = {case: counter.total(world) for case, counter in counters.items()}
     if full is None:
-        return {}, []
-    results = {
+        return {}
+    return {
         case: Measured(totals[case], Timing(str(case), tuple(seconds[case])), len(full))
         for case in calls
     }
-    return results, predictions
-
-
-def _count(counter: Any, logits: Any, batch: Batch, case: Case) -> list[Prediction[Case]]:
-    """Count a batch; returns the predictions for images with one class."""
-    targets = batch.labels()
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError("the model gives no logits (B, C): it is not a classifier.")
-    if isinstance(counter, PrecisionCounter):
-        counter.add(logits, targets, batch.indices, batch.real)
-        return []
-    ranks = counter.add(logits, targets, batch.real)
-    best = torch.nan_to_num(counter.restrict(logits[batch.real]), nan=-torch.inf).argmax(1)
-    indices = torch.tensor(batch.indices, device=batch.real.device)[batch.real]
-    columns = (indices, targets[batch.real], best, ranks)
-    return [
-        Prediction(index, case, target, predicted, rank)
-        for index, target, predicted, rank in zip(*(column.tolist() for column in columns))
-    ]

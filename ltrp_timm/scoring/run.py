@@ -121,7 +121,6 @@ def rank_images(
             raise ValueError(f"{output} is for {len(writer)} images, this process found another.")
         pictures = output / OVERLAYS if overlays else None
         failures = _rank(images, scorer, writer, pictures, batch_size, num_workers, world)
-        world.barrier()
         failures = dict(world.gather(list(failures.items())))
         if world.main:
             writer.finish(failures)

@@ -233,7 +233,7 @@ class MultiLabelTask(ClassifyTask):
         out: dict[str, float] = {}
         for name in self.budget_names:
             found = self.counters[name].total(world)
-            out |= {f"{mean}{name}": value for mean, value in found.row().items()}
+            out |= {f"{mean}{name}": value for mean, value in found.means.items()}
             if world.main and found.absent != self.absent:  # once: the images stay the same
                 names = first_names(found.absent)
                 say(f"excluded from the mAP, no held-out image has them: {names}")
