@@ -186,7 +186,7 @@ def num_rounds(round_seconds: float, seconds: float) -> int:
 
 def seconds_of(fn: Callable[[], Any], args: argparse.Namespace) -> float:
     """Seconds of one call after a warm-up: enough to plan by."""
-    return throughput.measure(fn, repeats=1, warmup=1, device=args.device).median
+    return throughput.compare({"": fn}, repeats=1, warmup=1, device=args.device)[""].median
 
 
 def timing_columns(timing: throughput.Timing, batch: int) -> Row:

@@ -14,7 +14,6 @@ from ltrp_timm.measure.throughput import (
     Timing,
     compare,
     environment,
-    measure,
     peak_memory,
     ratio,
 )
@@ -55,16 +54,6 @@ def test_seconds_go_to_the_callable_that_spent_them(monkeypatch):
     assert timings["b"].seconds == (5.0, 5.0)
 
 
-def test_measure_is_a_comparison_of_one():
-    calls = []
-    timing = measure(lambda: calls.append(1), name="one", repeats=4, warmup=1)
-    assert timing.name == "one"
-    assert len(timing.seconds) == 4
-    assert len(calls) == 5
-    assert all(seconds > 0 for seconds in timing.seconds)
-    assert timing.peak_memory is None
-
-
 def test_each_call_is_synchronised_before_and_after(monkeypatch):
     events = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(str(device)))
@@ -90,8 +79,8 @@ def test_the_clock_stops_after_the_device_and_before_the_result_is_freed(monkeyp
         def __del__(self):
             tick(1000.0)
 
-    timing = measure(Result, repeats=2, warmup=0, device="cuda")
-    assert timing.seconds == (1.0, 1.0)
+    timing = compare({"one": Result}, repeats=2, warmup=0, device="cuda")["one"]
+    assert (timing.seconds, timing.peak_memory) == ((1.0, 1.0), None)
 
 
 def test_quartiles_of_a_timing():
@@ -161,11 +150,9 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="at least one callable, got an empty mapping"):
         compare({})
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        measure(int, repeats=0)
+        compare({"int": int}, repeats=0)
     with pytest.raises(ValueError, match="warmup must be at least 0, got -1"):
-        measure(int, warmup=-1)
-    with pytest.raises(ValueError, match="at least one round, got none for 'x'"):
-        Timing("x", ())
+        compare({"int": int}, warmup=-1)
 
 
 @linux
@@ -200,7 +187,7 @@ def test_peak_memory_is_none_where_it_cannot_be_read(monkeypatch):
 
     monkeypatch.setattr(throughput.Path, "write_text", refuse)
     assert peak_memory(int) is None
-    assert measure(int, repeats=1, memory=True).peak_memory is None
+    assert compare({"int": int}, repeats=1, memory=True)["int"].peak_memory is None
 
 
 def test_environment_says_everything_and_nothing_private():
@@ -223,6 +210,6 @@ def test_peak_memory_on_cuda_is_exact():
         torch.empty(200 * 2**20, dtype=torch.uint8, device="cuda")
         return None
 
-    timing = measure(work, repeats=1, device="cuda", memory=True)
-    assert timing.peak_memory == 200 * 2**20
+    timings = compare({"work": work}, repeats=1, device="cuda", memory=True)
+    assert timings["work"].peak_memory == 200 * 2**20
     assert "NVIDIA" in environment("cuda")["machine"]

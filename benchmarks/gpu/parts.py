@@ -174,7 +174,7 @@ def least_merging(full: Any, attention: str, limit: float, images: Tensor) -> Pe
 def seconds_of(model: Any, images: Tensor) -> float:
     """Seconds of a forward pass, good enough to choose a setting."""
     call = inference(model, images)
-    return throughput.measure(call, repeats=5, warmup=2, device=images.device).median
+    return throughput.compare({"": call}, repeats=5, device=images.device)[""].median
 
 
 def merging_against_dropping(args: argparse.Namespace) -> Iterator[Case]:

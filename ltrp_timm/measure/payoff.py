@@ -76,17 +76,10 @@ def twin(model: Any) -> Any:
 
 
 def ideal(full: Any, kept: int) -> Any:
-    """Build the ceiling: a twin of the plain model that encodes the first K patches.
+    """Build the ceiling: a twin of a plain timm ViT that encodes the first K = ``kept`` patches.
 
-    It embeds only these if a pruned model would: all its work is also work of a pruned model.
-
-    Args:
-        full: A timm ViT.
-        kept: K.
-
-    Returns:
-        The twin, or None for a family whose blocks need the indices of the tokens (relative
-        position bias, NaFlexViT).
+    It embeds only these if a pruned model would: all its work is also work of a pruned model. None
+    for a family whose blocks need the indices of the tokens (relative position bias, NaFlexViT).
     """
     adapter = find_adapter(full)
     if adapter.first_kind is None:
@@ -105,13 +98,8 @@ def ideal(full: Any, kept: int) -> Any:
 def smaller_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:
     """The patch grid of a smaller image of the same shape with about as many patches as are kept.
 
-    Args:
-        grid: Patch grid (h, w) of the image.
-        num_kept: K.
-
-    Returns:
-        Of the grids with the proportions of ``grid``, to a patch, the one with nearest to K
-        patches; of equally near ones, that with the closer proportions.
+    Of the grids with the proportions of ``grid`` (h, w), to a patch, it is the one with nearest to
+    K patches; of equally near ones, that with the closer proportions.
 
     >>> smaller_grid((14, 14), 98)
     (10, 10)
@@ -161,15 +149,12 @@ def measure_payoff(
     rankers: Mapping[str, nn.Module],
     keep_ratios: Sequence[float],
     *,
-    selection: str = "top",
-    rest: str = "drop",
-    scales: Sequence[int] | None = None,
-    size_bias: float | None = None,
     compile_mode: CompileMode | None = None,
     repeats: int = 10,
     warmup: int = 2,
     memory: bool = False,
     smaller_image: bool = False,
+    **front: Any,
 ) -> list[Payoff]:
     """Time the full model and, at each keep ratio, the ideal and the pruned ones, interleaved.
 
@@ -178,10 +163,6 @@ def measure_payoff(
         images: (B, C, H, W), normalised, of the same device and dtype.
         rankers: Rankers by name.
         keep_ratios: Shares of patches to keep, in (0, 1).
-        selection: How scores choose patches.
-        rest: "drop" or "coarse", see ``drop_patches``.
-        scales: See ``drop_patches``.
-        size_bias: See ``drop_patches``.
         compile_mode: A mode of torch.compile, or "freezing", which also packs the weights on a CPU;
             None for eager.
         repeats: Number of timed rounds.
@@ -189,6 +170,7 @@ def measure_payoff(
         memory: Also measure the peak memory of one call each.
         smaller_image: Also time the plain model at the image size with about as many patches as are
             kept, at each keep ratio (see ``smaller_grid``).
+        **front: Selection, rest, scales and size bias of ``drop_patches``.
 
     Returns:
         The full model, then the variants at each keep ratio, largest first.
@@ -207,7 +189,6 @@ def measure_payoff(
     ['full', 'ideal', 'no ranking', 'contrast']
     """
     _check(rankers, keep_ratios, compile_mode)
-    front = {"selection": selection, "rest": rest, "scales": scales, "size_bias": size_bias}
     variants = _variants(full, images, rankers, keep_ratios, front, smaller_image)
     with _compiling(compile_mode, len(variants)) as prepare:
         calls = {
@@ -229,9 +210,7 @@ Key = tuple[str, float]  # method, keep ratio
 Variant = tuple[nn.Module, tuple[Tensor, ...], int]  # model, inputs, K
 
 
-def _check(
-    rankers: Mapping[str, nn.Module], keep_ratios: Sequence[float], compile_mode: CompileMode | None
-) -> None:
+def _check(rankers: Mapping[str, Any], keep_ratios: Sequence[float], mode: str | None) -> None:
     if not rankers or not keep_ratios:
         raise ValueError("measure_payoff needs at least one ranker and one keep ratio.")
     reserved = sorted({FULL, IDEAL, GIVEN, SMALLER} & set(rankers))
@@ -240,9 +219,9 @@ def _check(
     for keep_ratio in keep_ratios:
         if not 0 < keep_ratio < 1:
             raise ValueError(f"keep_ratios must be in (0, 1), got {keep_ratio}.")
-    if compile_mode is not None and compile_mode not in get_args(CompileMode):
+    if mode is not None and mode not in get_args(CompileMode):
         modes = ", ".join(get_args(CompileMode))
-        raise ValueError(f"compile_mode must be one of {modes}, got {compile_mode!r}.")
+        raise ValueError(f"compile_mode must be one of {modes}, got {mode!r}.")
 
 
 def _variants(
@@ -262,13 +241,13 @@ def _variants(
         # random patches or cells, which no ranker has to find
         given = drop_patches(twin(full), "random", keep_ratio, **{**front, "selection": "random"})
         kept = given.num_tokens()
+        inputs: tuple[Tensor, ...] = (images,)
         best = ideal(full, kept)
         if best is not None:
-            found[IDEAL, keep_ratio] = (best, (images,), kept)
-        inputs: tuple[Tensor, ...] = (images,)
+            found[IDEAL, keep_ratio] = (best, inputs, kept)
         if given.rest == "drop":
             keep = torch.rand(images.shape[0], h * w, generator=generator).argsort(dim=1)[:, :kept]
-            inputs = (images, keep.sort(dim=1).values.to(images.device))
+            inputs = (*inputs, keep.sort(dim=1).values.to(images.device))
         found[GIVEN, keep_ratio] = (given, inputs, kept)
         for name, ranker in rankers.items():
             model = drop_patches(twin(full), twin(ranker), keep_ratio, **front)
@@ -314,13 +293,9 @@ def _payoff(key: Key, variant: Variant, timings: Mapping[Key, Timing]) -> Payoff
 def break_even(keep_ratios: Sequence[float], costs: Sequence[float]) -> float:
     """The largest keep ratio that costs no more than the full model.
 
-    Args:
-        keep_ratios: Ascending.
-        costs: Time of the pruned model ÷ time of the full one at each.
-
-    Returns:
-        The last ratio where the cost crosses 1, interpolated linearly; the largest keep ratio if
-        it pays, 0 if none does.
+    ``costs`` are times of the pruned model ÷ times of the full one, at ascending keep ratios. It is
+    the last ratio where the cost crosses 1, interpolated linearly; the largest if it pays, 0 if
+    none does.
 
     >>> break_even([0.25, 0.5], [0.8, 1.2])
     0.375
@@ -350,15 +325,9 @@ def pays_up_to(lines: Sequence[Payoff]) -> float:
 
 
 def recommend(lines: Sequence[Payoff]) -> str:
-    """Say which ranker to use for speed, and which loses time.
+    """Say which ranker to use for speed, and which loses time; a sentence without a full stop.
 
     A ranker is faster if the lower quartile of its speed-up is above 1. Accuracy is not considered.
-
-    Args:
-        lines: Results of one call of ``measure_payoff``.
-
-    Returns:
-        A sentence without a full stop.
     """
     found = by_ranker(lines)
     order = sorted(
@@ -369,10 +338,8 @@ def recommend(lines: Sequence[Payoff]) -> str:
         shown = min(found[name], key=lambda line: (abs(line.keep_ratio - 0.5), line.keep_ratio))
         faster = [line for line in found[name] if line.speedup.low > 1]
         if not parts and faster:
-            if shown not in faster:
-                shown = faster[-1]
-            text = f"use {name} ({shown.speedup.median:.2f}x at keep {shown.keep_ratio:g})"
-            parts.append(text)
+            shown = shown if shown in faster else faster[-1]
+            parts.append(f"use {name} ({shown.speedup.median:.2f}x at keep {shown.keep_ratio:g})")
         elif not faster:
             slower = all(line.speedup.high < 1 for line in found[name])
             parts.append(f"{name} {'loses' if slower else 'saves no'} time")

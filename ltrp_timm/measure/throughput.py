@@ -28,18 +28,11 @@ class Timing:
         name: What was timed.
         seconds: Seconds of each round, in order.
         peak_memory: Bytes that one call needed at its highest point; None if not measured.
-
-    Raises:
-        ValueError: There are no rounds.
     """
 
     name: str
     seconds: tuple[float, ...]
     peak_memory: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.seconds:
-            raise ValueError(f"a Timing needs at least one round, got none for {self.name!r}.")
 
     @property
     def median(self) -> float:
@@ -102,24 +95,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def measure(
-    fn: Callable[[], Any],
-    *,
-    name: str = "",
-    repeats: int = 10,
-    warmup: int = 2,
-    device: str | torch.device | None = None,
-    memory: bool = False,
-) -> Timing:
-    """Time one callable; see ``compare``.
-
-    >>> measure(lambda: sum(range(100)), name="sum", repeats=3).name
-    'sum'
-    """
-    fns = {name: fn}
-    return compare(fns, repeats=repeats, warmup=warmup, device=device, memory=memory)[name]
-
-
 def compare(
     fns: Mapping[str, Callable[[], Any]],
     *,
@@ -158,7 +133,8 @@ def compare(
     with _collector_off():
         for round_number in range(warmup + repeats):
             for name, fn in fns.items():
-                took = _time_once(fn, where)
+                result, took = timed(fn, where)
+                del result  # only now: freeing memory is not the callable's work
                 if round_number >= warmup:
                     seconds[name].append(took)
     peaks = {name: peak_memory(fn, where) if memory else None for name, fn in fns.items()}
@@ -176,12 +152,6 @@ def timed(fn: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     result = fn()
     _synchronise(device)
     return result, time.perf_counter() - start
-
-
-def _time_once(fn: Callable[[], Any], device: torch.device) -> float:
-    result, seconds = timed(fn, device)
-    del result  # only now: freeing memory is not the callable's work
-    return seconds
 
 
 def _synchronise(device: torch.device) -> None:
@@ -220,23 +190,22 @@ def peak_memory(fn: Callable[[], Any], device: str | torch.device | None = None)
     """
     where = torch.device("cpu" if device is None else device)
     gc.collect()
-    if where.type == "cuda":
-        return _peak_cuda(fn, where)
-    return _peak_resident(fn) if where.type == "cpu" else None
-
-
-def _peak_cuda(fn: Callable[[], Any], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    if where.type == "cpu":
+        return _peak_resident(fn)
+    if where.type != "cuda":
+        return None
+    torch.cuda.synchronize(where)
+    before = torch.cuda.memory_allocated(where)
+    torch.cuda.reset_peak_memory_stats(where)
     result = fn()
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(where)
     del result
-    return max(0, torch.cuda.max_memory_allocated(device) - before)
+    return max(0, torch.cuda.max_memory_allocated(where) - before)
 
 
 def _peak_resident(fn: Callable[[], Any]) -> int | None:
-    _return_free_memory()
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another libc, another system
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed heap, which would hide what fn needs
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
         before = _status_bytes("VmRSS")
@@ -248,19 +217,8 @@ def _peak_resident(fn: Callable[[], Any]) -> int | None:
     return max(0, peak - before)
 
 
-def _return_free_memory() -> None:
-    """Make glibc return freed heap, which would hide what the next call needs."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another libc, another system
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _status_bytes(field: str) -> int:
-    """A size from Linux's ``/proc/self/status``, which counts in KiB.
-
-    Raises:
-        OSError: The system has no such file.
-        ValueError: The file has no such line.
-    """
+    """A size from ``/proc/self/status``, in KiB there; OSError or ValueError where it is not."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
