@@ -207,7 +207,7 @@ def write_by_hand(folder: Path, ranker: Any, images: Images, model: Any) -> None
     """A cache of whole pictures by any ranker."""
     config = {**model.data_config(), "crop_mode": "squash", "crop_pct": 1.0}
     transform = create_transform(**config, is_training=False)
-    pictures = torch.stack([transform(images.read(i)) for i in range(len(images))])
+    pictures = torch.stack([transform(images.read_item(i)[0]) for i in range(len(images))])
     scores = ranker(pictures).flatten(1)
     settings = {
         "ranker": ranker.name,
@@ -248,9 +248,9 @@ def test_scores_follow_the_crops_of_training(here: Path) -> None:
     for seed in range(40):
         index = seed % len(images)
         with seeded(seed):
-            image, scores = transform.with_scores(images.read(index), index)
+            image, scores = transform.with_scores(images.read_item(index)[0], index)
         with seeded(seed):
-            assert torch.equal(image, training(images.read(index)))
+            assert torch.equal(image, training(images.read_item(index)[0]))
         own = ranker(image[None]).flatten(1)
         agreement.append(float(spearman(scores[None], own)))
         whole = transform.cache.scores(transform.rows[index])
@@ -367,18 +367,6 @@ def test_damage_is_noticed(here: Path) -> None:
     Path("orders/index.json").write_text("[")
     refused("index.json is not JSON")
     IndexCache("orders")  # as it was
-
-
-def test_a_cache_of_the_former_format_is_refused(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("orders").mkdir()
-    Path("orders/cache.json").write_text('{"format": 1}')
-    np.save("orders/ranks.npy", np.zeros((9, 16), np.uint8))
-    with pytest.raises(ValueError, match=r"older version; run `ltrp-timm rank DATA -o orders`"):
-        IndexCache("orders")
-    assert rank("orders") == 2
-    assert len(IndexCache("orders")) == 10
 
 
 def test_another_process_maps_the_file_itself(here: Path) -> None:

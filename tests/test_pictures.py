@@ -19,11 +19,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 from train_setup import make_photos
 
-from ltrp_timm.data.images import ImageFiles, Images, PixelDataset, find_images, open_dataset
-from ltrp_timm.data.keyed import KeyedStream
+from ltrp_timm.data.images import ImageFiles, Images, find_images, open_dataset
+from ltrp_timm.data.keyed import KeyedImages, KeyedStream
 from ltrp_timm.data.multi_label import open_multi_label
 from ltrp_timm.data.photos import load_image
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime import HELD_OUT, World
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZE = (48, 32)
@@ -66,7 +66,7 @@ def names(folder: Path) -> list[str]:
 
 def of_images(images: Images, folder: Path) -> Pictures:
     assert len(images) == len(names(folder))
-    pixels = [pil_to_tensor(images.read(index)) for index in range(len(images))]
+    pixels = [pil_to_tensor(images.read_item(index)[0]) for index in range(len(images))]
     return dict(zip(names(folder), pixels))
 
 
@@ -79,8 +79,9 @@ def of_stream(stream: Any, folder: Path) -> Pictures:
 def from_files(folder: Path, _: Path) -> Pictures:
     root, found, _missing = find_images([str(folder)])
     images = Images(ImageFiles(root, found))
-    whole = PixelDataset(images, lambda picture: pil_to_tensor(picture.resize(SIZE)), SIZE[::-1])
-    assert [whole[index][2] for index in range(len(whole))] == [""] * len(whole)
+    transform, count = (lambda picture: pil_to_tensor(picture.resize(SIZE))), len(images)
+    whole = KeyedImages(images, range(count), transform, 0, (3, *SIZE[::-1]), dtype=torch.uint8)
+    assert [whole[HELD_OUT, index]["problems"] for index in range(count)] == [""] * count
     return of_images(images, folder)
 
 
@@ -246,7 +247,7 @@ def test_what_is_no_picture(source: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         load_image(source)
     with pytest.raises(ValueError, match="image 0: "):
-        Images([(source, 1)]).read(0)
+        Images([(source, 1)]).read_item(0)
 
 
 def test_damaged_exif_still_turns_once(tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
         ImageFiles(folder, ["a/000.png", "a/pipe.png"]),
     ):
         with pytest.raises(ValueError, match=r"pipe\.png: is not a regular file\.$"):
-            Images(source).read(1)
+            Images(source).read_item(1)
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -284,6 +285,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     (folder / "empty.png").write_bytes(b"")
     images = Images(open_dataset(folder))
     with pytest.raises(ValueError, match=r"^empty\.png: is empty \(0 bytes\)\.$"):
-        images.read(1)
-    index, pixels, reason = PixelDataset(images, pil_to_tensor, (40, 48))[1]
-    assert (index, pixels.shape, reason) == (1, (3, 40, 48), "empty.png: is empty (0 bytes).")
+        images.read_item(1)
+    blank = KeyedImages(images, [1], pil_to_tensor, 0, (3, 40, 48), dtype=torch.uint8)[HELD_OUT, 0]
+    assert (blank["image"].shape, blank["image"].dtype) == ((3, 40, 48), torch.uint8)
+    assert blank["problems"] == "empty.png: is empty (0 bytes)."

@@ -232,7 +232,7 @@ def test_files_that_were_unreadable_are_tried_again(
 ) -> None:
     (folder / "photos" / "empty.png").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("ltrp_timm.data.images.Images.read", unreadable)
+        patch.setattr("ltrp_timm.data.images.Images.read_item", unreadable)
         interrupt_after(1, patch)
         with pytest.raises(StopError):
             main(["rank", "photos", "-o", "out", *SMALL, "--batch-size", "4"])

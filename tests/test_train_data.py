@@ -143,7 +143,7 @@ def test_unreadable_images_are_named_and_skipped(photos: Path, tmp_path: Path) -
     ]
     assert "400x4 pixels, over 50 times longer than wide" in sample["problems"]
     with seeded(sample_seed(0, 0, 1, "transform")):
-        assert torch.equal(sample["image"], TRAIN(dataset.images.read(0)))
+        assert torch.equal(sample["image"], TRAIN(dataset.images.read_item(0)[0]))
     held = dataset[HELD_OUT, 1]
     assert not held["real"]
     assert held["image"].shape == (3, 32, 32)

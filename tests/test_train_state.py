@@ -96,16 +96,6 @@ def test_reading_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["state"]
 
 
-def test_a_run_of_an_earlier_version_is_refused(photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(photos, folder, epochs=1)
-    (folder / "checkpoint.pt").rename(folder / "checkpoint.safetensors")
-    with pytest.raises(FileExistsError, match="holds a run of an earlier version of ltrp-timm"):
-        run(photos, folder, epochs=1, resume="auto")
-    with pytest.raises(FileExistsError, match=r"already holds checkpoint\.safetensors and config"):
-        run(photos, folder, epochs=1)
-
-
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "state"
     save_state(file, tree())

@@ -335,6 +335,6 @@ def test_images_of_a_table_go_by_their_number() -> None:
     assert images.read_item(0)[1] == 1
     assert [images.name(index) for index in (0, 2)] == ["image 0", "image 2"]
     with pytest.raises(ValueError, match="image 1: "):
-        images.read(1)
+        images.read_item(1)
     with pytest.raises(ValueError, match="the data has no class numbers in 'label': "):
         open_labelled(TableData(["cat"]))

@@ -4,15 +4,14 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_dataset
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from torchvision.datasets.folder import default_loader
 
 from ltrp_timm._text import one_line, printable
@@ -192,14 +191,6 @@ class Images:
         name = known(index) if known is not None else None
         return f"image {index}" if name is None else str(name)  # a table's images may have none
 
-    def read(self, index: int) -> Image.Image:
-        """Read a picture.
-
-        Raises:
-            ValueError: The picture cannot be read; one line with its name and the reason.
-        """
-        return self.read_item(index)[0]
-
     def read_item(self, index: int) -> tuple[Image.Image, Any]:
         """Read a picture and its target (None if the data set has no targets).
 
@@ -276,33 +267,6 @@ class ImageFiles:
     def filename(self, index: int) -> str:
         """Path of a file relative to the folder."""
         return self.names[index]
-
-
-class PixelDataset(Dataset[tuple[int, Tensor, str]]):
-    """Transformed images by index: (index, pixels, "") or (index, zeros, why it is unreadable).
-
-    Args:
-        images: images to read.
-        transform: picture -> pixels (3, H, W) uint8, always of one size.
-        size: (H, W).
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        transform: Callable[[Image.Image], Tensor],
-        size: tuple[int, int],
-    ) -> None:
-        self.images, self.transform, self.size = images, transform, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
-        try:
-            return index, self.transform(self.images.read(index)), ""
-        except ValueError as error:
-            return index, torch.zeros(3, *self.size, dtype=torch.uint8), one_line(error)
 
 
 def find_images(

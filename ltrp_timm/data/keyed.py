@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
 from ltrp_timm.data.images import Images
@@ -36,6 +36,7 @@ class KeyedImages(Dataset[Sample]):
         seed: seed of what the transform draws.
         shape: (3, H, W).
         others: further transforms of the same picture by the (height, width) of their images.
+        dtype: of the transformed pictures.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class KeyedImages(Dataset[Sample]):
         seed: int,
         shape: tuple[int, ...],
         others: Mapping[tuple[int, int], Transform] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.images, self.indices, self.transform = images, list(indices), transform
-        self.seed, self.shape, self.others = seed, shape, others or {}
+        self.seed, self.others = seed, others or {}
+        self.blank = torch.zeros(shape, dtype=dtype)
         self.scores: Any = getattr(transform, "with_scores", None) and transform
         self._lost = False  # no image could be read last time: look no further than the next one
 
@@ -63,7 +66,7 @@ class KeyedImages(Dataset[Sample]):
             self._lost = found is None
         index, target = self.indices[place], self.images.blank
         if found is None:
-            sample = _sample(torch.zeros(self.shape), index, problems, real=False)
+            sample = _sample(self.blank, index, problems, real=False)
             sample["others"] = {size: torch.zeros(3, *size) for size in self.others}
             if self.scores is not None:
                 sample["scores"] = self.scores.blank
@@ -140,7 +143,7 @@ class KeyedStream(IterableDataset[Sample]):
             yield {**sample, "target": target} if self.labelled else sample
 
 
-class KeyedSampler(Sampler[tuple[int, int]]):
+class KeyedSampler(DistributedSampler[Any]):
     """(epoch, place) of the samples of one process, from any point of an epoch on.
 
     The order is that of torch's DistributedSampler. An incomplete last batch is dropped, so that no
@@ -150,19 +153,14 @@ class KeyedSampler(Sampler[tuple[int, int]]):
     def __init__(
         self, count: int, per_epoch: int, world: World, seed: int, crops: int | None = None
     ) -> None:
-        self.order: DistributedSampler[int] = DistributedSampler(
-            range(count),  # type: ignore[arg-type]
-            num_replicas=world.size,
-            rank=world.rank,
-            seed=seed,
-            drop_last=True,
-        )
-        self.per_epoch, self.epoch, self.start, self.crops = per_epoch, 0, 0, crops
+        options: Any = {"num_replicas": world.size, "rank": world.rank, "seed": seed}
+        super().__init__(range(count), **options, drop_last=True)  # type: ignore[arg-type]
+        self.per_epoch, self.start, self.crops = per_epoch, 0, crops
 
     def set_position(self, epoch: int, start: int) -> None:
         """Begin at sample ``start`` of this process in that epoch."""
-        self.epoch, self.start = epoch, start
-        self.order.set_epoch(epoch)
+        self.set_epoch(epoch)
+        self.start = start
 
     @property
     def crop(self) -> int | None:
@@ -170,7 +168,7 @@ class KeyedSampler(Sampler[tuple[int, int]]):
         return self.epoch % self.crops if self.crops else None
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        places = islice(self.order, self.start, self.per_epoch)
+        places = islice(super().__iter__(), self.start, self.per_epoch)
         epoch = self.epoch if self.crop is None else self.crop
         return ((epoch, place) for place in places)
 

@@ -11,20 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from ltrp_timm.data.images import NAMED, ImageFiles, Images, PixelDataset, find_images, open_dataset
-from ltrp_timm.runtime import (
-    World,
-    join_world,
-    locked,
-    stop_requests,
-    stopped_by_sigterm,
-    worker_init,
-)
+from ltrp_timm.data.images import NAMED, ImageFiles, Images, find_images, open_dataset
+from ltrp_timm.data.keyed import KeyedImages, make_loader
+from ltrp_timm.runtime import HELD_OUT, World, join_world, locked, stop_requests, stopped_by_sigterm
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids
 from ltrp_timm.visualize import kept_patches, row, score_map, token_picture
@@ -197,11 +192,14 @@ def _rank(
     starts = range(world.rank * batch_size, count, world.size * batch_size)
     batches = [list(range(start, min(start + batch_size, count))) for start in starts]
     batches = [batch for batch in batches if writer.pending(batch)]
-    loader = DataLoader(
-        PixelDataset(images, scorer.transform(), scorer.img_size),
-        batch_sampler=batches,
+    shape, pixels = (3, *scorer.img_size), torch.uint8
+    keyed = KeyedImages(images, range(count), scorer.transform(), 0, shape, dtype=pixels)
+    loader = make_loader(
+        keyed,
+        [(HELD_OUT, index) for batch in batches for index in batch],
+        batch_size=batch_size,
+        device=world.device,
         num_workers=num_workers,
-        worker_init_fn=worker_init(),
     )
     quiet = None if world.main else True  # None: silent where stderr is no terminal
     with (
@@ -209,13 +207,14 @@ def _rank(
         stop_requests() as requests,
         tqdm(total=sum(map(len, batches)), unit="image", disable=quiet) as bar,
     ):
-        for index, pixels, reasons in loader:
-            rows, readable = index.tolist(), [not reason for reason in reasons]
-            scores, keep = scorer(pixels)
-            failures.update((i, reason) for i, reason in zip(rows, reasons) if reason)
+        for sample in loader:
+            rows, readable = sample["index"].tolist(), sample["real"].tolist()
+            scores, keep = scorer(sample["image"])
             for place, number in enumerate(rows):
-                if pictures is not None and readable[place]:
-                    one = (pixels[place], scores[place], keep[place])
+                if not readable[place]:
+                    failures[number] = sample["problems"][place]
+                elif pictures is not None:
+                    one = (sample["image"][place], scores[place], keep[place])
                     _draw(pictures, images.name(number), scorer, *one)
             writer.write(rows, scores, keep, readable)
             bar.update(len(rows))

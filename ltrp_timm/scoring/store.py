@@ -276,7 +276,7 @@ class IndexCache:
 
     Raises:
         FileNotFoundError: the folder holds no finished scores.
-        ValueError: it is damaged, or of an older version.
+        ValueError: it is damaged.
 
     >>> cache = IndexCache("scores")  # doctest: +SKIP
     """
@@ -285,8 +285,6 @@ class IndexCache:
         self.folder, name = Path(folder), printable(folder)
         again = f"run `ltrp-timm rank DATA -o {name}`"
         if not (self.folder / INDEX).is_file():
-            if (self.folder / "cache.json").is_file():
-                raise ValueError(f"{name} is an index cache of an older version; {again} again.")
             raise FileNotFoundError(f"{name} holds no scores; {again} first.")
         self.settings = _read_index(self.folder)
         if not self.settings.get("finished"):

@@ -27,7 +27,6 @@ from ltrp_timm.weights.files import (
 )
 
 CHECKPOINT_NAME = "checkpoint.pt"
-FORMER_NAME = "checkpoint.safetensors"  # of runs that an earlier version began
 LOG_NAME = "log.csv"
 PROJECT = "ltrp_timm"  # for trackio and wandb, unless TRACKIO_PROJECT or WANDB_PROJECT is set
 Row = dict[str, Any]
@@ -104,12 +103,7 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise FileExistsError(f"{folder} is not a folder.")
     if resume and (folder / CHECKPOINT_NAME).exists():
         return
-    if resume and (folder / FORMER_NAME).exists():
-        raise FileExistsError(
-            f"{folder} holds a run of an earlier version of ltrp-timm, which cannot be resumed; "
-            "finish it with that version, or choose another folder."
-        )
-    names = (CHECKPOINT_NAME, FORMER_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
+    names = (CHECKPOINT_NAME, CONFIG_NAME, WEIGHTS_NAME, LOG_NAME)
     present = [name for name in names if (folder / name).exists()]
     if present:
         known = CHECKPOINT_NAME in present
