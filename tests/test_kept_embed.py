@@ -10,7 +10,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from ltrp_timm import drop_patches, gather_patches
-from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept, embed_kept
+from ltrp_timm.slots.base import KeptPatchEmbed, can_embed_kept, embed_kept
 
 EMBEDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -25,8 +25,7 @@ from ltrp_timm.measure.throughput import Ratio, Timing, compare, ratio
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.slots import find_adapter
-from ltrp_timm.slots.base import as_slot
-from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
+from ltrp_timm.slots.base import KeptPatchEmbed, as_slot, can_embed_kept
 
 FULL, IDEAL, GIVEN, SMALLER = "full", "ideal", "no ranking", "smaller image"
 CompileMode = Literal["default", "freezing", "reduce-overhead", "max-autotune"]

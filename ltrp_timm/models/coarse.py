@@ -12,22 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltrp_timm.selection.cells import CellGrid, TokenLayout, check_scales
-from ltrp_timm.selection.rules import seeded_scores
+from ltrp_timm.selection.rules import check_keep_indices, may_read, seeded_scores
 from ltrp_timm.slots.base import run_with_slots
 from ltrp_timm.slots.coarse import checkpointed, coarse_tokens
 
 RESTS = ("drop", "coarse")
 SIZE_BIAS = 0.5  # measured on photos, see docs/guides/coarse.md
-
-
-def check_rest(rest: str, options: Dict[str, Any]) -> str:
-    """Return ``rest``, or raise ValueError if it is unknown or has other ``options``."""
-    if rest not in RESTS:
-        raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}.")
-    given = [name for name, value in options.items() if value is not None]
-    if rest == "drop" and given:
-        raise ValueError(f"{given[0]} goes with rest='coarse'.")
-    return rest
 
 
 @dataclass(frozen=True)
@@ -63,45 +53,53 @@ class CoarseRest:
                 "timm, or size_bias=0."
             )
 
-    def layout(
-        self,
-        grid_size: Tuple[int, int],
-        keep_ratio: float,
-        scores: Callable[[], Tensor],
-        seed: Optional[int],
-        keep_indices: Optional[Tensor] = None,
-        check: bool = True,
+    def best(
+        self, model: Any, grid_size: Tuple[int, int], scores: Callable[[], Tensor]
     ) -> Optional[TokenLayout]:
-        """Which tokens an image gets; None if all patches are encoded finely.
+        """The tokens that the model's selection and budget choose; None if all patches stay.
 
-        Args:
-            grid_size: (h, w), N = h * w.
-            keep_ratio: the budget.
-            scores: returns those of the ranker, (B, N); called where they decide.
-            seed: of random cells, which are refined in place of the best ones; or None.
-            keep_indices: (B, K) int64, the patches to encode finely instead of ranked ones.
-            check: read the values of ``keep_indices`` to check them.
+        ``scores`` returns those of the ranker, (B, N); it is called where they decide.
+
+        Raises:
+            ValueError: The budget is too small.
+        """
+        grid = CellGrid(grid_size, self.scales)
+        if model.keep_ratio == 1.0:
+            return None
+        refined, coarsest = grid.counts(model.keep_ratio)
+        if refined == grid.num_cells:
+            return None
+        return grid.layout(_cell_scores(grid, scores(), model), refined, coarsest)
+
+    def layout(
+        self, model: Any, x: Tensor, keep_indices: Optional[Tensor] = None
+    ) -> Optional[TokenLayout]:
+        """The tokens of images x (B, C, H, W); None if all patches stay, without ranking.
+
+        ``keep_indices`` (B, K) int64 are the patches to encode finely instead of ranked ones.
 
         Raises:
             ValueError: The budget is too small, or ``keep_indices`` are not whole cells.
         """
-        grid = CellGrid(grid_size, self.scales)
+        if isinstance(x, torch.fx.Proxy):
+            raise ValueError("rest='coarse' cannot be traced by torch.fx: use torch.export.")
+        h, w = model.checked_grid(x)
         if keep_indices is None:
-            if keep_ratio == 1.0:
-                return None
-            refined, coarsest = grid.counts(keep_ratio)
-            if refined == grid.num_cells:
-                return None
-            return grid.layout(_cell_scores(grid, scores(), seed), refined, coarsest)
-        cells = grid.refined_cells(keep_indices, check)
+            return self.best(model, (h, w), lambda: model._scores(x, h, w))
+        check_keep_indices(keep_indices, x.shape[0], h * w, fewest=0)
+        checked = model.validate and not torch.compiler.is_compiling()
+        readable = checked or may_read(keep_indices)
+        model._check_given(keep_indices, x, h * w, readable)
+        grid = CellGrid((h, w), self.scales)
+        cells = grid.refined_cells(keep_indices, readable)
         refined, coarsest = cells.shape[1], 0
         if refined == grid.num_cells:
             return None
         chosen = torch.zeros(cells.shape[0], grid.num_cells, device=cells.device)
         if grid.num_blocks:
-            chosen = _cell_scores(grid, scores(), seed).float()
+            chosen = _cell_scores(grid, model._scores(x, h, w), model).float()
             chosen = chosen - chosen.amax(dim=1, keepdim=True) - 1
-            coarsest = min(grid.counts(keep_ratio)[1], _free_blocks(cells, grid))
+            coarsest = min(grid.counts(model.keep_ratio)[1], _free_blocks(cells, grid))
         # the given cells come first, and no block with one of them stays coarsest
         chosen = chosen.scatter(1, cells, 1e30)
         return grid.layout(chosen, refined, coarsest)
@@ -117,19 +115,19 @@ class CoarseRest:
         model: Any,
         call: Callable[..., Any],
         images: Tensor,
-        layout: Optional[TokenLayout],
+        keep_indices: Optional[Tensor],
         **kwargs: Any,
-    ) -> Any:
-        """Run the model's backbone on images with the tokens of a layout; its output."""
-        backbone, adapter = model.backbone, model._adapter
-        slots = adapter.slots(backbone)
+    ) -> Tuple[Any, Optional[TokenLayout]]:
+        """Run the model's backbone on images: its output, and the layout of its tokens."""
+        backbone, layout = model.backbone, self.layout(model, images, keep_indices)
+        slots = model._adapter.slots(backbone)
         if layout is None:
-            return run_with_slots(slots, None, call, images, **kwargs)
+            return run_with_slots(slots, None, call, images, **kwargs), None
         padded = model._padded(images, *layout.grid_size)
         mask = self._mask(layout, model.num_prefix_tokens, backbone.patch_embed)
         if mask is not None:
             kwargs["attn_mask"] = mask
-        return run_with_slots(
+        out = run_with_slots(
             slots,
             layout.indices[0],
             call,
@@ -138,6 +136,7 @@ class CoarseRest:
             within=nullcontext if mask is None else partial(checkpointed, backbone),
             **kwargs,
         )
+        return out, layout
 
     def _mask(self, layout: TokenLayout, prefix: int, embed: Any) -> Optional[Tensor]:
         """(1, 1, 1, P + T), added to attention logits; None if nothing is to be added."""
@@ -151,6 +150,25 @@ class CoarseRest:
         return mask
 
 
+def coarse_rest(
+    rest: str, scales: Optional[Tuple[int, ...]] = None, size_bias: Optional[float] = None
+) -> Optional[CoarseRest]:
+    """The options of ``rest="coarse"``; None for "drop".
+
+    Raises:
+        ValueError: ``rest`` is unknown or has other options, or an option is out of range.
+    """
+    if rest not in RESTS:
+        raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}.")
+    options: Dict[str, Any] = {"scales": scales, "size_bias": size_bias}
+    given = {name: value for name, value in options.items() if value is not None}
+    if rest == "coarse":
+        return CoarseRest(**given)
+    if given:
+        raise ValueError(f"{next(iter(given))} goes with rest='coarse'.")
+    return None
+
+
 def _free_blocks(cells: Tensor, grid: CellGrid) -> int:
     """The fewest blocks without a refined cell over the images; reads values."""
     h, w = (side // 2 for side in grid.grid_size)
@@ -159,8 +177,9 @@ def _free_blocks(cells: Tensor, grid: CellGrid) -> int:
     return grid.num_blocks - int(taken.max()) if len(cells) else 0
 
 
-def _cell_scores(grid: CellGrid, scores: Tensor, seed: Optional[int]) -> Tensor:
+def _cell_scores(grid: CellGrid, scores: Tensor, model: Any) -> Tensor:
     """Scores (B, N) of patches -> (B, M) of cells, or random ones."""
-    if seed is None:
+    if model.selection != "random":
         return grid.cell_scores(scores)
+    seed = model.selection_args["seed"]
     return seeded_scores(scores.shape[0], grid.num_cells, seed, scores.device)

@@ -5,7 +5,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 from torch import nn
 
 from ltrp_timm.layers.ml_decoder import make_head
-from ltrp_timm.models.coarse import check_rest
+from ltrp_timm.models.coarse import coarse_rest
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import DEFAULT_RANKER, create_ranker, ranker_class
 from ltrp_timm.selection import AdaptiveBudget
@@ -39,27 +39,32 @@ def drop_patches(
         model: a timm ViT (ViT, DeiT, DINOv2, CLIP, SigLIP, FlexiViT, hybrids, AIMv2, EVA-02,
             DINOv3, RoPE ViTs, BEiT, CaiT, ViT-RelPos, NaFlexVit; see the guide to backbones).
         ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
-        keep_ratio: share of patches to encode, in (0, 1] (default: 0.5, or the budget's mean).
-        selection: "top", "random", "mixed" or "stratified" (see ``LTRPModel``).
-        validate: also check values (see ``LTRPModel``).
-        fill: "zeros" or "nearest" at dropped places of dense features.
+        keep_ratio: share of patch tokens to encode, in (0, 1] (default: 0.5, or the budget's mean).
+        selection: "top", "random", "mixed" (best scores, and centres of the largest clusters of
+            pixels) or "stratified" (the best of each grid cell first).
+        validate: also check the values of given ``keep_indices`` and that scores are finite (eager
+            only; reads from the device).
+        fill: what dropped places of dense features hold: "zeros" or "nearest".
         ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
             ``hf-hub:owner/name[@revision]``. True loads published weights: the conv ranker's
             experimental ones from this package, which find objects no better than the
             weight-free border does, the attention ranker's backbone from the Hub.
             ``pretrained=True`` of a model does not load them.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
-        selection_args: options of the selection, such as ``{"ratio": 0.5}`` of "mixed".
+        selection_args: options of the selection: "seed" of random; "ratio", "neighbours" and
+            "pixels" of mixed; "cell" of stratified.
         cache_dir: folder for downloaded weights of the ranker; as in huggingface_hub.
         head: None keeps the classifier; "ml_decoder" replaces it by a new one for multi-label
             images, which attends to all encoded tokens. It stays on the backbone.
         head_args: options of that head (see ``MLDecoder``), such as ``{"embed_dim": 384}``.
         budget: how many patches each image keeps, instead of ``keep_ratio`` of each (see
             ``LTRPModel.calibrate``).
-        rest: "drop" the other patches, or give them coarsely: "coarse" encodes a cell of 2 x 2
-            weak patches as one token of the image at half size (see ``LTRPModel``).
-        scales: (1, 2) or (1, 2, 4), with ``rest="coarse"``.
-        size_bias: how much more attention a coarse token gets, with ``rest="coarse"``.
+        rest: what happens to the other patches: "drop", or "coarse": where a cell of 2 x 2 patches
+            is not worth four tokens, it gets one, of the image at half size.
+        scales: (1, 2), or (1, 2, 4) to give blocks of 4 x 4 patches one token too (default: (1, 2);
+            with ``rest="coarse"`` only).
+        size_bias: how much more attention a token gets that covers more patches (default: 0.5; see
+            ``CoarseRest``; with ``rest="coarse"`` only).
 
     Returns:
         An LTRPModel around the same backbone object.
@@ -73,7 +78,7 @@ def drop_patches(
     >>> import timm
     >>> model = drop_patches(timm.create_model("vit_tiny_patch16_224"), keep_ratio=0.25)
     """
-    check_rest(rest, {"scales": scales, "size_bias": size_bias})
+    coarse_rest(rest, scales, size_bias)
     find_adapter(model, rest)
     if ranker_args is not None and not isinstance(ranker_args, Mapping):
         raise TypeError(f"ranker_args must be a mapping, got {type(ranker_args).__name__}.")

@@ -1,7 +1,6 @@
 """LTRPModel: rank the patches of an image, choose the best, encode only those."""
 
 import dataclasses
-import warnings
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
@@ -12,15 +11,17 @@ from torch.utils._pytree import tree_map
 
 from ltrp_timm.layers.bridge import resize_score_map
 from ltrp_timm.models import naflex
-from ltrp_timm.models.coarse import CoarseRest, check_rest
+from ltrp_timm.models.coarse import coarse_rest
 from ltrp_timm.models.timm_interface import TimmInterface
-from ltrp_timm.selection.adaptive import AdaptiveBudget, as_budget, buckets_of
+from ltrp_timm.rankers.base import warn_of_untrained
+from ltrp_timm.selection import AdaptiveBudget, adaptive
 from ltrp_timm.selection.cells import TokenLayout, all_fine
 from ltrp_timm.selection.registry import SelectionSettings, select
 from ltrp_timm.selection.rules import (
     check_fill,
     check_keep_indices,
     check_keep_ratio,
+    may_read,
     num_keep,
     scatter_patches,
     validate_keep_indices,
@@ -35,23 +36,6 @@ def given_or_chosen(given: Optional[Tensor], chosen: Tensor, num_patches: int) -
         return chosen
     check_keep_indices(given, chosen.shape[0], num_patches)
     return given
-
-
-def may_read(values: Tensor) -> bool:
-    """Whether reading values costs nothing and does not end in a graph as a constant."""
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-    return values.device.type == "cpu"
-
-
-def check_eager(x: Any) -> None:
-    """Raise ValueError where the number of kept patches must not depend on values."""
-    if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise ValueError(
-            "an adaptive budget reads scores to know how many patches to encode: it runs in eager "
-            "mode only. Set model.budget = None, or pass keep_indices."
-        )
 
 
 torch.fx.wrap("given_or_chosen")
@@ -71,24 +55,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         ranker: images (B, C, H, W) -> score map (B, h, w), higher = keep first. It is frozen and
             stays in eval mode.
         backbone: a timm ViT; changed in place, ``restore`` returns it.
-        keep_ratio: share of patches to encode, in (0, 1] (default: 0.5, or the budget's mean); may
-            be set between calls.
-        selection: "top", "random", "mixed" (best scores, and centres of the largest clusters of
-            pixels) or "stratified" (the best of each grid cell first).
-        selection_args: options of the selection: "seed" of random; "ratio", "neighbours" and
-            "pixels" of mixed; "cell" of stratified.
-        validate: also check the values of given ``keep_indices`` and that scores are finite (eager
-            only; reads from the device).
-        fill: what dropped places of dense features hold: "zeros" or "nearest".
-        budget: how many patches each image keeps, instead of ``keep_ratio`` of each; ``calibrate``
-            makes one.
-        rest: what happens to the other patches: "drop", or "coarse": where a cell of 2 x 2 patches
-            is not worth four tokens, it gets one, of the image at half size. ``keep_ratio`` is the
-            share of patch tokens in both.
-        scales: (1, 2), or (1, 2, 4) to give blocks of 4 x 4 patches one token too (default: (1, 2);
-            with ``rest="coarse"`` only).
-        size_bias: how much more attention a token gets that covers more patches (default: 0.5; see
-            ``CoarseRest``; with ``rest="coarse"`` only).
+
+    The other arguments are those of ``drop_patches``; ``keep_ratio``, ``selection``,
+    ``selection_args``, ``fill``, ``budget`` and ``validate`` may be set between calls.
 
     Raises:
         TypeError: Patches cannot be dropped from the backbone; the message says why.
@@ -116,14 +85,12 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     ) -> None:
         if not isinstance(ranker, nn.Module):
             raise TypeError(f"ranker must be an nn.Module or a name, got {type(ranker).__name__}.")
-        options: Dict[str, Any] = {"scales": scales, "size_bias": size_bias}
-        options = {name: value for name, value in options.items() if value is not None}
-        coarse = CoarseRest(**options) if check_rest(rest, options) == "coarse" else None
+        coarse = coarse_rest(rest, scales, size_bias)
         if coarse is not None:
             coarse.check_backbone(backbone)
         super().__init__(ranker, backbone, rest)
         self._coarse, self._keep_ratio = coarse, 0.5
-        self.budget = as_budget(budget)
+        self.budget = adaptive.as_budget(budget)
         if keep_ratio is not None:
             self.keep_ratio = keep_ratio
         self._set_selection(selection, selection_args)
@@ -131,11 +98,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         self.validate = bool(validate)
         self._warned = False
         # nothing was changed before, and nothing fails from here on
-        self.ranker.requires_grad_(False).eval()
-        # a library that fills it does not say so, and its new parameters are not frozen
-        self._to_be_filled = any(p.is_meta for p in ranker.parameters())
-        if self._to_be_filled and getattr(ranker, "learned", False):
-            self.ranker.trained = True
+        self._freeze_ranker()
         self._swaps = install_slots(backbone, self._adapter)
 
     @SelectionSettings.keep_ratio.setter  # type: ignore[attr-defined]
@@ -159,7 +122,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     def budget(self, value: Optional[AdaptiveBudget]) -> None:
         if value is not None and self._coarse is not None:
             raise ValueError("a budget goes with rest='drop'.")
-        self._budget, self._has_budget = as_budget(value), value is not None
+        self._budget, self._has_budget = adaptive.as_budget(value), value is not None
         if self._budget is not None:
             self._keep_ratio = self._budget.mean_keep_ratio
 
@@ -186,23 +149,6 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         """What happens to patches that are not encoded finely: "drop" or "coarse"."""
         return "drop" if self._coarse is None else "coarse"
 
-    @property
-    def patch_size(self) -> Tuple[int, int]:
-        """(height, width) of a patch in pixels."""
-        return self._patch_pixels
-
-    @property
-    def patch_grid(self) -> Tuple[int, int]:
-        """The patch grid (h, w) at the present image size."""
-        size = self.data_config()["input_size"][-2:]
-        return self.grid_size(torch.empty(1, self.in_chans, *size, device="meta"))
-
-    @property
-    def num_patches(self) -> int:
-        """N at the present image size."""
-        h, w = self.patch_grid
-        return h * w
-
     @torch.jit.unused
     def num_tokens(self, keep_ratio: Optional[float] = None) -> int:
         """Patch tokens of an image at the present image size and keep ratio, or another one."""
@@ -225,18 +171,6 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             settings.update(rest="coarse", **dataclasses.asdict(self._coarse))
         return settings
 
-    def grid_size(self, x: Tensor) -> Tuple[int, int]:
-        """The backbone's patch grid (h, w) for images x (B, C, H, W)."""
-        if torch.jit.is_scripting():
-            embed = self.backbone.patch_embed
-        else:
-            embed = getattr(self.backbone, self._adapter.patch_embed)
-        if hasattr(embed, "strict_img_size"):
-            if embed.strict_img_size and embed.grid_size is not None:
-                return embed.grid_size[0], embed.grid_size[1]
-        h, w = embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return h, w
-
     def patch_scores(self, x: Tensor) -> Tensor:
         """Images x (B, C, H, W), normalised for the backbone -> scores (B, N) float32.
 
@@ -249,9 +183,10 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if not torch.jit.is_scripting():
             if isinstance(x, dict):
                 return naflex.patch_scores(self, naflex.opened(self, x))
-            self._check_images(x)
-            self._warn_if_untrained()
-        h, w = self.grid_size(x)
+        h, w = self.checked_grid(x)
+        return self._rank(x, h, w)
+
+    def _rank(self, x: Tensor, h: int, w: int) -> Tensor:
         scores = self.ranker_scores(x, h, w).detach()
         if not torch.jit.is_scripting():
             self._check_scores(scores, x)
@@ -283,17 +218,24 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if not torch.jit.is_scripting():
             if isinstance(images, dict):
                 return naflex.choose(self, naflex.opened(self, images), scores)
-        h, w = self.grid_size(images)
-        if not torch.jit.is_scripting():
             if self._coarse is not None:
                 return self.select_layout(scores, images).indices[0]
+        h, w = self.grid_size(images)
+        return self._select(scores, images, h, w)
+
+    def _select(
+        self, scores: Tensor, images: Tensor, h: int, w: int, k: Optional[int] = None
+    ) -> Tensor:
         images = self._padded(images, h, w)
-        k = num_keep(h * w, self._keep_ratio)
-        if self._has_budget and self._keep_ratio < 1.0:
-            if torch.jit.is_scripting():
-                raise ValueError("an adaptive budget runs in eager mode only: pass keep_indices.")
-            else:
-                k = self._common_count(scores)
+        if k is None:
+            k = num_keep(h * w, self._keep_ratio)
+            if self._has_budget and self._keep_ratio < 1.0:
+                if torch.jit.is_scripting():
+                    raise ValueError(
+                        "an adaptive budget runs in eager mode only: pass keep_indices."
+                    )
+                else:
+                    k = adaptive.common_count(self._counts(scores), h * w)
         return select(scores, k, self._selection, self._selection_args, (h, w), images)
 
     def keep_indices(self, x: Tensor) -> Tensor:
@@ -315,7 +257,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Raises:
             ValueError: The model drops the rest, or an argument of ``forward`` is wrong.
         """
-        return self._layout(x, keep_indices) or all_fine(self.grid_size(x), x)
+        if self._coarse is None:
+            raise ValueError("token_layout needs a model with rest='coarse'.")
+        return self._coarse.layout(self, x, keep_indices) or all_fine(self.grid_size(x), x)
 
     @torch.jit.unused
     def select_layout(self, scores: Tensor, images: Tensor) -> TokenLayout:
@@ -327,103 +271,52 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if self._coarse is None:
             raise ValueError("select_layout needs a model with rest='coarse'.")
         grid = self.grid_size(images)
-        layout = self._coarse.layout(grid, self._keep_ratio, lambda: scores, self._seed())
-        return layout or all_fine(grid, images)
-
-    @torch.jit.unused
-    def _layout(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[TokenLayout]:
-        """The tokens of a coarse rest; None if all patches stay, without ranking."""
-        if self._coarse is None:
-            raise ValueError("token_layout needs a model with rest='coarse'.")
-        if isinstance(x, torch.fx.Proxy):
-            raise ValueError("rest='coarse' cannot be traced by torch.fx: use torch.export.")
-        self._check_images(x)
-        grid = self.grid_size(x)
-        readable, n = False, grid[0] * grid[1]
-        if keep_indices is not None:
-            check_keep_indices(keep_indices, x.shape[0], n, fewest=0)
-            validate = self.validate and not torch.compiler.is_compiling()
-            readable = validate or may_read(keep_indices)
-            self._check_given(keep_indices, x, n, readable)
-        scores = partial(self._scores, x)
-        return self._coarse.layout(
-            grid, self._keep_ratio, scores, self._seed(), keep_indices, readable
-        )
-
-    def _seed(self) -> Optional[int]:
-        return int(self._selection_args["seed"]) if self._selection == "random" else None
+        return self._coarse.best(self, grid, lambda: scores) or all_fine(grid, images)
 
     def _choose(self, x: Tensor, keep_indices: Optional[Tensor]) -> Optional[Tensor]:
         """Given or chosen keep indices (B, K); None if all patches stay, without ranking."""
-        if not torch.jit.is_scripting():
-            self._check_images(x)
-        elif x.dim() != 4 or x.shape[1] != self.in_chans:  # before the slot is filled
-            raise ValueError("images must be (B, C, H, W) with the model's number of channels.")
-        h, w = self.grid_size(x)
+        h, w = self.checked_grid(x)
         n = h * w
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):
-                return given_or_chosen(keep_indices, self.select(self._scores(x), x), n)
+                chosen = self._select(self._scores(x, h, w), x, h, w)
+                return given_or_chosen(keep_indices, chosen, n)
         if keep_indices is None:
             if self._keep_ratio == 1.0:
                 return None
-            keep_indices = self.select(self._scores(x), x)
+            keep_indices = self._select(self._scores(x, h, w), x, h, w)
             if keep_indices.shape[1] == n:
                 return None
         else:
             check_keep_indices(keep_indices, x.shape[0], n)
             if not torch.jit.is_scripting():
-                values = self.validate and not torch.compiler.is_compiling()
-                self._check_given(keep_indices, x, n, values)
+                self._check_given(keep_indices, x, n)
             if keep_indices.shape[1] == n and may_read(keep_indices):
                 if bool((keep_indices == torch.arange(n)).all()):
                     return None
         return keep_indices
 
-    def _scores(self, x: Tensor) -> Tensor:
-        """The ranker's scores (B, N), or zeros if they do not decide."""
+    def _scores(self, x: Tensor, h: int, w: int) -> Tensor:
+        """The ranker's scores (B, N) of checked images, or zeros if they do not decide."""
         if self._reads_scores or self._has_budget:
-            return self.patch_scores(x)
-        h, w = self.grid_size(x)
+            return self._rank(x, h, w)
         return x.new_zeros(x.shape[0], h * w)
 
     @torch.jit.unused
-    def _check_given(self, keep_indices: Tensor, x: Tensor, n: int, values: bool) -> None:
-        """Check where given indices lie, and their values."""
+    def _check_given(self, keep_indices: Tensor, x: Tensor, n: int, read: bool = False) -> None:
+        """Check where given indices lie and, with ``validate`` or ``read``, their values."""
         if keep_indices.device != x.device:
             places = f"{keep_indices.device}, the images on {x.device}"
             raise ValueError(f"keep_indices are on {places}: move them.")
-        if values:
+        if read or (self.validate and not torch.compiler.is_compiling()):
             validate_keep_indices(keep_indices, n)
 
     @torch.jit.unused
-    def _check_images(self, x: Tensor) -> None:
-        if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
-            return
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans:
-            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {shape}.")
-        if not x.is_floating_point():
-            raise ValueError(
-                f"images must be floating point, got {x.dtype}; normalise pixels of 0 to 255 as "
-                "(pixels / 255 - mean) / std, with mean and std of model.data_config()."
-            )
-        embed = getattr(self.backbone, self._adapter.patch_embed)
-        strict = getattr(embed, "strict_img_size", False)
-        size = tuple(x.shape[-2:])
-        if strict and embed.img_size is not None and size != tuple(embed.img_size):
-            raise ValueError(
-                f"images must be {embed.img_size[0]}x{embed.img_size[1]}, got {size[0]}x{size[1]}; "
-                "create the model with img_size=… or dynamic_img_size=True, or call set_input_size."
-            )
-        rows, cols = self._patch_pixels
-        if not strict and not self._pads and (size[0] % rows or size[1] % cols):
-            raise ValueError(
-                f"images must divide into patches of {rows}x{cols}, got {size[0]}x{size[1]}."
-            )
-
-    @torch.jit.unused
     def _check_scores(self, scores: Tensor, x: Tensor) -> None:
+        if not torch.compiler.is_compiling() and not self._warned:
+            if getattr(self.ranker, "learned", False) and not getattr(self.ranker, "trained", True):
+                self._warned = True
+                warn_of_untrained(self.ranker)
         if isinstance(scores, torch.fx.Proxy) or torch.jit.is_tracing():
             return
         if scores.shape[0] != x.shape[0]:
@@ -433,21 +326,6 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         if self.validate and not torch.compiler.is_compiling():
             if not bool(scores.isfinite().all()):
                 raise ValueError("the ranker returned scores that are not finite.")
-
-    @torch.jit.unused
-    def _warn_if_untrained(self) -> None:
-        if self._warned or torch.compiler.is_compiling():
-            return
-        if getattr(self.ranker, "learned", False) and not getattr(self.ranker, "trained", True):
-            self._warned = True
-            brings = getattr(self.ranker, "brings_weights", False)
-            own = "True (experimental weights of this package), " if brings else ""
-            warnings.warn(
-                f"the {getattr(self.ranker, 'name', '')} ranker has no trained weights: its choice "
-                f"means nothing. Pass ranker_weights={own}<folder, file or hf-hub:owner/name>, or "
-                "use ranker='border'.",
-                stacklevel=2,
-            )
 
     def forward(self, x: Tensor, keep_indices: Optional[Tensor] = None) -> Tensor:
         """Rank, drop, encode, classify.
@@ -556,8 +434,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     ) -> Tuple[Any, Union[Tensor, TokenLayout, None]]:
         """Choose patches and run the backbone: its output, and the keep indices or the layout."""
         if self._coarse is not None:
-            layout = self._layout(x, keep_indices)
-            return self._coarse.run(self, call, x, layout, **kwargs), layout
+            return self._coarse.run(self, call, x, keep_indices, **kwargs)
         keep = self._choose(x, keep_indices)
         return run_with_slots(self._adapter.slots(self.backbone), keep, call, x, **kwargs), keep
 
@@ -623,42 +500,15 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     @torch.jit.unused
     def _by_bucket(self, call: Callable[..., Any], x: Tensor) -> Any:
         """Call with each bucket's images and ``keep_indices``; one batch in the images' order."""
-        check_eager(x)
-        scores = self.patch_scores(x)
-        buckets, places = buckets_of(self._counts(scores))
-        rule, args, grid = self._selection, self._selection_args, self.grid_size(x)
-        images, outs = self._padded(x, *grid), []
-        for k, rows in buckets or [(scores.shape[1], places)]:  # no images: one empty bucket
-            keep = select(scores[rows], k, rule, args, grid, images[rows])
+        adaptive.check_eager(x)
+        h, w = self.checked_grid(x)
+        scores = self._rank(x, h, w)
+        buckets, places = adaptive.buckets_of(self._counts(scores))
+        outs = []
+        for k, rows in buckets or [(h * w, places)]:  # no images: one empty bucket
+            keep = self._select(scores[rows], x[rows], h, w, k)
             outs.append(call(x[rows], keep_indices=keep))
         return tree_map(lambda *parts: torch.cat(parts)[places], *outs)
-
-    @torch.jit.unused
-    def _common_count(self, scores: Tensor) -> int:
-        """K of images that keep equally many patches."""
-        check_eager(scores)
-        sizes = sorted(set(self._counts(scores).tolist()))
-        if len(sizes) > 1:
-            counts = ", ".join(str(k) for k in sizes)
-            raise ValueError(
-                f"the images of this batch keep different numbers of patches ({counts}): call the "
-                "model itself, forward_intermediates(intermediates_only=True), or give one image."
-            )
-        return int(sizes[0]) if sizes else scores.shape[1]
-
-    def train(self, mode: bool = True) -> "LTRPModel":
-        """Set training mode; the frozen ranker stays in eval mode."""
-        super().train(mode)
-        self.ranker.eval()
-        if self._to_be_filled and not any(p.is_meta for p in self.ranker.parameters()):
-            self.ranker.requires_grad_(False)
-            self._to_be_filled = False
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> "LTRPModel":
-        """Freeze or unfreeze the backbone; the ranker stays frozen."""
-        self.backbone.requires_grad_(requires_grad)
-        return self
 
     def restore(self) -> nn.Module:
         """Return the backbone: the same object with its own modules and its present weights.

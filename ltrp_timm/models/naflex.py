@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ltrp_timm.layers.ml_decoder import MLDecoder
 from ltrp_timm.selection.adaptive import buckets_of
-from ltrp_timm.selection.registry import select
 from ltrp_timm.selection.rules import check_keep_indices
 from ltrp_timm.slots.naflex import NaFlexAdapter, NaFlexBatch, check_batch, check_kept, run_batch
 
@@ -80,13 +79,12 @@ def _chosen(
 ) -> Iterator[Tuple[Tensor, Tensor]]:
     """Keep indices of images of one size, in groups that keep equally many, and the groups."""
     h, w = model.grid_size(images)
-    scores = model._scores(images) if scores is None else scores[:, : h * w]
+    scores = model._scores(images, h, w) if scores is None else scores[:, : h * w]
     if not model._counts_vary(None):
         yield torch.arange(images.shape[0]), model.select(scores, images)
         return
     for k, part in buckets_of(model._counts(scores))[0]:
-        rule, args = model.selection, model._selection_args
-        yield part.cpu(), select(scores[part], k, rule, args, (h, w), images[part])
+        yield part.cpu(), model._select(scores[part], images[part], h, w, k)
 
 
 def forward_features(

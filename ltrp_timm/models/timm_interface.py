@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Union
 import torch
 from timm.data import resolve_model_data_config
 from timm.models import group_modules, group_parameters
-from torch import nn
+from torch import Tensor, nn
 
 from ltrp_timm import _timm
 from ltrp_timm.layers.bridge import ComputedBuffers, make_bridge
@@ -64,6 +64,27 @@ class TimmInterface(nn.Module):
         if traits is not None:
             self._traits = dict(traits, first_conv=_prefixed(traits.get("first_conv")))
 
+    def _freeze_ranker(self) -> None:
+        self.ranker.requires_grad_(False).eval()
+        # a library that fills it does not say so, and its new parameters are not frozen
+        self._to_be_filled = any(p.is_meta for p in self.ranker.parameters())
+        if self._to_be_filled and getattr(self.ranker, "learned", False):
+            self.ranker.trained = True
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode; the frozen ranker stays in eval mode."""
+        super().train(mode)
+        self.ranker.eval()
+        if self._to_be_filled and not any(p.is_meta for p in self.ranker.parameters()):
+            self.ranker.requires_grad_(False)
+            self._to_be_filled = False
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or unfreeze the backbone; the ranker stays frozen."""
+        self.backbone.requires_grad_(requires_grad)
+        return self
+
     @property
     def _model_args(self) -> Dict[str, Any]:
         """Arguments of ``timm.create_model`` that rebuild this model as it is now; timm saves them.
@@ -104,6 +125,69 @@ class TimmInterface(nn.Module):
         if size is not None:  # the cfg keeps the published size after img_size=… and set_input_size
             config["input_size"] = (config["input_size"][0], *size)
         return config
+
+    @property
+    def patch_size(self) -> Tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return self._patch_pixels
+
+    @property
+    def patch_grid(self) -> Tuple[int, int]:
+        """The patch grid (h, w) at the present image size."""
+        size = self.data_config()["input_size"][-2:]
+        return self.grid_size(torch.empty(1, self.in_chans, *size, device="meta"))
+
+    @property
+    def num_patches(self) -> int:
+        """N at the present image size."""
+        h, w = self.patch_grid
+        return h * w
+
+    def grid_size(self, x: Tensor) -> Tuple[int, int]:
+        """The backbone's patch grid (h, w) for images x (B, C, H, W)."""
+        if torch.jit.is_scripting():
+            embed = self.backbone.patch_embed
+        else:
+            embed = getattr(self.backbone, self._adapter.patch_embed)
+        if hasattr(embed, "strict_img_size"):
+            if embed.strict_img_size and embed.grid_size is not None:
+                return embed.grid_size[0], embed.grid_size[1]
+        h, w = embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return h, w
+
+    def checked_grid(self, x: Tensor) -> Tuple[int, int]:
+        """``grid_size``, and ValueError for images that the backbone would refuse."""
+        if not torch.jit.is_scripting():
+            self._check_images(x)
+        elif x.dim() != 4 or x.shape[1] != self.in_chans:  # before the slot is filled
+            raise ValueError("images must be (B, C, H, W) with the model's number of channels.")
+        return self.grid_size(x)
+
+    @torch.jit.unused
+    def _check_images(self, x: Tensor) -> None:
+        if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+            return
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {shape}.")
+        if not x.is_floating_point():
+            raise ValueError(
+                f"images must be floating point, got {x.dtype}; normalise pixels of 0 to 255 as "
+                "(pixels / 255 - mean) / std, with mean and std of model.data_config()."
+            )
+        embed = getattr(self.backbone, self._adapter.patch_embed)
+        strict = getattr(embed, "strict_img_size", False)
+        size = tuple(x.shape[-2:])
+        if strict and embed.img_size is not None and size != tuple(embed.img_size):
+            raise ValueError(
+                f"images must be {embed.img_size[0]}x{embed.img_size[1]}, got {size[0]}x{size[1]}; "
+                "create the model with img_size=… or dynamic_img_size=True, or call set_input_size."
+            )
+        rows, cols = self._patch_pixels
+        if not strict and not self._pads and (size[0] % rows or size[1] % cols):
+            raise ValueError(
+                f"images must divide into patches of {rows}x{cols}, got {size[0]}x{size[1]}."
+            )
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """What all rankers share."""
 
+import warnings
 from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from timm.models import adapt_input_conv
@@ -111,3 +112,15 @@ def adapt_channels(
         if same and found.shape[1] != tensor.shape[1]:
             out[name] = adapt_input_conv(tensor.shape[1], found)
     return out
+
+
+def warn_of_untrained(ranker: Any) -> None:
+    """Warn that the scores of a learned ranker mean nothing before it is trained."""
+    brings = getattr(ranker, "brings_weights", False)
+    own = "True (experimental weights of this package), " if brings else ""
+    warnings.warn(
+        f"the {getattr(ranker, 'name', '')} ranker has no trained weights: its choice means "
+        f"nothing. Pass ranker_weights={own}<folder, file or hf-hub:owner/name>, or use "
+        "ranker='border'.",
+        stacklevel=2,
+    )

@@ -137,3 +137,29 @@ def buckets_of(counts: Tensor) -> Tuple[List[Tuple[int, Tensor]], Tensor]:
     """
     rows = [(k, (counts == k).nonzero().flatten()) for k in sorted(set(counts.tolist()))]
     return rows, counts.sort(stable=True)[1].sort()[1]
+
+
+def check_eager(x: Any) -> None:
+    """Raise ValueError where the number of kept patches must not depend on values."""
+    if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(
+            "an adaptive budget reads scores to know how many patches to encode: it runs in eager "
+            "mode only. Set model.budget = None, or pass keep_indices."
+        )
+
+
+def common_count(counts: Tensor, num_patches: int) -> int:
+    """K of images (B,) that keep equally many of N patches; N without images. Reads the device.
+
+    Raises:
+        ValueError: They keep different numbers.
+    """
+    check_eager(counts)
+    sizes = sorted(set(counts.tolist()))
+    if len(sizes) > 1:
+        found = ", ".join(str(k) for k in sizes)
+        raise ValueError(
+            f"the images of this batch keep different numbers of patches ({found}): call the "
+            "model itself, forward_intermediates(intermediates_only=True), or give one image."
+        )
+    return int(sizes[0]) if sizes else num_patches

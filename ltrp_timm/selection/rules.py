@@ -168,6 +168,14 @@ def validate_keep_indices(
         raise ValueError(f"{name} holds the same patch twice in one row.")
 
 
+def may_read(values: Tensor) -> bool:
+    """Whether reading values costs nothing and does not end in a graph as a constant."""
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+    return values.device.type == "cpu"
+
+
 def gather_patches(tokens: Tensor, keep_indices: Tensor) -> Tensor:
     """tokens (B, N, D), keep_indices (B, K) -> (B, K, D).
 

@@ -6,9 +6,15 @@ import torch
 from torch import nn
 
 from ltrp_timm._timm import FEATURE_WRAPPERS
-from ltrp_timm.slots.base import SlotAdapter, Swaps, as_slot, swap_in
+from ltrp_timm.slots.base import (
+    KeptPatchEmbed,
+    SlotAdapter,
+    Swaps,
+    as_slot,
+    can_embed_kept,
+    swap_in,
+)
 from ltrp_timm.slots.beit import BeitAdapter
-from ltrp_timm.slots.kept_embed import KeptPatchEmbed, can_embed_kept
 from ltrp_timm.slots.naflex import NaFlexAdapter
 from ltrp_timm.slots.relpos import RelPosAdapter
 from ltrp_timm.slots.vit import CaitAdapter, EvaAdapter, VitAdapter
