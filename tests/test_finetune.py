@@ -280,9 +280,9 @@ def test_a_split_holds_out_of_each_class(tmp_path: Path) -> None:
         (folder / "red" / f"{number:02d}.png").unlink()
     summary = tune(folder, tmp_path / "run", epochs=1, holdout=0.1, batch_size=5)
     assert summary.steps == 2  # 6 - 1, 6 - 1 and the only red one are left to train on
-    from ltrp_timm.data.labels import ClassData
+    from ltrp_timm.data.labels import open_class_data
 
-    data = ClassData(folder)
+    data = open_class_data(folder)
     train, held = data.train.split(0.1)
     numbers = data.train.numbers()
     assert numbers is not None

@@ -15,7 +15,7 @@ from train_setup import make_photos
 
 from ltrp_timm.data.images import open_dataset
 from ltrp_timm.data.keyed import Batch, KeyedImages, KeyedStream, held_out_keys, make_loader
-from ltrp_timm.data.labels import ClassData, LabelledImages, match_classes, open_labelled
+from ltrp_timm.data.labels import LabelledImages, match_classes, open_class_data, open_labelled
 from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_all
 from ltrp_timm.runtime import World
@@ -278,15 +278,15 @@ def test_splits_by_their_usual_names(names: tuple[str, str], tmp_path: Path) -> 
     train, held = names
     folder = make_classes(tmp_path / "set", **{f"{train}/a": 2, f"{train}/b": 1, f"{held}/a": 1})
     make_classes(folder / held, b=3)
-    data = ClassData(folder)
+    data = open_class_data(folder)
     assert (len(data.train), len(data.held_out)) == (3, 4)
     assert data.notes == [f"held-out images are those of {folder} itself"]
     assert len(open_labelled(folder, split="valid")) == 4
     (folder / train).rename(folder / "TRAIN")
     (folder / "Training").mkdir()
     with pytest.raises(ValueError, match="has TRAIN and Training: name the one to use as split"):
-        ClassData(folder)
-    assert len(ClassData(folder, split="TRAIN").train) == 3
+        open_class_data(folder)
+    assert len(open_class_data(folder, split="TRAIN").train) == 3
 
 
 def test_recorded_names_decide() -> None:

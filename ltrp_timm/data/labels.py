@@ -3,6 +3,7 @@
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,69 +25,71 @@ from ltrp_timm.data.images import (
 _STREAMS = ("hfids", "tfds", "wds")
 
 
+@dataclass(frozen=True)
 class ClassData:
-    """The training and held-out images of a run, with one class each.
-
-    Args:
-        data: see ``open_labelled``; or a stream, which does not name its classes.
-        split: split of the training images.
-        val_data: held-out images, see ``open_labelled`` (default: those of ``data``, if it is a
-            folder that has some beside its training images).
-        val_split: split of the held-out images.
-        num_classes: C (default: counted from the data).
-        **named: ``root``, ``input_key`` and ``target_key`` of ``open_labelled``.
+    """The training and held-out images of a run.
 
     Attributes:
-        train: images to train on, or the stream.
+        train: images to train on, or a stream, which does not name its classes.
         held_out: images to measure with, or None.
         class_names: C names in their order; () if the data does not name its classes.
         num_classes: C.
         notes: lines for the user.
+    """
+
+    train: Any
+    held_out: Any
+    class_names: tuple[str, ...]
+    num_classes: int
+    notes: Sequence[str]
+
+    def match(self, label_names: Any) -> None:
+        """Map class numbers to those of a model with these names; ValueError if they disagree."""
+        for images, where in ((self.train, ""), (self.held_out, "the held-out images do not fit: ")):
+            try:
+                if hasattr(images, "match"):
+                    images.match(self.num_classes, label_names)
+            except ValueError as error:
+                raise ValueError(f"{where}{error}") from error
+
+
+def open_class_data(
+    data: Any,
+    *,
+    split: str = "train",
+    val_data: Any = None,
+    val_split: str = "validation",
+    num_classes: int | None = None,
+    **named: Any,
+) -> ClassData:
+    """Open training and held-out images with one class each.
+
+    Args:
+        data: see ``open_labelled``; or a stream.
+        split: split of the training images.
+        val_data: held-out images (default: those of ``data``, if it is a folder that has some
+            beside its training images).
+        val_split: split of the held-out images.
+        num_classes: C (default: counted from the data).
+        **named: ``root``, ``input_key`` and ``target_key`` of ``open_labelled``.
 
     Raises:
         ValueError: A class has no image, or ``num_classes`` is not the number of classes.
         FileNotFoundError: The data does not exist.
     """
-
-    def __init__(
-        self,
-        data: Any,
-        *,
-        split: str = "train",
-        val_data: Any = None,
-        val_split: str = "validation",
-        num_classes: int | None = None,
-        **named: Any,
-    ) -> None:
-        self.notes: list[str] = []
-        self.streaming = is_stream(data)
-        self.train: Any = data
-        self.class_names: tuple[str, ...] = ()
-        if not self.streaming:
-            self.train = open_labelled(data, split=split, **named)
-            self.class_names = self.train.class_names
-        self.num_classes = _count_classes(data, len(self.class_names), num_classes)
-        if val_data is None and _has_held_out(data, split):
-            val_data = data
-            self.notes.append(f"held-out images are those of {data} itself")
-        self.held_out: Any = None
-        if val_data is not None:
-            self.held_out = open_labelled(val_data, split=val_split, allow_empty=True, **named)
-
-    def match(self, label_names: Any) -> None:
-        """Map class numbers to those of a model with these names.
-
-        Raises:
-            ValueError: The held-out images have classes that the model does not have.
-        """
-        if not self.streaming:
-            self.train.match(self.num_classes, label_names)
-        if self.held_out is None:
-            return
-        try:
-            self.held_out.match(self.num_classes, label_names)
-        except ValueError as error:
-            raise ValueError(f"the held-out images do not fit: {error}") from error
+    notes: list[str] = []
+    train = data if is_stream(data) else open_labelled(data, split=split, **named)
+    names = getattr(train, "class_names", ())
+    count = count_classes(data, len(names), num_classes)
+    if count < 2:
+        raise ValueError(f"{_title(data)} has one class; training needs at least two.")
+    if val_data is None and _has_held_out(data, split):
+        val_data = data
+        notes.append(f"held-out images are those of {data} itself")
+    held_out = None
+    if val_data is not None:
+        held_out = open_labelled(val_data, split=val_split, allow_empty=True, **named)
+    return ClassData(train, held_out, names, count, notes)
 
 
 def is_stream(data: Any) -> bool:
@@ -105,16 +108,17 @@ def _has_held_out(data: Any, split: str) -> bool:
     return all(split_folder(str(data), name) != str(data) for name in (split, "validation"))
 
 
-def _count_classes(data: Any, found: int, given: int | None) -> int:
-    title = str(data) if isinstance(data, (str, os.PathLike)) else type(data).__name__
+def count_classes(data: Any, found: int, given: int | None) -> int:
+    """The number of classes found, else given; ValueError if it is neither, or they differ."""
     if not found and given is None:
-        raise ValueError(f"{title} does not name its classes: num_classes must be given.")
+        raise ValueError(f"{_title(data)} does not name its classes: num_classes must be given.")
     if found and given not in (None, found):
-        raise ValueError(f"num_classes is {given}, but {title} has {found} classes.")
-    count = found or given or 0
-    if count < 2:
-        raise ValueError(f"{title} has one class; training needs at least two.")
-    return count
+        raise ValueError(f"num_classes is {given}, but {_title(data)} has {found} classes.")
+    return found or given or 0
+
+
+def _title(data: Any) -> str:
+    return str(data) if isinstance(data, (str, os.PathLike)) else type(data).__name__
 
 
 def open_labelled(

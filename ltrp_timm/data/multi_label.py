@@ -22,7 +22,13 @@ from torch import Tensor
 
 from ltrp_timm._text import first_names, one_line, printable
 from ltrp_timm.data.images import ImageFiles, Images
-from ltrp_timm.data.labels import ClassData, listed_names, match_classes, refuse_empty
+from ltrp_timm.data.labels import (
+    ClassData,
+    count_classes,
+    listed_names,
+    match_classes,
+    refuse_empty,
+)
 from ltrp_timm.runtime import sample_seed
 
 SEPARATOR = ";"  # between the labels of a cell
@@ -366,55 +372,39 @@ def open_multi_label(
     return images
 
 
-class MultiLabelData(ClassData):
-    """The training and held-out images of a run, with several classes each.
+def open_multi_label_data(
+    data: Any,
+    labels: Any,
+    *,
+    val_data: Any = None,
+    val_labels: Any = None,
+    num_classes: int | None = None,
+    skip_absent: bool = False,
+) -> ClassData:
+    """Open training and held-out images with several classes each; errors as of each set.
 
     Args:
         data: folder of the training images.
-        labels: label file of the training images, see ``open_multi_label``.
+        labels: their label file, see ``open_multi_label``.
         val_data: folder of the held-out images (default: ``data``).
-        val_labels: label file of the held-out images (default: no held-out images).
+        val_labels: their label file (default: no held-out images).
         num_classes: C (default: counted from ``labels``).
-        skip_absent: leave out images that a file names and its folder lacks, see ``notes``.
-
-    Raises:
-        ValueError: See ``open_multi_label``; or ``num_classes`` is not the number of classes, or
-            ``val_data`` has no ``val_labels``.
-        FileNotFoundError: A folder or a file does not exist.
+        skip_absent: leave out images that a file names and its folder lacks.
     """
-
-    def __init__(
-        self,
-        data: Any,
-        labels: Any,
-        *,
-        val_data: Any = None,
-        val_labels: Any = None,
-        num_classes: int | None = None,
-        skip_absent: bool = False,
-    ) -> None:
-        if val_data is not None and val_labels is None:
-            raise ValueError("val_data needs val_labels, with multi_label.")
-        self.streaming, self.notes, self.held_out = False, [], None
-        self.skip_absent = skip_absent
-        self.train = self._open(data, labels, "training")
-        self.class_names = self.train.class_names
-        self.num_classes = len(self.class_names)
-        if num_classes not in (None, self.num_classes):
-            raise ValueError(
-                f"num_classes is {num_classes}, but {labels} has {self.num_classes} classes."
-            )
-        if val_labels is not None:
-            folder = data if val_data is None else val_data
-            self.held_out = self._open(folder, val_labels, "held-out", allow_empty=True)
-
-    def _open(
-        self, folder: Any, labels: Any, what: str, allow_empty: bool = False
-    ) -> MultiLabelImages:
-        skip = self.skip_absent
-        images = open_multi_label(folder, labels, allow_empty=allow_empty, skip_absent=skip)
+    if val_data is not None and val_labels is None:
+        raise ValueError("val_data needs val_labels, with multi_label.")
+    train = open_multi_label(data, labels, skip_absent=skip_absent)
+    count = count_classes(labels, len(train.class_names), num_classes)
+    sets = {"training": train}
+    if val_labels is not None:
+        folder = data if val_data is None else val_data
+        sets["held-out"] = open_multi_label(
+            folder, val_labels, allow_empty=True, skip_absent=skip_absent
+        )
+    notes = []
+    for what, images in sets.items():
         if images.absent:
-            self.notes.append(f"{images.absent} labelled {what} images are not there, left out")
+            notes.append(f"{images.absent} labelled {what} images are not there, left out")
         if images.unlabelled:
-            self.notes.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
-        return images
+            notes.append(f"{images.unlabelled} of {len(images)} {what} images have no class")
+    return ClassData(train, sets.get("held-out"), train.class_names, count, notes)

@@ -12,8 +12,8 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from ltrp_timm._text import say
-from ltrp_timm.data.labels import ClassData, listed_names, order_of
-from ltrp_timm.data.multi_label import MultiLabelData
+from ltrp_timm.data.labels import ClassData, listed_names, open_class_data, order_of
+from ltrp_timm.data.multi_label import open_multi_label_data
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.layers.ml_decoder import MLDecoder, make_head
 from ltrp_timm.measure.accuracy import seen_classes
@@ -131,11 +131,12 @@ def open_classes(data: Any, common: Settings, recipe: Recipe) -> ClassData:
     if not recipe.multi_label:
         names = ("split", "val_data", "val_split", "input_key", "target_key")
         named = {name: getattr(common, name) for name in names}
-        return ClassData(data, root=common.data_root, num_classes=recipe.num_classes, **named)
+        named["root"] = common.data_root
+        return open_class_data(data, num_classes=recipe.num_classes, **named)
     for name in ("data_root", "input_key", "target_key", "num_samples"):
         if getattr(common, name) is not None:
             raise ValueError(f"{name} is for named datasets: no multi_label.")
-    return MultiLabelData(
+    return open_multi_label_data(
         data,
         recipe.labels,
         val_data=common.val_data,
