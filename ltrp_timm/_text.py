@@ -53,11 +53,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def optional_import(name: str, reason: str, package: str) -> Any:
-    """Import a module that need not be installed.
-
-    Raises:
-        ImportError: It is missing; the message is the reason and the command to type.
-    """
+    """Import a module that may be missing; ImportError with the reason and the command to type."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -98,11 +98,7 @@ def _in_one_line(name: str) -> Iterator[None]:
 
 
 def check_names(model: str, *rankers: str | None) -> None:
-    """Check the names of a model and of rankers before any long work.
-
-    Raises:
-        ValueError: A name is unknown; the message lists similar ones.
-    """
+    """Check names before any long work; ValueError, with similar ones, for an unknown model."""
     check_name(model, "MODEL")
     for name in rankers:
         if name is not None and name not in list_rankers():
@@ -237,11 +233,7 @@ def check_folder(output: str, names: Sequence[str], overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def output_errors(output: str) -> Iterator[None]:
-    """Name ``--output`` in the errors of the block.
-
-    Raises:
-        OSError: The block raised an OSError or a ValueError.
-    """
+    """Turn the block's OSError or ValueError into an OSError that names ``--output``."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -20,11 +20,7 @@ from ltrp_timm.selection.rules import check_keep_ratio
 
 
 def keep_ratio(text: str) -> float:
-    """A number in (0, 1].
-
-    Raises:
-        argparse.ArgumentTypeError: The text is not such a number.
-    """
+    """An argparse type: a number in (0, 1]."""
     try:
         return check_keep_ratio(float(text))
     except ValueError:
@@ -229,11 +225,7 @@ def _help(text: str, default: Any, names: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Limit torch to ``count`` CPU threads for a while; None keeps the current number.
-
-    Raises:
-        ValueError: The machine has fewer cores.
-    """
+    """Limit torch to ``count`` CPU threads for a while, where there are as many; None changes nothing."""
     before, most = torch.get_num_threads(), os.cpu_count() or 1
     if count is not None and count > most:
         raise ValueError(f"--threads must be from 1 to {most}, the number of cores, got {count}.")

@@ -340,12 +340,7 @@ def make_page(viewer: Viewer, folder: Path) -> Any:
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Check that the page can listen there, before anything slow.
-
-    Raises:
-        ValueError: The port is none.
-        OSError: The address cannot be used.
-    """
+    """Check, before anything slow, that the page can listen there; else ValueError or OSError."""
     if port is not None and port > 65535:
         raise ValueError(f"--port must be from 1 to 65535, got {port}.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

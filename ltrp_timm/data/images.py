@@ -103,8 +103,7 @@ def open_dataset(
 def split_folder(root: str, split: str) -> str:
     """The subfolder of a split, under any of its usual names in any case; ``root`` without one.
 
-    Raises:
-        ValueError: Several subfolders could be meant.
+    ValueError if several subfolders could be meant.
     """
     if not os.path.isdir(root):
         return root
@@ -192,11 +191,7 @@ class Images:
         return f"image {index}" if name is None else str(name)  # a table's images may have none
 
     def read_item(self, index: int) -> tuple[Image.Image, Any]:
-        """Read a picture and its target (None if the data set has no targets).
-
-        Raises:
-            ValueError: The picture cannot be read; one line with its name and the reason.
-        """
+        """Read a picture and its target, None without targets; ValueError, with its name, if it fails."""
         name = self.name(index)
         try:
             source, target = self._item(index)

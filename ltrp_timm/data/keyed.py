@@ -99,11 +99,7 @@ class KeyedImages(Dataset[Sample]):
         return None, problems[:1]  # of perhaps a million
 
     def check_readable(self) -> None:
-        """Check that at least one image can be read.
-
-        Raises:
-            ValueError: No image can be read; the error gives the reason for the first.
-        """
+        """Raise ValueError, with the reason for the first, if no image can be read."""
         if not len(self):
             raise ValueError("there are no images.")
         found, problems = self._read(0, len(self))

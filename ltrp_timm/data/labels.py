@@ -45,7 +45,8 @@ class ClassData:
 
     def match(self, label_names: Any) -> None:
         """Map class numbers to those of a model with these names; ValueError if they disagree."""
-        for images, where in ((self.train, ""), (self.held_out, "the held-out images do not fit: ")):
+        names = {"": self.train, "the held-out images do not fit: ": self.held_out}
+        for where, images in names.items():
             try:
                 if hasattr(images, "match"):
                     images.match(self.num_classes, label_names)
@@ -156,11 +157,7 @@ def open_labelled(
 
 
 def refuse_empty(classes: Sequence[str], source: Any) -> None:
-    """Check that there are no classes without an image.
-
-    Raises:
-        ValueError: There are; the error names them and their source.
-    """
+    """Raise ValueError, naming their source, if there are classes without an image."""
     if classes:
         noun = "class has" if len(classes) == 1 else "classes have"
         raise ValueError(f"{len(classes)} {noun} no image in {source}: {first_names(classes)}.")
@@ -244,12 +241,7 @@ class LabelledImages(Images):
                 raise ValueError(f"the data has no class numbers in {key!r}: {reason}") from error
 
     def read_item(self, index: int) -> tuple[Image.Image, int]:
-        """Read a picture and the number of its class.
-
-        Raises:
-            ValueError: The picture or its label cannot be read; one line with its name and the
-                reason.
-        """
+        """Read a picture and the number of its class; ValueError, with its name, if it fails."""
         picture, label = super().read_item(index)
         try:
             number = operator.index(label)
@@ -285,14 +277,7 @@ class LabelledImages(Images):
         return sorted(train), sorted(held)
 
     def match(self, num_classes: int, label_names: Any = None) -> str:
-        """Map class numbers to those of a model; see ``match_classes``.
-
-        Returns:
-            How the classes were matched, for the user.
-
-        Raises:
-            ValueError: The classes of the set and of the model disagree; the error names them.
-        """
+        """Map class numbers to those of a model, and say how; errors as of ``match_classes``."""
         if not self.class_names:
             return "numbers of the data set"
         numbers, how = match_classes(self.class_names, num_classes, label_names)

@@ -321,14 +321,7 @@ class MultiLabelImages(Images):
         return super().read_item(index)[0], self.targets[index].float()
 
     def match(self, num_classes: int, label_names: Any = None) -> str:
-        """Map targets to the classes of a model, in its order; see ``match_classes``.
-
-        Returns:
-            How the classes were matched, for the user.
-
-        Raises:
-            ValueError: The file has classes that the model does not have; the error names them.
-        """
+        """Map targets to the classes of a model, and say how; errors as of ``match_classes``."""
         known = listed_names(label_names)
         # a class that no image has, and the model does not know, is left out
         own = [c for c in self.class_names if not known or c in known or c not in self.empty]

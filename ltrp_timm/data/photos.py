@@ -54,11 +54,7 @@ def load_image(source: Source, name: str | None = None) -> Image.Image:
 
 
 def check_aspect(image: Image.Image) -> None:
-    """Check that a picture can be resized by its shorter side.
-
-    Raises:
-        ValueError: The picture is more than 50 times longer than wide.
-    """
+    """Raise ValueError for a strip: resizing it by its shorter side would fill the memory."""
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(
             f"{image.width}x{image.height} pixels, over {MAX_ASPECT} times longer than wide."

@@ -154,8 +154,7 @@ class Sources:
     def training_batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         """Yield this process's batches of an epoch, from batch ``start`` on (streams: from 0 on).
 
-        Raises:
-            ValueError: A stream gives no batch.
+        ValueError if a stream gives no batch.
         """
         sampler = self.sampler
         begin = start if sampler is not None else 0

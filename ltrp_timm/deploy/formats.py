@@ -131,11 +131,7 @@ def _write_onnx(
 
 @contextlib.contextmanager
 def _refusals(tool: str, model: LTRPModel, advice: str = "") -> Iterator[None]:
-    """Turn an exporter's error of any type into one line: its first sentence, without places.
-
-    Raises:
-        ValueError: The exporter raised an error.
-    """
+    """Turn an exporter's error of any type into a ValueError: its first sentence alone."""
     try:
         yield
     except Exception as error:

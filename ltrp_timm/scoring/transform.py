@@ -309,11 +309,7 @@ class CachedTransform:
         return self.transform(picture)
 
     def check(self, index: int, name: str) -> None:
-        """Check that an image has scores.
-
-        Raises:
-            ValueError: it was unreadable when the cache was made.
-        """
+        """Raise ValueError for an image that was unreadable when the cache was made."""
         if self.rows[index] < 0:
             raise ValueError(f"{name}: the index cache has no scores of this image.")
 

@@ -320,11 +320,7 @@ def put_head(model: Any, name: str, args: Mapping[str, Any] | None) -> bool:
 
 
 def image_config(model: Any, img_size: int | None = None) -> dict[str, Any]:
-    """timm's data configuration of a model at its present image size.
-
-    Raises:
-        ValueError: the model does not take RGB images.
-    """
+    """timm's data configuration of a model at its present size; ValueError unless it takes RGB."""
     if isinstance(model, LTRPModel):
         config = model.data_config()
     else:
@@ -340,11 +336,7 @@ def image_config(model: Any, img_size: int | None = None) -> dict[str, Any]:
 
 
 def check_network(model: Any) -> None:
-    """Run a model once on an image of zeros.
-
-    Raises:
-        ValueError: the model does not return logits (B, C).
-    """
+    """Run a model once on an image of zeros; ValueError unless it returns logits (B, C)."""
     size = image_config(model)["input_size"]
     parameter = next(model.parameters())
     images = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)

@@ -57,11 +57,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what ``save_state`` wrote, onto the CPU; no code is run.
-
-    Raises:
-        ValueError: The file is not such a checkpoint.
-    """
+    """Read what ``save_state`` wrote, onto the CPU; no code runs. ValueError for any other file."""
     try:
         found = unpickle(path)
     except ValueError as error:
@@ -72,11 +68,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:
-    """Compare the configurations of a checkpoint and of a run.
-
-    Raises:
-        ValueError: They differ; the message names each differing field with both values.
-    """
+    """Raise ValueError, naming each field with both values, if two configurations differ."""
     saved, now = _flat(saved), _flat(now)
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if names:
@@ -94,11 +86,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Check that a run may use a folder: new or empty, or with a checkpoint to ``resume``.
-
-    Raises:
-        FileExistsError: The folder holds something else.
-    """
+    """Raise FileExistsError unless a folder is new or empty, or has a checkpoint to ``resume``."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is not a folder.")
     if resume and (folder / CHECKPOINT_NAME).exists():
@@ -113,11 +101,7 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """Lock an output folder for this run, if ``check_folder`` allows it and no other run holds it.
-
-    Raises:
-        BlockingIOError: Another process writes to the folder.
-    """
+    """Lock a folder that passes ``check_folder``; BlockingIOError if another process holds it."""
     if not folder.is_dir():
         check_folder(folder, resume)
     with locked(folder):

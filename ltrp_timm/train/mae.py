@@ -82,11 +82,7 @@ def train_teacher(
 
 
 class TeacherTask(Task):
-    """An MAE that learns to reconstruct: on the device, and not frozen.
-
-    Raises:
-        ValueError: The ratio leaves no patch visible, or none masked.
-    """
+    """An MAE that learns to reconstruct: on the device, and not frozen."""
 
     name = "train-teacher"
     metric = "loss"

@@ -183,8 +183,7 @@ def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from:
 class RankerTask(Task):
     """A ranker on the device and what it learns; ``train_ranker`` describes the other arguments.
 
-    Raises:
-        ValueError: Ranker or targets do not allow ``visible_only``.
+    ValueError if ranker or targets do not allow ``visible_only``.
     """
 
     name = "train-ranker"

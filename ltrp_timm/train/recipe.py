@@ -249,11 +249,7 @@ class Augmentation:
         return self.mixup > 0.0 or self.cutmix > 0.0
 
     def transforms(self, data_config: Mapping[str, Any]) -> tuple[Transform, Transform]:
-        """Make the transforms for training and measuring, by timm's configuration of the data.
-
-        Raises:
-            ValueError: timm does not know the policy ``aa``.
-        """
+        """Make the transforms for training and measuring; ValueError if ``aa`` is no policy."""
         names = ("input_size", "interpolation", "mean", "std")
         shared = {name: data_config[name] for name in names}
         crop = {name: data_config[name] for name in ("crop_pct", "crop_mode")}
@@ -313,11 +309,7 @@ def _one_bit_at_least(level_fn: Callable[..., tuple[int]], *args: Any) -> tuple[
 
 
 def check_keep_ratios(keep_ratio: float | Sequence[float]) -> list[float]:
-    """Turn one share of patches, or several, into a list.
-
-    Raises:
-        ValueError: There is none, one is out of its range, or two are equal.
-    """
+    """One or several shares of patches as a list; ValueError if one is out of range or comes twice."""
     ratios = list(keep_ratio) if isinstance(keep_ratio, Sequence) else [keep_ratio]
     if not ratios:
         raise ValueError("keep_ratio must be a number, or several, got none.")

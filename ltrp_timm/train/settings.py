@@ -187,12 +187,7 @@ def _ascending(value: Any, top: float) -> bool:
 
 
 def make_settings(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-    """Combine a recipe's defaults and a user's values.
-
-    Raises:
-        TypeError: A name is no setting.
-        ValueError: A value is out of its range.
-    """
+    """Combine a recipe's defaults and a user's values; TypeError for a name that is no setting."""
     known = [field.name for field in dataclasses.fields(Settings)]
     unknown = [name for name in given if name not in known]
     if unknown:

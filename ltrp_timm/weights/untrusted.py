@@ -33,11 +33,7 @@ _WORD = re.compile(r"[\w +,.-]{0,128}")  # no separators of paths, drives or sou
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: the file is too large or not a JSON object.
-    """
+    """Read a JSON object from a file; ValueError if it is too large or something else."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"the configuration in {path} has {size} bytes, more than {MAX_BYTES}.")
@@ -45,11 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, source: object) -> dict[str, Any]:
-    """Read a JSON object from a text.
-
-    Raises:
-        ValueError: the text is not a JSON object.
-    """
+    """Read a JSON object from a text; ValueError if it is something else."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
