@@ -293,7 +293,7 @@ def first_process() -> bool:
 
 
 def _check_environment() -> None:
-    """Take what SLURM sets where torchrun has set nothing; ValueError if the variables are wrong."""
+    """Take what SLURM sets where torchrun has set nothing; ValueError if that is wrong."""
     count = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_NTASKS"
     size = os.environ.get(count, "1")
     if size == "1" or (count == "SLURM_NTASKS" and "SLURM_PROCID" not in os.environ):

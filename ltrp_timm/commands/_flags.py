@@ -225,7 +225,7 @@ def _help(text: str, default: Any, names: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Limit torch to ``count`` CPU threads for a while, where there are as many; None changes nothing."""
+    """Limit torch to ``count`` CPU threads for a while; ValueError if there are fewer cores."""
     before, most = torch.get_num_threads(), os.cpu_count() or 1
     if count is not None and count > most:
         raise ValueError(f"--threads must be from 1 to {most}, the number of cores, got {count}.")

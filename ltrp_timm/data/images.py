@@ -191,7 +191,7 @@ class Images:
         return f"image {index}" if name is None else str(name)  # a table's images may have none
 
     def read_item(self, index: int) -> tuple[Image.Image, Any]:
-        """Read a picture and its target, None without targets; ValueError, with its name, if it fails."""
+        """Read a picture and its target, or None; ValueError, with the name, if it fails."""
         name = self.name(index)
         try:
             source, target = self._item(index)

@@ -342,7 +342,7 @@ class IndexCache:
                 )
 
     def rows(self, ids: ImageIds) -> list[int]:
-        """The row of each image, -1 if it was unreadable; ValueError if one is missing or changed."""
+        """The row of each image, -1 if it was unreadable; ValueError if one is missing or new."""
         name = printable(self.folder)
         if ids.dataset != self.settings.get("dataset"):
             raise ValueError(f"{name} has scores of another data set.")

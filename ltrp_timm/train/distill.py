@@ -55,7 +55,7 @@ class Distillation:
         self.bridge = make_bridge(wanted, student)
 
     def check(self, images: Tensor, student: Any) -> None:
-        """Run the teacher once, on images (1, 3, H, W); ValueError if it or its tokens do not fit."""
+        """Run the teacher once on images (1, 3, H, W); ValueError if it does not fit the student."""
         size = "x".join(str(side) for side in images.shape[-2:])
         try:
             with torch.no_grad():

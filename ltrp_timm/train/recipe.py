@@ -309,7 +309,7 @@ def _one_bit_at_least(level_fn: Callable[..., tuple[int]], *args: Any) -> tuple[
 
 
 def check_keep_ratios(keep_ratio: float | Sequence[float]) -> list[float]:
-    """One or several shares of patches as a list; ValueError if one is out of range or comes twice."""
+    """Shares of patches as a list; ValueError if one is out of range or comes twice."""
     ratios = list(keep_ratio) if isinstance(keep_ratio, Sequence) else [keep_ratio]
     if not ratios:
         raise ValueError("keep_ratio must be a number, or several, got none.")
