@@ -25,10 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; None takes those of the process.
+    """Run the command line; ``argv`` is without the program's name.
 
     Returns:
         The exit code: 0, 2 for an error or for input that could not be read, 130 after Ctrl-C,

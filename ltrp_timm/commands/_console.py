@@ -66,9 +66,7 @@ class ModelOptions(RestOptions):
             The model, and the origin of its backbone's weights; None for random ones.
 
         Raises:
-            ValueError: The model cannot be built with these options.
-            TypeError: Patches cannot be dropped from the model.
-            OSError: Weights are missing.
+            ValueError: It cannot be built, or weights are missing; one line that names the model.
         """
         values = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
         name, values["pretrained"] = values.pop("model"), self.pretrained or None
@@ -118,11 +116,8 @@ def describe_model(
 ) -> None:
     """Print a model's size, its ranker, how many patches it keeps and where its weights are from.
 
-    Args:
-        model: The model.
-        name: Its name as the user typed it.
-        weights: Origin of the backbone's weights; None for random ones.
-        keep_ratios: Shares of patches, in (0, 1].
+    ``name`` is what the user typed; ``weights`` is the origin of the backbone's, None if they are
+    random.
     """
     h, w = model.data_config()["input_size"][-2:]
     patches = model.num_patches
@@ -176,18 +171,13 @@ def time_and_gain(timing: Timing, full: Timing) -> str:
 def check_output(
     output: str, suffixes: Sequence[str], overwrite: bool, photos: Sequence[str] = ()
 ) -> None:
-    """Check before any long work that the file ``--output`` can be written.
+    """Check before any long work that the file ``--output`` can be written; OSError if not.
 
     Args:
         output: The file.
-        suffixes: Allowed endings, in lower case.
+        suffixes: Allowed endings, in lower case; ValueError for another one.
         overwrite: Whether the file may exist.
         photos: Files that are read and must not be replaced.
-
-    Raises:
-        ValueError: The name has another ending, or is no regular file or one of the photos.
-        FileExistsError: The file exists and may not be replaced.
-        OSError: The folder takes no new files.
     """
     path = Path(output)
     if path.suffix.lower() not in suffixes:
@@ -206,17 +196,10 @@ def check_output(
 
 
 def check_folder(output: str, names: Sequence[str], overwrite: bool) -> None:
-    """Check before any long work that files can be written in the folder ``--output``.
+    """Check before any long work that ``names`` can be written in the folder ``--output``.
 
-    Args:
-        output: The folder; it is not made.
-        names: The files.
-        overwrite: Whether they may exist.
-
-    Raises:
-        NotADirectoryError: ``output`` is a file.
-        FileExistsError: A file exists and may not be replaced.
-        PermissionError: The folder cannot be made or written to.
+    The folder is not made. OSError if it is a file or cannot be written to, or if a file exists and
+    may not be replaced.
     """
     folder = Path(output)
     with output_errors(output):

@@ -113,13 +113,7 @@ class EvaluateOptions(ModelOptions):
     overwrite: bool = False
 
     def check(self) -> None:
-        """Check the options that depend on each other, and that results can be written.
-
-        Raises:
-            ValueError: Two options exclude each other.
-            ImportError: ``plot`` needs matplotlib.
-            OSError: ``output`` cannot be written.
-        """
+        """Check the options that depend on each other, and that results can be written."""
         if self.output is None and (self.plot or self.per_image):
             raise ValueError("--plot and --per-image require --output DIR.")
         if self.output == "":
@@ -175,12 +169,7 @@ class Case(NamedTuple):
 
 
 class Evaluation:
-    """A model, labelled images and the keep ratios to measure.
-
-    Raises:
-        ValueError: The model cannot be built, or its classes are not those of the images.
-        OSError: Images or weights are missing.
-    """
+    """A model, labelled images and the keep ratios to measure."""
 
     def __init__(self, options: EvaluateOptions, world: World) -> None:
         self.options, self.world = options, world
@@ -334,11 +323,7 @@ class Evaluation:
         tables: Mapping[str, Sequence[Row]],
         unreadable: int,
     ) -> None:
-        """Print the table of keep ratios, and write all tables.
-
-        Raises:
-            OSError: ``--output`` cannot be written.
-        """
+        """Print the table of keep ratios, and write all tables."""
         rows, options = tables[CSV_NAME], self.options
         self._print(rows)
         found = next(iter(results.values())).accuracy

@@ -63,15 +63,9 @@ def _finetune(**given: Any) -> int:
 
 
 def run_training(train: Callable[..., Summary], given: dict[str, Any], load: str) -> int:
-    """Train and report how it ended.
+    """Train, and report how it ended; ``load`` is the Python expression that loads the result.
 
-    Args:
-        train: The training function.
-        given: Its arguments.
-        load: The Python expression that loads the result.
-
-    Returns:
-        0, or 128 + the number of the signal that stopped the training.
+    Returns 0, or 128 + the number of the signal that stopped the training.
     """
     summary = train(**given)
     if first_process() and not given.get("dry_run"):

@@ -142,10 +142,7 @@ def _skip_hidden(reader: Any, root: str) -> None:
 
 
 def check_data(data: Any) -> bool:
-    """Check that a data set exists before anything is downloaded for it.
-
-    Returns:
-        Whether ``data`` is the name of a data set, not a path.
+    """Check that a data set exists; returns whether it is the name of one, not a path.
 
     Raises:
         FileNotFoundError: ``data`` does not exist.
@@ -245,12 +242,7 @@ def _undecoded(dataset: Any) -> Any:
 
 
 class ImageFiles:
-    """A data set of files, for ``Images``.
-
-    Args:
-        root: folder of the files.
-        names: their paths relative to it.
-    """
+    """A data set of files, by their paths relative to a folder, for ``Images``."""
 
     def __init__(self, root: str | os.PathLike[str], names: Sequence[str]) -> None:
         self.reader, self.names = self, names
@@ -269,11 +261,8 @@ def find_images(
 ) -> tuple[Path, list[str], list[str]]:
     """Find images below folders, by their suffix, and files by their name, each once.
 
-    What ``is_hidden`` is skipped; links to folders are not followed.
-
-    Args:
-        inputs: files and folders.
-        leave_out: folders to skip: those of the results.
+    What ``is_hidden`` is skipped, and so are the folders ``leave_out``; links to folders are not
+    followed.
 
     Returns:
         The folder that holds them all, their paths relative to it in ascending order, and one line

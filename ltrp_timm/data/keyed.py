@@ -112,14 +112,9 @@ def _sample(image: Tensor, index: int, problems: Sequence[str] = (), real: bool 
 
 
 class KeyedStream(IterableDataset[Sample]):
-    """Samples of a stream; an image's index is its number in the stream of its worker and process.
+    """Samples of a stream of (picture, target); ``labelled`` ones carry the latter.
 
-    Args:
-        dataset: yields (picture, target).
-        transform: picture -> (3, H, W).
-        seed: seed of what the transform draws.
-        world: the processes that share the stream.
-        labelled: whether samples carry their targets.
+    An image's index is its number in the stream of its worker and process.
     """
 
     def __init__(

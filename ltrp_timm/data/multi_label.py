@@ -56,10 +56,8 @@ class LabelTable:
 class CocoLists:
     """The lists of a file in COCO's format, checked to refer to each other.
 
-    Attributes:
-        images: entries with ``id`` and ``file_name``.
-        categories: entries with ``id`` and ``name``, in the order of their ids.
-        annotations: entries with the ``image_id`` and the ``category_id`` of one of those.
+    Images have ``id`` and ``file_name``, categories, in the order of their ids, ``id`` and
+    ``name``, annotations the ``image_id`` and the ``category_id`` of one of those.
     """
 
     images: list[dict[str, Any]]
@@ -89,18 +87,7 @@ def read_labels(path: Any) -> LabelTable:
 
 
 def read_coco(path: Any) -> CocoLists:
-    """Read the images, categories and annotations of a file in COCO's format.
-
-    Args:
-        path: a ``.json`` file with instance annotations.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file is invalid; one line with its name and the reason.
-
-    >>> len(read_coco("annotations/instances_val2017.json").categories)  # doctest: +SKIP
-    80
-    """
+    """Read the lists of a ``.json`` file with COCO's annotations; errors as of ``read_labels``."""
     return _read(Path(path), _read_coco)
 
 
@@ -347,8 +334,8 @@ def open_multi_label(
     """Open the images of a folder with the labels of a file.
 
     Args:
-        folder: folder of the images; images that the file does not name are ignored.
-        labels: ``.json`` with COCO's instance annotations, or ``.csv`` (see ``read_labels``).
+        folder: images that the file does not name are ignored.
+        labels: see ``read_labels``.
         allow_empty: accept classes without any image.
         skip_absent: leave out images that the file names and the folder lacks.
 

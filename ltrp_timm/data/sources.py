@@ -209,13 +209,9 @@ def crop_transforms(
     std: Sequence[float],
     scale: Sequence[float] = SCALE,
 ) -> tuple[Transform, Transform]:
-    """The published augmentation (a random resized crop and a flip), and a centre crop.
+    """The published augmentation (a random resized crop and a flip), and a centre crop, (H, W).
 
-    Args:
-        img_size: (H, W) of the crops.
-        mean: of the normalisation, per channel.
-        std: of the normalisation, per channel.
-        scale: share of a picture's area that a random crop takes, from and to.
+    ``scale`` is the share of a picture's area that a random crop takes, from and to.
     """
     shared = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
     train = create_transform(**shared, is_training=True, scale=tuple(scale), color_jitter=None)

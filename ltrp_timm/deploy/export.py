@@ -57,14 +57,7 @@ class Parity:
         return sum(self.batch_sizes)
 
     def raise_if_wrong(self, tolerance: float) -> None:
-        """Check that the error is small, also compared with the distance from the full model.
-
-        Args:
-            tolerance: Largest allowed error.
-
-        Raises:
-            RuntimeError: The error is too large, or the file may be the full model.
-        """
+        """RuntimeError if the error is above the tolerance, or the file may be the full model."""
         figures = f"largest difference from the eager pruned outputs {self.error:.1e}"
         if not self.error <= tolerance:  # NaN fails too
             batches = ", ".join(map(str, self.batch_sizes))
@@ -90,20 +83,10 @@ def check_parity(
     batch_size: int,
     dynamic: bool,
 ) -> Parity:
-    """Run a loaded file and its model on the same images.
+    """Run a loaded file and its model on the same images; in several batch sizes if dynamic.
 
     When two scores at the cut are nearly equal, another runtime may keep the other patch. Such
-    images are excluded and counted.
-
-    Args:
-        model: The eager model.
-        run: The file in its runtime: images (B, C, H, W) -> outputs.
-        input_size: (C, H, W).
-        batch_size: B of the file.
-        dynamic: Also run batches of other sizes.
-
-    Raises:
-        RuntimeError: The shapes differ, or too few images have a clear order of patches.
+    images are excluded. RuntimeError if shapes differ, or too few images have a clear order.
     """
     sizes = [1, 2, batch_size + 2] if dynamic else [batch_size] * max(2, -(-_IMAGES // batch_size))
     parameter = next(model.backbone.parameters())

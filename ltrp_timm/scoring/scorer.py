@@ -20,15 +20,10 @@ IMG_SIZE, PATCH_SIZE = 224, 16  # without a model
 
 
 class Scorer:
-    """Turns a batch of images into scores and kept patches.
-
-    Args:
-        model: its ranker, selection and keep ratio are used; its backbone does not run.
-        config: timm's data configuration of the images.
-        device: of the ranker.
+    """Turns images into scores and kept patches by a model's ranker; its backbone does not run.
 
     Attributes:
-        ranker: of the model.
+        config: timm's data configuration of the images.
         img_size: (H, W) of the images.
         grid_size: (h, w) in patches.
         patch_size: (height, width) of a patch in pixels.

@@ -106,7 +106,6 @@ def begin(
     Raises:
         FileExistsError: the folder holds finished scores, or files of another origin.
         ValueError: it holds an unfinished run with other settings, or a damaged array.
-        OSError: the disk is full.
     """
     name = printable(folder)
     settings = {**settings, "images_hash": ids.digest()}
@@ -174,13 +173,9 @@ def _remove(folder: Path) -> None:
 
 
 class ScoreWriter:
-    """Writes rows of scores; every process of a run has one, for rows of its own.
+    """Writes rows of scores into a folder; every process of a run has one, for rows of its own.
 
     Scores reach the disk before their rows are marked as done.
-
-    Args:
-        folder: that ``begin`` has prepared.
-        keeps: whether there is a ``keep_indices.npy`` to write.
     """
 
     def __init__(self, folder: Path, keeps: bool = False) -> None:
@@ -201,14 +196,7 @@ class ScoreWriter:
     def write(
         self, rows: Sequence[int], scores: Tensor, keep: Tensor, readable: Sequence[bool]
     ) -> None:
-        """Write the rows of a batch.
-
-        Args:
-            rows: B numbers of images.
-            scores: (B, N) float32.
-            keep: (B, K) int64; ignored unless this writer keeps them.
-            readable: B flags; the others get an empty row.
-        """
+        """Write scores (B, N) and kept patches (B, K); images not ``readable`` get an empty row."""
         good = torch.tensor(readable)
         for name, values in ((SCORES, scores), (KEEP, keep)):
             if name in self._arrays:
@@ -228,13 +216,9 @@ class ScoreWriter:
         self._flushed = time.monotonic()
 
     def finish(self, failures: Mapping[int, str]) -> None:
-        """Mark the folder as finished.
+        """Mark the folder as finished, with the reason for each unreadable image, by row.
 
-        Args:
-            failures: the reason for each unreadable image, by row.
-
-        Raises:
-            ValueError: no image could be read; the files are removed.
+        ValueError if no image could be read; the files are removed.
         """
         if len(failures) == len(self):
             _remove(self.folder)
@@ -315,15 +299,9 @@ class IndexCache:
         self._open_scores()
 
     def check(self, ranker: Any, input_size: Sequence[int], grid_size: Sequence[int]) -> None:
-        """Compare with a model.
+        """Compare with a model's ranker, image size (H, W) and patch grid (h, w).
 
-        Args:
-            ranker: of the model.
-            input_size: (H, W) of its images.
-            grid_size: (h, w) of its patches.
-
-        Raises:
-            ValueError: the scores are of another ranker or of other patches.
+        ValueError if the scores are of another ranker or of other patches.
         """
         name, own = printable(self.folder), self.settings
         theirs = str(getattr(ranker, "name", type(ranker).__name__))

@@ -224,16 +224,13 @@ _MOVES: dict[str, Callable[[float, tuple[int, int]], Matrix]] = {
 
 
 def cached_transform(folder: Any, model: Any, images: Any, transform: Transform) -> Any:
-    """A transform that also gives the scores of an index cache.
+    """A ``CachedTransform`` that also gives the scores of an index cache.
 
     Args:
         folder: that ``ltrp-timm rank`` has written.
         model: an LTRPModel; its ranker need not run any more.
         images: the data set.
         transform: of timm's ``create_transform``.
-
-    Returns:
-        A ``CachedTransform``.
 
     Raises:
         FileNotFoundError: the folder holds no finished scores.

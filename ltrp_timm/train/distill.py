@@ -55,7 +55,7 @@ class Distillation:
         self.bridge = make_bridge(wanted, student)
 
     def check(self, images: Tensor, student: Any) -> None:
-        """Run the teacher once on images (1, 3, H, W); ValueError if it does not fit the student."""
+        """Run the teacher once on images (1, 3, H, W); ValueError if it does not fit."""
         size = "x".join(str(side) for side in images.shape[-2:])
         try:
             with torch.no_grad():
@@ -89,13 +89,10 @@ class Distillation:
     def loss(
         self, images: Tensor, logits: Tensor, tokens: Tensor | None, keep: Tensor | None
     ) -> Tensor:
-        """Measure how far the student is from its teacher.
+        """Measure how far the student's logits (B, C) are from those of its teacher.
 
-        Args:
-            images: (B, 3, H, W).
-            logits: The student's, (B, C).
-            tokens: The student's, (B, P + K, D), or None.
-            keep: The patches that they belong to, (B, K), or None for all patches.
+        With ``features``, also how far its tokens (B, P + K, D) are; ``keep`` (B, K) are their
+        patches, None for all.
 
         Returns:
             KL divergence · T², the mean over images, plus ``features`` times one minus the cosine

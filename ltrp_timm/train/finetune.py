@@ -303,12 +303,7 @@ def fit_head(model: Any, num_classes: int, class_names: Sequence[str]) -> bool:
 def put_head(model: Any, name: str, args: Mapping[str, Any] | None) -> bool:
     """Give a pruned model the named head, unless it has one with these arguments.
 
-    Returns:
-        Whether the head is new.
-
-    Raises:
-        TypeError: the model is not pruned, or its backbone does not return tokens.
-        ValueError: an argument is out of its range.
+    Returns whether the head is new. TypeError if the model is not pruned or gives no tokens.
     """
     if not isinstance(model, LTRPModel):
         raise TypeError(f"head {name!r} needs a pruned model: give a ranker or a keep_ratio.")

@@ -253,12 +253,7 @@ class Trainer:
             say(f"resuming {self.folder} at {where}")
 
     def save_checkpoint(self) -> None:
-        """Write all that a continuation needs; in the main process.
-
-        Raises:
-            NonFiniteLossError: A weight is not finite; the last checkpoint stays.
-            OSError: The file cannot be written; the last checkpoint stays.
-        """
+        """Write all that a continuation needs; in the main process. An error keeps the last one."""
         self._check_weights()
         progress = dataclasses.asdict(self.progress)
         state = {"config": self.config(), "progress": progress, **self.engine.state_dict()}
@@ -306,9 +301,8 @@ class Trainer:
     def train_update(self, batches: list[Batch], requests: StopRequests) -> tuple[float, int]:
         """Train one update on its accumulated batches; its mean loss, and a stop signal or 0.
 
-        Raises:
-            NonFiniteLossError: Before anything has changed.
-            ValueError: Too many images cannot be read; likewise.
+        Raises NonFiniteLossError, or ValueError if too many images are unreadable, before anything
+        has changed.
         """
         progress = self.progress
         self._check_images(batches)

@@ -166,9 +166,7 @@ def train_ranker(
 def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from: Any) -> Any:
     """Make a ranker to train, on the grid of its targets unless ``args`` differ.
 
-    Raises:
-        FileNotFoundError: ``init_from`` does not exist.
-        ValueError: The ranker has no weights, or ``init_from`` holds another ranker.
+    ValueError if it has no weights, or ``init_from`` holds another ranker.
     """
     kind = ranker_class(name)
     if not kind.learned:

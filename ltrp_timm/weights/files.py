@@ -134,9 +134,7 @@ def locate(
         token: as in huggingface_hub.
 
     Raises:
-        FileNotFoundError: the path or the repository does not exist, or lacks a file.
-        PermissionError: the Hub wants another token.
-        ConnectionError: the Hub does not answer properly.
+        OSError: the path or the repository does not exist, or lacks a file; or see ``hub_errors``.
         ValueError: the text after ``hf-hub:`` cannot name a repository.
     """
     text, path = os.fspath(source), Path(source)
@@ -466,14 +464,8 @@ def build_and_load(
 ) -> Any:
     """Build a model from saved arguments and load all its weights.
 
-    Shapes are compared with those of the file before memory is allocated.
-
-    Args:
-        make: the model's constructor.
-        args: its arguments.
-        state_dict: the file's tensors.
-        source: what the errors call the file.
-        fit: (tensors, model) -> the tensors, resampled to the model's shapes where possible.
+    Shapes are compared with those of the file before memory is allocated. ``fit`` (tensors, model)
+    resamples tensors to the model's shapes where possible.
 
     Raises:
         ValueError: the arguments do not describe a model.

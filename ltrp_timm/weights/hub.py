@@ -52,25 +52,19 @@ def download(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Download files of one commit of a repository into the cache.
+    """Download files of one commit of a repository into the cache; errors as of ``hub_errors``.
 
     Args:
         repository: ``owner/name``.
         patterns: names or patterns of the files.
-        required: names of which the repository must hold one; the last of them is downloaded
-            only if the others are missing.
+        required: names of which the repository must hold one; the last of them is downloaded only
+            if the others are missing.
         revision: branch, tag or commit; None is the main branch.
         cache_dir: as in huggingface_hub.
         token: as in huggingface_hub.
 
     Returns:
         The folder of the files.
-
-    Raises:
-        FileNotFoundError: the repository, the revision or a file does not exist, or is not in the
-            cache while HF_HUB_OFFLINE is set.
-        PermissionError: the token is refused or not sufficient.
-        ConnectionError: the Hub cannot be reached, breaks off, has an error or is busy.
     """
     offline = constants.HF_HUB_OFFLINE
 
@@ -120,12 +114,7 @@ def upload(
     """Upload files to a repository in one commit; the repository is created if it is missing.
 
     ``keep`` are files that stay as they are on the branch, instead of an error; ``push_to_hub``
-    describes the other arguments and the result.
-
-    Raises:
-        FileExistsError: the branch holds one of the files and ``overwrite`` is False.
-        PermissionError: the token is refused or may not write.
-        ConnectionError: the Hub cannot be reached, breaks off, has an error or is busy.
+    describes the other arguments, the result and the errors.
     """
     api = huggingface_hub.HfApi(token=token, library_name="ltrp-timm")
     with hub_errors(repository, revision):
