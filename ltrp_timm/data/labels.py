@@ -164,10 +164,7 @@ def refuse_empty(classes: Sequence[str], source: Any) -> None:
 
 
 class LabelledImages(Images):
-    """Pictures and the numbers of their classes.
-
-    Args:
-        dataset: one of timm's, or a map-style torch data set of (picture, class number).
+    """Pictures and the numbers of their classes, of a data set with class numbers; see ``Images``.
 
     Attributes:
         class_names: names of all classes, in timm's natural order; () if the data set names none.
@@ -185,16 +182,16 @@ class LabelledImages(Images):
         super().__init__(dataset)
         numbers = _class_to_idx(dataset)
         self.empty: list[str] = []
-        if _is_folder(self.reader):
+        if hasattr(self.reader, "samples"):  # the classes are folders, on disk or in an archive
             self.empty = self._check_folders(set(numbers))
             self.class_names = tuple(sorted([*numbers, *self.empty], key=natural_key))
         else:  # the data set's own numbers have a meaning
             self.class_names = tuple(sorted(numbers, key=numbers.__getitem__))
-        places = {name: place for place, name in enumerate(self.class_names)}
+        self._names = dict(enumerate(self.class_names))
+        places = {name: place for place, name in self._names.items()}
         self._places = {number: places[name] for name, number in numbers.items()}
         self._numbers = dict(self._places)
-        self._names = dict(enumerate(self.class_names))
-        self.present: tuple[int, ...] = tuple(range(len(self.class_names)))
+        self.present: tuple[int, ...] = tuple(self._names)
         self._check_first_label()
 
     def _check_folders(self, names: set[str]) -> list[str]:
@@ -231,7 +228,7 @@ class LabelledImages(Images):
         if not len(self):
             raise ValueError("there are no images.")
         key = getattr(self.reader, "label_key", None)
-        if key is not None and not _is_folder(self.reader):
+        if key is not None and not hasattr(self.reader, "samples"):
             try:
                 file, label = self.reader[0][:2]  # type: ignore[index]
                 file.close()
@@ -369,19 +366,15 @@ def listed_names(label_names: Any) -> list[str]:
 
 def _imagenet_classes(num_classes: int) -> list[str]:
     subset = infer_imagenet_subset({"num_classes": num_classes})
-    if subset is None:
-        return []
-    names: list[str] = ImageNetInfo(subset).label_names()
-    return names if len(names) == num_classes else []
+    return [] if subset is None else ImageNetInfo(subset).label_names()
 
 
 def _class_to_idx(dataset: Any) -> dict[str, int]:
     """Class numbers by name, from timm's readers and torchvision's data sets."""
     reader = getattr(dataset, "reader", None)
     for name in CLASS_NUMBERS:
-        found = getattr(reader, name, None)
-        if found is not None:
-            return {str(key): int(number) for key, number in found.items()}
+        if getattr(reader, name, None) is not None:
+            return {str(key): int(number) for key, number in getattr(reader, name).items()}
     classes = getattr(dataset, "classes", None) or ()
     return {str(name): number for number, name in enumerate(classes)}
 
@@ -396,11 +389,6 @@ def _listed_targets(dataset: Any, reader: Any) -> Sequence[Any] | None:
         return list(reader.dataset[reader.label_key])
     targets = getattr(dataset, "targets", None)
     return None if targets is None else list(targets)
-
-
-def _is_folder(reader: Any) -> bool:
-    """Whether the classes are folders, on disk or in an archive."""
-    return reader is not None and hasattr(reader, "samples")
 
 
 def _folders(reader: Any) -> set[str]:

@@ -35,6 +35,7 @@ SEPARATOR = ";"  # between the labels of a cell
 _JOINED = ("label", "labels")  # names of a column that holds labels, not a class
 _OTHER_SEPARATORS = re.compile(r"[,|\t]")  # "cat|dog" is no class
 _T = TypeVar("_T")
+_Entries = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,6 @@ class LabelTable:
     names: tuple[str, ...]
     classes: tuple[str, ...]
     targets: Tensor
-
-
-@dataclass(frozen=True)
-class CocoLists:
-    """The lists of a file in COCO's format, checked to refer to each other.
-
-    Images have ``id`` and ``file_name``, categories, in the order of their ids, ``id`` and
-    ``name``, annotations the ``image_id`` and the ``category_id`` of one of those.
-    """
-
-    images: list[dict[str, Any]]
-    categories: list[dict[str, Any]]
-    annotations: list[dict[str, Any]]
 
 
 def read_labels(path: Any) -> LabelTable:
@@ -86,8 +74,11 @@ def read_labels(path: Any) -> LabelTable:
     return _read(file, parsers[file.suffix.lower()])
 
 
-def read_coco(path: Any) -> CocoLists:
-    """Read the lists of a ``.json`` file with COCO's annotations; errors as of ``read_labels``."""
+def read_coco(path: Any) -> tuple[_Entries, _Entries, _Entries]:
+    """Read the images, categories (in the order of their ids) and annotations of COCO's ``.json``.
+
+    The lists refer to each other: ``image_id``, ``category_id``. Errors are as of ``read_labels``.
+    """
     return _read(Path(path), _read_coco)
 
 
@@ -142,7 +133,7 @@ def _check_names(names: Sequence[str]) -> tuple[str, ...]:
 # COCO: {"images": [{id, file_name}], "annotations": [{image_id, category_id}], "categories": [...]}
 
 
-def _read_coco(text: str) -> CocoLists:
+def _read_coco(text: str) -> tuple[_Entries, _Entries, _Entries]:
     content = json.loads(text)
     lists = content if isinstance(content, dict) else {}
     images = _entries(lists, "images", ("id", "file_name"))
@@ -161,7 +152,7 @@ def _read_coco(text: str) -> CocoLists:
                 number = annotation[f"{what}_id"]
                 raise ValueError(f"an annotation refers to the unknown {what} {number!r}.")
     _check_names([image["file_name"] for image in images])
-    return CocoLists(images, categories, annotations)
+    return images, categories, annotations
 
 
 def _entries(content: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[Any]:
@@ -180,12 +171,12 @@ def _entries(content: Mapping[str, Any], name: str, keys: Sequence[str]) -> list
 
 
 def _coco_table(text: str) -> LabelTable:
-    found = _read_coco(text)
-    names = {category["id"]: category["name"] for category in found.categories}
-    labels: dict[Any, list[str]] = {image["id"]: [] for image in found.images}
-    for annotation in found.annotations:  # crowds too: a crowd of people shows people
+    images, categories, annotations = _read_coco(text)
+    names = {category["id"]: category["name"] for category in categories}
+    labels: dict[Any, list[str]] = {image["id"]: [] for image in images}
+    for annotation in annotations:  # crowds too: a crowd of people shows people
         labels[annotation["image_id"]].append(names[annotation["category_id"]])
-    files = [image["file_name"] for image in found.images]
+    files = [image["file_name"] for image in images]
     return _table(files, labels.values(), list(names.values()))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ltrp_timm._text import one_line, printable
-from ltrp_timm.data.multi_label import CocoLists
 from ltrp_timm.data.photos import check_aspect, load_image
 
 Mask = NDArray[np.uint8]
@@ -54,20 +53,21 @@ class Annotated:
     boxes: int
 
 
-def find_objects(lists: CocoLists, with_crowds: bool = False) -> Annotated:
+def find_objects(lists: tuple[Any, Any, Any], with_crowds: bool = False) -> Annotated:
     """Sort annotations by their images, and check their segmentations.
 
     Args:
-        lists: of the file.
+        lists: images, categories and annotations of the file.
         with_crowds: take a crowd's region for an object.
 
     Raises:
         ValueError: A segmentation is neither polygons nor an uncompressed RLE, or none exists.
     """
-    columns = {category["id"]: column for column, category in enumerate(lists.categories)}
-    objects: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in lists.images}
+    entries, categories, annotations = lists
+    columns = {category["id"]: column for column, category in enumerate(categories)}
+    objects: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in entries}
     crowds = boxes = 0
-    for number, annotation in enumerate(lists.annotations):
+    for number, annotation in enumerate(annotations):
         segmentation = annotation.get("segmentation")
         if annotation.get("iscrowd") and not with_crowds:
             crowds += 1
@@ -83,14 +83,14 @@ def find_objects(lists: CocoLists, with_crowds: bool = False) -> Annotated:
             objects[annotation["image_id"]].append((column, segmentation))
     images = [
         AnnotatedImage(image["file_name"], _size_of(image), objects[image["id"]])
-        for image in lists.images
+        for image in entries
         if objects[image["id"]]
     ]
     if not images:
         raise ValueError(
             f"no object has a segmentation ({crowds} crowds and {boxes} without are left out)."
         )
-    return Annotated(tuple(c["name"] for c in lists.categories), images, crowds, boxes)
+    return Annotated(tuple(c["name"] for c in categories), images, crowds, boxes)
 
 
 def _size_of(image: Mapping[str, Any]) -> tuple[int, int] | None:
