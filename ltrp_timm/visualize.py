@@ -48,14 +48,10 @@ _CAPTION = 24
 
 
 def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
-    """Prepare a picture for the model with timm's evaluation transform.
-
-    Args:
-        image: Of any size; it is resized and cropped.
-        model: Its data configuration is used.
+    """Prepare a picture of any size for the model with timm's evaluation transform.
 
     Returns:
-        (1, 3, H, W) float32, normalised for the backbone, on the CPU.
+        (1, 3, H, W) float32, resized, cropped and normalised for the backbone, on the CPU.
 
     Raises:
         ValueError: The model does not take RGB pictures, or one side of the picture is more than 50
@@ -75,9 +71,7 @@ def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
 def to_image(x: Tensor, model: LTRPModel) -> Image.Image:
     """The pixels that the model sees: the inverse of ``to_tensor``, except for the crop.
 
-    Args:
-        x: (1, 3, H, W) or (3, H, W), normalised for the backbone.
-        model: Its mean and std are used.
+    ``x`` is one image, (1, 3, H, W) or (3, H, W), normalised for the backbone.
 
     Raises:
         ValueError: `x` has another shape.
@@ -99,7 +93,7 @@ def show_images(
 
 
 def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) -> Image.Image:
-    """Draw a heat map over the picture: violet is the lowest score, yellow the highest.
+    """Draw a heat map over the picture, in its size: violet is lowest, yellow highest.
 
     Each patch is coloured by its rank; ties have one colour, and NaN is the lowest.
 
@@ -107,9 +101,6 @@ def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) ->
         image: The ranked picture, whole patches only.
         scores: (N,), (1, N) or (h, w), higher = keep first.
         grid_size: (h, w).
-
-    Returns:
-        A picture of the same size.
 
     Raises:
         ValueError: `scores` or `image` does not fit the grid.
@@ -131,15 +122,12 @@ def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) ->
 def kept_patches(
     image: Image.Image, keep_indices: Tensor, grid_size: tuple[int, int]
 ) -> Image.Image:
-    """Draw the picture with its dropped patches dark and grey.
+    """Draw the picture, in its size, with its dropped patches dark and grey.
 
     Args:
         image: The ranked picture, whole patches only.
         keep_indices: (K,) or (1, K) integers, row by row from the upper left.
         grid_size: (h, w).
-
-    Returns:
-        A picture of the same size.
 
     Raises:
         ValueError: `image` does not fit the grid, or an index is outside of it.
@@ -165,16 +153,11 @@ def kept_patches(
     return _picture(np.where(_to_pixels(mask.reshape(h, w, 1), image), pixels, dim))
 
 
-def token_picture(image: Image.Image, layout: TokenLayout, lines: bool = True) -> Image.Image:
-    """Draw the picture as tokens of several scales see it: each token in its own resolution.
+def token_picture(image: Image.Image, layout: TokenLayout) -> Image.Image:
+    """Draw the picture as tokens of several scales see it: each outlined, in its own resolution.
 
-    Args:
-        image: The ranked picture, whole patches only.
-        layout: Of one image, as ``model.token_layout`` returns it.
-        lines: Draw the outline of each token.
-
-    Returns:
-        A picture of the same size.
+    The layout is that of one image, as ``model.token_layout`` returns it; the picture, of whole
+    patches only, keeps its size.
 
     Raises:
         ValueError: `image` does not fit the grid, or the layout is of several images.
@@ -193,13 +176,11 @@ def token_picture(image: Image.Image, layout: TokenLayout, lines: bool = True) -
         small = image.resize((image.width // each, image.height // each), Image.Resampling.BOX)
         coarse = _pixels(small.resize(image.size, Image.Resampling.NEAREST))
         pixels = np.where(_to_pixels(scale == each, image), coarse, pixels)
-    if lines:
-        tokens = _to_pixels(owner.reshape(h, w, 1).numpy(), image)[..., 0]
-        edge = np.zeros(tokens.shape, bool)
-        edge[1:] |= tokens[1:] != tokens[:-1]
-        edge[:, 1:] |= tokens[:, 1:] != tokens[:, :-1]
-        pixels = np.where(edge[..., None], 0.55 * pixels + 0.45 * 255, pixels)
-    return _picture(pixels)
+    tokens = _to_pixels(owner.reshape(h, w, 1).numpy(), image)[..., 0]
+    edge = np.zeros(tokens.shape, bool)
+    edge[1:] |= tokens[1:] != tokens[:-1]
+    edge[:, 1:] |= tokens[:, 1:] != tokens[:, :-1]
+    return _picture(np.where(edge[..., None], 0.55 * pixels + 0.45 * 255, pixels))
 
 
 def overview(
@@ -209,21 +190,7 @@ def overview(
     captions: bool = True,
     coarse: bool = False,
 ) -> Image.Image:
-    """Draw a row: the photo as the model sees it, its score map, what is kept at each ratio.
-
-    Args:
-        image: Of any size.
-        model: Ranks and selects; its ``keep_ratio`` is restored.
-        keep_ratios: One picture each.
-        captions: Write a line above each picture.
-        coarse: See ``panels``.
-
-    Returns:
-        The row; each picture is 224 to 264 pixels wide.
-
-    Raises:
-        ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.
-    """
+    """Draw a row of ``panels``, each 224 to 264 pixels wide, with their captions above them."""
     shown = panels(image, model, keep_ratios, coarse)
     return row([(picture, text if captions else "") for picture, text in shown])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltrp_timm import AdaptiveBudget, PatchSelector, drop_patches
-from ltrp_timm.selection.adaptive import bucket_sizes, patches_needed, round_up
+from ltrp_timm.selection.adaptive import bucket_sizes, patches_needed
 from ltrp_timm.visualize import keeping
 
 
@@ -46,7 +46,8 @@ def test_what_scores_ask_for_by_hand() -> None:
     assert patches_needed(odd, "mass", 0.9).tolist() == [1, 2]
     assert bucket_sizes(36, 6) == [6, 12, 18, 24, 30, 36]
     assert bucket_sizes(3, 8) == [1, 2, 3]
-    assert round_up(torch.tensor([1, 6, 7, 36]), bucket_sizes(36, 6)).tolist() == [6, 6, 12, 36]
+    asked = torch.arange(36).expand(4, -1) >= 36 - torch.tensor([[1], [6], [7], [36]])
+    assert AdaptiveBudget("threshold", 1.0, 6, 0.5).counts(asked.float()).tolist() == [6, 6, 12, 36]
     for bad, words in (
         ({"rule": "most"}, "rule must be one of mass, threshold, got 'most'"),
         ({"level": 1.5}, "level must be a number from 0.0 to 1.0, got 1.5"),

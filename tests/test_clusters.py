@@ -3,7 +3,7 @@ import torch
 
 from ltrp_timm import create_ranker, dpc_knn, select_top
 from ltrp_timm.rankers import DpcKnnRanker
-from ltrp_timm.selection.coverage import density_peaks, patch_pixels
+from ltrp_timm.selection.coverage import density_peaks, patch_pixels, squared_distances
 
 IMAGES = torch.rand(3, 3, 64, 48, generator=torch.Generator().manual_seed(0))
 
@@ -17,7 +17,7 @@ def test_the_best_k_are_the_centres_of_k_clusters(k: int, side: int) -> None:
     tokens = patch_pixels(IMAGES, (4, 3), side)
     _, centres = dpc_knn(tokens, k, k=3)
     assert torch.equal(select_top(scores.flatten(1), k), centres)
-    assert torch.equal(density_peaks(tokens, 3), scores.flatten(1))
+    assert torch.equal(density_peaks(squared_distances(tokens), 3), scores.flatten(1))
 
 
 def test_it_keeps_one_of_each_kind() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ltrp_timm import create_ranker, drop_patches, list_rankers, save_pretrained
 from ltrp_timm.layers.bridge import InputBridge, resize_score_map
 from ltrp_timm.rankers import ContrastRanker, RandomRanker, StatisticRanker
-from ltrp_timm.rankers.contrast import border_contrast, centre_distance, patch_statistics
+from ltrp_timm.rankers.weight_free import border_contrast, centre_distance, patch_statistics
 from ltrp_timm.selection.rules import mean_rank
 
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4}

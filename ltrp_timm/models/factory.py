@@ -1,25 +1,29 @@
-"""From arguments of ``timm.create_model`` to an LTRPModel: backbone, cfg, weights."""
+"""From arguments of ``timm.create_model`` to an LTRPModel: backbone, cfg, weights of either."""
 
 import dataclasses
 import inspect
+import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import timm
 from timm.models import PretrainedCfg, build_model_with_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from ltrp_timm import _timm
-from ltrp_timm.models.checkpoint_filter import checkpoint_filter_fn
+from ltrp_timm.layers.ml_decoder import BY_CLASS, MLDecoder, classifier_name
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.timm_interface import GENERIC, wrap_pretrained_cfg
+from ltrp_timm.models.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
 from ltrp_timm.rankers import list_rankers, ranker_class
+from ltrp_timm.rankers.base import adapt_channels
 from ltrp_timm.selection import AdaptiveBudget
-from ltrp_timm.weights.files import WEIGHT_SUFFIXES, locate
+from ltrp_timm.weights.files import WEIGHT_SUFFIXES, check_keys, locate
 from ltrp_timm.weights.hub import PREFIX, hub_errors
 from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args, shapes_of
+
+_logger = logging.getLogger(__name__)
 
 # arguments of drop_patches, without the model and the cache_dir that timm has too
 _FRONT_END = list(set(inspect.signature(drop_patches).parameters) - {"model", "cache_dir"})
@@ -208,3 +212,100 @@ def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:
     # the Hub has native weights even if the url names an original JAX file
     changes = {"url": None, "custom_load": False, "architecture": None, "tag": None, **changes}
     return dataclasses.replace(PretrainedCfg(**wrapped), **changes)
+
+
+def checkpoint_filter_fn(
+    state_dict: Dict[str, Any],
+    model: LTRPModel,
+    antialias: bool = True,
+    keep_ranker: bool = False,
+) -> Dict[str, Tensor]:
+    """Weights of a plain backbone or of a whole model -> names and shapes of ``model``.
+
+    The backbone's part goes through timm's own filter (other layouts, position embeddings of
+    another size, see ``backbone_filter``). A plain file leaves the ranker's weights unchanged, and
+    so does ``keep_ranker``. Whatever is left out is logged.
+
+    Raises:
+        RuntimeError: Names or shapes do not match; the message lists all of them.
+    """
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    plain = is_plain(state_dict)
+    inner = state_dict if plain else _with_prefix(state_dict, _PREFIX)
+    inner = _fit_pooling(_timm.backbone_filter(inner, model.backbone, antialias), model.backbone)
+    inner = _fit_head(inner, model)
+    own = model.ranker.state_dict()
+    ranker = (
+        own if plain or keep_ranker else adapt_channels(_with_prefix(state_dict, "ranker."), own)
+    )
+    if ranker and not own:
+        _logger.warning("Ignoring the checkpoint's ranker: this model's ranker has no weights.")
+        ranker = {}
+    out = {f"ranker.{name}": tensor for name, tensor in ranker.items()}
+    out.update({f"{_PREFIX}{name}": tensor for name, tensor in inner.items()})
+    if not plain:  # names with neither prefix: the check below lists them
+        known = (_PREFIX, "ranker.")
+        out.update({name: state_dict[name] for name in state_dict if not name.startswith(known)})
+    _check_complete(model, out)
+    return out
+
+
+def _fit_pooling(state_dict: Dict[str, Any], backbone: Any) -> Dict[str, Any]:
+    """Follow another ``global_pool``: rename the norm, ignore an attention pool."""
+    wanted = backbone.state_dict()
+    out = dict(state_dict)
+    for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
+        for part in ("weight", "bias"):
+            before, after = f"{old}.{part}", f"{new}.{part}"
+            if before in out and before not in wanted and after in wanted and after not in out:
+                out[after] = out.pop(before)
+                _logger.warning(
+                    "Loading %s of the checkpoint as %s: the pooling differs.", before, after
+                )
+    unused = [name for name in out if name.startswith("attn_pool.") and name not in wanted]
+    if unused and getattr(backbone, "attn_pool", None) is None:
+        _logger.warning("Ignoring the checkpoint's attention pool: global_pool differs.")
+        out = {name: value for name, value in out.items() if name not in unused}
+    return out
+
+
+def _fit_head(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Any]:
+    """Keep a new ML-Decoder where the file has another classifier or other classes."""
+    classifier = model.backbone.get_classifier()
+    if not isinstance(classifier, MLDecoder):
+        return state_dict
+    prefix = f"{classifier_name(model.backbone)}."
+    own = {f"{prefix}{name}": tensor for name, tensor in classifier.state_dict().items()}
+    out = dict(state_dict)
+    if f"{prefix}{BY_CLASS[0]}" not in out:
+        _logger.warning("Ignoring the checkpoint's classifier: this model's ML-Decoder is new.")
+        return {**{name: out[name] for name in out if not name.startswith(prefix)}, **own}
+    if (model.pretrained_cfg or {}).get("num_classes") != model.num_classes:
+        out.update({f"{prefix}{name}": own[f"{prefix}{name}"] for name in BY_CLASS})
+    return out
+
+
+def _check_complete(model: LTRPModel, found: Dict[str, Tensor]) -> None:
+    """Check names and shapes, but for what timm adapts: a stem's channels, a head's classes."""
+    cfg, expected = model.pretrained_cfg or {}, dict(model.state_dict())
+    for name in _names(cfg, "first_conv"):
+        stem, own = found.get(f"{name}.weight"), expected.get(f"{name}.weight")
+        if stem is not None and own is not None and stem.dim() == own.dim() == 4:
+            if stem.shape[0] == own.shape[0] and stem.shape[2:] == own.shape[2:]:
+                expected[f"{name}.weight"] = stem
+    heads = _names(cfg, "classifier") if cfg.get("num_classes") != model.num_classes else []
+    optional = [f"{name}.{part}" for name in heads for part in ("weight", "bias")]
+    check_keys(expected, found, "the checkpoint", optional=optional)
+
+
+def _names(cfg: Mapping[str, Any], key: str) -> List[str]:
+    value = cfg.get(key)
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _with_prefix(state_dict: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
+    return {
+        name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
+    }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ltrp_timm._text import one_line, printable
 from ltrp_timm._timm import backbone_filter
-from ltrp_timm.models.checkpoint_filter import checkpoint_filter_fn
+from ltrp_timm.models.factory import checkpoint_filter_fn
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.timm_interface import GENERIC

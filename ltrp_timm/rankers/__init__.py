@@ -9,11 +9,17 @@ from torch import nn
 
 from ltrp_timm.rankers.attention import AttentionRanker, FeatureContrastRanker
 from ltrp_timm.rankers.base import adapt_channels
-from ltrp_timm.rankers.baselines import DpcKnnRanker, RandomRanker
 from ltrp_timm.rankers.class_map import CamRanker, GradCamRanker
-from ltrp_timm.rankers.contrast import STATISTICS, BorderRanker, ContrastRanker, StatisticRanker
 from ltrp_timm.rankers.conv import ConvRanker
 from ltrp_timm.rankers.vit import VitRanker
+from ltrp_timm.rankers.weight_free import (
+    STATISTICS,
+    BorderRanker,
+    ContrastRanker,
+    DpcKnnRanker,
+    RandomRanker,
+    StatisticRanker,
+)
 from ltrp_timm.weights.files import PathLike, build_and_load, read_weights
 from ltrp_timm.weights.hub import hub_errors
 from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args

@@ -9,7 +9,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ltrp_timm.rankers.on_model import SizedRanker, is_integer
+from ltrp_timm.rankers.base import SizedRanker, is_integer
 
 _PRE_NORM = ("Block", "EvaBlock")
 _POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")

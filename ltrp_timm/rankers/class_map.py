@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltrp_timm.layers.sizes import set_image_size, to_pair
-from ltrp_timm.rankers.on_model import ModelRanker, is_integer
+from ltrp_timm.rankers.base import ModelRanker, is_integer
 from ltrp_timm.slots.base import alone
 
 

@@ -49,8 +49,8 @@ class AdaptiveBudget:
 
     def counts(self, scores: Tensor) -> Tensor:
         """Scores (B, N) -> the number of patches (B,) int64 that each image keeps."""
-        sizes = bucket_sizes(scores.shape[1], self.buckets)
-        return round_up(patches_needed(scores, self.rule, self.level), sizes)
+        sizes = torch.tensor(bucket_sizes(scores.shape[1], self.buckets), device=scores.device)
+        return sizes[torch.searchsorted(sizes, patches_needed(scores, self.rule, self.level))]
 
     def calibrated(self, scores: List[Tensor]) -> Tuple["AdaptiveBudget", float]:
         """Find the level at which images with scores (B, N) keep ``mean_keep_ratio`` on average.
@@ -120,12 +120,6 @@ def patches_needed(scores: Tensor, rule: str, level: float) -> Tensor:
     mass = mass.gather(1, best_first(mass)).double().cumsum(dim=1)  # float32 sums drift
     wanted = mass[:, -1:] * level
     return ((mass < wanted * (1.0 - 1e-9)).sum(dim=1) + 1).clamp(max=scores.shape[1])
-
-
-def round_up(counts: Tensor, sizes: List[int]) -> Tensor:
-    """Counts (B,) -> for each the smallest of the ascending ``sizes`` that holds it."""
-    steps = torch.tensor(sizes, device=counts.device)
-    return steps[torch.searchsorted(steps, counts).clamp(max=len(sizes) - 1)]
 
 
 def buckets_of(counts: Tensor) -> Tuple[List[Tuple[int, Tensor]], Tensor]:

@@ -60,8 +60,8 @@ def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
     return grouped.gather(2, near).flatten(2).topk(k, dim=2, largest=False, sorted=False)[0]
 
 
-def density_peaks(tokens: Tensor, k: int = 5) -> Tensor:
-    """Tokens (B, N, C) -> (B, N) float32: how well each patch represents a cluster.
+def density_peaks(distances: Tensor, k: int) -> Tensor:
+    """Squared distances (B, N, N) -> (B, N) float32: how well each patch represents a cluster.
 
     That is density times separation, see ``dpc_knn`` (also for ``k``). For any K, the K largest
     values are the centres of ``dpc_knn`` with K clusters.
@@ -69,11 +69,6 @@ def density_peaks(tokens: Tensor, k: int = 5) -> Tensor:
     Raises:
         ValueError: `k` is below 1.
     """
-    return _peaks(squared_distances(tokens), k)
-
-
-def _peaks(distances: Tensor, k: int) -> Tensor:
-    """Squared distances (B, N, N) -> (B, N): density times separation."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     density = torch.exp(-smallest(distances, min(k, distances.shape[1])).mean(dim=2))
@@ -108,7 +103,7 @@ def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tens
     distances = squared_distances(tokens)
     n = distances.shape[1]
     check_k(distances[:, 0], num_clusters)
-    centres = select_top(_peaks(distances, k), num_clusters)
+    centres = select_top(density_peaks(distances, k), num_clusters)
     to_centres = distances.gather(1, centres.unsqueeze(2).expand(-1, -1, n))
     labels = to_centres.argmin(dim=1)
     own = torch.arange(num_clusters, device=centres.device).expand_as(centres)

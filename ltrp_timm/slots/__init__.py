@@ -14,9 +14,8 @@ from ltrp_timm.slots.base import (
     can_embed_kept,
     swap_in,
 )
-from ltrp_timm.slots.beit import BeitAdapter
 from ltrp_timm.slots.naflex import NaFlexAdapter
-from ltrp_timm.slots.relpos import RelPosAdapter
+from ltrp_timm.slots.pair_bias import BeitAdapter, RelPosAdapter
 from ltrp_timm.slots.vit import CaitAdapter, EvaAdapter, VitAdapter
 
 ADAPTERS = (

@@ -103,9 +103,9 @@ def semantic_density(
     >>> scores.shape, indices.shape
     (torch.Size([2, 8]), torch.Size([2, 8]))
     """
-    _check_choices(removal, metric, aggregate, chunk)
     if removal == "coarse" and isinstance(teacher, MAETeacher):
         teacher = CellTeacher(teacher)
+    _check_choices(teacher, removal, metric, aggregate, chunk)
     teacher.check_images(images)
     if visible_indices is None:
         batch, n = images.shape[0], teacher.num_patches
@@ -120,18 +120,16 @@ def semantic_density(
     columns = _columns_to_remove(visible_indices, num_removed, generator)
     chosen = visible_indices.gather(1, columns)
     if not isinstance(teacher, MAETeacher):
-        _check_feature_choices(teacher, removal, metric, aggregate)
         change_of = PREDICTION_CHANGES[str(metric)]
         return _feature_changes(teacher, images, visible_indices, columns, change_of, chunk), chosen
     variants = _Variants(teacher, images, visible_indices, removal)
-    change = _Change(variants, images, metric, aggregate)
     rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
     encoded, decoded = _chunks(teacher, visible_indices.shape[1], rows, chunk)
     scores = []
     for row, column in zip(rows.split(encoded), columns.flatten().split(encoded)):
         shown = variants.show(row, column)
         scores += [
-            change(variants.predict(tokens, image), image)
+            variants.change(variants.predict(tokens, image), image, metric, aggregate)
             for tokens, image in zip(shown.split(decoded), row.split(decoded))
         ]
     return torch.cat(scores).reshape(columns.shape), chosen
@@ -233,30 +231,25 @@ def _other_columns(count: int, columns: Tensor) -> Tensor:
     return kept + (kept >= columns.unsqueeze(1))
 
 
-def _check_feature_choices(
-    teacher: Any, removal: str, metric: str | ImageChange, aggregate: str
-) -> None:
-    given = {"removal": removal, "metric": metric, "aggregate": aggregate}
-    fit = {"metric": tuple(PREDICTION_CHANGES), "aggregate": ("mean",)}
-    fit["removal"] = ("full",) if teacher.rest == "drop" else ("coarse", "full")
-    for name, value in given.items():
-        if value not in fit[name]:
-            raise ValueError(
-                f"{name} must be {' or '.join(fit[name])} for this teacher, got {value!r}."
-            )
-
-
 def _check_choices(
-    removal: str, metric: str | ImageChange, aggregate: str, chunk: int | None
+    teacher: Any, removal: str, metric: str | ImageChange, aggregate: str, chunk: int | None
 ) -> None:
-    if removal not in get_args(Removal):
-        known = ", ".join(get_args(Removal))
-        raise ValueError(f"removal must be one of {known}, got {removal!r}.")
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}.")
-    if not callable(metric) and metric not in METRICS:
-        names = ", ".join(METRICS)
-        raise ValueError(f"metric must be one of {names}, or a function, got {metric!r}.")
+    given = {"removal": removal, "aggregate": aggregate, "metric": metric}
+    known = {"removal": get_args(Removal), "aggregate": AGGREGATES, "metric": METRICS}
+    for name, value in given.items():
+        if value not in known[name] and not (name == "metric" and callable(value)):
+            function = ", or a function" if name == "metric" else ""
+            raise ValueError(
+                f"{name} must be one of {', '.join(known[name])}{function}, got {value!r}."
+            )
+    if not isinstance(teacher, MAETeacher):
+        known = {"metric": tuple(PREDICTION_CHANGES), "aggregate": ("mean",)}
+        known["removal"] = ("full",) if teacher.rest == "drop" else ("coarse", "full")
+        for name, value in given.items():
+            if value not in known[name]:
+                raise ValueError(
+                    f"{name} must be {' or '.join(known[name])} for this teacher, got {value!r}."
+                )
     if (callable(metric) or metric == "lpips") and aggregate != "mean":
         raise ValueError(
             "a metric of whole pictures has one value, not one per patch: leave "
@@ -316,7 +309,8 @@ class _Variants:
     def __init__(
         self, teacher: MAETeacher, images: Tensor, visible_indices: Tensor, removal: str
     ) -> None:
-        self.teacher, self.removal, self.visible = teacher, removal, visible_indices
+        self.teacher, self.images = teacher, images
+        self.removal, self.visible = removal, visible_indices
         self.masked = masked_indices(visible_indices, teacher.num_patches)
         self.tokens = teacher.embed(images, visible_indices)
         self.mask_tokens = teacher.mask_tokens(self.masked)
@@ -349,6 +343,33 @@ class _Variants:
         tokens = torch.cat([shown, self.mask_tokens[rows].to(shown.dtype)], dim=1)
         return self.teacher.predict(tokens, self.masked.shape[1]).float()
 
+    def change(
+        self, predicted: Tensor, rows: Tensor, metric: str | ImageChange, aggregate: str
+    ) -> Tensor:
+        """Compare predictions (n, M, C) of image rows (n,) with the anchor -> scores (n,)."""
+        anchor, channels = self.anchor[rows], self.teacher.in_chans
+        name = metric if isinstance(metric, str) else ""
+        if name in PREDICTION_CHANGES:
+            values = PREDICTION_CHANGES[name](predicted, anchor, channels)
+            return values.mean(dim=1) if aggregate == "mean" else values.amax(dim=1)
+        true = self.teacher.patchify(self.images[rows]).float()
+        masked = self.masked[rows]
+        hidden = gather_patches(true, masked)
+        pixels = [self.teacher.to_pixels(each, hidden) for each in (predicted, anchor)]
+        if name in PIXEL_CHANGES:
+            values = PIXEL_CHANGES[name](pixels[0], pixels[1], channels)
+            return values.mean(dim=1) if aggregate == "mean" else values.amax(dim=1)
+        seen, places = self.teacher.denormalise(true), masked.unsqueeze(2).expand_as(hidden)
+        pictures = [self.teacher.unpatchify(seen.scatter(1, places, part)) for part in pixels]
+        distance = lpips_change if isinstance(metric, str) else metric
+        values = distance(pictures[0], pictures[1]).float()
+        if values.shape != rows.shape:
+            raise ValueError(
+                f"metric must return one distance a picture, {list(rows.shape)}, "
+                f"got {list(values.shape)}."
+            )
+        return values
+
 
 def _isolate(teacher: MAETeacher, tokens: Tensor) -> Tensor:
     """Tokens (B, V, D) that neither attend nor are attended to -> their latents (B, V, D).
@@ -360,47 +381,6 @@ def _isolate(teacher: MAETeacher, tokens: Tensor) -> Tensor:
         tokens = tokens + block.attn.proj.bias
         tokens = tokens + block.mlp(block.norm2(tokens))
     return teacher.norm(tokens)
-
-
-class _Change:
-    """Compares predictions with the anchor: (n, M, C) of image rows (n,) -> scores (n,)."""
-
-    def __init__(
-        self,
-        variants: _Variants,
-        images: Tensor,
-        metric: str | ImageChange,
-        aggregate: str,
-    ) -> None:
-        self.teacher, self.aggregate = variants.teacher, aggregate
-        self.anchor, self.masked = variants.anchor, variants.masked
-        self.images = images
-        self.of_patches = PREDICTION_CHANGES.get(metric) if isinstance(metric, str) else None
-        self.of_pixels = PIXEL_CHANGES.get(metric) if isinstance(metric, str) else None
-        self.of_images: ImageChange = lpips_change if isinstance(metric, str) else metric
-
-    def __call__(self, predicted: Tensor, rows: Tensor) -> Tensor:
-        anchor, channels = self.anchor[rows], self.teacher.in_chans
-        if self.of_patches is not None:
-            return self._over_patches(self.of_patches(predicted, anchor, channels))
-        true = self.teacher.patchify(self.images[rows]).float()
-        masked = self.masked[rows]
-        hidden = gather_patches(true, masked)
-        pixels = [self.teacher.to_pixels(values, hidden) for values in (predicted, anchor)]
-        if self.of_pixels is not None:
-            return self._over_patches(self.of_pixels(pixels[0], pixels[1], channels))
-        seen, places = self.teacher.denormalise(true), masked.unsqueeze(2).expand_as(hidden)
-        pictures = [self.teacher.unpatchify(seen.scatter(1, places, part)) for part in pixels]
-        values = self.of_images(pictures[0], pictures[1]).float()
-        if values.shape != rows.shape:
-            raise ValueError(
-                f"metric must return one distance a picture, {list(rows.shape)}, "
-                f"got {list(values.shape)}."
-            )
-        return values
-
-    def _over_patches(self, values: Tensor) -> Tensor:
-        return values.mean(dim=1) if self.aggregate == "mean" else values.amax(dim=1)
 
 
 def l1_change(a: Tensor, b: Tensor, num_channels: int = 3) -> Tensor:
