@@ -135,23 +135,13 @@ def _measure_model(
     form: dict[str, Any] = {"device": device, "dtype": getattr(torch, options.dtype)}
     full = full.to(**form)
     rankers = {key: ranker.to(**form) for key, ranker in rankers.items()}
+    names = ("selection", "compile_mode", "repeats", "warmup", "memory", "smaller_image")
+    given = {name: getattr(options, name) for name in names} | rest
     rows = []
     for batch in dict.fromkeys(options.batch_size):
         say(f"\n{printable(name)}, {size[1]}x{size[2]} pixels, batch {batch}")
         images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-        lines = measure_payoff(
-            full,
-            images.to(**form),
-            rankers,
-            options.keep_ratio,
-            selection=options.selection,
-            **rest,
-            compile_mode=options.compile_mode,
-            repeats=options.repeats,
-            warmup=options.warmup,
-            memory=options.memory,
-            smaller_image=options.smaller_image,
-        )
+        lines = measure_payoff(full, images.to(**form), rankers, options.keep_ratio, **given)
         _print_lines(lines, batch)
         say(f"-> {printable(name)} at batch {batch}: {recommend(lines)}.")
         case = {"batch": batch, "device": str(device)}

@@ -400,14 +400,8 @@ def _open_images(options: EvaluateOptions) -> LabelledImages | MultiLabelImages:
     if options.multi_label:
         skip = options.skip_absent
         return open_multi_label(options.data, options.labels, allow_empty=True, skip_absent=skip)
-    return open_labelled(
-        options.data,
-        root=options.data_root,
-        split=options.split,
-        input_key=options.input_key,
-        target_key=options.target_key,
-        allow_empty=True,
-    )
+    named = {name: getattr(options, name) for name in ("split", "input_key", "target_key")}
+    return open_labelled(options.data, root=options.data_root, allow_empty=True, **named)
 
 
 def _open_model(options: EvaluateOptions) -> tuple[Any, str | None]:

@@ -85,17 +85,10 @@ def _run(**given: Any) -> int:
 
 
 def _export(model: LTRPModel, output: str, options: ExportOptions) -> Exported:
+    names = ("batch_size", "dynamic_batch", "opset", "check", "overwrite")
     try:
-        return export_model(
-            model,
-            output,
-            options.format,
-            batch_size=options.batch_size,
-            dynamic_batch=options.dynamic_batch,
-            opset=options.opset,
-            check=options.check,
-            overwrite=options.overwrite,
-        )
+        given = {name: getattr(options, name) for name in names}
+        return export_model(model, output, options.format, **given)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"nothing was written: {error}") from error
     except OSError:
@@ -130,8 +123,7 @@ def _measure(model: LTRPModel, exported: Exported, options: ExportOptions) -> di
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
         path = Path(folder) / f"full{exported.path.suffix}"
         with keeping(model, 1.0):
-            metadata = describe(model, format, fixed)
-            write_file(model, path, format, batch, fixed is None, options.opset, metadata)
+            write_file(model, path, describe(model, format, fixed), batch, options.opset)
         full, _ = load_exported(path, format)
     calls: dict[str, Callable[[Tensor], Any]] = {"full": full, "pruned": pruned, "eager": model}
     images = torch.randn(batch, *input_size(model))

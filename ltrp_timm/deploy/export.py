@@ -240,7 +240,7 @@ def export_model(
     parity: list[Parity] = []
 
     def write(temporary: Path) -> None:
-        write_file(model, temporary, format, batch_size, dynamic, opset, metadata)
+        write_file(model, temporary, metadata, batch_size, opset)
         if check:
             run, found = load_exported(temporary, format, _device(model))
             if found != metadata:

@@ -46,16 +46,11 @@ def input_size(model: LTRPModel) -> tuple[int, int, int]:
 
 
 def write_file(
-    model: LTRPModel,
-    path: Path,
-    format: str,
-    batch_size: int,
-    dynamic: bool,
-    opset: int | None,
-    metadata: dict[str, Any],
+    model: LTRPModel, path: Path, metadata: dict[str, Any], batch_size: int, opset: int | None
 ) -> None:
-    """Write a model without a check; arguments as in ``export_model``."""
+    """Write a model without a check; ``metadata`` is as ``describe`` gives it."""
     parameter = next(model.backbone.parameters())
+    format, dynamic = metadata["format"], metadata["batch_size"] is None
     # torch.export takes an example of one image for a fixed batch size
     batch = max(2, batch_size) if dynamic else batch_size
     images = torch.zeros(batch, *input_size(model), device=parameter.device, dtype=parameter.dtype)

@@ -161,10 +161,10 @@ class ClassifyTask(Task):
         """The photo and its class; what is kept, and the predicted class, at each keep ratio."""
         cfg = model.pretrained_cfg or {}
         photos = show_images(batch.images, cfg.get("mean", (0.0,)), cfg.get("std", (1.0,)))
-        labels = self.label_captions(self.checked_targets(batch))
+        labels = self.captions(self.checked_targets(batch))
         panels = [[(photo, label)] for photo, label in zip(photos, labels)]
         for _ in self.budgets(model):
-            predicted = self.prediction_captions(model(batch.images))
+            predicted = self.captions(model(batch.images))
             kept = model.keep_indices(batch.images) if self.pruned else [None] * len(photos)
             for parts, photo, keep, text in zip(panels, photos, kept, predicted):
                 caption = f"{text}?"
@@ -180,13 +180,10 @@ class ClassifyTask(Task):
         names = (self.model.pretrained_cfg or {}).get("label_names")
         return [str(name) for name in names or range(self.model.num_classes)]
 
-    def label_captions(self, targets: Tensor) -> list[str]:
-        """The class of each image, by its label."""
-        return [self.class_names[number] for number in targets.tolist()]
-
-    def prediction_captions(self, logits: Tensor) -> list[str]:
-        """The class of each image, by the model."""
-        return self.label_captions(logits.argmax(1))
+    def captions(self, values: Tensor) -> list[str]:
+        """The class of each image by targets (B,), or by logits (B, C)."""
+        numbers = values if values.dim() == 1 else values.argmax(1)
+        return [self.class_names[number] for number in numbers.tolist()]
 
 
 class MultiLabelTask(ClassifyTask):
@@ -242,14 +239,10 @@ class MultiLabelTask(ClassifyTask):
         each = [value for mean, value in out.items() if mean.startswith("map@")]
         return {**out, "map": sum(each) / len(each)} if each else out
 
-    def label_captions(self, targets: Tensor) -> list[str]:
-        """The classes of each image by its labels; by logits the likely ones, likeliest first."""
+    def captions(self, values: Tensor) -> list[str]:
+        """The classes of each image by targets; by logits the likely ones, likeliest first."""
         lines = []
-        for values in targets.tolist():
-            found = sorted((-value, number) for number, value in enumerate(values) if value > 0)
+        for row in values.tolist():
+            found = sorted((-value, number) for number, value in enumerate(row) if value > 0)
             lines.append(first_names([self.class_names[n] for _, n in found], _MAX_NAMES) or "none")
         return lines
-
-    def prediction_captions(self, logits: Tensor) -> list[str]:
-        """The classes of each image that the model finds likely."""
-        return self.label_captions(logits)

@@ -243,13 +243,9 @@ def make_distillation(
     else:
         teacher, _ = open_model(recipe.distill, pretrained=True, plain=True)
     device = next(net.parameters()).device
-    distillation = Distillation(
-        teacher.to(device),
-        net,
-        weight=recipe.distill_weight,
-        temperature=recipe.distill_temperature,
-        features=recipe.distill_features,
-    )
+    names = ("weight", "temperature", "features")
+    options = {name: getattr(recipe, f"distill_{name}") for name in names}
+    distillation = Distillation(teacher.to(device), net, **options)
     distillation.check(torch.zeros(1, *images["input_size"], device=device), net)
     return distillation
 
