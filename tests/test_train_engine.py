@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ def make_engine(settings: Settings, lr: float, updates_per_epoch: int) -> Engine
     model, world = nn.Linear(1, 1, bias=False), World(0, 1, torch.device("cpu"))
     with torch.no_grad():
         model.weight.fill_(0.0)
-    return Engine(model, model, settings, world, lr=lr, updates_per_epoch=updates_per_epoch)
+    task = SimpleNamespace(model=model, forward=model, num_graphs=1)
+    return Engine(task, settings, world, lr, updates_per_epoch)
 
 
 def update(engine: Engine, step: int) -> None:
@@ -110,7 +112,7 @@ def test_the_average_of_a_short_run_has_learned() -> None:
 def test_a_log_is_written_as_it_was_read(tmp_path: Path) -> None:
     text = "epoch,step,lr,loss,val_top1\n1,4,1e-05,2.0,\n"
     (tmp_path / LOG_NAME).write_text(text)
-    log = Log(tmp_path, epoch=1, step=4, tensorboard=False, progress=False)
+    log = Log(tmp_path, 1, 4, Settings(tensorboard=False, progress=False), {})
     log.start_epoch(2, 2, 4, 0)
     log.end_epoch({"epoch": 2, "step": 8, "lr": 0.0, "loss": 1.5, "val_top1": None}, 2)
     assert (tmp_path / LOG_NAME).read_text() == text + "2,8,0.0,1.5,\n"

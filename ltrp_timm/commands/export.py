@@ -107,7 +107,7 @@ def _print_file(exported: Exported) -> None:
     near_ties = f", {parity.left_out} with near ties excluded" if parity.left_out else ""
     say(
         f"parity      largest difference from the eager pruned model {parity.error:.1e} "
-        f"({parity.num_images} images{near_ties}; outputs up to {parity.scale:.2g})"
+        f"({sum(parity.batch_sizes)} images{near_ties}; outputs up to {parity.scale:.2g})"
     )
     if parity.from_full is None:
         say("            all patches are kept: it is the full model")

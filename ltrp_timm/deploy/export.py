@@ -51,11 +51,6 @@ class Parity:
     batch_sizes: tuple[int, ...]
     left_out: int
 
-    @property
-    def num_images(self) -> int:
-        """Number of images."""
-        return sum(self.batch_sizes)
-
     def raise_if_wrong(self, tolerance: float) -> None:
         """RuntimeError if the error is above the tolerance, or the file may be the full model."""
         figures = f"largest difference from the eager pruned outputs {self.error:.1e}"

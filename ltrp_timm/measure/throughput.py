@@ -12,11 +12,11 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 
 
@@ -234,6 +234,8 @@ def environment(device: str | torch.device | None = None) -> dict[str, str]:
     Returns:
         machine, cores, threads, torch, timm, ltrp_timm, python and platform, none of them empty.
     """
+    from ltrp_timm import __version__
+
     machine = _cpu_model()
     if device is not None and torch.device(device).type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}, {machine}"
@@ -242,8 +244,8 @@ def environment(device: str | torch.device | None = None) -> dict[str, str]:
         "cores": str(num_cores()),
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
-        "timm": _version("timm"),
-        "ltrp_timm": _version("ltrp-timm"),
+        "timm": timm.__version__,
+        "ltrp_timm": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
@@ -266,10 +268,3 @@ def num_cores() -> int:
 
 
 NUM_WORKERS = min(4, num_cores())  # default number of processes that read images
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:  # a source tree on the path, not installed
-        return "unknown"

@@ -62,35 +62,25 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 class Engine:
-    """A model and all that changes its weights; ``Task`` describes what it has of a task.
+    """The model of a ``Task``, and all that changes its weights.
 
     ``lr`` is the learning rate at the top of the schedule.
     """
 
     def __init__(
-        self,
-        model: Any,
-        forward: nn.Module,
-        settings: Settings,
-        world: World,
-        *,
-        lr: float,
-        updates_per_epoch: int,
-        num_graphs: int = 1,
+        self, task: Any, settings: Settings, world: World, lr: float, updates_per_epoch: int
     ) -> None:
-        self.model, self.lr, self.settings, self.world = model, lr, settings, world
-        self.forward: Any = forward
-        self.num_graphs = num_graphs
-        self.device = world.device
+        self.lr, self.settings, self.world, self.device = lr, settings, world, world.device
+        self.model, self.forward, self.num_graphs = task.model, task.forward, task.num_graphs
         default = "bf16" if self.device.type == "cuda" else "fp32"
         self.precision = settings.precision or default
-        self.optimizer = make_optimizer(model, lr, settings)
+        self.optimizer = make_optimizer(self.model, lr, settings)
         self.scheduler = make_scheduler(self.optimizer, updates_per_epoch, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         decay = settings.ema_decay
         # at first a plain EMA would hold little but the start: its decay is t / (10 + t) until then
         warmup = {"use_warmup": True, "warmup_gamma": 10.0, "warmup_power": 1.0}
-        self.ema = None if not decay else ModelEmaV3(model, decay=decay, **warmup)
+        self.ema = None if not decay else ModelEmaV3(self.model, decay=decay, **warmup)
 
     def wrap(self) -> None:
         """Wrap the model, with its final start weights, for several processes and the compiler."""

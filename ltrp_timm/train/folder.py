@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ltrp_timm._text import csv_text, one_line, optional_import, say
 from ltrp_timm.runtime import locked
+from ltrp_timm.train.settings import Settings
 from ltrp_timm.weights.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -130,7 +131,8 @@ class Log:
         epoch: Epochs that the checkpoint has done. Later rows, of a run that got further than its
             checkpoint, are dropped and will be written again.
         step: Updates that the checkpoint has done.
-        config: What the run reports of itself to ``report_to``; the others are in ``Settings``.
+        settings: Where to report.
+        config: What the run reports of itself to ``report_to``.
 
     Raises:
         ImportError: ``tensorboard=True`` or ``report_to`` needs what is not installed.
@@ -141,21 +143,20 @@ class Log:
         folder: Path,
         epoch: int,
         step: int,
-        tensorboard: bool | None = None,
-        progress: bool | None = None,
-        report_to: str | None = None,
-        config: Mapping[str, Any] | None = None,
+        settings: Settings,
+        config: Mapping[str, Any],
     ) -> None:
-        self.path, self.progress = folder / LOG_NAME, progress
+        self.path, self.progress = folder / LOG_NAME, settings.progress
         self.rows = [row for row in read_log(self.path) if row["epoch"] <= epoch]
         self.writer: Any = None
-        with contextlib.nullcontext() if tensorboard else contextlib.suppress(ImportError):
-            if tensorboard is not False:
+        wanted, name = settings.tensorboard, settings.report_to
+        with contextlib.nullcontext() if wanted else contextlib.suppress(ImportError):
+            if wanted is not False:
                 self.writer = find_writer()(str(folder), purge_step=step)
-        self.tracker = None if report_to is None else find_tracker(report_to)
+        self.tracker = None if name is None else find_tracker(name)
         if self.tracker:
-            project = os.environ.get(f"{report_to}_PROJECT".upper(), PROJECT)
-            self.tracker.init(project=project, name=folder.name, config=dict(config or {}))
+            project = os.environ.get(f"{name}_PROJECT".upper(), PROJECT)
+            self.tracker.init(project=project, name=folder.name, config=dict(config))
         self.bar: Any = None
         self._images, self._since = 0, time.perf_counter()
 

@@ -129,48 +129,36 @@ class Summary:
     stopped_by: int | None
 
 
-def fit(task: Task, sources: Sources, settings: Settings, world: World, output: Any) -> Summary:
-    """Train, into an output folder; raises what ``train_ranker`` and its siblings list."""
+def fit(
+    task: Task,
+    sources: Sources,
+    settings: Settings,
+    world: World,
+    output: Any,
+    dry_run: bool = False,
+) -> Summary:
+    """Train, into an output folder; ``dry_run`` says what would be done and writes nothing."""
     if settings.plot:
         require_matplotlib()
     if settings.tensorboard:
         find_writer()
     if settings.report_to:
         find_tracker(settings.report_to)
-    trainer = Trainer(task, sources, settings, world, Path(output))
+    trainer, resume = (
+        Trainer(task, sources, settings, world, Path(output)),
+        settings.resume == "auto",
+    )
+    if dry_run:
+        check_folder(trainer.folder, resume)
+        trainer.rehearse()
+        return trainer.summary(None)
     with contextlib.ExitStack() as stack:
-        resume = settings.resume == "auto"
         world.on_main(lambda: stack.enter_context(claimed(trainer.folder, resume)))
         trainer.start()
         if trainer.log:
             stack.callback(trainer.log.close)
         with stop_requests() as requests:
             return trainer.run(requests)
-
-
-def rehearse(
-    task: Task, sources: Sources, settings: Settings, world: World, output: Any
-) -> Summary:
-    """Report what ``fit`` would do and write nothing; bad input raises what ``fit`` would raise."""
-    folder = Path(output)
-    check_folder(folder, settings.resume == "auto")
-    trainer = Trainer(task, sources, settings, world, folder)
-    state = "new"
-    if trainer.checkpoint.exists():
-        trainer.read_checkpoint()
-        done = trainer.progress.epoch
-        finished = done >= settings.epochs
-        state = "finished" if finished else f"{done} of {settings.epochs} epochs done"
-    if world.main:
-        held = len(sources.held_out or ())
-        say(f"{folder}: {state}")
-        say(
-            f"{settings.epochs} epochs of {sources.updates_per_epoch} updates with "
-            f"{sources.per_update} images, {held} images held out, "
-            f"learning rate {trainer.engine.lr:.3g}, {trainer.engine.precision}, {world.size} "
-            f"process{'es' if world.size > 1 else ''} on {world.device}"
-        )
-    return trainer.summary(None)
 
 
 class Trainer:
@@ -184,15 +172,7 @@ class Trainer:
         self.checkpoint = folder / CHECKPOINT_NAME
         power = 0.5 if settings.lr_base_scale == "sqrt" else 1.0
         lr = settings.lr or settings.base_lr * (sources.per_update / 256) ** power
-        self.engine = Engine(
-            task.model,
-            task.forward,
-            settings,
-            world,
-            lr=lr,
-            updates_per_epoch=sources.updates_per_epoch,
-            num_graphs=task.num_graphs,
-        )
+        self.engine = Engine(task, settings, world, lr, sources.updates_per_epoch)
         self.progress = Progress()
         self.problems: dict[str, None] = {}  # a line for each unreadable image
         self.log: Log | None = None  # in the main process
@@ -212,6 +192,24 @@ class Trainer:
             "lr": self.engine.lr,
         }
 
+    def rehearse(self) -> None:
+        """Report what a run would do."""
+        sources, settings, world, state = self.sources, self.settings, self.world, "new"
+        if self.checkpoint.exists():
+            self.read_checkpoint()
+            done = self.progress.epoch
+            finished = done >= settings.epochs
+            state = "finished" if finished else f"{done} of {settings.epochs} epochs done"
+        if world.main:
+            held = len(sources.held_out or ())
+            say(f"{self.folder}: {state}")
+            say(
+                f"{settings.epochs} epochs of {sources.updates_per_epoch} updates with "
+                f"{sources.per_update} images, {held} images held out, "
+                f"learning rate {self.engine.lr:.3g}, {self.engine.precision}, {world.size} "
+                f"process{'es' if world.size > 1 else ''} on {world.device}"
+            )
+
     def start(self) -> None:
         """Restore a checkpoint, or write the first one; then wrap the model for training."""
         if self.world.on_main(self.checkpoint.exists):  # the main process is about to write it
@@ -222,11 +220,11 @@ class Trainer:
             self.world.on_main(self.save_checkpoint)
         self.engine.wrap()
         if self.world.main:
-            p, s = self.progress, self.settings
-            shown = (s.tensorboard, s.progress, s.report_to, self.config())
-            self.log = Log(self.folder, p.epoch, p.step, *shown)
+            settings, done = self.settings, (self.progress.epoch, self.progress.step)
+            self.log = Log(self.folder, *done, settings, self.config())
             if self.engine.ema:
-                say(f"measured and saved: an average of the weights, decay {s.ema_decay:g} at most")
+                decay = f"decay {settings.ema_decay:g} at most"
+                say(f"measured and saved: an average of the weights, {decay}")
 
     def read_checkpoint(self) -> dict[str, Any]:
         """Read the checkpoint, check its configuration, take over its progress."""

@@ -24,7 +24,7 @@ from ltrp_timm.runtime import join_world, sample_seed, seeded
 from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher.density import Aggregate, Metric, Removal
-from ltrp_timm.train.loop import Summary, Task, fit, rehearse
+from ltrp_timm.train.loop import Summary, Task, fit
 from ltrp_timm.train.settings import (
     AtLeastOne,
     CropScale,
@@ -160,7 +160,7 @@ def train_ranker(
             net = make_ranker(ranker, targets, args, init_from)
         task = RankerTask(net.to(world.device), targets, loss, visible_only, compare)
         sources = cropped_sources(data, common, world, targets, scale, crops=crops)
-        return (rehearse if dry_run else fit)(task, sources, common, world, output)
+        return fit(task, sources, common, world, output, dry_run)
 
 
 def make_ranker(name: str, targets: Targets, args: Mapping[str, Any], init_from: Any) -> Any:
