@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ltrp_timm import create_ranker, create_teacher, drop_patches, select_top
-from ltrp_timm.layers.sizes import sincos_pos_embed
+from ltrp_timm.layers.bridge import sincos_pos_embed
 from ltrp_timm.models.open_model import open_model
 from ltrp_timm.rankers.vit import VitRanker
 

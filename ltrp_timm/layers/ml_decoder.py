@@ -132,7 +132,10 @@ def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None
     unknown = [str(key) for key in args or {} if key not in known]
     if unknown:
         raise TypeError(f"head_args may be {', '.join(known)}, got {', '.join(unknown)}.")
-    width = _token_width(backbone, name)
+    width = getattr(backbone.get_classifier(), "in_features", None)
+    if width is None:  # distilled models have two classifiers, each for a token of its own
+        kind = type(backbone).__name__
+        raise TypeError(f"{kind} cannot have an {name} head: its classifier receives no tokens.")
     parameter = next(backbone.parameters())
     head = MLDecoder(backbone.num_classes, width, **(args or {}))
     return head.to(parameter.device, parameter.dtype).train(backbone.training)
@@ -140,40 +143,5 @@ def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None
 
 def put_head(backbone: Any, head: MLDecoder) -> None:
     """Make a head the classifier of a backbone; the backbone then passes it all tokens."""
-    name = classifier_name(backbone)
     reset_to_tokens(backbone, head.num_classes)
-    setattr(backbone, name, head)
-
-
-def classifier_name(backbone: Any) -> str:
-    """The attribute that holds a backbone's classifier; "" where it is not one module."""
-    classifier = backbone.get_classifier()
-    names = (name for name, module in backbone.named_children() if module is classifier)
-    return next(names, "")
-
-
-def _token_width(backbone: Any, name: str) -> int:
-    """D of the tokens that an unpooled ``forward_head`` passes to its classifier: runs it once."""
-    attribute, shapes = classifier_name(backbone), []
-    if attribute:
-        hook = getattr(backbone, attribute).register_forward_pre_hook(
-            lambda _, args: shapes.append(args[0].shape)
-        )
-        unpooled = {"attn_pool": None, "global_pool": ""}
-        own = {each: getattr(backbone, each) for each in unpooled if hasattr(backbone, each)}
-        parameter = next(backbone.parameters())
-        length = getattr(backbone, "num_prefix_tokens", 1) + 2
-        devices = [parameter.device] if parameter.device.type == "cuda" else []
-        try:
-            for each in own:
-                setattr(backbone, each, unpooled[each])
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                backbone.forward_head(parameter.new_zeros(1, length, backbone.num_features))
-        finally:
-            hook.remove()
-            for each, value in own.items():
-                setattr(backbone, each, value)
-    if not shapes or len(shapes[-1]) != 3:
-        kind = type(backbone).__name__
-        raise TypeError(f"{kind} cannot have an {name} head: its classifier receives no tokens.")
-    return int(shapes[-1][-1])
+    backbone.head = head  # so timm names the classifier of all families that drop patches

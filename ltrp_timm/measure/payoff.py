@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrp_timm.layers.sizes import set_image_size
+from ltrp_timm.layers.bridge import set_image_size
 from ltrp_timm.measure.throughput import Ratio, Timing, compare, ratio
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel

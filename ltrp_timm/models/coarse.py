@@ -58,10 +58,8 @@ class CoarseRest:
     ) -> Optional[TokenLayout]:
         """The tokens that the model's selection and budget choose; None if all patches stay.
 
-        ``scores`` returns those of the ranker, (B, N); it is called where they decide.
-
-        Raises:
-            ValueError: The budget is too small.
+        ``scores`` returns those of the ranker, (B, N); it is called where they decide. ValueError
+        if the budget is too small.
         """
         grid = CellGrid(grid_size, self.scales)
         if model.keep_ratio == 1.0:
@@ -77,9 +75,7 @@ class CoarseRest:
         """The tokens of images x (B, C, H, W); None if all patches stay, without ranking.
 
         ``keep_indices`` (B, K) int64 are the patches to encode finely instead of ranked ones.
-
-        Raises:
-            ValueError: The budget is too small, or ``keep_indices`` are not whole cells.
+        ValueError if the budget is too small, or if they are not whole cells.
         """
         if isinstance(x, torch.fx.Proxy):
             raise ValueError("rest='coarse' cannot be traced by torch.fx: use torch.export.")
@@ -153,11 +149,7 @@ class CoarseRest:
 def coarse_rest(
     rest: str, scales: Optional[Tuple[int, ...]] = None, size_bias: Optional[float] = None
 ) -> Optional[CoarseRest]:
-    """The options of ``rest="coarse"``; None for "drop".
-
-    Raises:
-        ValueError: ``rest`` is unknown or has other options, or an option is out of range.
-    """
+    """The options of ``rest="coarse"``; None for "drop", which has none; or ValueError."""
     if rest not in RESTS:
         raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}.")
     options: Dict[str, Any] = {"scales": scales, "size_bias": size_bias}

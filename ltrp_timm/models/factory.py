@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import Tensor, nn
 
 from ltrp_timm import _timm
-from ltrp_timm.layers.ml_decoder import BY_CLASS, MLDecoder, classifier_name
+from ltrp_timm.layers.ml_decoder import BY_CLASS, MLDecoder
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
@@ -224,10 +224,8 @@ def checkpoint_filter_fn(
 
     The backbone's part goes through timm's own filter (other layouts, position embeddings of
     another size, see ``backbone_filter``). A plain file leaves the ranker's weights unchanged, and
-    so does ``keep_ranker``. Whatever is left out is logged.
-
-    Raises:
-        RuntimeError: Names or shapes do not match; the message lists all of them.
+    so does ``keep_ranker``. Whatever is left out is logged. RuntimeError lists all names and shapes
+    that do not match.
     """
     for wrapper in ("model", "state_dict"):
         if isinstance(state_dict.get(wrapper), dict):
@@ -276,14 +274,13 @@ def _fit_head(state_dict: Dict[str, Any], model: LTRPModel) -> Dict[str, Any]:
     classifier = model.backbone.get_classifier()
     if not isinstance(classifier, MLDecoder):
         return state_dict
-    prefix = f"{classifier_name(model.backbone)}."
-    own = {f"{prefix}{name}": tensor for name, tensor in classifier.state_dict().items()}
+    own = {f"head.{name}": tensor for name, tensor in classifier.state_dict().items()}
     out = dict(state_dict)
-    if f"{prefix}{BY_CLASS[0]}" not in out:
+    if f"head.{BY_CLASS[0]}" not in out:
         _logger.warning("Ignoring the checkpoint's classifier: this model's ML-Decoder is new.")
-        return {**{name: out[name] for name in out if not name.startswith(prefix)}, **own}
+        return {**{name: out[name] for name in out if not name.startswith("head.")}, **own}
     if (model.pretrained_cfg or {}).get("num_classes") != model.num_classes:
-        out.update({f"{prefix}{name}": own[f"{prefix}{name}"] for name in BY_CLASS})
+        out.update({f"head.{name}": own[f"head.{name}"] for name in BY_CLASS})
     return out
 
 

@@ -30,15 +30,6 @@ class FeatureTeacher(PatchTeacher, nn.Module):
             then the teacher's patches are the cells of 2 x 2 patches of the backbone, and a cell
             that is taken away is given as one token of the image at half size.
 
-    Attributes:
-        img_size: (H, W).
-        patch_size: (height, width) of a patch in pixels.
-        grid_size: (h, w) in patches.
-        num_patches: N = h * w.
-        in_chans: channels of an image.
-        mean: normalisation of its images, for pixels in [0, 1].
-        std: see ``mean``.
-
     Raises:
         TypeError: The patches of this model cannot be dropped; the message says why.
 

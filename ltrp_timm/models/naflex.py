@@ -58,9 +58,6 @@ def choose(model: "LTRPModel", batch: NaFlexBatch, scores: Optional[Tensor] = No
     """Keep indices (B, K) by the model's selection and budget, -1 where an image keeps fewer.
 
     ``scores`` (B, N) replace the ranker's.
-
-    Raises:
-        ValueError: The shape of the scores is wrong.
     """
     shape = batch.patch_valid.shape
     if scores is not None and scores.shape != shape:

@@ -9,9 +9,8 @@ from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 
 from ltrp_timm import _timm
-from ltrp_timm.layers.bridge import ComputedBuffers, make_bridge
+from ltrp_timm.layers.bridge import ComputedBuffers, make_bridge, to_pair
 from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head, put_head
-from ltrp_timm.layers.sizes import to_pair
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.slots import find_adapter
 

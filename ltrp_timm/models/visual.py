@@ -5,7 +5,7 @@ from typing import Any, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.layers.bridge import to_pair
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import DEFAULT_RANKER

@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ltrp_timm import _timm
-from ltrp_timm.layers.sizes import to_img_size, to_pair
+from ltrp_timm.layers.bridge import to_img_size, to_pair
 from ltrp_timm.weights.files import PathLike, save_weights
 
 
@@ -80,6 +80,9 @@ class PatchSizeRanker(Ranker, nn.Module):
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         img_size: its image size, (H, W) or one side; None accepts any size.
+
+    Raises:
+        ValueError: `img_size` is smaller than a patch, or another argument is out of range.
     """
 
     own_args: ClassVar[Tuple[str, ...]] = ("patch_size", "img_size")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrp_timm.layers.sizes import set_image_size, to_pair
+from ltrp_timm.layers.bridge import set_image_size, to_pair
 from ltrp_timm.rankers.base import ModelRanker, is_integer
 from ltrp_timm.slots.base import alone
 

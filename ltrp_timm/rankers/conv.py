@@ -8,7 +8,7 @@ from timm.layers import GroupNorm1, trunc_normal_
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from ltrp_timm.layers.sizes import to_img_size, to_pair
+from ltrp_timm.layers.bridge import to_img_size, to_pair
 from ltrp_timm.rankers.base import Ranker
 
 

@@ -9,7 +9,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ltrp_timm.layers.sizes import sincos_pos_embed, to_pair
+from ltrp_timm.layers.bridge import sincos_pos_embed, to_pair
 from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.slots.base import TokenSlot, run_with_slots
 

@@ -23,14 +23,7 @@ class BorderRanker(PatchSizeRanker):
     its texture is. Scores are rank(distance to the nearest border patches)
     + 0.4 * rank(distance to the border's mean) + 0.4 * rank(nearness to the centre). No weights, no
     training, no labels. Ranks are taken within an image; so scores are not comparable between
-    images.
-
-    Args:
-        patch_size: side of a patch in pixels, or (height, width).
-        img_size: its image size, (H, W) or one side; None accepts any size.
-
-    Raises:
-        ValueError: `img_size` is smaller than a patch.
+    images. Its arguments are those of ``PatchSizeRanker``.
     """
 
     name = "border"
@@ -47,12 +40,8 @@ class ContrastRanker(PatchSizeRanker):
     so scores are not comparable between images.
 
     Args:
-        patch_size: side of a patch in pixels, or (height, width).
+        patch_size: as of ``PatchSizeRanker``, and ``img_size`` too.
         parts: which of "std", "colour" and "centre" count; a mapping sets their weights.
-        img_size: its image size, (H, W) or one side; None accepts any size.
-
-    Raises:
-        ValueError: `parts` is empty or unknown, or `img_size` is smaller than a patch.
     """
 
     name = "contrast"
@@ -89,11 +78,7 @@ class StatisticRanker(PatchSizeRanker):
             "gradient", the mean length of the step to the next pixels, right and below; "colour",
             the distance of the mean colour from that of the outermost patches; "centre", minus the
             squared distance from the middle of the grid, in half grids.
-        patch_size: side of a patch in pixels, or (height, width).
-        img_size: its image size, (H, W) or one side; None accepts any size.
-
-    Raises:
-        ValueError: `statistic` is unknown, or `img_size` is smaller than a patch.
+        patch_size: as of ``PatchSizeRanker``, and ``img_size`` too.
 
     >>> StatisticRanker("gradient", patch_size=8)(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 4, 4])
@@ -126,13 +111,9 @@ class DpcKnnRanker(PatchSizeRanker):
     Cost: the distances of all pairs of patches.
 
     Args:
-        patch_size: side of a patch in pixels, or (height, width).
+        patch_size: as of ``PatchSizeRanker``, and ``img_size`` too.
         neighbours: number of neighbours for the density, the patch itself included.
         side: average each patch to side x side pixels first; 0 keeps its pixels.
-        img_size: its image size, (H, W) or one side; None accepts any size.
-
-    Raises:
-        ValueError: An argument is out of range.
 
     Source: Du, Ding, Jia (2016), density peaks clustering based on k nearest neighbours.
 
@@ -165,7 +146,7 @@ class RandomRanker(PatchSizeRanker):
     """Uniform scores, a function of (seed, N): the same for every image and every call.
 
     Args:
-        patch_size: side of a patch in pixels, or (height, width).
+        patch_size: as of ``PatchSizeRanker``.
         seed: chooses the map.
         generator: if set (also later, as an attribute), every call draws fresh scores per image
             from it; eager only.

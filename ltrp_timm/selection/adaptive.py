@@ -143,11 +143,7 @@ def check_eager(x: Any) -> None:
 
 
 def common_count(counts: Tensor, num_patches: int) -> int:
-    """K of images (B,) that keep equally many of N patches; N without images. Reads the device.
-
-    Raises:
-        ValueError: They keep different numbers.
-    """
+    """K of images that keep these counts (B,), or N without images; ValueError if they differ."""
     check_eager(counts)
     sizes = sorted(set(counts.tolist()))
     if len(sizes) > 1:

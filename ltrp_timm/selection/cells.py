@@ -144,10 +144,9 @@ def select_cells(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int =
 
 
 def cell_by_cell(keep_indices: Tensor, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:
-    """Whole cells (B, K) in any order -> (B, K), ordered as by ``select_cells``; reads values.
+    """Whole cells (B, K) in any order -> (B, K), ordered as by ``select_cells``.
 
-    Raises:
-        ValueError: An image keeps a part of a cell.
+    It reads values: ValueError if an image keeps a part of a cell.
     """
     w, size = grid_size[1], cell * cell
     row, col = keep_indices // w, keep_indices % w
@@ -175,11 +174,7 @@ def check_scales(scales: Tuple[int, ...]) -> Tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CellGrid:
-    """The cells of a patch grid, and how many of each scale a budget pays for.
-
-    Raises:
-        ValueError: The grid has no cell.
-    """
+    """The cells of a patch grid, at least one, and how many of each scale a budget pays for."""
 
     grid_size: Tuple[int, int]
     scales: Tuple[int, ...] = (1, 2)
@@ -264,11 +259,7 @@ class CellGrid:
         return TokenLayout(self.grid_size, scales, (fine, rest, *indices))
 
     def cell_scores(self, scores: Tensor) -> Tensor:
-        """Scores (B, N) of patches -> (B, M) of cells: the mean of the four.
-
-        Raises:
-            ValueError: The scores are not those of this grid.
-        """
+        """Scores (B, N) of this grid's patches -> (B, M) of cells: the mean of the four."""
         n = self.grid_size[0] * self.grid_size[1]
         if scores.dim() != 2 or scores.shape[1] != n:
             raise ValueError(f"scores must be (B, N) with N = {n}, got {list(scores.shape)}.")
@@ -286,9 +277,8 @@ class CellGrid:
     def refined_cells(self, keep_indices: Tensor, check: bool = True) -> Tensor:
         """Patches (B, 4 F + edge) -> (B, F) int64: the cells that they fill.
 
-        Raises:
-            ValueError: The number of patches, or with ``check`` (reads values) their places, are
-                not those of whole cells and the edge of an odd grid.
+        ValueError if their number, or with ``check`` (reads values) their places, are not those of
+        whole cells and the edge of an odd grid.
         """
         count = keep_indices.shape[1] - self.num_edge_patches
         wrong = (

@@ -63,11 +63,8 @@ def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
 def density_peaks(distances: Tensor, k: int) -> Tensor:
     """Squared distances (B, N, N) -> (B, N) float32: how well each patch represents a cluster.
 
-    That is density times separation, see ``dpc_knn`` (also for ``k``). For any K, the K largest
-    values are the centres of ``dpc_knn`` with K clusters.
-
-    Raises:
-        ValueError: `k` is below 1.
+    That is density times separation, see ``dpc_knn`` (also for ``k``, at least 1). For any K, the K
+    largest values are the centres of ``dpc_knn`` with K clusters.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")

@@ -110,8 +110,7 @@ class NaFlexBatch(NamedTuple):
 def check_batch(batch: Mapping[str, Any], backbone: Any) -> NaFlexBatch:
     """Check a dict of patches for a NaFlexVit; reads from the device, as timm does.
 
-    Raises:
-        ValueError: A part is missing or has another shape, or an image is not its whole grid.
+    ValueError if a part is missing or has another shape, or an image is not its whole grid.
     """
     names = ("patches", "patch_coord", "patch_valid")
     if not all(isinstance(batch.get(name), Tensor) for name in names):
@@ -191,8 +190,7 @@ def _grids(coord: Tensor, valid: Tensor) -> List[Tuple[int, int]]:
 def check_kept(keep_indices: Tensor, batch: NaFlexBatch) -> None:
     """Check indices (B, K) into a batch, -1 where an image keeps fewer; reads from the device.
 
-    Raises:
-        ValueError: An index is out of range, at padding or twice, or an image keeps nothing.
+    ValueError if one is out of range, at padding or twice, or if an image keeps nothing.
     """
     n = batch.patch_valid.shape[1]
     counts = batch.patch_valid.sum(1)
@@ -212,16 +210,10 @@ def check_kept(keep_indices: Tensor, batch: NaFlexBatch) -> None:
 def run_batch(
     backbone: Any, slot: Any, batch: NaFlexBatch, keep_indices: Optional[Tensor]
 ) -> Dict[str, Tensor]:
-    """The kept tokens of a batch after the final norm, as ``NaFlexVit.forward_features`` has them.
+    """Run a NaFlexVit, with its empty slot for tokens, on a batch up to the final norm.
 
-    Args:
-        backbone: a NaFlexVit.
-        slot: its empty slot for tokens.
-        batch: what it encodes.
-        keep_indices: (B, K), -1 where an image keeps fewer; None keeps all.
-
-    Returns:
-        "patches" (B, P + K, D) and "patch_valid" (B, K).
+    Of each image the patches keep_indices (B, K) stay, -1 where it keeps fewer; None keeps all. It
+    returns "patches" (B, P + K, D) and "patch_valid" (B, K), as ``forward_features`` does.
     """
     inputs = {name: getattr(batch, name) for name in ("patches", "patch_coord", "patch_valid")}
     call: Callable[..., Dict[str, Tensor]] = backbone.forward_features

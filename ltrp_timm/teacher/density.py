@@ -119,13 +119,18 @@ def semantic_density(
         )
     columns = _columns_to_remove(visible_indices, num_removed, generator)
     chosen = visible_indices.gather(1, columns)
-    if not isinstance(teacher, MAETeacher):
-        change_of = PREDICTION_CHANGES[str(metric)]
-        return _feature_changes(teacher, images, visible_indices, columns, change_of, chunk), chosen
-    variants = _Variants(teacher, images, visible_indices, removal)
     rows = torch.arange(images.shape[0], device=images.device).repeat_interleave(columns.shape[1])
-    encoded, decoded = _chunks(teacher, visible_indices.shape[1], rows, chunk)
     scores = []
+    if not isinstance(teacher, MAETeacher):
+        anchor = teacher.features(images, visible_indices).float()
+        values = (visible_indices.shape[1] + 1) * 16 * anchor.shape[1] + images[0].numel()
+        size = chunk or _even(len(rows), int(_memory(images.device) / (4 * values)))
+        for row, column in zip(rows.split(size), columns.flatten().split(size)):
+            found = teacher.without(images[row], visible_indices[row], column).float()
+            scores.append(PREDICTION_CHANGES[str(metric)](found, anchor[row], 1))
+        return torch.cat(scores).reshape(columns.shape), chosen
+    variants = _Variants(teacher, images, visible_indices, removal)
+    encoded, decoded = _chunks(teacher, visible_indices.shape[1], rows, chunk)
     for row, column in zip(rows.split(encoded), columns.flatten().split(encoded)):
         shown = variants.show(row, column)
         scores += [
@@ -141,14 +146,7 @@ class CellTeacher(PatchTeacher, nn.Module):
     A coarse token is a patch of the image at half size, with the position table resized to the half
     grid, as a ViT has it. Behind the encoder it fills the four places of its cell.
 
-    Args:
-        mae: its weights are shared.
-
-    Attributes:
-        rest: "coarse".
-        patch_size: (height, width) of a cell in pixels.
-        grid_size: (h, w) in cells.
-        num_patches: the number of cells.
+    It shares the MAE's weights; its patches are the cells.
 
     Raises:
         ValueError: the patch grid has an odd side.
@@ -198,26 +196,6 @@ class CellTeacher(PatchTeacher, nn.Module):
         tokens = self.mae.place(latents, places)
         tokens = torch.cat([tokens, self.mae.mask_tokens(masked).to(tokens.dtype)], dim=1)
         return self.mae.predict(tokens, masked.shape[1]).flatten(1)
-
-
-def _feature_changes(
-    teacher: Any,
-    images: Tensor,
-    visible_indices: Tensor,
-    columns: Tensor,
-    change: Callable[[Tensor, Tensor, int], Tensor],
-    chunk: int | None,
-) -> Tensor:
-    """Change (B, R) of the output without each of the patches at columns (B, R)."""
-    anchor = teacher.features(images, visible_indices).float()
-    rows = torch.arange(len(images), device=images.device).repeat_interleave(columns.shape[1])
-    values = (visible_indices.shape[1] + 1) * 16 * anchor.shape[1] + images[0].numel()
-    size = chunk or _even(len(rows), int(_memory(images.device) / (4 * values)))
-    scores = []
-    for row, column in zip(rows.split(size), columns.flatten().split(size)):
-        found = teacher.without(images[row], visible_indices[row], column).float()
-        scores.append(change(found, anchor[row], 1))
-    return torch.cat(scores).reshape(columns.shape)
 
 
 def all_but(indices: Tensor, columns: Tensor) -> Tensor:

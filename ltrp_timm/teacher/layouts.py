@@ -51,8 +51,7 @@ _CONFIG_ARGS = {
 def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Weights of any known layout -> the authors' names, which are those of ``MAETeacher``.
 
-    Raises:
-        ValueError: a part of the MAE is missing, or a tensor is present in two layouts.
+    ValueError if a part of the MAE is missing, or a tensor is present in two layouts.
     """
     inner = {name[4:]: t for name, t in state_dict.items() if name.startswith("mim.")}
     renamed = {name: _rename(name) for name in inner or state_dict}
@@ -93,11 +92,7 @@ def _fuse_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A saved configuration, ours or Hugging Face's -> arguments of ``MAETeacher``.
-
-    Raises:
-        ValueError: the activation is not GELU, or an argument is refused.
-    """
+    """A saved configuration, ours or Hugging Face's -> arguments of ``MAETeacher``."""
     if config.get("teacher") == "mae":
         return check_saved_args(config.get("args"), source)
     if config.get("model_type") != "vit_mae":
@@ -123,8 +118,7 @@ def infer_args(
 ) -> dict[str, Any]:
     """Complete the arguments of ``MAETeacher`` from the shapes; ``given`` ones take precedence.
 
-    Raises:
-        ValueError: a shape does not fit an MAE, or an argument is neither in shapes nor given.
+    ValueError if a shape does not fit an MAE, or an argument is neither in shapes nor given.
     """
     kernel, table = state_dict.get("patch_embed.proj.weight"), state_dict["pos_embed"]
     embed = state_dict.get("decoder_embed.weight")
@@ -159,11 +153,7 @@ def infer_args(
 
 
 def count_blocks(state_dict: Mapping[str, Tensor], stem: str, source: str) -> int:
-    """Number of blocks in names like ``blocks.11.…``; 0 if there is none.
-
-    Raises:
-        ValueError: a block's number is too large.
-    """
+    """Number of blocks in names like ``blocks.11.…``; ValueError if a number is too large."""
     found = (re.match(rf"{stem}\.([0-9]{{1,18}})\.", name) for name in state_dict)
     count = 1 + max((int(match[1]) for match in found if match), default=-1)
     if count > max(len(state_dict), 1) or count > MAX_DEPTH:

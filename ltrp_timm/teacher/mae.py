@@ -16,8 +16,7 @@ from timm.layers import LayerNorm, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ltrp_timm.layers.bridge import fit_channels
-from ltrp_timm.layers.sizes import sincos_pos_embed, to_pair
+from ltrp_timm.layers.bridge import fit_channels, sincos_pos_embed, to_pair
 from ltrp_timm.selection.coverage import patch_pixels
 from ltrp_timm.selection.rules import (
     check_keep_indices,
@@ -36,29 +35,28 @@ class PatchTeacher:
     Attributes:
         img_size: (H, W) of its images.
         in_chans: their channels.
-        num_patches: N.
+        mean: their normalisation, for pixels in [0, 1].
+        std: see ``mean``.
+        patch_size: (height, width) of a patch in pixels.
+        grid_size: (h, w) in patches.
+        num_patches: N = h * w.
     """
 
     img_size: tuple[int, int]
     in_chans: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    patch_size: tuple[int, int]
+    grid_size: tuple[int, int]
     num_patches: int
 
     def check_visible(self, visible_indices: Tensor, batch_size: int) -> None:
-        """Check (B, V) int64 indices, in range and without duplicates; waits for the device.
-
-        Raises:
-            ValueError: the indices do not fit.
-            TypeError: the dtype is another one.
-        """
+        """Raise an error unless indices are (B, V) int64, in range, different; reads the device."""
         check_keep_indices(visible_indices, batch_size, self.num_patches, "visible_indices")
         validate_keep_indices(visible_indices, self.num_patches, "visible_indices")
 
     def check_images(self, images: Tensor) -> None:
-        """Check images (B, channels, H, W): at least one, of the teacher's size.
-
-        Raises:
-            ValueError: the shape differs.
-        """
+        """Raise ValueError unless images are (B, channels, H, W), at least one, of its size."""
         expected = (self.in_chans, *self.img_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected or images.shape[0] < 1:
             raise ValueError(
@@ -95,7 +93,7 @@ class MAETeacher(PatchTeacher, nn.Module):
         frozen: False makes it an ordinary module that can be trained.
 
     Raises:
-        ValueError: sizes do not divide.
+        ValueError: sizes do not divide; also in its methods, where images or indices do not fit.
 
     Source: He et al. (2022), Masked autoencoders are scalable vision learners.
     """
@@ -129,7 +127,12 @@ class MAETeacher(PatchTeacher, nn.Module):
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = to_pair(img_size), to_pair(patch_size)
-        self.grid_size = _grid(self.img_size, self.patch_size)
+        (height, width), (p, q) = self.img_size, self.patch_size
+        if height % p or width % q:
+            raise ValueError(
+                f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}."
+            )
+        self.grid_size = (height // p, width // q)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.in_chans, self.norm_eps, self.norm_pix_loss = in_chans, norm_eps, bool(norm_pix_loss)
         self.mean, self.std = fit_channels(mean, in_chans), fit_channels(std, in_chans)
@@ -143,7 +146,7 @@ class MAETeacher(PatchTeacher, nn.Module):
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size).to(**dd))
         self.blocks = self._blocks(embed_dim, depth, num_heads, mlp_ratio, dd)
         self.norm = norm(embed_dim)
-        width, values = decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans
+        width, values = decoder_embed_dim, p * q * in_chans
         self.decoder_embed = nn.Linear(embed_dim, width, **dd)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width, **dd))
         self.register_buffer("decoder_pos_embed", sincos_pos_embed(width, self.grid_size).to(**dd))
@@ -210,20 +213,12 @@ class MAETeacher(PatchTeacher, nn.Module):
         save_weights(directory, config, self.state_dict(), overwrite=overwrite)
 
     def patchify(self, images: Tensor) -> Tensor:
-        """images (B, channels, H, W) -> (B, N, C), a patch by rows, columns, channels.
-
-        Raises:
-            ValueError: the images have another size than the teacher's.
-        """
+        """images (B, channels, H, W) -> (B, N, C), a patch by rows, columns, channels."""
         self.check_images(images)
         return patch_pixels(images, self.grid_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """patches (B, N, C) -> images (B, channels, H, W), the inverse of ``patchify``.
-
-        Raises:
-            ValueError: the number of patches or values differs.
-        """
+        """patches (B, N, C) -> images (B, channels, H, W), the inverse of ``patchify``."""
         (h, w), (p, q) = self.grid_size, self.patch_size
         expected = (h * w, p * q * self.in_chans)
         if patches.dim() != 3 or tuple(patches.shape[1:]) != expected:
@@ -233,11 +228,7 @@ class MAETeacher(PatchTeacher, nn.Module):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
 
     def embed(self, images: Tensor, visible_indices: Tensor | None = None) -> Tensor:
-        """images (B, channels, H, W), visible_indices (B, V) -> tokens with positions (B, V, D).
-
-        Raises:
-            ValueError: the images have another size, or the indices do not fit them.
-        """
+        """images (B, channels, H, W), visible_indices (B, V) -> tokens with positions (B, V, D)."""
         self.check_images(images)
         tokens: Tensor = self.patch_embed(images) + self.pos_embed[:, 1:]
         return tokens if visible_indices is None else gather_patches(tokens, visible_indices)
@@ -251,17 +242,10 @@ class MAETeacher(PatchTeacher, nn.Module):
         return self.norm(x)
 
     def encode(self, images: Tensor, visible_indices: Tensor | None = None) -> Tensor:
-        """Encode the visible patches; the others are absent.
-
-        Args:
-            images: (B, channels, H, W).
-            visible_indices: (B, V) int64, without duplicates; None for all patches.
+        """Encode the visible patches (B, V) of images (B, channels, H, W); the others are absent.
 
         Returns:
             Latents (B, 1 + V, D), the class token first, patches in the order of the indices.
-
-        Raises:
-            ValueError: the images have another size, or the indices do not fit them.
         """
         if visible_indices is not None:
             self.check_visible(visible_indices, images.shape[0])
@@ -284,18 +268,7 @@ class MAETeacher(PatchTeacher, nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens[:, -num_predicted:]))
 
     def decode(self, latents: Tensor, visible_indices: Tensor) -> Tensor:
-        """Predict all patches.
-
-        Args:
-            latents: (B, 1 + V, D) from ``encode``.
-            visible_indices: (B, V), the places of the latents.
-
-        Returns:
-            Predictions (B, N, C), in the order of the grid.
-
-        Raises:
-            ValueError: the indices do not fit the latents.
-        """
+        """Latents (B, 1 + V, D) at their places (B, V) -> predictions (B, N, C) of all patches."""
         self.check_visible(visible_indices, latents.shape[0])
         if latents.shape[1] != 1 + visible_indices.shape[1]:
             raise ValueError(
@@ -327,9 +300,6 @@ class MAETeacher(PatchTeacher, nn.Module):
 
         Returns:
             Predictions (B, N, C) and visible_indices (B, V).
-
-        Raises:
-            ValueError: the images have another size, or indices or ratio do not fit them.
         """
         if visible_indices is None:
             visible_indices = random_visible_indices(
@@ -354,9 +324,7 @@ class MAETeacher(PatchTeacher, nn.Module):
     def to_pixels(self, predictions: Tensor, patches: Tensor) -> Tensor:
         """Predictions (…, C) -> pixel values (…, C), about in [0, 1].
 
-        Args:
-            predictions: the decoder's.
-            patches: the true patches at these places, used with ``norm_pix_loss`` only.
+        The true ``patches`` at these places are used with ``norm_pix_loss`` only.
         """
         if self.norm_pix_loss:
             mean, std = patch_statistics(patches)
@@ -374,12 +342,6 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """patches (…, C) -> mean and standard deviation (…, 1), as MAE normalises its targets."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
-
-
-def _grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    if img_size[0] % patch_size[0] or img_size[1] % patch_size[1]:
-        raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}.")
-    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -403,17 +365,10 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 def draw_uniform(
     batch_size: int, num_items: int, generator: Generators | None, device: Any = None
 ) -> Tensor:
-    """Uniform numbers (B, n) in [0, 1).
+    """Uniform numbers (B, n) in [0, 1) on a device.
 
-    Args:
-        batch_size: B.
-        num_items: n.
-        generator: one for the batch, or one per image, so that an image's numbers do not depend on
-            its place in the batch; None is torch's global state.
-        device: of the result.
-
-    Raises:
-        ValueError: the number of generators is not B.
+    There is one generator for the batch, or one per image, so that an image's numbers do not depend
+    on its place in the batch; None is torch's global state.
     """
     if generator is None or isinstance(generator, torch.Generator):
         where = device if generator is None else generator.device
@@ -431,14 +386,7 @@ def random_visible_indices(
     generator: Generators | None = None,
     device: Any = None,
 ) -> Tensor:
-    """Draw the visible patches of each image, those with the V smallest of N random numbers.
-
-    Returns:
-        (B, V) int64, ascending.
-
-    Raises:
-        ValueError: as for ``num_visible`` and ``draw_uniform``.
-    """
+    """Visible patches (B, V) int64, ascending: those with the V smallest of N random numbers."""
     visible = num_visible(num_patches, mask_ratio)
     return select_top(-draw_uniform(batch_size, num_patches, generator, device), visible)
 

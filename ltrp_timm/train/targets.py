@@ -9,8 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.layers.bridge import InputBridge, resize_score_map
-from ltrp_timm.layers.sizes import to_pair
+from ltrp_timm.layers.bridge import InputBridge, resize_score_map, to_pair
 from ltrp_timm.models.feature_teacher import FeatureTeacher
 from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import select_top
