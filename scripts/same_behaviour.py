@@ -43,7 +43,7 @@ FAMILIES = {
     "vit_small_patch16_dinov3": {"img_size": 64},
 }
 RANKERS = ("contrast", "conv", "pixel_std", "gradient", "centre", "random", "dpc_knn", "vit_tiny")
-SELECTIONS = ("top", "random", "mixed", "stratified")
+SELECTIONS = ("top", "random", "mixed", "stratified", "dithered")
 LOSSES = ("list_mle", "list_net", "rank_net", "focused_rank", "pointwise_mse", "lambda_rank")
 QUIET = {"num_workers": 0, "tensorboard": False, "progress": False}
 NARROW = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

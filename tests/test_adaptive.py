@@ -181,7 +181,7 @@ def test_no_argument_means_nothing(backbone_of: Callable[..., Any]) -> None:
 def test_a_budget_goes_with_every_selection(adaptive: tuple[Any, Tensor]) -> None:
     model, images = adaptive
     counts, top = model.keep_counts(images), model(images)
-    for selection in ("random", "mixed", "stratified"):
+    for selection in ("random", "mixed", "stratified", "dithered"):
         model.selection = selection
         assert torch.equal(model.keep_counts(images), counts)
         logits = model(images)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ltrp_timm import dpc_knn, select_mixed, select_stratified, select_top
+from ltrp_timm import dpc_knn, select_dithered, select_mixed, select_stratified, select_top
 from ltrp_timm.selection import coverage
 from ltrp_timm.selection.coverage import patch_pixels, smallest, squared_distances
 
@@ -141,8 +141,56 @@ def test_stratified_against_a_plain_loop(
 def test_stratified_bad_input() -> None:
     with pytest.raises(ValueError, match="for a grid of 3x4"):
         select_stratified(torch.rand(1, 16), 4, (3, 4))
-    with pytest.raises(ValueError, match="cell = 0"):
+    with pytest.raises(ValueError, match="cell must be at least 1, got 0"):
         select_stratified(torch.rand(1, 12), 4, (3, 4), cell=0)
+
+
+# Bayer's 4 x 4 matrix
+PATTERN = [[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([0, 0.25, 0.5, 2]),
+    st.integers(0, 2**31),
+    st.data(),
+)
+def test_dithered_against_a_plain_loop(
+    h: int, w: int, strength: float, seed: int, data: st.DataObject
+) -> None:
+    n = h * w
+    k = data.draw(st.integers(1, n))
+    scores = torch.randint(0, 4, (2, n), generator=torch.Generator().manual_seed(seed)).float()
+    for row, keep in zip(scores.tolist(), select_dithered(scores, k, (h, w), strength).tolist()):
+        raised = []
+        for i, score in enumerate(row):
+            below, equal = sum(v < score for v in row), row.count(score)
+            dots = round(strength * n * PATTERN[i // w % 4][i % w % 4] / 8)
+            raised.append(2 * below + equal + dots)
+        assert keep == sorted(sorted(range(n), key=lambda i: (-raised[i], i))[:k])
+
+
+def test_dithered_thins_out_instead_of_ending_at_an_edge() -> None:
+    ramp = torch.arange(16.0).repeat_interleave(16)[None]  # rows of a 16 x 16 grid
+    kept = torch.zeros(256).index_fill(0, select_dithered(ramp, 128, (16, 16))[0], 1.0)
+    in_bands = kept.view(4, 64).mean(dim=1)  # of four rows each
+    assert in_bands.tolist() == [0.0, 0.25, 0.75, 1.0]  # the best 128 alone: 0, 0, 1, 1
+    assert torch.equal(select_dithered(ramp, 128, (16, 16), 0.0), select_top(ramp, 128))
+    # equal scores: an even pattern, not the upper half
+    even = select_dithered(torch.zeros(1, 256), 64, (16, 16))[0]
+    assert set((even // 16 % 2 * 2 + even % 2).tolist()) == {2}
+    nothing = torch.tensor([[torch.nan, -torch.inf, 1.0, torch.inf]])
+    assert select_dithered(nothing, 2, (1, 4), 0.0).tolist() == [[2, 3]]
+
+
+def test_dithered_bad_input() -> None:
+    with pytest.raises(ValueError, match="for a grid of 3x4, got 16 scores"):
+        select_dithered(torch.rand(1, 16), 4, (3, 4))
+    for strength in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="strength must be at least 0"):
+            select_dithered(torch.rand(1, 12), 4, (3, 4), strength)
 
 
 def test_they_cover_more_than_the_best_scores_do() -> None:
@@ -158,4 +206,5 @@ def test_they_cover_more_than_the_best_scores_do() -> None:
     tokens = torch.randn(32, 64, 12, generator=torch.Generator().manual_seed(1))
     top = empty_cells(select_top(scores, 16))
     assert empty_cells(select_stratified(scores, 16, (8, 8))) == 0
+    assert empty_cells(select_dithered(scores, 16, (8, 8))) < top
     assert empty_cells(select_mixed(scores, 16, tokens)) < top

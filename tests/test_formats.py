@@ -32,13 +32,14 @@ CASES = [(family, "contrast") for family in FAMILIES] + [
 CASES += [
     (family, f"contrast with {selection}")
     for family in ("vit", "eva02")
-    for selection in ("random", "mixed", "stratified")
+    for selection in ("random", "mixed", "stratified", "dithered")
 ]
 OPTIONS = {
     "top": {},
     "random": {"seed": 3},
     "mixed": {"ratio": 0.4, "pixels": 2},
     "stratified": {"cell": 3},
+    "dithered": {"strength": 1.0},
 }
 # minutes of compiling: by default one family of a kind, and each ranker and selection once
 REPEATED = ("registers", "siglip", "dinov3", "relpos_shared", "naflex_siglip", "naflex_clip")

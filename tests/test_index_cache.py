@@ -173,7 +173,7 @@ def test_what_cannot_be_followed_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("selection", ["top", "mixed", "stratified"])
+@pytest.mark.parametrize("selection", ["top", "mixed", "stratified", "dithered"])
 def test_the_cache_chooses_what_the_ranker_chooses(here: Path, selection: str) -> None:
     assert rank("orders") == 2  # bad.png
     model = make_model(ranker="border", selection=selection)

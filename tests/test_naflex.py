@@ -161,7 +161,7 @@ def test_each_image_may_have_a_budget_in_one_padded_batch() -> None:
     assert torch.equal((keep >= 0).sum(1), model.keep_counts(batch))
 
 
-@pytest.mark.parametrize("selection", ["random", "mixed", "stratified"])
+@pytest.mark.parametrize("selection", ["random", "mixed", "stratified", "dithered"])
 @torch.no_grad()
 def test_selections_work_on_each_grid(selection: str) -> None:
     model = drop_patches(model_of("learned"), "contrast", keep_ratio=0.5, selection=selection)

@@ -10,6 +10,7 @@ from ltrp_timm import (
     gather_patches,
     num_keep,
     scatter_patches,
+    select_dithered,
     select_mixed,
     select_random,
     select_stratified,
@@ -220,6 +221,7 @@ def test_selections_by_name_are_the_functions() -> None:
         "random": ({"seed": 4}, select_random(scores, 10, seed=4)),
         "mixed": ({"ratio": 0.3}, select_mixed(scores, 10, tokens, 0.3)),
         "stratified": ({"cell": 3}, select_stratified(scores, 10, (4, 5), 3)),
+        "dithered": ({"strength": 1}, select_dithered(scores, 10, (4, 5), 1.0)),
     }
     assert set(by_hand) == set(SELECTIONS)
     for name, (args, keep) in by_hand.items():
@@ -228,7 +230,7 @@ def test_selections_by_name_are_the_functions() -> None:
         kept, found = layer(torch.cat([prefix, tokens], 1), scores, (4, 5))
         assert torch.equal(found, keep)
         assert torch.equal(kept[:, 2:], gather_patches(tokens, keep))
-    assert len({tuple(keep.flatten().tolist()) for _, keep in by_hand.values()}) == 4
+    assert len({tuple(keep.flatten().tolist()) for _, keep in by_hand.values()}) == 5
 
 
 def test_options_of_a_selection() -> None:
@@ -250,11 +252,12 @@ def test_options_of_a_selection() -> None:
         ("mixed", {"ratio": math.nan}, "ratio must be a number from 0 to 1, got nan"),
         ("stratified", {"cell": 0}, "cell must be a whole number from 1 to"),
         ("stratified", {"cell": 2.5}, "cell must be a whole number"),
+        ("dithered", {"strength": -1}, "strength must be a number from 0 to 16, got -1"),
         ("random", {"seed": "a"}, "seed must be a whole number"),
         (
             "best",
             {},
-            "selection must be one of top, random, mixed, stratified, got 'best'",
+            "selection must be one of top, random, mixed, stratified, dithered, got 'best'",
         ),
     ):
         with pytest.raises(ValueError, match=words):

@@ -41,7 +41,8 @@ def drop_patches(
         ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
         keep_ratio: share of patch tokens to encode, in (0, 1] (default: 0.5, or the budget's mean).
         selection: "top", "random", "mixed" (best scores, and centres of the largest clusters of
-            pixels) or "stratified" (the best of each grid cell first).
+            pixels), "stratified" (the best of each grid cell first) or "dithered" (many patches
+            where scores are high, few where they are low).
         validate: also check the values of given ``keep_indices`` and that scores are finite (eager
             only; reads from the device).
         fill: what dropped places of dense features hold: "zeros" or "nearest".
@@ -52,7 +53,7 @@ def drop_patches(
             ``pretrained=True`` of a model does not load them.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection: "seed" of random; "ratio", "neighbours" and
-            "pixels" of mixed; "cell" of stratified.
+            "pixels" of mixed; "cell" of stratified; "strength" of dithered.
         cache_dir: folder for downloaded weights of the ranker; as in huggingface_hub.
         head: None keeps the classifier; "ml_decoder" replaces it by a new one for multi-label
             images, which attends to all encoded tokens. It stays on the backbone.

@@ -1,6 +1,6 @@
-"""Selections that cover an image: by clusters of similar patches, by cells of the grid.
+"""Selections that cover an image: by clusters of similar patches, by cells, by dithering.
 
-A plain top-K set clusters in space. Both rules are deterministic, never keep a patch twice, and
+A plain top-K set clusters in space. These rules are deterministic, never keep a patch twice, and
 process a batch without a loop over its images.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm.selection.rules import best_first, check_k, select_top
+from ltrp_timm.selection.rules import best_first, check_k, places_in_order, select_top
 
 
 def patch_pixels(images: Tensor, grid_size: Tuple[int, int], side: int = 0) -> Tensor:
@@ -161,13 +161,10 @@ def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: 
     Raises:
         ValueError: An argument is out of range, or the grid does not match the scores.
     """
-    check_k(scores, k)
+    _check_grid(scores, k, grid_size)
     h, w = grid_size
-    if h * w != scores.shape[1] or cell < 1:
-        raise ValueError(
-            f"expected scores (B, {h * w}) for a grid of {h}x{w} and a cell of at least 1, got "
-            f"{scores.shape[1]} scores and cell = {cell}."
-        )
+    if cell < 1:
+        raise ValueError(f"cell must be at least 1, got {cell}.")
     best = best_first(scores)
     place = torch.arange(h * w, device=scores.device)
     # N for the best patch, 1 for the worst: whole numbers without ties
@@ -176,3 +173,58 @@ def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: 
     champion = F.max_pool2d(grid, cell, ceil_mode=True)
     champion = champion.repeat_interleave(cell, 2).repeat_interleave(cell, 3)[:, :, :h, :w]
     return select_top(standing + h * w * (grid == champion).flatten(1), k)
+
+
+def select_dithered(
+    scores: Tensor, k: int, grid_size: Tuple[int, int], strength: float = 0.5
+) -> Tensor:
+    """Keep many patches where scores are high, few where they are low: a printed picture's dots.
+
+    Neighbouring patches tell much the same. So the rank of each patch, from 0 to 1, is raised by
+    ``strength`` times a fixed pattern (Bayer's 4 x 4 matrix, from 0 to 15/16), and the best K stay:
+    instead of an edge, behind which nothing is kept, dots get rarer.
+
+    Args:
+        scores: (B, N), higher = keep first; equal scores share their rank, NaN comes last.
+        k: number of patches to keep, 1 <= k <= N.
+        grid_size: (h, w), N = h * w.
+        strength: 0 keeps the best K; far above 1 it is an even grid.
+
+    Returns:
+        (B, K) int64 indices, ascending.
+
+    Raises:
+        ValueError: An argument is out of range, or the grid does not match the scores.
+
+    Source: Bayer (1973), ordered dither.
+    """
+    _check_grid(scores, k, grid_size)
+    if not strength >= 0.0:
+        raise ValueError(f"strength must be at least 0, got {strength}.")
+    return select_top(dithered(scores, grid_size, strength), k)
+
+
+def dithered(scores: Tensor, grid_size: Tuple[int, int], strength: float) -> Tensor:
+    """Scores (B, N) -> their ranks plus the pattern, (B, N) float32, in whole steps of 1 / 2N."""
+    row = torch.arange(grid_size[0], device=scores.device).unsqueeze(1)
+    col = torch.arange(grid_size[1], device=scores.device)
+    fine, coarse = _pattern_2x2(row % 2, col % 2), _pattern_2x2(row // 2 % 2, col // 2 % 2)
+    pattern = (4 * fine + coarse).flatten() * (strength * scores.shape[1] / 8.0)
+    # finite, as -inf - -inf is NaN; NaN becomes the lowest number
+    places = places_in_order(torch.nan_to_num(scores.float(), nan=-3.4028234663852886e38))
+    # whole numbers: equal sums tie on every device
+    return places.float() + pattern.round()
+
+
+def _pattern_2x2(row: Tensor, col: Tensor) -> Tensor:
+    """Bayer's matrix [[0, 2], [3, 1]] at places (h, 1), (w,) of 0 or 1 -> (h, w)."""
+    return 2 * ((row + col) % 2) + row
+
+
+def _check_grid(scores: Tensor, k: int, grid_size: Tuple[int, int]) -> None:
+    check_k(scores, k)
+    h, w = grid_size
+    if h * w != scores.shape[1]:
+        raise ValueError(
+            f"expected scores (B, {h * w}) for a grid of {h}x{w}, got {scores.shape[1]} scores."
+        )

@@ -5,7 +5,12 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from torch import Tensor, nn
 
-from ltrp_timm.selection.coverage import patch_pixels, select_mixed, select_stratified
+from ltrp_timm.selection.coverage import (
+    patch_pixels,
+    select_dithered,
+    select_mixed,
+    select_stratified,
+)
 from ltrp_timm.selection.rules import (
     check_keep_ratio,
     keep_tokens,
@@ -44,6 +49,7 @@ SELECTIONS: Dict[str, Selection] = {
         {"ratio": Option(0.7, 0, 1, False), "neighbours": Option(5, 1), "pixels": Option(0, 0)}
     ),
     "stratified": Selection({"cell": Option(2, 1)}),
+    "dithered": Selection({"strength": Option(0.5, 0, 16, False)}),
 }
 
 
@@ -70,6 +76,8 @@ def select(
         return select_mixed(scores, k, source, args["ratio"], int(args["neighbours"]))
     if selection == "stratified":
         return select_stratified(scores, k, grid_size, int(args["cell"]))
+    if selection == "dithered":
+        return select_dithered(scores, k, grid_size, args["strength"])
     raise ValueError("selection must be a name of SELECTIONS, got " + selection + ".")
 
 
@@ -166,7 +174,7 @@ class PatchSelector(SelectionSettings, nn.Module):
     Args:
         keep_ratio: share of patches to keep, in (0, 1].
         num_prefix_tokens: P, tokens at the front (class, registers) that always stay.
-        selection: "top", "random", "mixed" (clusters the given tokens) or "stratified".
+        selection: "top", "random", "mixed" (clusters the given tokens), "stratified" or "dithered".
         selection_args: options of the selection.
 
     Raises:
@@ -196,7 +204,7 @@ class PatchSelector(SelectionSettings, nn.Module):
     ) -> Tuple[Tensor, Tensor]:
         """Tokens (B, P + N, D), scores (B, N) -> tokens (B, P + K, D), keep_indices (B, K).
 
-        "stratified" needs the ``grid_size`` (h, w), N = h * w, if that is not a square.
+        "stratified" and "dithered" need the ``grid_size`` (h, w), N = h * w, if it is no square.
 
         Raises:
             ValueError: The shapes of tokens, scores and grid do not match.
