@@ -203,15 +203,9 @@ def panels(
 ) -> list[tuple[Image.Image, str]]:
     """The pictures of ``overview`` with their captions, at the size that the model sees.
 
-    Args:
-        image: Of any size.
-        model: Ranks and selects; its ``keep_ratio`` is restored.
-        keep_ratios: One picture each.
-        coarse: Of a model that drops the rest, also show the tokens of a coarse rest, at ratios
-            that pay for more than the coarsest ones.
-
-    Returns:
-        The photo, its score map, and what is kept at each ratio.
+    These are the photo, of any size, its score map, and what is kept at each ratio. With
+    ``coarse``, a model that drops the rest also shows the tokens of a coarse rest, at ratios that
+    pay for more than the coarsest ones.
 
     Raises:
         ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.
@@ -261,11 +255,7 @@ def keeping(model: LTRPModel, keep_ratio: float) -> Iterator[None]:
 
 
 def stack_rows(rows: Sequence[Image.Image]) -> Image.Image:
-    """Place pictures one below the other on white.
-
-    Raises:
-        ValueError: There is no picture.
-    """
+    """Place pictures one below the other on white; ValueError if there is none."""
     if not rows:
         raise ValueError("stack_rows needs at least one picture, got none.")
     return _paste(rows, down=True)

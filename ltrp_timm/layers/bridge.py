@@ -63,9 +63,6 @@ class InputBridge(ComputedBuffers):
         target: (mean, std) for the ranker.
         img_size: (H, W) for the ranker; None keeps the size.
         in_chans: C; for C other than 3, RGB values are averaged to one, as in timm.
-
-    Raises:
-        ValueError: A mean or std has another length.
     """
 
     scale: Tensor

@@ -111,16 +111,10 @@ class _CrossAttention(nn.Module):
 
 
 def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None) -> MLDecoder:
-    """A head for a backbone's classes and tokens; the backbone is not changed.
+    """A head, one of ``HEADS``, for the classes and tokens of a timm ViT, which is not changed.
 
-    Args:
-        name: one of ``HEADS``.
-        backbone: a timm ViT with classes.
-        args: of the head: ``embed_dim``, ``num_groups``, ``num_heads``, ``mlp_dim``, ``drop``.
-
-    Raises:
-        TypeError: The backbone passes no tokens to its classifier, or an argument is unknown.
-        ValueError: `name` is unknown, the backbone has no classes, or a value is out of range.
+    ``args`` are ``embed_dim``, ``num_groups``, ``num_heads``, ``mlp_dim`` and ``drop``. TypeError
+    or ValueError if one is unknown or out of range, or if the backbone has no classes.
     """
     if name not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}.")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm.selection.cells import CellGrid, TokenLayout, check_scales
+from ltrp_timm.selection.cells import SCALES, CellGrid, TokenLayout
 from ltrp_timm.selection.rules import check_keep_indices, may_read, seeded_scores
 from ltrp_timm.slots.base import run_with_slots
 from ltrp_timm.slots.coarse import checkpointed, coarse_tokens
@@ -38,7 +38,10 @@ class CoarseRest:
     size_bias: float = SIZE_BIAS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scales", check_scales(self.scales))
+        scales = self.scales
+        if not isinstance(scales, (list, tuple)) or tuple(scales) not in SCALES:
+            raise ValueError(f"scales must be (1, 2) or (1, 2, 4), got {scales!r}.")
+        object.__setattr__(self, "scales", tuple(int(each) for each in scales))
         bias = self.size_bias
         number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
         if not number or not 0 <= bias <= 4:

@@ -26,9 +26,8 @@ class FeatureTeacher(PatchTeacher, nn.Module):
         backbone: a timm ViT whose patches can be dropped, which is copied; or its name, to load the
             weights that timm publishes.
         img_size: side of the images, or (height, width), for a name (default: the model's own).
-        rest: what happens to patches that are not visible: "drop", or "coarse" (see ``LTRPModel``);
-            then the teacher's patches are the cells of 2 x 2 patches of the backbone, and a cell
-            that is taken away is given as one token of the image at half size.
+        rest: "drop"; or "coarse": the teacher's patches are the cells of 2 x 2 patches of the
+            backbone, and a cell that is taken away is given as one token of the half-size image.
 
     Raises:
         TypeError: The patches of this model cannot be dropped; the message says why.

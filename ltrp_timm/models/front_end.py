@@ -46,11 +46,9 @@ def drop_patches(
         validate: also check the values of given ``keep_indices`` and that scores are finite (eager
             only; reads from the device).
         fill: what dropped places of dense features hold: "zeros" or "nearest".
-        ranker_weights: weights of the ranker: a folder, a ``.safetensors`` file or
-            ``hf-hub:owner/name[@revision]``. True loads published weights: the conv ranker's
-            experimental ones from this package, which find objects no better than the
-            weight-free border does, the attention ranker's backbone from the Hub.
-            ``pretrained=True`` of a model does not load them.
+        ranker_weights: weights of the ranker: a folder, a file, ``hf-hub:owner/name[@revision]``,
+            or True for published ones, as ``pretrained`` of ``create_ranker``. ``pretrained=True``
+            of a model does not load them.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection: "seed" of random; "ratio", "neighbours" and
             "pixels" of mixed; "cell" of stratified; "strength" of dithered.

@@ -65,23 +65,16 @@ def choose(model: "LTRPModel", batch: NaFlexBatch, scores: Optional[Tensor] = No
     keep = torch.full(shape, -1, device=batch.patches.device)
     most = 1
     for rows, images in by_grid(model, batch):
-        for part, kept in _chosen(model, images, scores if scores is None else scores[rows]):
-            keep[torch.tensor(rows)[part], : kept.shape[1]] = kept
+        h, w = model.grid_size(images)
+        found = model._scores(images, h, w) if scores is None else scores[rows, : h * w]
+        groups: List[Tuple[Optional[int], Tensor]] = [(None, torch.arange(len(rows)))]
+        if model._counts_vary(None):
+            groups = list(buckets_of(model._counts(found))[0])
+        for k, part in groups:
+            kept = model._select(found[part], images[part], h, w, k)
+            keep[torch.tensor(rows)[part.cpu()], : kept.shape[1]] = kept
             most = max(most, kept.shape[1])
     return keep[:, :most]
-
-
-def _chosen(
-    model: "LTRPModel", images: Tensor, scores: Optional[Tensor]
-) -> Iterator[Tuple[Tensor, Tensor]]:
-    """Keep indices of images of one size, in groups that keep equally many, and the groups."""
-    h, w = model.grid_size(images)
-    scores = model._scores(images, h, w) if scores is None else scores[:, : h * w]
-    if not model._counts_vary(None):
-        yield torch.arange(images.shape[0]), model.select(scores, images)
-        return
-    for k, part in buckets_of(model._counts(scores))[0]:
-        yield part.cpu(), model._select(scores[part], images[part], h, w, k)
 
 
 def forward_features(

@@ -30,10 +30,6 @@ class AttentionRanker(SizedRanker):
         heads: the heads to average, one or several, from 0 (default: all).
         **kwargs: further arguments of ``ModelRanker``.
 
-    Raises:
-        TypeError: The backbone has no class token, or its attention is of an unknown kind.
-        ValueError: An argument is out of range.
-
     Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers (ICCV 2021).
 
     >>> AttentionRanker("vit_tiny_patch16_224", img_size=64)(torch.zeros(1, 3, 64, 64)).shape
@@ -190,10 +186,6 @@ class FeatureContrastRanker(SizedRanker):
         blocks: how many blocks to run, at least 1.
         img_size: its image size, (H, W) or one side; a multiple of the patch size.
         **kwargs: further arguments of ``ModelRanker``.
-
-    Raises:
-        TypeError: The backbone is of another class.
-        ValueError: An argument is out of range.
 
     >>> ranker = FeatureContrastRanker("vit_tiny_patch16_224", blocks=2, img_size=64)
     >>> ranker(torch.zeros(1, 3, 64, 64)).shape

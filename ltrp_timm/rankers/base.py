@@ -119,9 +119,7 @@ class ModelRanker(Ranker, nn.Module):
             ``pretrained_cfg``).
         std: see ``mean``.
         pretrained: load the backbone's weights through timm. A model counts as trained.
-        device: as in ``timm.create_model``.
-        dtype: as in ``timm.create_model``.
-        **kwargs: further arguments of ``timm.create_model`` for the backbone.
+        **kwargs: further arguments of ``timm.create_model``, as ``device`` and ``dtype`` are.
 
     Raises:
         TypeError: This ranker cannot use the backbone; the message says why.

@@ -18,9 +18,7 @@ class ConvRanker(Ranker, nn.Module):
     The blocks see neighbours; the distances tell them what is unlike the border of the image. It
     costs less than 1 % of a ViT-B, since no map is larger than the patch grid, and accepts any
     image size. GroupNorm over one group is a single operator and does not mix images of a batch.
-    ``create_ranker("conv", pretrained=True)`` loads weights trained at small scale, which find
-    objects no better than the weight-free ``border``, their teacher; their card,
-    ``weights/conv.md``, describes data, training command and results.
+    ``weights/conv.md`` describes the weights that come with the package.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
@@ -94,12 +92,8 @@ class ConvRanker(Ranker, nn.Module):
 class BorderDistances(nn.Module):
     """Adds to each patch its distances to the border: to the most similar of its patches.
 
-    Each distance is taken between projections of the features, which are first divided by their
-    spread over the image; a border patch is its own most similar one.
-
-    Args:
-        width: channels of the features.
-        count: number of distances, each by a projection to four values.
+    Each of ``count`` distances is taken between projections of the features to four values, first
+    divided by their spread over the image; a border patch is its own most similar one.
     """
 
     def __init__(self, width: int, count: int, device: Any = None, dtype: Any = None) -> None:

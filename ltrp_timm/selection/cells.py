@@ -164,14 +164,6 @@ def square_means(values: Tensor, grid_size: Tuple[int, int], side: int) -> Tenso
     return F.avg_pool2d(values.view(-1, 1, *grid_size), side).flatten(1)
 
 
-def check_scales(scales: Tuple[int, ...]) -> Tuple[int, ...]:
-    """Return scales as a tuple, or raise ValueError if they are not in ``SCALES``."""
-    found = tuple(scales) if isinstance(scales, (list, tuple)) else ()
-    if found not in SCALES:
-        raise ValueError(f"scales must be (1, 2) or (1, 2, 4), got {scales!r}.")
-    return tuple(int(each) for each in found)
-
-
 @dataclass(frozen=True)
 class CellGrid:
     """The cells of a patch grid, at least one, and how many of each scale a budget pays for."""

@@ -1,6 +1,5 @@
 """Selections by name and their options. A new rule needs an entry here and a line in ``select``."""
 
-from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ class Option(NamedTuple):
     whole: bool = True
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What the package must know about a selection.
 
     Attributes:
@@ -38,7 +36,7 @@ class Selection:
         reads_scores: whether scores decide; if not, the model does not run its ranker.
     """
 
-    options: Dict[str, Option] = field(default_factory=dict)
+    options: Dict[str, Option] = {}  # noqa: RUF012  # never changed
     reads_scores: bool = True
 
 
@@ -97,10 +95,7 @@ def check_selection_args(selection: str, args: Optional[Mapping[str, Any]]) -> D
     """Options for ``select``: those of ``args``, and defaults for all others.
 
     The options of all selections, as floats: TorchScript needs one type and a dict with entries.
-
-    Raises:
-        TypeError: `args` is not a mapping.
-        ValueError: The selection is unknown or has no such option, or a value is out of range.
+    TypeError or ValueError if the selection has no such options, or a value is out of range.
     """
     if args is not None and not isinstance(args, Mapping):
         raise TypeError(f"selection_args must be a mapping, got {type(args).__name__}.")

@@ -89,18 +89,9 @@ def places_in_order(values: Tensor) -> Tensor:
 
 
 def select_random(scores: Tensor, k: int, seed: int = 0) -> Tensor:
-    """Keep K random patches: every image and every call gets the same set.
+    """Keep K random patches: every image and every call gets the set that ``seed`` chooses.
 
-    Args:
-        scores: (B, N); only its shape and device are used.
-        k: number of patches to keep, 1 <= k <= N.
-        seed: chooses the set.
-
-    Returns:
-        (B, K) int64 indices, ascending.
-
-    Raises:
-        ValueError: `scores` is not (B, N), or `k` is out of range.
+    Of scores (B, N) only shape and device are used. Result and errors are those of ``select_top``.
     """
     return select_top(seeded_scores(scores.shape[0], scores.shape[1], seed, scores.device), k)
 

@@ -298,6 +298,16 @@ def check_free(backbone: Any, place: str) -> None:
         )
 
 
+def check_known(family: str, what: str, module: Any, kinds: Dict[Any, Any]) -> None:
+    """Raise TypeError if a module is not of a class that has a twin among ``kinds``."""
+    if type(module) not in kinds:
+        known = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(
+            f"cannot drop patches from {family}: its {what} is a {type(module).__name__}, not one "
+            f"of {known}."
+        )
+
+
 class SlotAdapter(ABC):
     """How one timm family drops tokens.
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from ltrp_timm._timm import ROTARY_EMBEDDINGS
 from ltrp_timm.selection.rules import keep_tokens
-from ltrp_timm.slots.base import SlotAdapter, TokenSlot, alone, as_slot, check_free, named_twins
+from ltrp_timm.slots.base import (
+    SlotAdapter,
+    TokenSlot,
+    alone,
+    as_slot,
+    check_free,
+    check_known,
+    named_twins,
+)
 
 
 class TokenSlotWithNorm(TokenSlot, LayerNorm):
@@ -74,12 +82,8 @@ class NaFlexAdapter(SlotAdapter):
         check_free(backbone, "patch_drop")
         if type(backbone.norm_pre) is not LayerNorm:
             check_free(backbone, "norm_pre")
-        if backbone.rope is not None and type(backbone.rope) not in SLOTS:
-            raise TypeError(
-                f"cannot drop patches from {self.family}: its rope is a "
-                f"{type(backbone.rope).__name__}, not one of "
-                f"{', '.join(kind.__name__ for kind in SLOTS)}."
-            )
+        if backbone.rope is not None:
+            check_known(self.family, "rope", backbone.rope, SLOTS)
 
 
 class NaFlexBatch(NamedTuple):

@@ -23,6 +23,7 @@ from ltrp_timm.slots.base import (
     as_kind,
     as_slot,
     check_free,
+    check_known,
     renamed,
     slots_in,
 )
@@ -260,8 +261,4 @@ class RelPosAdapter(SlotAdapter):
         check_free(backbone, "patch_embed.norm")
         shared = backbone.shared_rel_pos
         for bias in [b.attn.rel_pos for b in backbone.blocks] if shared is None else [shared]:
-            if type(bias) not in SLOTS:
-                raise TypeError(
-                    f"cannot drop patches from {self.family}: its relative position is a "
-                    f"{type(bias).__name__}, not one of {', '.join(k.__name__ for k in SLOTS)}."
-                )
+            check_known(self.family, "relative position", bias, SLOTS)

@@ -19,6 +19,7 @@ from ltrp_timm.slots.base import (
     TokenSlotWithDropout,
     as_slot,
     check_free,
+    check_known,
 )
 from ltrp_timm.slots.coarse import TWINS, CoarseSlot, CoarseSlotWithIndices
 
@@ -105,9 +106,8 @@ class CoarseEvaAdapter(EvaAdapter):
     def check(self, backbone: Any) -> None:
         """Raise TypeError if ``patch_drop`` is in use, or the RoPE is not one of timm's."""
         super().check(backbone)
-        if backbone.rope is not None and type(backbone.rope) not in TWINS:
-            kind = type(backbone.rope).__name__
-            raise TypeError(f"rest='coarse' does not know the rotary embedding {kind}.")
+        if backbone.rope is not None:
+            check_known(self.family, "rope", backbone.rope, TWINS)
 
 
 VitAdapter.coarse = CoarseVitAdapter()
