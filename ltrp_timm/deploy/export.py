@@ -86,23 +86,20 @@ def check_parity(
     sizes = [1, 2, batch_size + 2] if dynamic else [batch_size] * max(2, -(-_IMAGES // batch_size))
     parameter = next(model.backbone.parameters())
     images, left_out = _clear_images(model, input_size, sum(sizes), parameter)
-    error, scale, from_full = 0.0, 0.0, []
+    figures = []
     for batch in images.split(sizes):
-        wanted, full = model(batch), model.backbone(batch)
-        out = run(batch)
+        wanted, full, out = model(batch), model.backbone(batch), run(batch)
         if out.shape != wanted.shape:
             raise RuntimeError(
                 f"the file gives outputs {list(out.shape)}, the model {list(wanted.shape)}."
             )
-        worst = (out - wanted).abs().max().item()
-        error = worst if worst != worst else max(error, worst)
-        scale = max(scale, wanted.abs().max().item())
-        from_full.append((out - full).abs().max().item())
-        if error != error:
-            break
+        each = torch.stack([out - wanted, out - full, wanted]).abs().flatten(1)
+        figures.append(each.amax(dim=1))  # a NaN stays one
+    errors, from_full, scales = torch.stack(figures, dim=1)
     h, w = model.grid_size(images)
     all_kept = model.keep_indices(images[:1]).shape[1] == h * w
-    return Parity(error, None if all_kept else min(from_full), scale, tuple(sizes), left_out)
+    least = None if all_kept else from_full.min().item()
+    return Parity(errors.max().item(), least, scales.max().item(), tuple(sizes), left_out)
 
 
 def _clear_images(

@@ -144,10 +144,8 @@ def fit(
         find_writer()
     if settings.report_to:
         find_tracker(settings.report_to)
-    trainer, resume = (
-        Trainer(task, sources, settings, world, Path(output)),
-        settings.resume == "auto",
-    )
+    resume = settings.resume == "auto"
+    trainer = Trainer(task, sources, settings, world, Path(output))
     if dry_run:
         check_folder(trainer.folder, resume)
         trainer.rehearse()
