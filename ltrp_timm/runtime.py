@@ -149,13 +149,9 @@ _PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
 
 
 class World:
-    """The processes of a run and the device of this one.
+    """The processes of a run and the device of this one; process 0 writes and prints.
 
-    Args:
-        rank: number of this process; process 0 writes and prints.
-        size: number of processes.
-        device: device of this process.
-        patient: processes may wait for each other for hours; while one waits, signals end it.
+    Those that are ``patient`` may wait for each other for hours; while one waits, signals end it.
     """
 
     def __init__(

@@ -77,18 +77,10 @@ def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def read_evaluation(source: Any, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a card from what ``ltrp-timm evaluate --output`` wrote.
+    """Fields of a card from evaluate.json or its folder: "evaluation_data", and "measured" in %.
 
-    Args:
-        source: evaluate.json, or its folder.
-        made_with: the model's "ranker", "selection" and "rest"; the evaluation's must be the same.
-
-    Returns:
-        "evaluation_data", and "measured" accuracies in per cent, by keep ratio.
-
-    Raises:
-        FileNotFoundError: ``source`` does not exist.
-        ValueError: It holds no evaluation, or that of another model.
+    ``made_with`` are the model's "ranker", "selection" and "rest"; ValueError if the evaluation is
+    of another model, or is none.
     """
     path = Path(source)
     path = path / EVALUATION_NAME if path.is_dir() else path

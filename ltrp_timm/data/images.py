@@ -161,15 +161,10 @@ def check_data(data: Any) -> bool:
 
 
 class Images:
-    """Pictures of a data set by index, as ``load_image`` reads them.
+    """Pictures by index, as ``load_image`` reads them, of timm's or any map-style torch data set.
 
-    Args:
-        dataset: one of timm's, or any map-style torch data set whose items are, or begin with, a
-            picture.
-        min_side: pictures with a shorter side count as unreadable, as strips do.
-
-    Attributes:
-        blank: target of an image that cannot be read; None if there are no targets.
+    Its items are, or begin with, a picture. One with a side shorter than ``min_side`` pixels counts
+    as unreadable, as strips do. ``blank`` is the target of such an image, None without targets.
     """
 
     blank: Any = None

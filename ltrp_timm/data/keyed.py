@@ -23,14 +23,14 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class KeyedImages(Dataset[Sample]):
-    """Samples by (epoch, place); the place is a position in ``indices``.
+    """Samples by (epoch, place); the place is a position in ``indices``, which belong to this set.
 
     If an image cannot be read, training gets the next readable one instead. A held-out sample, and
     one of training when no image can be read any more, is marked as not real and does not count.
 
     Args:
         images: images to read from.
-        indices: indices of the images that belong to this set.
+        indices: see above.
         transform: picture -> (3, H, W); may carry the scores of patches, see
             ``ltrp_timm.scoring.transform``.
         seed: seed of what the transform draws.

@@ -250,12 +250,7 @@ def _table(
 
 
 class MultiLabelImages(Images):
-    """Pictures of a folder and their classes from a label file.
-
-    Args:
-        folder: folder of the images.
-        table: labels of the images, see ``read_labels``.
-        skip_absent: leave out the images that the folder lacks, in place of an error.
+    """Pictures of a folder and their classes from a label file, see ``open_multi_label``.
 
     Attributes:
         absent: number of images that were left out.

@@ -142,15 +142,10 @@ def _refusals(tool: str, model: LTRPModel, advice: str = "") -> Iterator[None]:
 def load_exported(
     path: PathLike, format: str, device: str | torch.device = "cpu"
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """Load an exported file in its own runtime.
+    """Load a file in its own runtime: images (B, C, H, W) -> logits, and the metadata.
 
-    Args:
-        path: The file.
-        format: "onnx" (onnxruntime on the CPU), "pt2", "aoti" or "torchscript".
-        device: Device of a TorchScript file; pt2 and aoti files keep that of the export.
-
-    Returns:
-        A function, images (B, C, H, W) -> logits, and the metadata.
+    ONNX files run in onnxruntime on the CPU; ``device`` is that of a TorchScript file, the other
+    formats keep that of the export.
     """
     if format == "onnx":
         return _load_onnx(path)

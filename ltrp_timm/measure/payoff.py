@@ -115,17 +115,10 @@ def smaller_grid(grid: tuple[int, int], num_kept: int) -> tuple[int, int]:
 
 
 def on_grid(model: Any, grid: tuple[int, int]) -> tuple[Any, tuple[int, int]]:
-    """Build the plain model for images of another patch grid.
+    """Build the plain model of a timm ViT or an LTRPModel for images of another patch grid (h, w).
 
-    Position tables, relative position biases and rotary embeddings are resampled as timm does.
-
-    Args:
-        model: A timm ViT or an LTRPModel; it is not changed.
-        grid: Patch grid (h, w).
-
-    Returns:
-        A plain timm ViT that shares all weights but the resampled ones, and the size (height,
-        width) of its images.
+    Position tables, relative position biases and rotary embeddings are resampled as timm does; all
+    other weights are shared. Also returns the size (height, width) of its images.
 
     Raises:
         TypeError: Patches cannot be dropped from this model.

@@ -250,13 +250,9 @@ def _writable(path: Path) -> _Array:
 
 
 class IndexCache:
-    """Scores of the patches of many images; single rows are read from the disk on demand.
+    """Scores of many images that ``ltrp-timm rank`` wrote; rows are read on demand.
 
-    Args:
-        folder: that ``ltrp-timm rank`` has written.
-
-    Attributes:
-        settings: of the run: ``ranker``, ``ranker_hash``, ``input_size``, ``grid_size``, ….
+    ``settings`` are those of the run: ``ranker``, ``ranker_hash``, ``input_size``, ….
 
     Raises:
         FileNotFoundError: the folder holds no finished scores.

@@ -84,15 +84,10 @@ def trace(steps: Sequence[Step], points: _Points) -> _Points:
 
 
 class FollowedTransform:
-    """A transform of timm that also returns how it moved the picture.
+    """A ``Compose`` of timm's ``create_transform`` that also returns how it moved the picture.
 
-    It draws the same random numbers as the transform alone, and gives the same picture.
-
-    Args:
-        transform: a ``Compose`` of timm's ``create_transform``.
-
-    Raises:
-        ValueError: one of its operations cannot be followed.
+    It draws the same random numbers as the transform alone, and gives the same picture. ValueError
+    if one of its operations cannot be followed.
 
     >>> from timm.data import create_transform
     >>> follow = FollowedTransform(create_transform(64))
@@ -255,7 +250,7 @@ def cached_transform(folder: Any, model: Any, images: Any, transform: Transform)
 
 
 class CachedTransform:
-    """A transform that also gives the scores of an image's patches.
+    """A transform that also gives the scores of an image's patches; see ``cached_transform``.
 
     If it is the transform that the cache was made with, these are the cached scores, and the model
     keeps what it keeps with its ranker. Any other transform shows another part of the picture and
@@ -265,17 +260,9 @@ class CachedTransform:
     whose centre shows nothing of the picture comes last. The order is close to the ranker's own
     order of the crop, not equal to it.
 
-    Args:
-        cache: of the images.
-        images: the data set.
-        transform: of timm's ``create_transform``.
-
     Attributes:
         exact: whether the scores are the cached ones.
         blank: zeros (N,), for an image without scores.
-
-    Raises:
-        ValueError: the cache lacks an image, or the transform cannot be followed.
     """
 
     def __init__(self, cache: IndexCache, images: Images, transform: Transform) -> None:

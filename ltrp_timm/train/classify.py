@@ -31,10 +31,10 @@ _MAX_NAMES = 3  # classes in a caption
 
 
 class ClassifyTask(Task):
-    """A model that learns one class per image.
+    """A model that learns one class per image, pruned or timm's as it is.
 
     Args:
-        model: Pruned, or timm's as it is; on the device.
+        model: On the device.
         plan: Keep ratio of each update; ignored by a plain model.
         augmentation: Its loss and mixing are applied here.
         distillation: Distillation from an unpruned model, or None.

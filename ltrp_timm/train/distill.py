@@ -18,17 +18,9 @@ Gate = Literal["straight-through"]
 
 
 class Distillation:
-    """A frozen teacher that sees all patches.
+    """A frozen teacher that sees all patches: images -> logits (B, C); tokens too by ``features``.
 
-    Args:
-        teacher: Images -> logits (B, C); a pruned model keeps all of its patches here.
-        student: What learns from it.
-        weight: ``distill_weight`` of ``Recipe``.
-        temperature: ``distill_temperature``.
-        features: ``distill_features``; 0 ignores tokens.
-
-    Raises:
-        ValueError: Teacher and student differ in their number of classes.
+    The other arguments are those of ``Recipe``. ValueError if it and the student differ in classes.
     """
 
     def __init__(

@@ -133,23 +133,18 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-            "scaler": self.scaler.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else {},
-        }
+        parts = self._parts().items()
+        return {name: {} if part is None else part.state_dict() for name, part in parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.scheduler:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
+        for name, part in self._parts().items():
+            if part is not None:
+                part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "scaler")}
+        return {**own, "ema": self.ema and self.ema.module}
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[nn.Module]:

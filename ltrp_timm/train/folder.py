@@ -126,16 +126,8 @@ def read_log(path: Path) -> list[Row]:
 class Log:
     """The log of a run in its output folder; only the main process has one.
 
-    Args:
-        folder: Output folder of the run.
-        epoch: Epochs that the checkpoint has done. Later rows, of a run that got further than its
-            checkpoint, are dropped and will be written again.
-        step: Updates that the checkpoint has done.
-        settings: Where to report.
-        config: What the run reports of itself to ``report_to``.
-
-    Raises:
-        ImportError: ``tensorboard=True`` or ``report_to`` needs what is not installed.
+    Rows after ``epoch``, of a run that got further than its checkpoint, are dropped and will be
+    written again. ``config`` is what the run reports of itself to ``report_to``.
     """
 
     def __init__(

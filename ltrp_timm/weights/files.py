@@ -49,19 +49,9 @@ def save_weights(
 ) -> Path:
     """Write ``config.json`` and ``model.safetensors`` into a folder, each in one atomic step.
 
-    The header of the safetensors file repeats the configuration, so that the file alone loads.
-
-    Args:
-        directory: created if it is missing.
-        config: values that JSON can hold.
-        state_dict: tensors by name.
-        overwrite: replace files of an earlier save.
-
-    Returns:
-        The path of the weights file.
-
-    Raises:
-        FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
+    The header of the safetensors file, whose path is returned, repeats the configuration, so that
+    the file alone loads. FileExistsError if there is a saved model already and ``overwrite`` is
+    False.
     """
     folder = Path(directory)
     present = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
@@ -289,9 +279,7 @@ _BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # torch allow
 def unpickle(path: Path) -> Any:
     """Read a pickle of tensors and plain values onto the CPU; no code runs.
 
-    Raises:
-        ValueError: the file cannot be read, or takes far more memory than its size; the message
-            is the reason alone.
+    ValueError, with the reason alone, if it cannot be read or takes far more memory than its size.
     """
     try:
         _check_pickle(path)
@@ -419,32 +407,20 @@ def check_keys(
 ) -> None:
     """Compare the tensors of a file with those of a model: name, shape, kind of number, no NaN.
 
-    Args:
-        expected: the model's state dict.
-        found: the file's, under the model's names.
-        source: what the error calls the file.
-        optional: names that may be missing or have another shape, such as a new head's.
-
-    Raises:
-        RuntimeError: a tensor cannot be taken; the message is a table of all of them.
+    ``optional`` names may be missing or have another shape, such as a new head's. RuntimeError with
+    a table of all differences if a tensor cannot be taken.
     """
     free = set(optional)
-    lines: list[str] = []
-    lines += [f"missing     {name}" for name in expected if name not in found and name not in free]
-    lines += [f"unexpected  {name}" for name in found if name not in expected and name not in free]
-    lines += [
-        f"mismatched  {name}: {list(found[name].shape)}, the model has {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and name not in free and found[name].shape != tensor.shape
-    ]
-    both = {name: found[name] for name in expected if name in found}
-    lines += [
-        f"mismatched  {name}: {tensor.dtype}, the model has {expected[name].dtype}"
-        for name, tensor in both.items()
-        if tensor.is_floating_point() != expected[name].is_floating_point()
-    ]
-    stored = [name for name, tensor in both.items() if not tensor.is_meta]
-    lines += [f"not finite  {name}" for name in stored if not both[name].float().isfinite().all()]
+    lines = [f"missing     {n}" for n in expected if n not in found and n not in free]
+    lines += [f"unexpected  {n}" for n in found if n not in expected and n not in free]
+    for name in (name for name in expected if name in found):
+        own, new = expected[name], found[name]
+        if name not in free and new.shape != own.shape:
+            lines.append(f"mismatched  {name}: {list(new.shape)}, the model has {list(own.shape)}")
+        if new.is_floating_point() != own.is_floating_point():
+            lines.append(f"mismatched  {name}: {new.dtype}, the model has {own.dtype}")
+        if not new.is_meta and not new.float().isfinite().all():
+            lines.append(f"not finite  {name}")
     if lines:
         raise RuntimeError(f"{source} does not fit the model:\n  " + "\n  ".join(lines))
 

@@ -59,16 +59,13 @@ def check_saved_args(
     known: Collection[str] | None = None,
     refused: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Check saved arguments of a model before anything is built from them.
+    """Check saved arguments of a model before anything is built from them; returns them.
 
     Args:
         args: the arguments in the file.
         source: what the errors call the file.
         known: all valid names; None accepts any name.
         refused: names that a saved configuration must not set.
-
-    Returns:
-        The same arguments.
 
     Raises:
         ValueError: ``args`` is not a mapping, a name is unknown or refused, a text could be a path,
@@ -93,10 +90,8 @@ def _is_statistic(name: str, value: Any) -> bool:
     """Whether a value can be a mean or standard deviation of pixels, one number per channel."""
     if value is None:
         return True
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-    return numbers and (name == "mean" or min(value) > 0)
+    found = isinstance(value, (list, tuple)) and value and {*map(type, value)} <= {int, float}
+    return bool(found) and (name == "mean" or min(value) > 0)
 
 
 def _harmless(name: str, value: Any, level: int) -> bool:
@@ -120,10 +115,7 @@ def shapes_of(
 ) -> nn.Module:
     """Build a model of a saved configuration on the meta device, without memory for its weights.
 
-    Args:
-        make: builds the model.
-        source: what the errors call the file.
-        weights: size of the file's weights in bytes, if it is known.
+    ``weights`` is the size of the file's weights in bytes, if it is known.
 
     Raises:
         ValueError: the configuration does not describe a model, or one that is far larger than its
