@@ -147,16 +147,9 @@ class Viewer:
         ]
 
     @contextmanager
-    def _ready(
-        self,
-        path: str | None,
-        name: str | None,
-        ranker: str,
-        keep_ratio: float,
-        selection: str,
-        rest: str,
-    ) -> Iterator[tuple[LTRPModel, Image.Image, list[str], str]]:
+    def _ready(self, *chosen: Any) -> Iterator[tuple[LTRPModel, Image.Image, list[str], str]]:
         """The model with these settings, the photo, class names, and why there are none."""
+        path, name, ranker, keep_ratio, selection, rest = chosen
         if not path:
             raise ValueError("Choose a photo: drop a file on the left, or take a sample.")
         name = (name or "").strip()

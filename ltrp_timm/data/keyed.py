@@ -222,7 +222,7 @@ class Batch:
         self.images: Tensor = sample["image"].to(device, non_blocking=True)
         self.real: Tensor = sample["real"].to(device)
         target, scores = sample.get("target"), sample.get("scores")
-        self.targets: Tensor | None = None if target is None else target.to(device)
+        self.targets: Any = None if target is None else target.to(device)
         self.scores: Tensor | None = None if scores is None else scores.to(device)
         others = sample.get("others", {}).items()
         self.others = {size: images.to(device, non_blocking=True) for size, images in others}
@@ -233,12 +233,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def labels(self) -> Tensor:
-        """The targets; ValueError if there are none."""
-        if self.targets is None:
-            raise ValueError("the images have no labels.")
-        return self.targets
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """A generator for each image, with its random numbers for that purpose."""

@@ -123,11 +123,7 @@ def _title(data: Any) -> str:
 
 
 def open_labelled(
-    data: Any,
-    *,
-    target_key: str | None = None,
-    allow_empty: bool = False,
-    **named: Any,
+    data: Any, *, target_key: str | None = None, allow_empty: bool = False, **named: Any
 ) -> "LabelledImages":
     """Open a data set of pictures with one class each.
 

@@ -246,7 +246,7 @@ def measure_all(
                 seconds[case].append(took)
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 raise ValueError("the model gives no logits (B, C): it is not a classifier.")
-            counters[case].add(logits, batch.labels(), batch.indices, batch.real)
+            counters[case].add(logits, batch.targets, batch.indices, batch.real)
     if full is not None:
         for _ in range(MIN_ROUNDS - min(len(rounds) for rounds in seconds.values())):
             for case, call in calls.items():

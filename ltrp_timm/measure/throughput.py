@@ -10,7 +10,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,19 @@ def compare(
         raise ValueError(f"warmup must be at least 0, got {warmup}.")
     where = torch.device("cpu" if device is None else device)
     seconds: dict[str, list[float]] = {name: [] for name in fns}
-    with _collector_off():
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         for round_number in range(warmup + repeats):
             for name, fn in fns.items():
                 result, took = timed(fn, where)
                 del result  # only now: freeing memory is not the callable's work
                 if round_number >= warmup:
                     seconds[name].append(took)
+    finally:
+        if was_on:
+            gc.enable()
     peaks = {name: peak_memory(fn, where) if memory else None for name, fn in fns.items()}
     return {name: Timing(name, tuple(seconds[name]), peaks[name]) for name in fns}
 
@@ -155,19 +161,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type != "cpu":
         torch.get_device_module(device).synchronize()
-
-
-@contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
-    """Collect once, then keep Python's garbage collector out; afterwards it is as it was before."""
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def peak_memory(fn: Callable[[], Any], device: str | torch.device | None = None) -> int | None:

@@ -116,7 +116,7 @@ class ClassifyTask(Task):
 
     def checked_targets(self, batch: Batch) -> Tensor:
         """The class numbers (B,) of a batch; ValueError if one is missing or is no class."""
-        targets, count = batch.labels(), self.model.num_classes
+        targets, count = batch.targets, self.model.num_classes
         wrong = targets[batch.real & ((targets < 0) | (targets >= count))]
         if len(wrong):
             raise ValueError(f"a label is {int(wrong[0])}, but there are {count} classes.")
@@ -212,8 +212,8 @@ class MultiLabelTask(ClassifyTask):
         return {**super().config(), "loss": self.loss_name}
 
     def checked_targets(self, batch: Batch) -> Tensor:
-        """The targets (B, C) of a batch; ValueError if it has none."""
-        return batch.labels()
+        """The targets (B, C) of a batch."""
+        return batch.targets
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """The loss of each image at each keep ratio; scores are kept for ``measure_set``."""

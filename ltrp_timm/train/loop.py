@@ -130,14 +130,9 @@ class Summary:
 
 
 def fit(
-    task: Task,
-    sources: Sources,
-    settings: Settings,
-    world: World,
-    output: Any,
-    dry_run: bool = False,
+    task: Task, sources: Sources, settings: Settings, world: World, output: Any, dry: bool = False
 ) -> Summary:
-    """Train, into an output folder; ``dry_run`` says what would be done and writes nothing."""
+    """Train, into an output folder; a dry run says what would be done and writes nothing."""
     if settings.plot:
         require_matplotlib()
     if settings.tensorboard:
@@ -146,7 +141,7 @@ def fit(
         find_tracker(settings.report_to)
     resume = settings.resume == "auto"
     trainer = Trainer(task, sources, settings, world, Path(output))
-    if dry_run:
+    if dry:
         check_folder(trainer.folder, resume)
         trainer.rehearse()
         return trainer.summary(None)
