@@ -55,7 +55,7 @@ from ltrp_timm.measure import throughput
 from ltrp_timm.measure.payoff import twin
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime import seeded
-from ltrp_timm.scoring import cached_transform
+from ltrp_timm.scoring import CachedTransform
 
 RANKER = "vit_small"
 STEPS = ("evaluation", "training")
@@ -160,7 +160,7 @@ def steps(
     pictures = [images.read(i) for i in range(batch)]
     for step, transform in transforms(models["cached"]).items():
         cache = write_cache(folder / step, folder, name, step)
-        cached = cached_transform(cache, models["cached"], images, transform)
+        cached = CachedTransform(cache, models["cached"], images, transform)
         calls: Calls = {}
         for method, model in models.items():
             own = cached if method == "cached" else transform

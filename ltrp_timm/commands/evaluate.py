@@ -38,7 +38,7 @@ from ltrp_timm.measure.payoff import FULL, SMALLER, on_grid, smaller_grid
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment, ratio
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime import HELD_OUT, World, join_world
-from ltrp_timm.scoring import cached_transform
+from ltrp_timm.scoring import CachedTransform
 from ltrp_timm.share import EVALUATION_NAME, TITLES
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.finetune import image_config
@@ -200,7 +200,7 @@ class Evaluation:
         self.first: Tensor | None = None  # images of the first batch
         transform: Any = create_transform(**config, is_training=False)
         if options.index_cache is not None:
-            transform = cached_transform(options.index_cache, self.model, self.images, transform)
+            transform = CachedTransform(options.index_cache, self.model, self.images, transform)
         others: Any = {
             case.img_size: create_transform(
                 **{**config, "input_size": (3, *case.img_size)}, is_training=False

@@ -2,6 +2,6 @@
 
 from ltrp_timm.scoring.run import Ranked, rank_images
 from ltrp_timm.scoring.store import IndexCache
-from ltrp_timm.scoring.transform import CachedTransform, cached_transform
+from ltrp_timm.scoring.transform import CachedTransform
 
-__all__ = ["CachedTransform", "IndexCache", "Ranked", "cached_transform", "rank_images"]
+__all__ = ["CachedTransform", "IndexCache", "Ranked", "rank_images"]

@@ -190,33 +190,27 @@ def _rank(
     count = len(images)
     failures: dict[int, str] = {}
     starts = range(world.rank * batch_size, count, world.size * batch_size)
-    batches = [list(range(start, min(start + batch_size, count))) for start in starts]
-    batches = [batch for batch in batches if writer.pending(batch)]
-    shape, pixels = (3, *scorer.img_size), torch.uint8
-    keyed = KeyedImages(images, range(count), scorer.transform(), 0, shape, dtype=pixels)
-    loader = make_loader(
-        keyed,
-        [(HELD_OUT, index) for batch in batches for index in batch],
-        batch_size=batch_size,
-        device=world.device,
-        num_workers=num_workers,
-    )
+    batches = (range(start, min(start + batch_size, count)) for start in starts)
+    keys = [(HELD_OUT, row) for rows in batches if writer.pending(rows) for row in rows]
+    shape, dtype = (3, *scorer.img_size), torch.uint8
+    keyed = KeyedImages(images, range(count), scorer.transform(), 0, shape, dtype=dtype)
+    options: Any = {"batch_size": batch_size, "num_workers": num_workers, "device": world.device}
     quiet = None if world.main else True  # None: silent where stderr is no terminal
     with (
         contextlib.closing(writer),
         stop_requests() as requests,
-        tqdm(total=sum(map(len, batches)), unit="image", disable=quiet) as bar,
+        tqdm(total=len(keys), unit="image", disable=quiet) as bar,
     ):
-        for sample in loader:
-            rows, readable = sample["index"].tolist(), sample["real"].tolist()
+        for sample in make_loader(keyed, keys, **options):
+            numbers, readable = sample["index"].tolist(), sample["real"].tolist()
             scores, keep = scorer(sample["image"])
-            for place, number in enumerate(rows):
+            for place, number in enumerate(numbers):
                 if not readable[place]:
                     failures[number] = sample["problems"][place]
                 elif pictures is not None:
                     one = (sample["image"][place], scores[place], keep[place])
                     _draw(pictures, images.name(number), scorer, *one)
-            writer.write(rows, scores, keep, readable)
-            bar.update(len(rows))
+            writer.write(numbers, scores, keep, readable)
+            bar.update(len(numbers))
             requests.check()
     return failures

@@ -29,6 +29,7 @@ from ltrp_timm.runtime import restored
 from ltrp_timm.scoring.store import IndexCache, image_ids
 from ltrp_timm.selection.registry import SELECTIONS
 from ltrp_timm.selection.rules import best_first
+from ltrp_timm.weights.files import PathLike
 
 Matrix = tuple[float, float, float, float, float, float]
 _Points = npt.NDArray[np.float64]
@@ -218,39 +219,8 @@ _MOVES: dict[str, Callable[[float, tuple[int, int]], Matrix]] = {
 }
 
 
-def cached_transform(folder: Any, model: Any, images: Any, transform: Transform) -> Any:
-    """A ``CachedTransform`` that also gives the scores of an index cache.
-
-    Args:
-        folder: that ``ltrp-timm rank`` has written.
-        model: an LTRPModel; its ranker need not run any more.
-        images: the data set.
-        transform: of timm's ``create_transform``.
-
-    Raises:
-        FileNotFoundError: the folder holds no finished scores.
-        ValueError: the scores are of another ranker, size or data set; the model does not rank, or
-            its selection uses no scores; the images are a stream.
-
-    >>> transform = cached_transform("scores", model, images, transform)  # doctest: +SKIP
-    """
-    if not isinstance(model, LTRPModel):
-        raise ValueError("an index cache needs a pruned model: give a ranker or a keep_ratio.")
-    if not isinstance(images, Images):
-        raise ValueError(f"an index cache needs images by number, {images} is a stream.")
-    cache = IndexCache(folder)
-    if not SELECTIONS[model.selection].reads_scores:
-        raise ValueError(
-            f"selection {model.selection!r} uses no scores; it does not go with an index cache."
-        )
-    if model.budget is not None:
-        raise ValueError("an adaptive budget ranks images itself; use it without an index cache.")
-    cache.check(model.ranker, model.data_config()["input_size"][-2:], model.patch_grid)
-    return CachedTransform(cache, images, transform)
-
-
 class CachedTransform:
-    """A transform that also gives the scores of an image's patches; see ``cached_transform``.
+    """A transform that also gives the scores of an image's patches, from an index cache.
 
     If it is the transform that the cache was made with, these are the cached scores, and the model
     keeps what it keeps with its ranker. Any other transform shows another part of the picture and
@@ -260,13 +230,36 @@ class CachedTransform:
     whose centre shows nothing of the picture comes last. The order is close to the ranker's own
     order of the crop, not equal to it.
 
+    Args:
+        folder: that ``ltrp-timm rank`` has written.
+        model: an LTRPModel; its ranker need not run any more.
+        images: the data set.
+        transform: of timm's ``create_transform``.
+
     Attributes:
         exact: whether the scores are the cached ones.
         blank: zeros (N,), for an image without scores.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished scores.
+        ValueError: the scores are of another ranker, size or data set; the model does not rank, or
+            its selection uses no scores; the images are a stream; the transform cannot be followed.
+
+    >>> transform = CachedTransform("scores", model, images, transform)  # doctest: +SKIP
     """
 
-    def __init__(self, cache: IndexCache, images: Images, transform: Transform) -> None:
-        self.cache, self.transform = cache, transform
+    def __init__(self, folder: PathLike, model: Any, images: Any, transform: Transform) -> None:
+        if not isinstance(model, LTRPModel):
+            raise ValueError("an index cache needs a pruned model: give a ranker or a keep_ratio.")
+        if not isinstance(images, Images):
+            raise ValueError(f"an index cache needs images by number, {images} is a stream.")
+        if not SELECTIONS[model.selection].reads_scores:
+            raise ValueError(f"selection {model.selection!r} uses no scores of an index cache.")
+        if model.budget is not None:
+            raise ValueError("an adaptive budget ranks images; use it without an index cache.")
+        self.cache, self.transform = IndexCache(folder), transform
+        cache = self.cache
+        cache.check(model.ranker, model.data_config()["input_size"][-2:], model.patch_grid)
         self.rows = cache.rows(image_ids(images))
         own = cache.settings
         config = {name: own[name] for name in _VIEW}

@@ -21,7 +21,7 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model, with_front_end
 from ltrp_timm.models.timm_interface import GENERIC
 from ltrp_timm.runtime import join_world, sample_seed, seeded
-from ltrp_timm.scoring import cached_transform
+from ltrp_timm.scoring import CachedTransform
 from ltrp_timm.share import check_ranker
 from ltrp_timm.train.classify import ClassifyTask, MultiLabelTask
 from ltrp_timm.train.distill import Distillation
@@ -106,7 +106,7 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
                 raise ValueError(
                     "index_cache holds scores of single images; set mixup and cutmix to 0."
                 )
-            train = cached_transform(recipe.index_cache, net, classes.train, train)
+            train = CachedTransform(recipe.index_cache, net, classes.train, train)
         common = dataclasses.replace(common, val_data=classes.held_out)
         size = tuple(images["input_size"][-2:])
         sources = make_sources(
