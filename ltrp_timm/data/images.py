@@ -48,16 +48,10 @@ def open_dataset(
     drops them when it decodes. Hidden files and folders, and those of file systems such as
     ``@eaDir``, are skipped in folders and archives.
 
-    Args:
-        data: a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
-            ``tfds/…``, ``torch/…``, ``wds/…``, or a torch data set of pictures.
-        root: folder of a named data set.
-        split: as in timm's ``create_dataset``; for a folder, see ``split_folder``.
-        input_key: field of a named data set that holds the images.
-        target_key: field of a named data set that holds the labels (default: labels are not read).
-        num_samples: length of a stream that does not know its length.
-        seed: seed of a stream's shuffling.
-        training: whether a stream is shuffled.
+    ``data`` is a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
+    ``tfds/…``, ``torch/…``, ``wds/…``, or a torch data set of pictures. The other arguments are
+    those of timm's ``create_dataset``; for a folder, ``split`` is as in ``split_folder``. Without
+    ``target_key``, labels are not read. In ``training`` a stream is shuffled.
 
     Raises:
         FileNotFoundError: ``data`` does not exist.

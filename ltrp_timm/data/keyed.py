@@ -28,15 +28,9 @@ class KeyedImages(Dataset[Sample]):
     If an image cannot be read, training gets the next readable one instead. A held-out sample, and
     one of training when no image can be read any more, is marked as not real and does not count.
 
-    Args:
-        images: images to read from.
-        indices: see above.
-        transform: picture -> (3, H, W); may carry the scores of patches, see
-            ``ltrp_timm.scoring.transform``.
-        seed: seed of what the transform draws.
-        shape: (3, H, W).
-        others: further transforms of the same picture by the (height, width) of their images.
-        dtype: of the transformed pictures.
+    The transform takes a picture to ``shape`` (3, H, W) and ``dtype``, drawing by ``seed``; it may
+    carry the scores of patches, see ``ltrp_timm.scoring.transform``. ``others`` are further
+    transforms of the same picture by the (height, width) of their images.
     """
 
     def __init__(

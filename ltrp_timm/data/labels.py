@@ -63,20 +63,13 @@ def open_class_data(
     num_classes: int | None = None,
     **named: Any,
 ) -> ClassData:
-    """Open training and held-out images with one class each.
+    """Open training and held-out images with one class each; a stream names no classes.
 
-    Args:
-        data: see ``open_labelled``; or a stream.
-        split: split of the training images.
-        val_data: held-out images (default: those of ``data``, if it is a folder that has some
-            beside its training images).
-        val_split: split of the held-out images.
-        num_classes: C (default: counted from the data).
-        **named: ``root``, ``input_key`` and ``target_key`` of ``open_labelled``.
+    Without ``val_data``, held-out images are those of ``data``, if it is a folder that has some
+    beside its training images. ``named`` are ``root``, ``input_key`` and ``target_key`` of
+    ``open_labelled``.
 
-    Raises:
-        ValueError: A class has no image, or ``num_classes`` is not the number of classes.
-        FileNotFoundError: The data does not exist.
+    ValueError if a class has no image, or ``num_classes`` is not the number of classes.
     """
     notes: list[str] = []
     train = data if is_stream(data) else open_labelled(data, split=split, **named)

@@ -349,13 +349,8 @@ def open_multi_label_data(
 ) -> ClassData:
     """Open training and held-out images with several classes each; errors as of each set.
 
-    Args:
-        data: folder of the training images.
-        labels: their label file, see ``open_multi_label``.
-        val_data: folder of the held-out images (default: ``data``).
-        val_labels: their label file (default: no held-out images).
-        num_classes: C (default: counted from ``labels``).
-        skip_absent: leave out images that a file names and its folder lacks.
+    Label files are as in ``open_multi_label``. Held-out images are those that ``val_labels`` names
+    in ``val_data``, or in ``data`` without one.
     """
     if val_data is not None and val_labels is None:
         raise ValueError("val_data needs val_labels, with multi_label.")

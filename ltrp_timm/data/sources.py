@@ -26,24 +26,24 @@ SCALE = (0.2, 1.0)  # of the published crops
 class Sources:
     """Batches to train on and to measure with.
 
-    The arguments from ``batch_size`` to ``seed`` are those of training's ``Settings``.
+    The arguments from ``batch_size`` to ``seed`` are those of training's ``Settings``. Transforms
+    take a picture to (3, H, W); that of ``train`` may draw random numbers.
 
     Args:
         train: data set to train on, see ``open_dataset``; or ``Images`` of it; or a stream.
         held_out: data set to measure with, no stream; None holds out a share of ``train``.
         world: the processes that share the images.
-        train_transform: picture -> (3, H, W); may draw random numbers.
-        eval_transform: picture -> (3, H, W); draws none.
+        train_transform: see above.
+        eval_transform: see above.
         img_size: (H, W) of transformed pictures.
         min_side: smallest side of a readable picture, in pixels.
         labelled: whether samples of a stream carry their targets.
-        crops: how many random crops of an image epochs show in turn; None draws new ones. A stream
-            always draws new ones.
+        crops: how many random crops of an image epochs show in turn; None, and a stream, draw new
+            ones.
 
     Attributes:
         held_out: the images to measure with, or None.
         given: whether they are a data set that could be read; a share of ``train`` may be unlucky.
-        streaming: whether ``train`` is a stream.
         fingerprint: identifies the training images.
         batch_size: images of one process at a time.
         per_update: images of all processes per update.

@@ -95,13 +95,8 @@ def begin(
 ) -> None:
     """Prepare a locked folder for a ``ScoreWriter``: continue an unfinished run, or start one.
 
-    Args:
-        folder: of the scores.
-        settings: everything that the results depend on.
-        ids: of the images.
-        num_patches: N.
-        num_keep: K; None writes no ``keep_indices.npy``.
-        overwrite: replace existing results.
+    ``settings`` are everything that the results depend on. ``num_keep`` None writes no
+    ``keep_indices.npy``.
 
     Raises:
         FileExistsError: the folder holds finished scores, or files of another origin.

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,8 @@ class FollowedTransform:
         if isinstance(operation, (auto_augment.RandAugment, auto_augment.AutoAugment)):
             groups = getattr(operation, "policy", None) or [operation.ops]
             for one in [one for group in groups for one in group]:
-                if one.name in _MOVES and not isinstance(one.aug_fn, _Recorded):
-                    one.aug_fn = _Recorded(one.aug_fn, _MOVES[one.name], self._moves)
+                if one.name in _MOVES and not isinstance(one.aug_fn, partial):
+                    one.aug_fn = partial(_record, self._moves, one.name, one.aug_fn)
         elif isinstance(operation, transforms.RandomApply):
             for inner in operation.transforms:
                 if not isinstance(inner, _STILL):
@@ -184,20 +185,12 @@ def _margin(before: int, after: int) -> float:
     return float(round((before - after) / 2.0) if before >= after else -((after - before) // 2))
 
 
-class _Recorded:
-    """An operation of RandAugment that records its moves."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        matrix: Callable[[float, tuple[int, int]], Matrix],
-        moves: list[Step],
-    ) -> None:
-        self.function, self.matrix, self.moves = function, matrix, moves
-
-    def __call__(self, picture: Any, level: float, **kwargs: Any) -> Any:
-        self.moves.append(Step(self.matrix(level, picture.size), picture.size))
-        return self.function(picture, level, **kwargs)
+def _record(
+    moves: list[Step], name: str, operation: Any, picture: Any, level: float, **kwargs: Any
+) -> Any:
+    """Call an operation of RandAugment, and record how it moves the picture."""
+    moves.append(Step(_MOVES[name](level, picture.size), picture.size))
+    return operation(picture, level, **kwargs)
 
 
 def _rotation(degrees: float, size: tuple[int, int]) -> Matrix:

@@ -322,9 +322,6 @@ def check_keep_ratios(keep_ratio: float | Sequence[float]) -> list[float]:
 class KeepPlan:
     """The keep ratio of each update, a function of (seed, epoch, update); see ``Recipe``.
 
-    Raises:
-        ValueError: A ratio is out of its range or comes twice, or a schedule has several ratios.
-
     >>> plan = KeepPlan(0.5, "linear", 4, epochs=8)
     >>> [plan.ratio(epoch, 0) for epoch in range(6)]
     [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
