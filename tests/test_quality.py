@@ -13,6 +13,8 @@ from studies.quality import judge, material, methods
 from studies.quality.pictures import composites, object_photos, scenes
 from tables import read_csv
 
+from ltrp_timm import PatchSelector
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> material.Material:
@@ -48,7 +50,7 @@ def test_measures_by_hand() -> None:
     found = judge.object_auc(scores, share)
     assert found[0] == 0.75  # of four pairs, one is wrong
     assert np.isnan(found[1])
-    keep = judge.kept_by(scores, 0.5)
+    keep = judge.kept_by(scores, PatchSelector(0.5, 0))
     assert keep[0].tolist() == [1, 3]
     assert judge.object_recall(keep, share)[0] == pytest.approx(1 / 1.3)
     mean, low, high = judge.interval(np.array([0.0, 1.0, np.nan, 1.0]), np.array([0, 1, 1, 2]))
@@ -138,7 +140,9 @@ def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(found["full", "", "token error"]["value"]) == pytest.approx(0, abs=1e-6)
     assert float(found["the objects' masks", "", "AUC single"]["value"]) == 1
     assert found["contrast", "keep 0.5", "linear"]["above_contrast"] == "0.0"
-    assert float(found["border", "keep 0.5", "linear"]["speedup"]) > 0
+    for method in ("border", "border, dithered"):
+        assert float(found[method, "keep 0.5", "linear"]["speedup"]) > 0
+    assert ("contrast, dithered", "keep 0.5", "map error") in found
     assert (tmp_path / "quality_quick.png").read_bytes().startswith(PNG_MAGIC)
 
 

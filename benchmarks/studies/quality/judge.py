@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm.selection import gather_patches, num_keep, scatter_patches, select_top
+from ltrp_timm.selection import PatchSelector, gather_patches, scatter_patches
 
 _BATCH = 16
 _OBJECT = 0.25  # a patch is of an object if that share of it is
@@ -76,9 +76,9 @@ def encode(model: Any, images: Tensor, keep: Tensor | None = None, dense: bool =
     return Encoded(pooled, patches.reshape(len(images), *grid, -1), kept)
 
 
-def kept_by(scores: Tensor, keep_ratio: float) -> Tensor:
-    """The best patches by scores (B, N)."""
-    return select_top(scores, num_keep(scores.shape[1], keep_ratio))
+def kept_by(scores: Tensor, selection: PatchSelector) -> Tensor:
+    """The patches that a selection keeps by scores (B, N) of a square grid."""
+    return selection(scores.unsqueeze(2), scores)[1]
 
 
 def refined_by(model: Any, scores: Tensor, images: Tensor) -> Tensor:

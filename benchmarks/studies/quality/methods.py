@@ -17,7 +17,8 @@ from studies.quality.material import load_backbone
 
 ORACLE, RANDOM = "the objects' masks", "random"
 WEIGHT_FREE = ("border", "contrast", "cell_std", "pixel_std", "centre")
-COARSE, THREE = ", coarse rest", ", three scales"  # behind a ranker's name
+# behind a ranker's name
+DITHERED, COARSE, THREE = ", dithered", ", coarse rest", ", three scales"
 _BLOCKS, _RANK_SIDE = 4, 112  # of feature_contrast
 
 
