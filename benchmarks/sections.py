@@ -215,7 +215,7 @@ COARSE_VARIANTS = {
 }
 _INTERVALS = "Values with 95 % intervals over objects or photos."
 _HALF = ("keep 0.5", "154 px", "r = 23")
-_ON_SCENES = ("border", "border, coarse rest", "cell_std, coarse rest")
+_ON_SCENES = ("border", "border, dithered", "border, coarse rest", "cell_std, coarse rest")
 _AT_TWICE_THE_SPEED = {
     size: [
         *[(method, "keep 0.5") for method in (*_ON_SCENES, "random")],
@@ -398,6 +398,23 @@ SECTIONS = [
             row["method"].startswith("border")
             and " − " in row["method"]
             and row["measure"] in ("linear", "precision")
+        ),
+        how=_INTERVALS,
+        folder=STUDIES,
+    ),
+    Section(
+        "dithered",
+        "quality",
+        "The figure minus that of the best patches by `contrast`, at the same keep ratio. Positive "
+        "differences are better",
+        lambda row: {"Model": setting_of(row)},
+        _measure,
+        lambda row: interval_of(row, "above_contrast"),
+        lambda row: (
+            row["img_size"] == "224"
+            and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
+            and row["setting"] in ("keep 0.5", "keep 0.25")
+            and row["method"] in ("border", "border, dithered", "contrast, dithered")
         ),
         how=_INTERVALS,
         folder=STUDIES,

@@ -53,6 +53,7 @@ TITLES = {
 SELECTIONS: dict[str, tuple[str, dict[str, float]]] = {
     "top": ("top", {}),
     "random": ("random", {}),
+    "dithered": ("dithered", {}),
     "stratified": ("stratified", {}),
     "stratified, cells of 3x3": ("stratified", {"cell": 3}),
     "mixed": ("mixed", {}),
