@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrp_timm._timm import reset_to_tokens
-
 Head = Literal["ml_decoder"]
 HEADS: Tuple[str, ...] = get_args(Head)
 BY_CLASS = ("query_embed.weight", "duplicate_pooling", "duplicate_pooling_bias")
@@ -133,9 +131,3 @@ def make_head(name: str, backbone: Any, args: Optional[Mapping[str, Any]] = None
     parameter = next(backbone.parameters())
     head = MLDecoder(backbone.num_classes, width, **(args or {}))
     return head.to(parameter.device, parameter.dtype).train(backbone.training)
-
-
-def put_head(backbone: Any, head: MLDecoder) -> None:
-    """Make a head the classifier of a backbone; the backbone then passes it all tokens."""
-    reset_to_tokens(backbone, head.num_classes)
-    backbone.head = head  # so timm names the classifier of all families that drop patches

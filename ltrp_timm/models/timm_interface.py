@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltrp_timm import _timm
 from ltrp_timm.layers.bridge import ComputedBuffers, make_bridge, to_pair
-from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head, put_head
+from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.slots import find_adapter
 
@@ -202,17 +202,17 @@ class TimmInterface(nn.Module):
         head = self.backbone.get_classifier()
         if isinstance(head, MLDecoder) and not global_pool and num_classes > 0:
             self.backbone.num_classes = num_classes
-            put_head(self.backbone, make_head(HEADS[0], self.backbone, head.config()))
-        elif global_pool is None:
-            self.backbone.reset_classifier(num_classes)
-        else:
-            self.backbone.reset_classifier(num_classes, global_pool)
+            self.set_classifier(make_head(HEADS[0], self.backbone, head.config()))
+            return
+        pool = () if global_pool is None else (global_pool,)
+        self.backbone.reset_classifier(num_classes, *pool)
         self._copy_from_backbone()
 
     @torch.jit.ignore
     def set_classifier(self, head: MLDecoder) -> None:
-        """Replace the backbone's classifier by a head from ``make_head``."""
-        put_head(self.backbone, head)
+        """Make a head from ``make_head`` the backbone's classifier, which then gets all tokens."""
+        _timm.reset_to_tokens(self.backbone, head.num_classes)
+        self.backbone.head = head  # so timm names the classifier of all families that drop patches
         self._copy_from_backbone()
 
     @torch.jit.ignore

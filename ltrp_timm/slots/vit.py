@@ -4,7 +4,8 @@ timm drops patches of ViT and Eva in a place made for it, ``patch_drop``; Eva ga
 embedding itself. CaiT has no ``patch_drop``, and no class token where it adds positions.
 """
 
-from typing import Any, Dict, Optional, Tuple, Type
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Tuple, Type
 
 import torch
 from timm.models.cait import Cait
@@ -35,21 +36,16 @@ class TokenSlotWithIndices(TokenSlot):
 class FirstTokens(nn.Module):
     """Keeps the prefix tokens and the first K patches: a selection that costs nothing."""
 
-    def __init__(self, num_prefix_tokens: int, k: int) -> None:
+    def __init__(self, num_prefix_tokens: int, k: int, with_indices: bool = False) -> None:
         super().__init__()
-        self.length, self.k = num_prefix_tokens + k, k
+        self.length, self.k, self.with_indices = num_prefix_tokens + k, k, with_indices
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, P + N, D) -> (B, P + K, D)."""
-        return x[:, : self.length].contiguous()
-
-
-class FirstTokensWithIndices(FirstTokens):
-    """``FirstTokens`` for an Eva."""
-
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Tokens (B, P + N, D) -> (B, P + K, D), and the indices (B, K)."""
-        return super().forward(x), torch.arange(self.k, device=x.device).expand(x.shape[0], -1)
+    def forward(self, x: Tensor) -> Any:
+        """Tokens (B, P + N, D) -> (B, P + K, D); for an Eva also the indices (B, K)."""
+        kept = x[:, : self.length].contiguous()
+        if not self.with_indices:
+            return kept
+        return kept, torch.arange(self.k, device=x.device).expand(x.shape[0], -1)
 
 
 class VitAdapter(SlotAdapter):
@@ -59,7 +55,7 @@ class VitAdapter(SlotAdapter):
     host = VisionTransformer
     places: Tuple[str, ...] = ("patch_drop",)
     slot: Type[TokenSlot] = TokenSlot
-    first_kind = FirstTokens
+    first_kind: Callable[[int, int], nn.Module] = FirstTokens
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot."""
@@ -76,7 +72,7 @@ class EvaAdapter(VitAdapter):
     family = "Eva"
     host = Eva
     slot: Type[TokenSlot] = TokenSlotWithIndices
-    first_kind = FirstTokensWithIndices
+    first_kind = partial(FirstTokens, with_indices=True)
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, which also returns the indices."""

@@ -1,6 +1,5 @@
 """The teacher: a masked autoencoder (MAE) that predicts hidden patches from visible ones."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names, training_args
 from ltrp_timm.teacher.mae import (
+    SAVED_ARGS,
     Generators,
     MAETeacher,
     PatchTeacher,
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 DEFAULT_SOURCE = "facebook/vit-mae-base"
-_SAVED = set(inspect.signature(MAETeacher).parameters) - {"frozen", "device", "dtype"}
 
 
 def create_teacher(
@@ -76,7 +75,7 @@ def create_teacher(
         **config_args(found.config or {}, text),
         **_normalisation(found.path),
     }
-    args = infer_args(plain, {**check_saved_args(saved, text, _SAVED), **kwargs}, text)
+    args = infer_args(plain, {**check_saved_args(saved, text, SAVED_ARGS), **kwargs}, text)
     return build_and_load(MAETeacher, args, plain, text, _fit_positions)
 
 

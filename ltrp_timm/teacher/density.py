@@ -212,22 +212,17 @@ def _other_columns(count: int, columns: Tensor) -> Tensor:
 def _check_choices(
     teacher: Any, removal: str, metric: str | ImageChange, aggregate: str, chunk: int | None
 ) -> None:
-    given = {"removal": removal, "aggregate": aggregate, "metric": metric}
-    known = {"removal": get_args(Removal), "aggregate": AGGREGATES, "metric": METRICS}
-    for name, value in given.items():
-        if value not in known[name] and not (name == "metric" and callable(value)):
-            function = ", or a function" if name == "metric" else ""
-            raise ValueError(
-                f"{name} must be one of {', '.join(known[name])}{function}, got {value!r}."
-            )
-    if not isinstance(teacher, MAETeacher):
-        known = {"metric": tuple(PREDICTION_CHANGES), "aggregate": ("mean",)}
-        known["removal"] = ("full",) if teacher.rest == "drop" else ("coarse", "full")
-        for name, value in given.items():
-            if value not in known[name]:
-                raise ValueError(
-                    f"{name} must be {' or '.join(known[name])} for this teacher, got {value!r}."
-                )
+    mae = isinstance(teacher, MAETeacher)
+    fit = {"removal": get_args(Removal), "aggregate": AGGREGATES, "metric": METRICS}
+    if not mae:
+        fit = {"aggregate": ("mean",), "metric": tuple(PREDICTION_CHANGES)}
+        fit["removal"] = ("full",) if teacher.rest == "drop" else ("coarse", "full")
+    for name, value in {"removal": removal, "aggregate": aggregate, "metric": metric}.items():
+        known, end = "one of " + ", ".join(fit[name]), ", or a function" if name == "metric" else ""
+        if not mae:
+            known, end = " or ".join(fit[name]), " for this teacher"
+        if value not in fit[name] and not (mae and callable(value)):
+            raise ValueError(f"{name} must be {known}{end}, got {value!r}.")
     if (callable(metric) or metric == "lpips") and aggregate != "mean":
         raise ValueError(
             "a metric of whole pictures has one value, not one per patch: leave "

@@ -54,7 +54,9 @@ def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> dict[str, T
     ValueError if a part of the MAE is missing, or a tensor is present in two layouts.
     """
     inner = {name[4:]: t for name, t in state_dict.items() if name.startswith("mim.")}
-    renamed = {name: _rename(name) for name in inner or state_dict}
+    renamed = {name: name for name in inner or state_dict}
+    for pattern, replacement in _RENAMES:
+        renamed = {name: re.sub(pattern, replacement, new) for name, new in renamed.items()}
     if len(set(renamed.values())) < len(renamed):
         raise ValueError(f"{source} holds some weights of the MAE twice, in two layouts.")
     out = _fuse_qkv({renamed[name]: t for name, t in (inner or state_dict).items()})
@@ -69,25 +71,16 @@ def to_plain_names(state_dict: Mapping[str, Tensor], source: str) -> dict[str, T
     return out
 
 
-def _rename(name: str) -> str:
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _fuse_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Separate query, key and value -> one qkv; incomplete triples keep their names."""
     out: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        found = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
-        parts: list[str] = []
-        if found is not None:
-            parts = [f"{found[1]}{part}.{found[3]}" for part in "qkv"]
-        if not parts or not all(part in state_dict for part in parts):
+        stem, _, part = name.rpartition(".")
+        group = [f"{stem[:-1]}{letter}.{part}" for letter in "qkv"]
+        if not re.search(r"\.attn\.[qkv]$", stem) or not all(each in state_dict for each in group):
             out[name] = tensor
-        elif found is not None and found[2] == "q":
-            fused = torch.cat([state_dict[part] for part in parts])
-            out[f"{found[1]}qkv.{found[3]}"] = fused
+        elif stem.endswith("q"):
+            out[f"{stem[:-1]}qkv.{part}"] = torch.cat([state_dict[each] for each in group])
     return out
 
 

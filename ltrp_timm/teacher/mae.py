@@ -5,6 +5,7 @@ a patch, D widths. Sequences are [class token, visible patches, mask tokens]: at
 order, and each token carries its position.
 """
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -137,8 +138,10 @@ class MAETeacher(PatchTeacher, nn.Module):
         self.in_chans, self.norm_eps, self.norm_pix_loss = in_chans, norm_eps, bool(norm_pix_loss)
         self.mean, self.std = fit_channels(mean, in_chans), fit_channels(std, in_chans)
         self.frozen = frozen
+        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
+        self.decoder_embed_dim, self.decoder_depth = decoder_embed_dim, decoder_depth
+        self.decoder_num_heads, self.qkv_bias = decoder_num_heads, qkv_bias
         self.mlp_ratio, self.decoder_mlp_ratio = mlp_ratio, decoder_mlp_ratio
-        self.qkv_bias = qkv_bias
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         norm = partial(LayerNorm, eps=norm_eps, **dd)
         self.patch_embed = PatchEmbed(self.img_size, self.patch_size, in_chans, embed_dim, **dd)
@@ -189,19 +192,8 @@ class MAETeacher(PatchTeacher, nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Arguments that rebuild this teacher, as values that JSON can hold."""
-        names = ["mlp_ratio", "decoder_mlp_ratio", "qkv_bias", "in_chans", "norm_eps"]
-        names += ["norm_pix_loss", "mean", "std"]
-        return {
-            "img_size": list(self.img_size),
-            "patch_size": list(self.patch_size),
-            "embed_dim": self.cls_token.shape[-1],
-            "depth": len(self.blocks),
-            "num_heads": self.blocks[0].attn.num_heads,
-            "decoder_embed_dim": self.mask_token.shape[-1],
-            "decoder_depth": len(self.decoder_blocks),
-            "decoder_num_heads": self.decoder_blocks[0].attn.num_heads,
-            **{name: getattr(self, name) for name in names},
-        }
+        sizes = {"img_size": list(self.img_size), "patch_size": list(self.patch_size)}
+        return {**{name: getattr(self, name) for name in SAVED_ARGS}, **sizes}
 
     def save(self, directory: PathLike, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` for ``create_teacher``.
@@ -336,6 +328,13 @@ class MAETeacher(PatchTeacher, nn.Module):
         repeats = patches.shape[-1] // self.in_chans  # channels come last in a patch
         scale, shift = (patches.new_tensor(v).repeat(repeats) for v in (self.std, self.mean))
         return patches * scale + shift
+
+
+SAVED_ARGS = tuple(
+    name
+    for name in inspect.signature(MAETeacher).parameters
+    if name not in ("frozen", "device", "dtype")
+)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
