@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,21 +190,17 @@ def _peak_resident(fn: Callable[[], Any]) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed heap, which would hide what fn needs
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
-        before = _status_bytes("VmRSS")
-    except (OSError, ValueError):
+        before = _kibibytes("VmRSS")
+    except (OSError, IndexError):
         return None
     result = fn()
-    peak = _status_bytes("VmHWM")
+    peak = _kibibytes("VmHWM")
     del result
-    return max(0, peak - before)
+    return max(0, peak - before) * 1024
 
 
-def _status_bytes(field: str) -> int:
-    """A size from ``/proc/self/status``, in KiB there; OSError or ValueError where it is not."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}.")
+def _kibibytes(field: str) -> int:
+    return int(re.findall(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)[0])
 
 
 def environment(device: str | torch.device | None = None) -> dict[str, str]:
@@ -233,11 +230,8 @@ def environment(device: str | torch.device | None = None) -> dict[str, str]:
 
 
 def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip():
-                return value.strip()
+    with contextlib.suppress(OSError, IndexError):
+        return re.findall(r"^model name\s*: *(\S.*)", Path("/proc/cpuinfo").read_text(), re.M)[0]
     return platform.processor() or platform.machine() or "unknown"
 
 
