@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ltrp_timm._text import first_names, say
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.losses import MultiLabelLoss, multi_label_loss
-from ltrp_timm.measure.accuracy import PrecisionCounter, class_ranks
+from ltrp_timm.measure.accuracy import AccuracyCounter, PrecisionCounter
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime import World, sample_seed, seeded
 from ltrp_timm.share import model_config, save_pretrained
@@ -69,6 +69,8 @@ class ClassifyTask(Task):
         self.mixup = augmentation.mixup_function(model.num_classes) if augmentation.mixes else None
         if distillation is None and not augmentation.bce_loss:
             self.chance = math.log(model.num_classes)
+        self.counters: defaultdict[str, AccuracyCounter] = defaultdict(AccuracyCounter)
+        self.absent: tuple[str, ...] = ()
 
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
@@ -134,20 +136,34 @@ class ClassifyTask(Task):
             with keeping(model, ratio) if self.pruned else nullcontext():
                 yield name
 
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each held-out image, (B,)."""
+        return F.cross_entropy(logits, targets.clamp(min=0), reduction="none")  # -1: unreadable
+
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """Loss and hits of each image at each keep ratio; with several, top1 is their mean."""
-        targets = self.checked_targets(batch).clamp(min=0)
-        out: dict[str, Tensor] = {}
+        """The loss of each image at each keep ratio; logits are counted for ``measure_set``."""
+        targets, out = self.checked_targets(batch), {}
         for name in self.budgets(model):
             logits = model(batch.images).float()
-            ranks = class_ranks(logits, targets)
-            out[f"loss{name}"] = F.cross_entropy(logits, targets, reduction="none")
-            out[f"top1{name}"] = (ranks < 1).float()
-            if logits.shape[1] > 5:
-                out[f"top5{name}"] = (ranks < 5).float()
-        if "top1" not in out:
-            out["top1"] = torch.stack([out[name] for name in out if "top1@" in name]).mean(0)
+            self.counters[name].add(logits, targets, batch.indices, batch.real)
+            out[f"loss{name}"] = self.losses(logits, targets)
         return out
+
+    def measure_set(self, world: World) -> dict[str, float]:
+        """Accuracies over all processes at each keep ratio; with several, also their mean."""
+        out: dict[str, float] = {}
+        for name in self.budget_names:
+            found = self.counters[name].total(world)
+            out |= {f"{mean}{name}": value for mean, value in found.means.items()}
+            if self.model.num_classes <= 5:
+                out.pop(f"top5{name}", None)
+            if world.main and found.absent != self.absent:  # once: the images stay the same
+                names = first_names(found.absent)
+                say(f"excluded from the mAP, no held-out image has them: {names}")
+            self.absent = found.absent
+        self.counters.clear()
+        each = [value for mean, value in out.items() if mean.startswith(f"{self.metric}@")]
+        return {**out, self.metric: sum(each) / len(each)} if each else out
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the model for ``timm.create_model("local-dir:…")``."""
@@ -203,9 +219,7 @@ class MultiLabelTask(ClassifyTask):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loss_name, self.loss_function, self.chance = loss, multi_label_loss(loss), None
-        new = partial(PrecisionCounter, self.class_names, seen_classes)
-        self.counters: defaultdict[str, PrecisionCounter] = defaultdict(new)
-        self.absent: tuple[str, ...] = ()
+        self.counters.default_factory = partial(PrecisionCounter, self.class_names, seen_classes)
 
     def config(self) -> dict[str, Any]:
         """What a continuation must not change."""
@@ -215,29 +229,10 @@ class MultiLabelTask(ClassifyTask):
         """The targets (B, C) of a batch."""
         return batch.targets
 
-    def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """The loss of each image at each keep ratio; scores are kept for ``measure_set``."""
-        targets, out = self.checked_targets(batch), {}
-        for name in self.budgets(model):
-            logits = model(batch.images).float()
-            self.counters[name].add(logits, targets, batch.indices, batch.real)
-            pairs = zip(logits.split(1), targets.split(1))
-            out[f"loss{name}"] = torch.stack([self.loss_function(*pair) for pair in pairs])
-        return out
-
-    def measure_set(self, world: World) -> dict[str, float]:
-        """The mAP over the images of all processes at each keep ratio; with several, their mean."""
-        out: dict[str, float] = {}
-        for name in self.budget_names:
-            found = self.counters[name].total(world)
-            out |= {f"{mean}{name}": value for mean, value in found.means.items()}
-            if world.main and found.absent != self.absent:  # once: the images stay the same
-                names = first_names(found.absent)
-                say(f"excluded from the mAP, no held-out image has them: {names}")
-            self.absent = found.absent
-        self.counters.clear()
-        each = [value for mean, value in out.items() if mean.startswith("map@")]
-        return {**out, "map": sum(each) / len(each)} if each else out
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each held-out image, (B,)."""
+        pairs = zip(logits.split(1), targets.split(1))
+        return torch.stack([self.loss_function(*pair) for pair in pairs])
 
     def captions(self, values: Tensor) -> list[str]:
         """The classes of each image by targets; by logits the likely ones, likeliest first."""
