@@ -156,8 +156,7 @@ def kept_patches(
 def token_picture(image: Image.Image, layout: TokenLayout) -> Image.Image:
     """Draw the picture as tokens of several scales see it: each outlined, in its own resolution.
 
-    The layout is that of one image, as ``model.token_layout`` returns it; the picture, of whole
-    patches only, keeps its size.
+    The layout is that of one image, as ``model.token_layout`` returns it.
 
     Raises:
         ValueError: `image` does not fit the grid, or the layout is of several images.

@@ -103,14 +103,22 @@ class CamRanker(ClassMapRanker):
         classifier, parameter = net.get_classifier(), next(net.parameters())
         shape = (1, getattr(net, "in_chans", 3), *(self.img_size or (64, 64)))
         images = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
-        with torch.no_grad():
-            features = net.forward_features(images)
-        places = to_map(net, features, images)
         linear = isinstance(classifier, nn.Linear) or (
             isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1)
         )
-        fits = linear and classifier.weight.shape[1] == places.shape[1]
-        if not fits or not (places.is_meta or _pools_places(net, features, images)):
+        with torch.no_grad():
+            like = net.forward_features(images)
+            features = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+            places = to_map(net, features, images).float().flatten(2)
+            fits = linear and classifier.weight.shape[1] == places.shape[1]
+            if fits and not places.is_meta:  # the pooled logits of random places are those
+                logits = net.forward_head(features).float()
+                logits = logits if classifier.bias is None else logits - classifier.bias.float()
+                pools = (places.mean(2), places.amax(2), (places.mean(2) + places.amax(2)) / 2)
+                weight = classifier.weight.flatten(1).float()
+                errors = [float((pooled @ weight.T - logits).abs().max()) for pooled in pools]
+                fits = min(errors) <= 1e-2 * float(logits.abs().max())
+        if not fits:
             reason = "its logits are not a linear layer on pooled places; grad_cam takes it"
             raise self.refusal(net, reason)
 
@@ -206,18 +214,3 @@ def _embedding(net: Any) -> Any:
     """The patch embedding, which knows the grid; it is the stem of a mixer."""
     found = [getattr(net, name, None) for name in ("patch_embed", "stem")]
     return next((module for module in found if hasattr(module, "grid_size")), None)
-
-
-def _pools_places(net: Any, like: Tensor, images: Tensor) -> bool:
-    """Whether the logits are the pooled logits of the places, for random features."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(like.shape, generator=generator).to(like)
-    classifier = net.get_classifier()
-    with torch.no_grad():
-        logits = net.forward_head(features).float()
-        places = to_map(net, features, images).float().flatten(2)
-        weight, bias = classifier.weight.flatten(1).float(), classifier.bias
-        logits = logits if bias is None else logits - bias.float()
-        pools = (places.mean(2), places.amax(2), (places.mean(2) + places.amax(2)) / 2)
-        errors = [float((pooled @ weight.T - logits).abs().max()) for pooled in pools]
-        return min(errors) <= 1e-2 * float(logits.abs().max())

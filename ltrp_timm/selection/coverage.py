@@ -163,17 +163,8 @@ def select_dithered(
     ``strength`` times a fixed pattern (Bayer's 4 x 4 matrix, from 0 to 15/16), and the best K stay:
     instead of an edge, behind which nothing is kept, dots get rarer.
 
-    Args:
-        scores: (B, N), higher = keep first; equal scores share their rank, NaN comes last.
-        k: number of patches to keep, 1 <= k <= N.
-        grid_size: (h, w), N = h * w.
-        strength: 0 keeps the best K; far above 1 it is an even grid.
-
-    Returns:
-        (B, K) int64 indices, ascending.
-
-    Raises:
-        ValueError: An argument is out of range, or the grid does not match the scores.
+    The grid is (h, w), N = h * w. A ``strength`` of 0 keeps the best K; far above 1 it is an even
+    grid. Equal scores (B, N) share their rank. Result and errors are those of ``select_top``.
 
     Source: Bayer (1973), ordered dither.
     """

@@ -282,16 +282,9 @@ class MAETeacher(PatchTeacher, nn.Module):
         mask_ratio: float = 0.75,
         generator: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predict all patches of images from their visible ones.
+        """Images (B, channels, H, W) -> predictions (B, N, C), visible_indices (B, V).
 
-        Args:
-            images: (B, channels, H, W).
-            visible_indices: (B, V); when None they are drawn.
-            mask_ratio: share of patches to mask when indices are drawn.
-            generator: draws the indices: one, or one per image; None is torch's global state.
-
-        Returns:
-            Predictions (B, N, C) and visible_indices (B, V).
+        Where no indices are given, ``random_visible_indices`` draws them.
         """
         if visible_indices is None:
             visible_indices = random_visible_indices(
