@@ -108,7 +108,7 @@ def test_every_option_has_a_flag_and_its_help(capsys: pytest.CaptureFixture[str]
         (["--keep-ratio", "0.5", "1.5"], "argument --keep-ratio: must be in (0, 1], got 1.5."),
         (["--ranker", "conv"], "the conv ranker has no trained weights"),
         (["--ranker", "nonsense"], "--ranker must be one of"),
-        (["--selection", "adaptive"], "selection 'adaptive' needs a budget"),
+        (["--selection", "adaptive"], "argument --selection: invalid choice: 'adaptive'"),
         (["--keep-ratio", "0.5", "--train-ranker"], "passes no gradient to the ranker"),
         (["--model-kwargs", "depth"], "expected NAME=VALUE, got 'depth'."),
         (["--opt", "nonsense"], "nonsense"),

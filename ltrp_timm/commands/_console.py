@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -19,10 +19,8 @@ from ltrp_timm.measure.throughput import Timing, ratio
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import check_name, open_model
 from ltrp_timm.rankers import list_rankers
-from ltrp_timm.selection.registry import SELECTIONS
 from ltrp_timm.train.recipe import RestOptions
 
-Selection = Annotated[str, tuple(SELECTIONS)]
 _LONGEST = 300  # characters of an error from another library
 
 
@@ -49,7 +47,7 @@ class ModelOptions(RestOptions):
     ranker: str | None = None
     ranker_weights: PathName | None = None
     ranker_args: dict[str, Any] | None = None
-    selection: Selection | None = None
+    selection: str | None = None
     img_size: int | None = None
     num_classes: NotNegative | None = None
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import torch
 
+from ltrp_timm.selection.registry import SELECTIONS
 from ltrp_timm.selection.rules import check_keep_ratio
 
 
@@ -59,6 +60,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "patch_size": positive,
     "num_workers": not_negative,
 }
+_CHOICES = {"selection": tuple(SELECTIONS)}
 _PLAIN: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
@@ -107,6 +109,8 @@ def add_command(
         kwargs = _argument(annotation, default)
         if key in _PARSERS:
             kwargs["type"] = _PARSERS[key]
+        if key in _CHOICES:
+            kwargs = {"choices": _CHOICES[key]}
         kwargs["help"] = _help(_texts(source).get(key, ""), default, parameters)
         if getattr(kwargs.get("type"), "takes_none", False):
             kwargs["help"] = re.sub(r"\bNone\b", "none", kwargs["help"])

@@ -11,7 +11,6 @@ from torch import nn
 from ltrp_timm._text import csv_text, printable, say
 from ltrp_timm.commands._console import (
     ModelOptions,
-    Selection,
     behind_links,
     check_names,
     check_output,
@@ -69,7 +68,7 @@ class BenchmarkOptions(RestOptions):
     model: Sequence[str]
     keep_ratio: Sequence[float] = (0.75, 0.5, 0.25)
     ranker: Sequence[str] | None = None
-    selection: Selection = "top"
+    selection: str = "top"
     batch_size: Sequence[int] = (1, 8)
     img_size: Sequence[int] | None = None
     device: str = "cpu"

@@ -40,9 +40,8 @@ def drop_patches(
             DINOv3, RoPE ViTs, BEiT, CaiT, ViT-RelPos, NaFlexVit; see the guide to backbones).
         ranker: a name of ``list_rankers()``, or any module images -> (B, h, w).
         keep_ratio: share of patch tokens to encode, in (0, 1] (default: 0.5, or the budget's mean).
-        selection: "top", "random", "mixed" (best scores, and centres of the largest clusters of
-            pixels), "stratified" (the best of each grid cell first) or "dithered" (many patches
-            where scores are high, few where they are low).
+        selection: "top" keeps the best patches, "dithered" many where scores are high and few
+            where they are low; others are "mixed", "stratified" and "random".
         validate: also check the values of given ``keep_indices`` and that scores are finite (eager
             only; reads from the device).
         fill: what dropped places of dense features hold: "zeros" or "nearest".
@@ -50,8 +49,7 @@ def drop_patches(
             or True for published ones, as ``pretrained`` of ``create_ranker``. ``pretrained=True``
             of a model does not load them.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
-        selection_args: options of the selection: "seed" of random; "ratio", "neighbours" and
-            "pixels" of mixed; "cell" of stratified; "strength" of dithered.
+        selection_args: options of the selection, such as ``{"cell": 3}`` of "stratified".
         cache_dir: folder for downloaded weights of the ranker; as in huggingface_hub.
         head: None keeps the classifier; "ml_decoder" replaces it by a new one for multi-label
             images, which attends to all encoded tokens. It stays on the backbone.

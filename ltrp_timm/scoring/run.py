@@ -66,8 +66,7 @@ def rank_images(
         input_key: Column of a named data set with the images.
         keep_ratio: Also write keep_indices.npy with this share of the patches, in (0, 1] (default:
             0.5 with ``selection``).
-        selection: Also write keep_indices.npy by this rule: top, random, mixed, stratified or
-            dithered (default: top with ``keep_ratio``).
+        selection: Also write keep_indices.npy by this rule (default: top with ``keep_ratio``).
         overlays: Also write a picture of each image with its scores and kept patches, the best half
             without ``keep_ratio`` and ``selection``.
         batch_size: Images per batch.

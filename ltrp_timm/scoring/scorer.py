@@ -98,7 +98,7 @@ def open_scorer(
         crop_mode: "center" crops the picture, "squash" resizes all of it, which
             ``finetune --index-cache`` requires (default: the model's own, else center).
         keep_ratio: Share of patches to keep, in (0, 1].
-        selection: "top", "random", "mixed", "stratified" or "dithered".
+        selection: How scores choose patches.
         rest: "coarse" keeps whole cells of 2 x 2 patches, and overlays show the others coarsely
             (default: that of ``model``, else drop).
         scales: With a coarse rest: 1 2, or 1 2 4 for blocks of 4 x 4 patches too.

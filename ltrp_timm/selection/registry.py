@@ -169,7 +169,7 @@ class PatchSelector(SelectionSettings, nn.Module):
     Args:
         keep_ratio: share of patches to keep, in (0, 1].
         num_prefix_tokens: P, tokens at the front (class, registers) that always stay.
-        selection: "top", "random", "mixed" (clusters the given tokens), "stratified" or "dithered".
+        selection: a name of ``SELECTIONS``; "mixed" clusters the given tokens.
         selection_args: options of the selection.
 
     Raises:
@@ -199,7 +199,7 @@ class PatchSelector(SelectionSettings, nn.Module):
     ) -> Tuple[Tensor, Tensor]:
         """Tokens (B, P + N, D), scores (B, N) -> tokens (B, P + K, D), keep_indices (B, K).
 
-        "stratified" and "dithered" need the ``grid_size`` (h, w), N = h * w, if it is no square.
+        Some selections need the ``grid_size`` (h, w), N = h * w, where that is not a square.
 
         Raises:
             ValueError: The shapes of tokens, scores and grid do not match.
