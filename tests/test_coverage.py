@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ltrp_timm import (
-    coverage,
-    dpc_knn,
-    select_dithered,
-    select_mixed,
-    select_stratified,
-    select_top,
-)
+from ltrp_timm import dpc_knn, select_dithered, select_mixed, select_stratified, select_top
+from ltrp_timm.selection import coverage
 from ltrp_timm.selection.coverage import patch_pixels, smallest, squared_distances
 
 DATA = load_file(Path(__file__).parent / "data" / "d_select_small.safetensors")
