@@ -38,8 +38,8 @@ from torch import Tensor
 import ltrp_timm
 from ltrp_timm.commands._flags import positive
 from ltrp_timm.measure import throughput
+from ltrp_timm.teacher import masked_indices, random_visible_indices
 from ltrp_timm.teacher.density import REMOVALS
-from ltrp_timm.teacher.mae import masked_indices, random_visible_indices
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -16,21 +16,23 @@ from ltrp_timm.models.visual import (
     restore_visual_tokens,
 )
 from ltrp_timm.rankers import create_ranker, list_rankers
-from ltrp_timm.selection.adaptive import AdaptiveBudget
-from ltrp_timm.selection.cells import select_cells
-from ltrp_timm.selection.coverage import dpc_knn, select_dithered, select_mixed, select_stratified
-from ltrp_timm.selection.registry import PatchSelector
-from ltrp_timm.selection.rules import (
+from ltrp_timm.selection import (
+    AdaptiveBudget,
+    PatchSelector,
+    dpc_knn,
     gather_patches,
     num_keep,
     scatter_patches,
+    select_cells,
+    select_dithered,
+    select_mixed,
     select_random,
+    select_stratified,
     select_top,
 )
 from ltrp_timm.share import push_to_hub, save_pretrained
-from ltrp_timm.teacher import create_teacher
+from ltrp_timm.teacher import MAETeacher, create_teacher
 from ltrp_timm.teacher.density import semantic_density
-from ltrp_timm.teacher.mae import MAETeacher
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ from benchmark_setup import Done, run_once
 from torch import Tensor, nn
 
 from ltrp_timm.deploy.formats import FORMATS
-from ltrp_timm.teacher.mae import MAETeacher
+from ltrp_timm.teacher import MAETeacher
 
 SMALL = {"embed_dim": 64, "num_heads": 2}
 

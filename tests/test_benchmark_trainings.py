@@ -10,7 +10,7 @@ import torch
 from benchmark_setup import PNG_MAGIC, Done, load, verdicts
 from studies import judging, scenes, small_run
 
-from ltrp_timm.teacher.mae import MAETeacher
+from ltrp_timm.teacher import MAETeacher
 from ltrp_timm.train import Summary
 
 

@@ -22,8 +22,8 @@ from train_setup import distance, make_photos, run, weights
 
 from ltrp_timm import drop_patches, gather_patches, semantic_density
 from ltrp_timm.measure.throughput import peak_memory
+from ltrp_timm.teacher import random_visible_indices
 from ltrp_timm.teacher.density import REMOVALS
-from ltrp_timm.teacher.mae import random_visible_indices
 from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
 

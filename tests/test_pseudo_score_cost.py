@@ -10,8 +10,8 @@ from conftest import small_teacher
 
 from ltrp_timm import semantic_density
 from ltrp_timm.measure import throughput
+from ltrp_timm.teacher import random_visible_indices
 from ltrp_timm.teacher.density import REMOVALS
-from ltrp_timm.teacher.mae import random_visible_indices
 
 
 @pytest.fixture

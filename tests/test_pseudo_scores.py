@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ltrp_timm import FeatureTeacher, create_ranker, drop_patches, semantic_density
 from ltrp_timm.losses import list_mle
 from ltrp_timm.metrics import spearman
+from ltrp_timm.teacher import MAETeacher, masked_indices, random_visible_indices
 from ltrp_timm.teacher import density as pseudo_scores
 from ltrp_timm.teacher.density import METRICS, REMOVALS, psnr_change, ssim_change
-from ltrp_timm.teacher.mae import MAETeacher, masked_indices, random_visible_indices
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"  # the larger vectors, where they lie there
 with_parity = pytest.mark.skipif(

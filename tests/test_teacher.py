@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 from ltrp_timm.selection.coverage import patch_pixels
-from ltrp_timm.teacher import create_teacher
-from ltrp_timm.teacher.mae import MAETeacher, masked_indices, num_visible, random_visible_indices
+from ltrp_timm.teacher import (
+    MAETeacher,
+    create_teacher,
+    masked_indices,
+    num_visible,
+    random_visible_indices,
+)
 
 HEADS = {name: SMALL_MAE[name] for name in ("num_heads", "decoder_num_heads")}
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ltrp_timm.teacher.mae import MAETeacher
+from ltrp_timm.teacher import MAETeacher
 from ltrp_timm.train import Summary, train_ranker
 
 TEACHER_ARGS = {

@@ -18,7 +18,7 @@ from gpu.record import Case, Make, Method, NotHereError
 from ltrp_timm import num_keep
 from ltrp_timm.measure import throughput
 from ltrp_timm.measure.payoff import ideal, twin
-from ltrp_timm.teacher.mae import random_visible_indices
+from ltrp_timm.teacher import random_visible_indices
 
 RANKERS = ("border", "conv")
 COARSE = {"coarse": {}, "coarse, no bias": {"size_bias": 0.0}}  # with the default ranker

@@ -38,7 +38,7 @@ from tables import Goal
 from ltrp_timm import FeatureTeacher, create_ranker, semantic_density
 from ltrp_timm.commands._flags import positive
 from ltrp_timm.layers.bridge import InputBridge, resize_score_map
-from ltrp_timm.teacher.mae import random_visible_indices
+from ltrp_timm.teacher import random_visible_indices
 from ltrp_timm.train import train_ranker
 from ltrp_timm.visualize import show_images
 from ltrp_timm.weights.files import WEIGHTS_NAME

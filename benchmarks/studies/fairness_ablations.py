@@ -39,7 +39,7 @@ import torch
 from common import WIDTH, Row, load_pyplot, set_up
 
 import ltrp_timm
-from ltrp_timm import num_keep
+from ltrp_timm.selection import num_keep
 from ltrp_timm.selection.coverage import patch_pixels, select_mixed
 from studies.fairness.measures import Judging, Kept, N, interval, scores_of
 from studies.fairness.networks import make_judge

@@ -10,7 +10,7 @@ import ltrp_timm
 from ltrp_timm.layers.bridge import InputBridge
 from ltrp_timm.metrics import spearman
 from ltrp_timm.selection.rules import mean_rank, num_keep, select_top
-from ltrp_timm.teacher.mae import num_visible
+from ltrp_timm.teacher import num_visible
 
 INKED = 0.1  # a patch has ink where at least so much of it is
 

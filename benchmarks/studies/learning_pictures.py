@@ -7,7 +7,7 @@ from common import WIDTH, Row, load_pyplot
 from PIL import Image
 from torch import Tensor
 
-from ltrp_timm import num_keep, select_top
+from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.visualize import kept_patches, row, score_map, show_images, stack_rows
 from studies.small_run import PATCH, SIDE, HeldOut
 

@@ -47,9 +47,10 @@ import tables
 from common import WIDTH, Row, base_parser, compare, load_pyplot, set_up
 from tables import Goal
 
-from ltrp_timm import PatchSelector, drop_patches, num_keep, throughput
+from ltrp_timm import PatchSelector, drop_patches, throughput
 from ltrp_timm.commands._flags import keep_ratio, positive
 from ltrp_timm.measure.payoff import twin
+from ltrp_timm.selection import num_keep
 from studies.quality import judge
 from studies.quality.material import (
     add_source_options,

@@ -18,7 +18,7 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.timm_interface import GENERIC, is_plain, wrap_pretrained_cfg
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.rankers.base import adapt_channels
-from ltrp_timm.selection.adaptive import AdaptiveBudget
+from ltrp_timm.selection import AdaptiveBudget
 from ltrp_timm.weights.files import WEIGHT_SUFFIXES, check_keys, locate
 from ltrp_timm.weights.hub import PREFIX, hub_errors
 from ltrp_timm.weights.untrusted import NEVER_SAVED, check_saved_args, shapes_of

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.selection.cells import CellGrid
+from ltrp_timm.teacher import PatchTeacher
 from ltrp_timm.teacher.density import all_but
-from ltrp_timm.teacher.mae import PatchTeacher
 
 
 class FeatureTeacher(PatchTeacher, nn.Module):

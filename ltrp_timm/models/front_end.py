@@ -8,7 +8,7 @@ from ltrp_timm.layers.ml_decoder import make_head
 from ltrp_timm.models.coarse import coarse_rest
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import DEFAULT_RANKER, create_ranker, ranker_class
-from ltrp_timm.selection.adaptive import AdaptiveBudget
+from ltrp_timm.selection import AdaptiveBudget
 from ltrp_timm.slots import find_adapter
 from ltrp_timm.weights.files import PathLike
 

@@ -14,8 +14,7 @@ from ltrp_timm.models import naflex
 from ltrp_timm.models.coarse import coarse_rest
 from ltrp_timm.models.timm_interface import TimmInterface
 from ltrp_timm.rankers.base import warn_of_untrained
-from ltrp_timm.selection import adaptive
-from ltrp_timm.selection.adaptive import AdaptiveBudget
+from ltrp_timm.selection import AdaptiveBudget, adaptive
 from ltrp_timm.selection.cells import TokenLayout, all_fine
 from ltrp_timm.selection.registry import SelectionSettings, select
 from ltrp_timm.selection.rules import (

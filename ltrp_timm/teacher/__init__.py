@@ -9,9 +9,29 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ltrp_timm.teacher.layouts import config_args, infer_args, to_plain_names, training_args
-from ltrp_timm.teacher.mae import SAVED_ARGS, MAETeacher
+from ltrp_timm.teacher.mae import (
+    SAVED_ARGS,
+    Generators,
+    MAETeacher,
+    PatchTeacher,
+    draw_uniform,
+    masked_indices,
+    num_visible,
+    random_visible_indices,
+)
 from ltrp_timm.weights.files import PREPROCESSOR_NAME, PathLike, build_and_load, read_weights
 from ltrp_timm.weights.untrusted import check_saved_args, read_json
+
+__all__ = [
+    "Generators",
+    "MAETeacher",
+    "PatchTeacher",
+    "create_teacher",
+    "draw_uniform",
+    "masked_indices",
+    "num_visible",
+    "random_visible_indices",
+]
 
 DEFAULT_SOURCE = "facebook/vit-mae-base"
 

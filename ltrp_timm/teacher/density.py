@@ -17,9 +17,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ltrp_timm._text import optional_import
+from ltrp_timm.selection import gather_patches, select_top
 from ltrp_timm.selection.cells import patches_of
-from ltrp_timm.selection.rules import gather_patches, select_top
-from ltrp_timm.teacher.mae import (
+from ltrp_timm.teacher import (
     Generators,
     MAETeacher,
     PatchTeacher,

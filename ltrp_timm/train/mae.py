@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.sources import SCALE
 from ltrp_timm.runtime import join_world, sample_seed, seeded
-from ltrp_timm.selection.rules import gather_patches
-from ltrp_timm.teacher import create_teacher
-from ltrp_timm.teacher.mae import MAETeacher, masked_indices, num_visible, random_visible_indices
+from ltrp_timm.selection import gather_patches
+from ltrp_timm.teacher import (
+    MAETeacher,
+    create_teacher,
+    masked_indices,
+    num_visible,
+    random_visible_indices,
+)
 from ltrp_timm.train.loop import Summary, Task, fit
 from ltrp_timm.train.settings import CropScale, check_value, cropped_sources, make_settings
 from ltrp_timm.visualize import kept_patches, show_images

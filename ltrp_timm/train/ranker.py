@@ -22,7 +22,7 @@ from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.rankers import create_ranker, ranker_class
 from ltrp_timm.runtime import join_world, sample_seed, seeded
 from ltrp_timm.scoring.scorer import open_ranker
-from ltrp_timm.selection.rules import num_keep, select_top
+from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher.density import Aggregate, Metric, Removal
 from ltrp_timm.train.loop import Summary, Task, fit
 from ltrp_timm.train.settings import (

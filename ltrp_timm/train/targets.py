@@ -12,16 +12,16 @@ from ltrp_timm.data.keyed import Batch
 from ltrp_timm.layers.bridge import InputBridge, resize_score_map, to_pair
 from ltrp_timm.models.feature_teacher import FeatureTeacher
 from ltrp_timm.scoring.scorer import open_ranker
-from ltrp_timm.selection.rules import select_top
-from ltrp_timm.teacher import create_teacher
-from ltrp_timm.teacher.density import CellTeacher, semantic_density
-from ltrp_timm.teacher.mae import (
+from ltrp_timm.selection import select_top
+from ltrp_timm.teacher import (
     MAETeacher,
     PatchTeacher,
+    create_teacher,
     draw_uniform,
     num_visible,
     random_visible_indices,
 )
+from ltrp_timm.teacher.density import CellTeacher, semantic_density
 from ltrp_timm.weights.files import digest
 
 LIST_SIZE = 20

@@ -53,7 +53,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ltrp_timm import num_keep
 from ltrp_timm._text import first_names, one_line, printable
 from ltrp_timm.commands._console import output_errors
 from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, threads
@@ -62,6 +61,7 @@ from ltrp_timm.measure.accuracy import seen_classes
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment
 from ltrp_timm.runtime import join_world, worker_init
 from ltrp_timm.scoring.scorer import CROP_MODES, Scorer
+from ltrp_timm.selection import num_keep
 from studies.fairness.coco_objects import Annotated, ObjectDataset, collate, find_objects
 from studies.fairness.coco_rankers import Entry, kept_shares, open_rankers
 from studies.fairness.coco_report import FILES, Measured, report, table_rows

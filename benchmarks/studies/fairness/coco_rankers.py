@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltrp_timm import num_keep, select_top
 from ltrp_timm._text import first_names
 from ltrp_timm.rankers import ranker_class
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
+from ltrp_timm.selection import num_keep, select_top
 from studies.fairness.coco_objects import Batch
 
 RANDOM = "random"

@@ -7,9 +7,9 @@ from common import Row
 from torch import Tensor
 
 import ltrp_timm
-from ltrp_timm import num_keep, select_top
 from ltrp_timm.metrics import average_precision
-from ltrp_timm.teacher.mae import random_visible_indices
+from ltrp_timm.selection import num_keep, select_top
+from ltrp_timm.teacher import random_visible_indices
 from studies.fairness.networks import logits_of
 from studies.fairness.scenes import PATCH, SIDE, Scenes
 from studies.judging import INKED, as_seen_by, object_auc

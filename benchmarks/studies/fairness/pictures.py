@@ -7,7 +7,7 @@ import torch
 from common import WIDTH, Row, load_pyplot
 from tables import nice
 
-from ltrp_timm import num_keep, select_top
+from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.visualize import kept_patches, row, show_images, stack_rows
 from studies.fairness.compared import CAM, label_free, with_labels
 from studies.fairness.measures import scores_of

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrp_timm import PatchSelector, gather_patches, scatter_patches
+from ltrp_timm.selection import PatchSelector, gather_patches, scatter_patches
 
 _BATCH = 16
 _OBJECT = 0.25  # a patch is of an object if that share of it is

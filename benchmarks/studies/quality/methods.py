@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from peers.merge import merge_similar
 from torch import Tensor
 
-from ltrp_timm import create_ranker, drop_patches, num_keep
+from ltrp_timm import create_ranker, drop_patches
 from ltrp_timm.measure.payoff import twin
+from ltrp_timm.selection import num_keep
 from ltrp_timm.selection.cells import CellGrid
 from studies.quality.judge import Encoded, encode, in_batches, normalised
 from studies.quality.material import load_backbone
