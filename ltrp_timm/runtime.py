@@ -22,6 +22,11 @@ import torch.distributed as dist
 from ltrp_timm._text import printable
 from ltrp_timm._timm import init_distributed_device_so
 
+T = TypeVar("T")
+_LOCK = ".lock"
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = {"WORLD_SIZE": "SLURM_NTASKS", "RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
+_PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
 HELD_OUT = -1  # the "epoch" of held-out images: their random numbers never change
 
 
@@ -139,13 +144,6 @@ def _ignore_signals(leaving: Any, _: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
-
-
-_LOCK = ".lock"
-T = TypeVar("T")
-_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-_SLURM = {"WORLD_SIZE": "SLURM_NTASKS", "RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
-_PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
 
 
 class World:

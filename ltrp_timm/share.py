@@ -30,6 +30,8 @@ from ltrp_timm.weights.files import (
 )
 from ltrp_timm.weights.untrusted import first_line
 
+CARD_NAME = "README.md"
+FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 EVALUATION_NAME = "evaluate.json"  # what `ltrp-timm evaluate` writes
 # accuracies of an evaluation: as people and as the Hub name them
 TITLES = {
@@ -41,151 +43,13 @@ UNNAMED = "owner/name"  # the repository in cards that are not on the Hub
 NOT_STATED = "not stated"
 _RATIOS = (1.0, 0.75, 0.5, 0.25)
 _STATED = {
-    **{"Licence": "license", "Training data": "training_data"},
+    "Licence": "license",
+    "Training data": "training_data",
     "Weights of the ranker": "ranker",
 }
 _TEXTS = (*_STATED.values(), "base_model", "description", "evaluation_data", "results_note")
 _TABLES = {"measured": "{keep_ratio: {what: value}}", "results": "{who: {what: value}}"}
 _TAGS = ["image-classification", "timm", "ltrp", "token-pruning"]
-
-
-def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check what a user states for the card, see ``save_pretrained``.
-
-    Raises:
-        ValueError: a field is unknown, or its value is of another kind.
-        TypeError: ``card`` is not a mapping.
-    """
-    if card is not None and not isinstance(card, Mapping):
-        raise TypeError(f"model_card must be a mapping, got {type(card).__name__}.")
-    out = dict(card or {})
-    for name, value in out.items():
-        if name not in (*_TEXTS, *_TABLES):
-            known = ", ".join((*_TEXTS, *_TABLES))
-            raise ValueError(f"model_card knows {known}; got {name!r}.")
-        if name in _TEXTS and not isinstance(value, str):
-            raise ValueError(f"model_card[{name!r}] must be a text, got {value!r}.")
-    if re.fullmatch(r"[\w.+-]*", out.get("license", "")) is None:
-        raise ValueError(f"model_card['license'] must be an identifier, got {out['license']!r}.")
-    for name, form in _TABLES.items():
-        table = out.setdefault(name, {})
-        rows = table.values() if isinstance(table, Mapping) else [None]
-        if not all(isinstance(row, Mapping) for row in rows):
-            raise ValueError(f"model_card[{name!r}] must be {form}, got {table!r}.")
-    out["measured"] = {check_keep_ratio(ratio): row for ratio, row in out["measured"].items()}
-    return out
-
-
-def read_evaluation(source: Any, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a card from evaluate.json or its folder: "evaluation_data", and "measured" in %.
-
-    ``made_with`` are the model's "ranker", "selection" and "rest"; ValueError if the evaluation is
-    of another model, or is none.
-    """
-    path = Path(source)
-    path = path / EVALUATION_NAME if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in found["results"] if row["method"] in ("full", "pruned")]
-        measured = {
-            float(row["keep_ratio"]): {
-                title: round(float(row[name]), 2) for name, title in TITLES.items() if name in row
-            }
-            for row in rows
-        }
-        data = str(found["data"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no {EVALUATION_NAME} of `ltrp-timm evaluate`.") from error
-    for name, value in made_with.items():
-        if any(ratio < 1 for ratio in measured) and found.get(name, value) != value:
-            raise ValueError(
-                f"{path} is of a model with {name} {found[name]!r}, this one has {value!r}: "
-                "evaluate this one."
-            )
-    data = data if re.match(r"\w+/", data) and not Path(data).exists() else Path(data).name
-    return {"evaluation_data": f"{data}, {found.get('split')}", "measured": measured}
-
-
-def write_card(
-    title: str,
-    card: Mapping[str, Any],
-    facts: Mapping[str, str],
-    usage: str,
-    img_size: Sequence[int],
-    patch_size: Sequence[int],
-    keep_ratio: float | None = None,
-) -> str:
-    """Write the README.md of a model; sizes are (height, width) in pixels, ``usage`` is Python."""
-    (height, width), (rows, cols) = img_size, patch_size
-    count, measured = (height // rows) * (width // cols), card["measured"]
-    ratios = sorted({*_RATIOS, *measured, *filter(None, [keep_ratio])}, reverse=True)
-    kept = {
-        f"{ratio:g}{' (as saved)' * (ratio == keep_ratio)}": {
-            **{"K": num_keep(count, ratio)},
-            **measured.get(ratio, {}),
-        }
-        for ratio in ratios
-    }
-    stated = {name: card.get(key) or NOT_STATED for name, key in _STATED.items()}
-    results = ["## Results", _table("", card["results"]), card.get("results_note")]
-    measurements = "Values are the author's." if measured else "No measurements at these ratios."
-    parts = [
-        f"---\n{_metadata(title, card).to_yaml()}\n---",
-        f"# {title}",
-        card.get("description"),
-        "Made with ltrp_timm: a ranker scores the patches of an image, the ViT encodes the best.",
-        "\n".join(f"- **{n}:** {' '.join(t.split())}" for n, t in {**facts, **stated}.items()),
-        *(results if card["results"] else []),
-        "## Keep ratios",
-        _table("keep_ratio", kept),
-        f"K patches of N = {count} (images of {height}×{width}, patches of {rows}×{cols}) are "
-        f"encoded. {measurements}",
-        "## Use",
-        f"```python\n{usage.rstrip()}\n```",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _metadata(title: str, card: Mapping[str, Any]) -> ModelCardData:
-    """What the Hub reads: results only where the data set is stated."""
-    data = card.get("evaluation_data")
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=re.sub(r"[^\w.-]+", "-", data.lower()),
-            dataset_name=data,
-            metric_type=_METRICS.get(what, what),
-            metric_name=f"{what} at keep_ratio {ratio:g}",
-            metric_value=value,
-        )
-        for ratio, row in card["measured"].items()
-        for what, value in row.items()
-        if data
-    ]
-    return ModelCardData(
-        license=card.get("license") or None,
-        base_model=card.get("base_model"),
-        library_name="timm",
-        tags=_TAGS,
-        model_name=title if results else None,
-        eval_results=results or None,
-    )
-
-
-def _table(corner: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Rows of values as a Markdown table."""
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
-    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-CARD_NAME = "README.md"
-FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 
 
 def save_pretrained(
@@ -400,3 +264,138 @@ weights = "{hub.PREFIX}{repo_id}"
 model = ltrp_timm.drop_patches(vit, "{ranker.name}", ranker_weights=weights)"""
     title, size = f"A {ranker.name} ranker of patches", ranker.img_size or (224, 224)
     return write_card(title, card, facts, usage, size, ranker.patch_size)
+
+
+def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Check what a user states for the card, see ``save_pretrained``.
+
+    Raises:
+        ValueError: a field is unknown, or its value is of another kind.
+        TypeError: ``card`` is not a mapping.
+    """
+    if card is not None and not isinstance(card, Mapping):
+        raise TypeError(f"model_card must be a mapping, got {type(card).__name__}.")
+    out = dict(card or {})
+    for name, value in out.items():
+        if name not in (*_TEXTS, *_TABLES):
+            known = ", ".join((*_TEXTS, *_TABLES))
+            raise ValueError(f"model_card knows {known}; got {name!r}.")
+        if name in _TEXTS and not isinstance(value, str):
+            raise ValueError(f"model_card[{name!r}] must be a text, got {value!r}.")
+    if re.fullmatch(r"[\w.+-]*", out.get("license", "")) is None:
+        raise ValueError(f"model_card['license'] must be an identifier, got {out['license']!r}.")
+    for name, form in _TABLES.items():
+        table = out.setdefault(name, {})
+        rows = table.values() if isinstance(table, Mapping) else [None]
+        if not all(isinstance(row, Mapping) for row in rows):
+            raise ValueError(f"model_card[{name!r}] must be {form}, got {table!r}.")
+    out["measured"] = {check_keep_ratio(ratio): row for ratio, row in out["measured"].items()}
+    return out
+
+
+def read_evaluation(source: Any, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a card from evaluate.json or its folder: "evaluation_data", and "measured" in %.
+
+    ``made_with`` are the model's "ranker", "selection" and "rest"; ValueError if the evaluation is
+    of another model, or is none.
+    """
+    path = Path(source)
+    path = path / EVALUATION_NAME if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in found["results"] if row["method"] in ("full", "pruned")]
+        measured = {
+            float(row["keep_ratio"]): {
+                title: round(float(row[name]), 2) for name, title in TITLES.items() if name in row
+            }
+            for row in rows
+        }
+        data = str(found["data"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no {EVALUATION_NAME} of `ltrp-timm evaluate`.") from error
+    for name, value in made_with.items():
+        if any(ratio < 1 for ratio in measured) and found.get(name, value) != value:
+            raise ValueError(
+                f"{path} is of a model with {name} {found[name]!r}, this one has {value!r}: "
+                "evaluate this one."
+            )
+    data = data if re.match(r"\w+/", data) and not Path(data).exists() else Path(data).name
+    return {"evaluation_data": f"{data}, {found.get('split')}", "measured": measured}
+
+
+def write_card(
+    title: str,
+    card: Mapping[str, Any],
+    facts: Mapping[str, str],
+    usage: str,
+    img_size: Sequence[int],
+    patch_size: Sequence[int],
+    keep_ratio: float | None = None,
+) -> str:
+    """Write the README.md of a model; sizes are (height, width) in pixels, ``usage`` is Python."""
+    (height, width), (rows, cols) = img_size, patch_size
+    count, measured = (height // rows) * (width // cols), card["measured"]
+    ratios = sorted({*_RATIOS, *measured, *filter(None, [keep_ratio])}, reverse=True)
+    kept = {
+        f"{ratio:g}{' (as saved)' * (ratio == keep_ratio)}": {
+            **{"K": num_keep(count, ratio)},
+            **measured.get(ratio, {}),
+        }
+        for ratio in ratios
+    }
+    stated = {name: card.get(key) or NOT_STATED for name, key in _STATED.items()}
+    results = ["## Results", _table("", card["results"]), card.get("results_note")]
+    measurements = "Values are the author's." if measured else "No measurements at these ratios."
+    parts = [
+        f"---\n{_metadata(title, card).to_yaml()}\n---",
+        f"# {title}",
+        card.get("description"),
+        "Made with ltrp_timm: a ranker scores the patches of an image, the ViT encodes the best.",
+        "\n".join(f"- **{n}:** {' '.join(t.split())}" for n, t in {**facts, **stated}.items()),
+        *(results if card["results"] else []),
+        "## Keep ratios",
+        _table("keep_ratio", kept),
+        f"K patches of N = {count} (images of {height}×{width}, patches of {rows}×{cols}) are "
+        f"encoded. {measurements}",
+        "## Use",
+        f"```python\n{usage.rstrip()}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(title: str, card: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads: results only where the data set is stated."""
+    data = card.get("evaluation_data")
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=re.sub(r"[^\w.-]+", "-", data.lower()),
+            dataset_name=data,
+            metric_type=_METRICS.get(what, what),
+            metric_name=f"{what} at keep_ratio {ratio:g}",
+            metric_value=value,
+        )
+        for ratio, row in card["measured"].items()
+        for what, value in row.items()
+        if data
+    ]
+    return ModelCardData(
+        license=card.get("license") or None,
+        base_model=card.get("base_model"),
+        library_name="timm",
+        tags=_TAGS,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _table(corner: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Rows of values as a Markdown table."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -26,6 +26,8 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.slots.coarse import UNSCRIPTABLE
 from ltrp_timm.weights.files import PathLike, write_atomically
 
+TOLERANCE = 1e-4
+ONNX_LIMIT = 2**31 - 2**20  # bytes of weights in an ONNX file; the graph takes the rest of 2 GiB
 _NOISE = 5e-6  # relative change of a pixel, above the rounding of any float32 runtime
 _MARGIN = 10.0  # least ratio of the distances from the full and from the pruned outputs
 _IMAGES = 4  # least number of images
@@ -68,87 +70,6 @@ class Parity:
                 f"model's {self.from_full:.1e}. Weights may be missing (LayerScale near 0 hides "
                 "patches)."
             )
-
-
-@torch.no_grad()
-def check_parity(
-    model: LTRPModel,
-    run: Callable[[Tensor], Tensor],
-    input_size: tuple[int, int, int],
-    batch_size: int,
-    dynamic: bool,
-) -> Parity:
-    """Run a loaded file and its model on the same images; in several batch sizes if dynamic.
-
-    When two scores at the cut are nearly equal, another runtime may keep the other patch. Such
-    images are excluded. RuntimeError if shapes differ, or too few images have a clear order.
-    """
-    sizes = [1, 2, batch_size + 2] if dynamic else [batch_size] * max(2, -(-_IMAGES // batch_size))
-    parameter = next(model.backbone.parameters())
-    images, left_out = _clear_images(model, input_size, sum(sizes), parameter)
-    figures = []
-    for batch in images.split(sizes):
-        wanted, full, out = model(batch), model.backbone(batch), run(batch)
-        if out.shape != wanted.shape:
-            raise RuntimeError(
-                f"the file gives outputs {list(out.shape)}, the model {list(wanted.shape)}."
-            )
-        each = torch.stack([out - wanted, out - full, wanted]).abs().flatten(1)
-        figures.append(each.amax(dim=1))  # a NaN stays one
-    errors, from_full, scales = torch.stack(figures, dim=1)
-    h, w = model.grid_size(images)
-    all_kept = model.keep_indices(images[:1]).shape[1] == h * w
-    least = None if all_kept else from_full.min().item()
-    return Parity(errors.max().item(), least, scales.max().item(), tuple(sizes), left_out)
-
-
-def _clear_images(
-    model: LTRPModel, input_size: tuple[int, int, int], count: int, like: Tensor
-) -> tuple[Tensor, int]:
-    """Images (count, C, H, W) whose kept patches survive rounding; the number of excluded ones."""
-    kept: list[Tensor] = []
-    left_out = 0
-    generator = torch.Generator().manual_seed(0)
-    for image in _draw(input_size, count * _DRAWS, generator):
-        image = image.to(like.device, like.dtype)
-        if _has_near_tie(model, image, generator):
-            left_out += 1
-        else:
-            kept.append(image)
-        if len(kept) == count:
-            return torch.cat(kept), left_out
-    raise RuntimeError(
-        f"only {len(kept)} of {count * _DRAWS} images have a clear order of patches: the scores "
-        "are too close to each other to compare runtimes."
-    )
-
-
-def _draw(
-    input_size: tuple[int, int, int], count: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Normalised images (1, C, H, W): noise, and soft shapes with some texture."""
-    channels, h, w = input_size
-    for number in range(count):
-        noise = torch.randn(1, channels, h, w, generator=generator)
-        if number % 2 == 0:
-            yield noise
-            continue
-        shapes = torch.randn(1, channels, 7, 7, generator=generator)
-        texture = torch.rand(1, 1, 5, 5, generator=generator)
-        shapes = F.interpolate(shapes, size=(h, w), mode="bicubic")
-        yield shapes + 0.2 * F.interpolate(texture, size=(h, w)) * noise
-
-
-def _has_near_tie(model: LTRPModel, image: Tensor, generator: torch.Generator) -> bool:
-    """Whether rounding could change which patches of an image (1, C, H, W) are kept."""
-    keep = model.keep_indices(image)
-    noise = torch.randn(image.shape, generator=generator).to(image.device, image.dtype)
-    changed = [image * (1 + _NOISE), image * (1 - _NOISE), image + _NOISE * noise]
-    return any(not torch.equal(model.keep_indices(other), keep) for other in changed)
-
-
-TOLERANCE = 1e-4
-ONNX_LIMIT = 2**31 - 2**20  # bytes of weights in an ONNX file; the graph takes the rest of 2 GiB
 
 
 @dataclass(frozen=True)
@@ -320,3 +241,80 @@ def describe(model: LTRPModel, format: str, batch_size: int | None) -> dict[str,
 
 def _device(model: LTRPModel) -> torch.device:
     return next(model.backbone.parameters()).device
+
+
+@torch.no_grad()
+def check_parity(
+    model: LTRPModel,
+    run: Callable[[Tensor], Tensor],
+    input_size: tuple[int, int, int],
+    batch_size: int,
+    dynamic: bool,
+) -> Parity:
+    """Run a loaded file and its model on the same images; in several batch sizes if dynamic.
+
+    When two scores at the cut are nearly equal, another runtime may keep the other patch. Such
+    images are excluded. RuntimeError if shapes differ, or too few images have a clear order.
+    """
+    sizes = [1, 2, batch_size + 2] if dynamic else [batch_size] * max(2, -(-_IMAGES // batch_size))
+    parameter = next(model.backbone.parameters())
+    images, left_out = _clear_images(model, input_size, sum(sizes), parameter)
+    figures = []
+    for batch in images.split(sizes):
+        wanted, full, out = model(batch), model.backbone(batch), run(batch)
+        if out.shape != wanted.shape:
+            raise RuntimeError(
+                f"the file gives outputs {list(out.shape)}, the model {list(wanted.shape)}."
+            )
+        each = torch.stack([out - wanted, out - full, wanted]).abs().flatten(1)
+        figures.append(each.amax(dim=1))  # a NaN stays one
+    errors, from_full, scales = torch.stack(figures, dim=1)
+    h, w = model.grid_size(images)
+    all_kept = model.keep_indices(images[:1]).shape[1] == h * w
+    least = None if all_kept else from_full.min().item()
+    return Parity(errors.max().item(), least, scales.max().item(), tuple(sizes), left_out)
+
+
+def _clear_images(
+    model: LTRPModel, input_size: tuple[int, int, int], count: int, like: Tensor
+) -> tuple[Tensor, int]:
+    """Images (count, C, H, W) whose kept patches survive rounding; the number of excluded ones."""
+    kept: list[Tensor] = []
+    left_out = 0
+    generator = torch.Generator().manual_seed(0)
+    for image in _draw(input_size, count * _DRAWS, generator):
+        image = image.to(like.device, like.dtype)
+        if _has_near_tie(model, image, generator):
+            left_out += 1
+        else:
+            kept.append(image)
+        if len(kept) == count:
+            return torch.cat(kept), left_out
+    raise RuntimeError(
+        f"only {len(kept)} of {count * _DRAWS} images have a clear order of patches: the scores "
+        "are too close to each other to compare runtimes."
+    )
+
+
+def _draw(
+    input_size: tuple[int, int, int], count: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Normalised images (1, C, H, W): noise, and soft shapes with some texture."""
+    channels, h, w = input_size
+    for number in range(count):
+        noise = torch.randn(1, channels, h, w, generator=generator)
+        if number % 2 == 0:
+            yield noise
+            continue
+        shapes = torch.randn(1, channels, 7, 7, generator=generator)
+        texture = torch.rand(1, 1, 5, 5, generator=generator)
+        shapes = F.interpolate(shapes, size=(h, w), mode="bicubic")
+        yield shapes + 0.2 * F.interpolate(texture, size=(h, w)) * noise
+
+
+def _has_near_tie(model: LTRPModel, image: Tensor, generator: torch.Generator) -> bool:
+    """Whether rounding could change which patches of an image (1, C, H, W) are kept."""
+    keep = model.keep_indices(image)
+    noise = torch.randn(image.shape, generator=generator).to(image.device, image.dtype)
+    changed = [image * (1 + _NOISE), image * (1 - _NOISE), image + _NOISE * noise]
+    return any(not torch.equal(model.keep_indices(other), keep) for other in changed)
