@@ -15,10 +15,10 @@ from train_setup import make_photos
 
 from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.data.multi_label import open_multi_label
-from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.losses import multi_label_loss
 from ltrp_timm.measure.accuracy import PrecisionCounter, seen_classes
 from ltrp_timm.runtime import World
+from ltrp_timm.train.recipe import crop_transforms
 
 CPU = torch.device("cpu")
 _, EVAL = crop_transforms((32, 32), (0.5,) * 3, (0.5,) * 3)

@@ -19,10 +19,10 @@ from train_setup import QUIET, make_photos, run, same_bits, weights
 
 from ltrp_timm.data.images import Images, open_dataset, split_indices
 from ltrp_timm.data.keyed import HELD_OUT, KeyedImages, KeyedSampler, held_out_keys, make_loader
-from ltrp_timm.data.sources import crop_transforms
 from ltrp_timm.runtime import World, sample_seed, seeded
 from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
+from ltrp_timm.train.recipe import crop_transforms
 
 # on a machine of one core
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

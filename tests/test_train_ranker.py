@@ -18,12 +18,13 @@ from torchvision.datasets import ImageFolder
 from train_setup import QUIET, TINY, distance, make_photos, run, same_bits, tiny_teacher, weights
 
 import ltrp_timm
-from ltrp_timm.data.sources import Sources, crop_transforms
+from ltrp_timm.data.sources import Sources
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.runtime import World
 from ltrp_timm.train import train_ranker
 from ltrp_timm.train.folder import read_log
 from ltrp_timm.train.ranker import LOSSES
+from ltrp_timm.train.recipe import crop_transforms
 from ltrp_timm.train.targets import Targets
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def test_the_held_out_metric_is_that_of_the_saved_ranker(photos: Path, tmp_path:
     assert same_bits(*(weights(tmp_path / name) for name in ("run", "plain")))
     from ltrp_timm.data.images import Images, open_dataset
     from ltrp_timm.data.keyed import HELD_OUT, Batch, KeyedImages
-    from ltrp_timm.data.sources import crop_transforms
+    from ltrp_timm.train.recipe import crop_transforms
     from ltrp_timm.train.targets import Targets
 
     targets = Targets(tiny_teacher(), mask_ratio=0.5, scoring={}, device=torch.device("cpu"))

@@ -5,7 +5,6 @@ from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from timm.data import create_transform
 from torch.utils.data import IterableDataset, default_collate
 
 from ltrp_timm.data.images import Images
@@ -201,18 +200,3 @@ class Sources:
         if not samples:
             raise ValueError("no image can be read any more.")
         return Batch(default_collate(samples), self.seed, HELD_OUT, self.world.device)
-
-
-def crop_transforms(
-    img_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    scale: Sequence[float] = SCALE,
-) -> tuple[Transform, Transform]:
-    """The published augmentation (a random resized crop and a flip), and a centre crop, (H, W).
-
-    ``scale`` is the share of a picture's area that a random crop takes, from and to.
-    """
-    shared = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
-    train = create_transform(**shared, is_training=True, scale=tuple(scale), color_jitter=None)
-    return train, create_transform(**shared, is_training=False, crop_pct=1.0)

@@ -20,7 +20,8 @@ from ltrp_timm.teacher import (
     random_visible_indices,
 )
 from ltrp_timm.train.loop import Summary, Task, fit
-from ltrp_timm.train.settings import CropScale, check_value, cropped_sources, make_settings
+from ltrp_timm.train.recipe import cropped_sources
+from ltrp_timm.train.settings import CropScale, check_value, make_settings
 from ltrp_timm.visualize import kept_patches, show_images
 
 DEFAULTS = {"epochs": 400, "base_lr": 1.5e-4, "weight_decay": 0.05}

@@ -25,12 +25,12 @@ from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher.density import Aggregate, Metric, Removal
 from ltrp_timm.train.loop import Summary, Task, fit
+from ltrp_timm.train.recipe import cropped_sources
 from ltrp_timm.train.settings import (
     AtLeastOne,
     CropScale,
     check_choice,
     check_value,
-    cropped_sources,
     make_settings,
 )
 from ltrp_timm.train.targets import Targets

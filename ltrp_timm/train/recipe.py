@@ -11,9 +11,10 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 
 from ltrp_timm.data.keyed import Transform
+from ltrp_timm.data.sources import SCALE, Sources
 from ltrp_timm.layers.ml_decoder import Head
 from ltrp_timm.losses import MultiLabelLoss
-from ltrp_timm.runtime import sample_seed
+from ltrp_timm.runtime import World, sample_seed
 from ltrp_timm.selection.registry import check_selection
 from ltrp_timm.selection.rules import check_keep_ratio
 from ltrp_timm.train.distill import Gate
@@ -29,6 +30,7 @@ from ltrp_timm.train.settings import (
     Share,
     check_fields,
     make_settings,
+    make_sources,
 )
 from ltrp_timm.weights.files import PathLike
 
@@ -390,3 +392,35 @@ def split_options(options: Mapping[str, Any]) -> tuple[Recipe, Augmentation, Set
     if rest.get("opt", "adamw") == "adamw":
         defaults["opt_args"] = _BETAS
     return Recipe(**recipe), Augmentation(**augmentation), make_settings(defaults, rest)
+
+
+def crop_transforms(
+    img_size: tuple[int, int], mean: Any, std: Any, scale: Any = SCALE
+) -> tuple[Transform, Transform]:
+    """The published augmentation of images without labels, and a centre crop, both (H, W)."""
+    config = {"input_size": (3, *img_size), "interpolation": "bicubic", "mean": mean, "std": std}
+    crop = {"crop_pct": 1.0, "crop_mode": "center"}
+    return Augmentation(scale=scale, aa="none", reprob=0.0).transforms({**config, **crop})
+
+
+def cropped_sources(
+    data: Any, settings: Settings, world: World, model: Any, scale: Sequence[float], **options: Any
+) -> Sources:
+    """Open images without labels, as random crops and as centre crops.
+
+    Size, normalisation and the smallest side are those of ``model``, a teacher or targets.
+    """
+    train, evaluation = crop_transforms(model.img_size, model.mean, model.std, scale)
+    sources = make_sources(
+        data,
+        settings,
+        world,
+        train_transform=train,
+        eval_transform=evaluation,
+        img_size=model.img_size,
+        min_side=max(model.patch_size),
+        **options,
+    )
+    if tuple(scale) != SCALE:
+        sources.fingerprint["scale"] = list(scale)
+    return sources

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from torch.utils.data import IterableDataset
 
 from ltrp_timm.data.images import open_dataset
-from ltrp_timm.data.sources import SCALE, Sources, crop_transforms
+from ltrp_timm.data.sources import Sources
 from ltrp_timm.measure.throughput import NUM_WORKERS
 from ltrp_timm.runtime import World
 from ltrp_timm.weights.files import PathLike
@@ -210,26 +210,3 @@ def make_sources(data: Any, settings: Settings, world: World, **options: Any) ->
         raise ValueError("pictures of a stream's training need val_data, or plot=False.")
     names = ("batch_size", "accumulate", "holdout", "num_samples", "num_workers", "seed")
     return Sources(train, held_out, world, **{name: getattr(s, name) for name in names}, **options)
-
-
-def cropped_sources(
-    data: Any, settings: Settings, world: World, model: Any, scale: Sequence[float], **options: Any
-) -> Sources:
-    """Open images without labels, as random crops and as centre crops.
-
-    Size, normalisation and the smallest side are those of ``model``, a teacher or targets.
-    """
-    train, evaluation = crop_transforms(model.img_size, model.mean, model.std, scale)
-    sources = make_sources(
-        data,
-        settings,
-        world,
-        train_transform=train,
-        eval_transform=evaluation,
-        img_size=model.img_size,
-        min_side=max(model.patch_size),
-        **options,
-    )
-    if tuple(scale) != SCALE:
-        sources.fingerprint["scale"] = list(scale)
-    return sources
