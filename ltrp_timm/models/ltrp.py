@@ -187,6 +187,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return self._rank(x, h, w)
 
     def _rank(self, x: Tensor, h: int, w: int) -> Tensor:
+        """Scores (B, h * w) of images whose grid is checked."""
         scores = self.ranker_scores(x, h, w).detach()
         if not torch.jit.is_scripting():
             self._check_scores(scores, x)
@@ -226,6 +227,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
     def _select(
         self, scores: Tensor, images: Tensor, h: int, w: int, k: Optional[int] = None
     ) -> Tensor:
+        """Scores (B, h * w), images -> keep_indices (B, K); None is the model's own K."""
         images = self._padded(images, h, w)
         if k is None:
             k = num_keep(h * w, self._keep_ratio)
@@ -439,11 +441,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return run_with_slots(self._adapter.slots(self.backbone), keep, call, x, **kwargs), keep
 
     def keep_counts(self, x: Tensor) -> Tensor:
-        """Images x (B, C, H, W) -> (B,) int64: how many patches each keeps by the budget.
-
-        Raises:
-            ValueError: The model has no budget, or the shape of the images is wrong.
-        """
+        """Images x (B, C, H, W) -> (B,) int64: how many patches each keeps by the budget."""
         if isinstance(x, dict):
             return (self.keep_indices(x) >= 0).sum(dim=1)
         return self._counts(self.patch_scores(x))
