@@ -157,7 +157,7 @@ def steps(
     ltrp_timm.create_ranker(RANKER).save(weights)
     models = make_models(name, weights, args)
     images = Images(open_dataset(folder / "photos"))
-    pictures = [images.read(i) for i in range(batch)]
+    pictures = [images.read_item(i)[0] for i in range(batch)]
     for step, transform in transforms(models["cached"]).items():
         cache = write_cache(folder / step, folder, name, step)
         cached = CachedTransform(cache, models["cached"], images, transform)
