@@ -1,9 +1,8 @@
 """Ranking losses, which compare the order of scores with that of targets; multi-label losses.
 
-Axes: B lists, V items of a list. The ranking losses take scores pred (B, V) and target (B, V),
-higher = earlier. ``reduction`` is "mean" or "sum" over the lists, or "none" for one value per list,
-(B,). Other shapes, an unknown reduction or an option out of range are a ValueError. Half precision
-is computed in float32: a sum of exponentials overflows in it.
+Axes: B lists, V items of a list. The ranking losses take pred (B, V) and target (B, V), higher =
+earlier, and give one value per list before ``reduction``. Half precision is computed in float32: a
+sum of exponentials overflows in it.
 """
 
 from collections.abc import Callable
@@ -28,8 +27,18 @@ def _prepare(pred: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:
 def list_mle(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """ListMLE: negative Plackett-Luce log likelihood of the target's order, summed over a list.
 
-    Of target (B, V) only the order counts; of equal ones the lower index comes first. Equal scores
-    give ln(V!), the chance level: 39.34 for V = 19.
+    Equal scores give ln(V!), the chance level: 39.34 for V = 19.
+
+    Args:
+        pred: (B, V) scores.
+        target: (B, V); only its order counts; of equal targets the lower index comes first.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,); at least 0.
+
+    Raises:
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     Source: Xia et al. (2008), Listwise approach to learning to rank.
 
@@ -45,10 +54,20 @@ def list_mle(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 def list_net(
     pred: Tensor, target: Tensor, average_items: bool = True, reduction: str = "mean"
 ) -> Tensor:
-    """ListNet: cross entropy between the softmax of the targets (B, V) and that of the scores.
+    """ListNet: cross entropy between the softmax of the targets and that of the scores.
 
-    ``average_items`` divides it by V, as the published training does; False gives the plain cross
-    entropy of a list.
+    Args:
+        pred: (B, V) scores.
+        target: (B, V).
+        average_items: divide by V, as the published training does; False gives the plain cross
+            entropy of a list.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,).
+
+    Raises:
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     Source: Cao et al. (2007), Learning to rank: from pairwise approach to listwise approach.
 
@@ -81,9 +100,22 @@ def rank_net(
 ) -> Tensor:
     """RankNet: binary cross entropy of all ordered pairs, an item with itself included, halved.
 
-    The logit of a pair of scores s (B, V) is sigma * (s_i - s_j), with the steepness sigma above 0;
-    its label is ½ (1 + sign(t_i - t_j)), and ½ where the targets t differ by at most the threshold,
-    at least 0. Equal scores give ½ ln 2.
+    The logit of a pair is sigma * (s_i - s_j); its label is ½ (1 + sign(t_i - t_j)), and ½ where
+    the targets differ by at most the threshold.
+
+    Args:
+        pred: (B, V) scores s.
+        target: (B, V) targets t.
+        threshold: half the width of the dead zone, in units of the target, at least 0.
+        sigma: steepness, above 0.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,); ½ ln 2 for equal scores.
+
+    Raises:
+        ValueError: The shapes differ, ``threshold`` or ``sigma`` is out of range, or ``reduction``
+            is unknown.
 
     Source: Burges et al. (2005), Learning to rank using gradient descent.
 
@@ -113,9 +145,23 @@ def focused_rank(
 ) -> Tensor:
     """Rank the true top k items in order and above the rest; the order of the rest is free.
 
-    ListMLE on the k items with the highest targets (B, V), plus half the mean pairwise loss of
-    ``rank_net``, with its options, over pairs of one of them and one of the rest. 1 <= k <= V; V is
-    ListMLE alone.
+    ListMLE on the k items with the highest targets, plus half the mean pairwise loss of
+    ``rank_net`` over pairs of one of them and one of the rest.
+
+    Args:
+        pred: (B, V) scores.
+        target: (B, V).
+        k: number of top items, 1 <= k <= V; k = V is ListMLE alone.
+        threshold: as for ``rank_net``.
+        sigma: as for ``rank_net``.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,).
+
+    Raises:
+        ValueError: The shapes differ, ``k``, ``threshold`` or ``sigma`` is out of range, or
+            ``reduction`` is unknown.
 
     >>> focused_rank(torch.zeros(1, 3), torch.tensor([[3.0, 1.0, 2.0]]), k=2)  # ln 2 + ½ ln 2
     tensor(1.0397)
@@ -132,7 +178,18 @@ def focused_rank(
 
 
 def pointwise_mse(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean squared difference of scores and targets (B, V): plain regression, not ranking.
+    """Mean squared difference of scores and targets: plain regression, not ranking.
+
+    Args:
+        pred: (B, V) scores.
+        target: (B, V).
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,).
+
+    Raises:
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     >>> pointwise_mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(2.)
@@ -150,9 +207,22 @@ def lambda_rank(
 ) -> Tensor:
     """LambdaRank: each pair is weighted by the change of NDCG if its items were swapped.
 
-    The sum over pairs of targets t_i > t_j (B, V) of |ΔNDCG_ij| · ln(1 + exp(-sigma (s_i - s_j))),
-    with the steepness sigma above 0; gains, discounts and ``k`` are those of ``metrics.ndcg``. The
-    weights have no gradient. It is 0 for a list whose targets are all equal.
+    The sum over pairs t_i > t_j of |ΔNDCG_ij| · ln(1 + exp(-sigma (s_i - s_j))); gains and
+    discounts are those of ``metrics.ndcg``. The weights have no gradient.
+
+    Args:
+        pred: (B, V) scores s.
+        target: (B, V) targets t.
+        k: number of places that count (default: all).
+        sigma: steepness, above 0.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        A scalar, or (B,); 0 for a list whose targets are all equal.
+
+    Raises:
+        ValueError: The shapes differ, ``k`` or ``sigma`` is out of range, or ``reduction`` is
+            unknown.
 
     Source: Burges (2010), From RankNet to LambdaRank to LambdaMART.
 

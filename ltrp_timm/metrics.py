@@ -1,10 +1,8 @@
 """Ranking metrics, which compare the order of scores with that of targets; average precision.
 
 Axes: B lists, V items of a list. The ranking metrics take pred (B, V) and target (B, V), higher =
-earlier; of equal values the lower index comes first, as everywhere in this library. A list whose
-values are all equal has a correlation of 0. ``reduction`` is "mean" or "sum" over the lists, or
-"none" for one value per list, (B,). Results are float32, or float64 where pred is. Other shapes, an
-unknown reduction or a ``k`` that is not in 1 … V are a ValueError.
+earlier, and give one value per list; of equal values the lower index comes first, as everywhere in
+this library. A list whose values are all equal has a correlation of 0.
 
 ``average_precision`` measures classifiers: N images, C classes.
 """
@@ -51,7 +49,18 @@ def check_top(k: Optional[int], num_items: int) -> int:
 
 
 def spearman(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Spearman's rank correlation of lists (B, V), in [-1, 1]; equal values share their mean rank.
+    """Spearman's rank correlation; equal values share their mean rank.
+
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [-1, 1]; float32 (float64 where pred is).
+
+    Raises:
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     >>> spearman(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 4.0, 9.0]]))
     tensor(1.)
@@ -64,9 +73,18 @@ def spearman(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def kendall(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Kendall's tau-b of lists (B, V), in [-1, 1]: concordant minus discordant pairs.
+    """Kendall's tau-b: concordant minus discordant pairs, corrected for ties.
 
-    It is corrected for ties.
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [-1, 1].
+
+    Raises:
+        ValueError: The shapes differ, or ``reduction`` is unknown.
 
     >>> kendall(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]]))
     tensor(0.3333)
@@ -100,10 +118,21 @@ def discounts(num_items: int, k: Optional[int], like: Tensor) -> Tensor:
 
 
 def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str = "mean") -> Tensor:
-    """Normalised discounted cumulative gain of the first k places (default: all), in [0, 1].
+    """Normalised discounted cumulative gain of the first k places.
 
-    The gain of an item is linear: its target minus the lowest target of its list (B, V). It is 1
-    for the best order, and for a list whose targets are all equal.
+    The gain of an item is linear: its target minus the lowest target of the list.
+
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        k: number of places that count (default: all).
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [0, 1]; 1 for the best order, and for a list whose targets are all equal.
+
+    Raises:
+        ValueError: The shapes differ, ``k`` is out of range, or ``reduction`` is unknown.
 
     >>> ndcg(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]]), k=2)
     tensor(1.)
@@ -117,7 +146,19 @@ def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str =
 
 
 def top_k_overlap(pred: Tensor, target: Tensor, k: int, reduction: str = "mean") -> Tensor:
-    """Share of the k best items by target (B, V) among the k best by pred; chance is k / V.
+    """Share of the k best items by target that are among the k best by pred.
+
+    Args:
+        pred: (B, V).
+        target: (B, V).
+        k: number of best items, 1 <= k <= V; chance is k / V.
+        reduction: "mean" or "sum" over the lists, or "none" for (B,).
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: The shapes differ, ``k`` is out of range, or ``reduction`` is unknown.
 
     >>> top_k_overlap(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[3.0, 1.0, 2.0]]), k=2)
     tensor(0.5000)

@@ -93,7 +93,7 @@ def show_images(
 
 
 def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) -> Image.Image:
-    """Draw a heat map over the picture, in its size: violet is lowest, yellow highest.
+    """Draw a heat map over the picture: violet is the lowest score, yellow the highest.
 
     Each patch is coloured by its rank; ties have one colour, and NaN is the lowest.
 
@@ -101,6 +101,9 @@ def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) ->
         image: The ranked picture, whole patches only.
         scores: (N,), (1, N) or (h, w), higher = keep first.
         grid_size: (h, w).
+
+    Returns:
+        A picture of the same size.
 
     Raises:
         ValueError: `scores` or `image` does not fit the grid.
@@ -122,12 +125,15 @@ def score_map(image: Image.Image, scores: Tensor, grid_size: tuple[int, int]) ->
 def kept_patches(
     image: Image.Image, keep_indices: Tensor, grid_size: tuple[int, int]
 ) -> Image.Image:
-    """Draw the picture, in its size, with its dropped patches dark and grey.
+    """Draw the picture with its dropped patches dark and grey.
 
     Args:
         image: The ranked picture, whole patches only.
         keep_indices: (K,) or (1, K) integers, row by row from the upper left.
         grid_size: (h, w).
+
+    Returns:
+        A picture of the same size.
 
     Raises:
         ValueError: `image` does not fit the grid, or an index is outside of it.
@@ -189,7 +195,21 @@ def overview(
     captions: bool = True,
     coarse: bool = False,
 ) -> Image.Image:
-    """Draw a row of ``panels``, each 224 to 264 pixels wide, with their captions above them."""
+    """Draw a row: the photo as the model sees it, its score map, what is kept at each ratio.
+
+    Args:
+        image: Of any size.
+        model: Ranks and selects; its ``keep_ratio`` is restored.
+        keep_ratios: One picture each.
+        captions: Write a line above each picture.
+        coarse: See ``panels``.
+
+    Returns:
+        The row; each picture is 224 to 264 pixels wide.
+
+    Raises:
+        ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.
+    """
     shown = panels(image, model, keep_ratios, coarse)
     return row([(picture, text if captions else "") for picture, text in shown])
 
@@ -202,9 +222,15 @@ def panels(
 ) -> list[tuple[Image.Image, str]]:
     """The pictures of ``overview`` with their captions, at the size that the model sees.
 
-    These are the photo, of any size, its score map, and what is kept at each ratio. With
-    ``coarse``, a model that drops the rest also shows the tokens of a coarse rest, at ratios that
-    pay for more than the coarsest ones.
+    Args:
+        image: Of any size.
+        model: Ranks and selects; its ``keep_ratio`` is restored.
+        keep_ratios: One picture each.
+        coarse: Of a model that drops the rest, also show the tokens of a coarse rest, at ratios
+            that pay for more than the coarsest ones.
+
+    Returns:
+        The photo, its score map, and what is kept at each ratio.
 
     Raises:
         ValueError: A ratio is outside of (0, 1], or ``to_tensor`` refuses the picture.

@@ -93,6 +93,15 @@ def test_select_random_is_a_function_of_seed_and_n() -> None:
     assert not torch.equal(first[:, :10], select_random(torch.zeros(3, 49), 20)[:, :10])
 
 
+def test_select_random_with_a_generator_is_fresh_and_repeatable() -> None:
+    scores = torch.zeros(3, 50)
+    generator = torch.Generator().manual_seed(5)
+    one, two = (select_random(scores, 20, generator) for _ in range(2))
+    assert not torch.equal(one, two)
+    assert not torch.equal(one[0], one[1])
+    assert torch.equal(one, select_random(scores, 20, torch.Generator().manual_seed(5)))
+
+
 def test_seeded_scores_look_uniform() -> None:
     rows = torch.cat([seeded_scores(1, 196, seed, torch.device("cpu")) for seed in range(300)])
     assert rows.min() >= 0

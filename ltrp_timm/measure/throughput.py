@@ -67,7 +67,12 @@ class Ratio:
 def ratio(slow: Timing, fast: Timing) -> Ratio:
     """Speed-up of ``fast`` over ``slow``: median and quartiles of ``slow_i / fast_i``.
 
-    ValueError if they have different numbers of rounds, so that they are not of one comparison.
+    Args:
+        slow: The numerator.
+        fast: The denominator, from the same call of ``compare``.
+
+    Raises:
+        ValueError: The timings have different numbers of rounds, so they are not of one comparison.
 
     >>> ratio(Timing("a", (4.0, 6.0, 9.0)), Timing("b", (2.0, 2.0, 2.0)))
     Ratio(median=3.0, low=2.5, high=3.75)
@@ -165,10 +170,17 @@ def _synchronise(device: torch.device) -> None:
 
 
 def peak_memory(fn: Callable[[], Any], device: str | torch.device | None = None) -> int | None:
-    """Bytes that one call needs at its highest point above what was in use; None where unknown.
+    """Bytes that one call needs at its highest point, above what was in use before it.
 
     The allocator counts on CUDA, the resident set of the process (to a few pages) on a Linux CPU.
     Call ``fn`` once before: a first call also loads libraries and buffers that stay.
+
+    Args:
+        fn: The callable.
+        device: Device of its memory; None is the CPU.
+
+    Returns:
+        Bytes, or None on other devices and systems.
     """
     where = torch.device("cpu" if device is None else device)
     gc.collect()

@@ -23,7 +23,14 @@ class BorderRanker(PatchSizeRanker):
     its texture is. Scores are rank(distance to the nearest border patches)
     + 0.4 * rank(distance to the border's mean) + 0.4 * rank(nearness to the centre). No weights, no
     training, no labels. Ranks are taken within an image; so scores are not comparable between
-    images. Its arguments are those of ``PatchSizeRanker``.
+    images.
+
+    Args:
+        patch_size: side of a patch in pixels, or (height, width).
+        img_size: its image size, (H, W) or one side; None accepts any size.
+
+    Raises:
+        ValueError: `img_size` is smaller than a patch.
     """
 
     name = "border"

@@ -110,12 +110,23 @@ def dpc_knn(tokens: Tensor, num_clusters: int, k: int = 5) -> Tuple[Tensor, Tens
 def select_mixed(
     scores: Tensor, k: int, tokens: Tensor, ratio: float = 0.7, neighbours: int = 5
 ) -> Tensor:
-    """Keep the int(ratio * K) best scores (B, N), then the centres of the largest clusters.
+    """Keep the int(ratio * K) best scores, then the centres of the largest clusters.
 
-    DPC-KNN, with ``neighbours`` as its k, makes K clusters of tokens (B, N, C); the published
-    method clusters the pixels of each patch. Clusters with a kept centre are skipped; the centres
-    of the largest others fill the rest, ties in size go to the lower index. ``ratio`` is in [0, 1].
-    Result and errors are those of ``select_top``.
+    DPC-KNN makes K clusters. Clusters with a kept centre are skipped; the centres of the largest
+    others fill the rest, ties in size go to the lower index.
+
+    Args:
+        scores: (B, N), higher = keep first.
+        k: number of patches to keep, 1 <= k <= N.
+        tokens: (B, N, C) to cluster; the published method clusters the pixels of each patch.
+        ratio: share of K chosen by score, in [0, 1].
+        neighbours: ``k`` of ``dpc_knn``.
+
+    Returns:
+        (B, K) int64 indices, ascending.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
     check_k(scores, k)
     if not 0.0 <= ratio <= 1.0:
@@ -136,9 +147,19 @@ def select_mixed(
 def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: int = 2) -> Tensor:
     """Keep the best patch of each grid cell first, then the best of the others.
 
-    The grid (h, w) of scores (B, N), N = h * w, has cells of ``cell`` x ``cell`` patches; those at
-    the right and lower border may be smaller. With K below their number, the cells with the best
-    patches come first. Result, ties and errors are those of ``select_top``.
+    With K below the number of cells, the cells with the best patches come first.
+
+    Args:
+        scores: (B, N), higher = keep first; ties to the lower index, NaN last.
+        k: number of patches to keep, 1 <= k <= N.
+        grid_size: (h, w), N = h * w; cells at the right and lower border may be smaller.
+        cell: side of a cell in patches.
+
+    Returns:
+        (B, K) int64 indices, ascending.
+
+    Raises:
+        ValueError: An argument is out of range, or the grid does not match the scores.
     """
     _check_grid(scores, k, grid_size)
     h, w = grid_size

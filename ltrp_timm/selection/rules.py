@@ -88,11 +88,29 @@ def places_in_order(values: Tensor) -> Tensor:
     return below + torch.searchsorted(ordered, values, right=True)
 
 
-def select_random(scores: Tensor, k: int, seed: int = 0) -> Tensor:
-    """Keep K random patches: every image and every call gets the set that ``seed`` chooses.
+def select_random(
+    scores: Tensor, k: int, generator: Optional[torch.Generator] = None, seed: int = 0
+) -> Tensor:
+    """Keep K random patches.
 
-    Of scores (B, N) only shape and device are used. Result and errors are those of ``select_top``.
+    Without a generator, every image and every call gets the same set.
+
+    Args:
+        scores: (B, N); only its shape and device are used.
+        k: number of patches to keep, 1 <= k <= N.
+        generator: draws a fresh set for each image (eager only).
+        seed: chooses the set when there is no generator.
+
+    Returns:
+        (B, K) int64 indices, ascending.
+
+    Raises:
+        ValueError: `scores` is not (B, N), or `k` is out of range.
     """
+    if not torch.jit.is_scripting():
+        if generator is not None:
+            draw = torch.rand(scores.shape, generator=generator, device=generator.device)
+            return select_top(draw.to(scores.device), k)
     return select_top(seeded_scores(scores.shape[0], scores.shape[1], seed, scores.device), k)
 
 

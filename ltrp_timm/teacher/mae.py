@@ -234,10 +234,17 @@ class MAETeacher(PatchTeacher, nn.Module):
         return self.norm(x)
 
     def encode(self, images: Tensor, visible_indices: Tensor | None = None) -> Tensor:
-        """Encode the visible patches (B, V) of images (B, channels, H, W); the others are absent.
+        """Encode the visible patches; the others are absent.
+
+        Args:
+            images: (B, channels, H, W).
+            visible_indices: (B, V) int64, without duplicates; None for all patches.
 
         Returns:
             Latents (B, 1 + V, D), the class token first, patches in the order of the indices.
+
+        Raises:
+            ValueError: the images have another size, or the indices do not fit them.
         """
         if visible_indices is not None:
             self.check_visible(visible_indices, images.shape[0])
@@ -260,7 +267,18 @@ class MAETeacher(PatchTeacher, nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens[:, -num_predicted:]))
 
     def decode(self, latents: Tensor, visible_indices: Tensor) -> Tensor:
-        """Latents (B, 1 + V, D) at their places (B, V) -> predictions (B, N, C) of all patches."""
+        """Predict all patches.
+
+        Args:
+            latents: (B, 1 + V, D) from ``encode``.
+            visible_indices: (B, V), the places of the latents.
+
+        Returns:
+            Predictions (B, N, C), in the order of the grid.
+
+        Raises:
+            ValueError: the indices do not fit the latents.
+        """
         self.check_visible(visible_indices, latents.shape[0])
         if latents.shape[1] != 1 + visible_indices.shape[1]:
             raise ValueError(
@@ -282,9 +300,19 @@ class MAETeacher(PatchTeacher, nn.Module):
         mask_ratio: float = 0.75,
         generator: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Images (B, channels, H, W) -> predictions (B, N, C), visible_indices (B, V).
+        """Predict all patches of images from their visible ones.
 
-        Where no indices are given, ``random_visible_indices`` draws them.
+        Args:
+            images: (B, channels, H, W).
+            visible_indices: (B, V); when None they are drawn.
+            mask_ratio: share of patches to mask when indices are drawn.
+            generator: draws the indices: one, or one per image; None is torch's global state.
+
+        Returns:
+            Predictions (B, N, C) and visible_indices (B, V).
+
+        Raises:
+            ValueError: the images have another size, or indices or ratio do not fit them.
         """
         if visible_indices is None:
             visible_indices = random_visible_indices(
@@ -378,7 +406,14 @@ def random_visible_indices(
     generator: Generators | None = None,
     device: Any = None,
 ) -> Tensor:
-    """Visible patches (B, V) int64, ascending: those with the V smallest of N random numbers."""
+    """Draw the visible patches of each image, those with the V smallest of N random numbers.
+
+    Returns:
+        (B, V) int64, ascending.
+
+    Raises:
+        ValueError: as for ``num_visible`` and ``draw_uniform``.
+    """
     visible = num_visible(num_patches, mask_ratio)
     return select_top(-draw_uniform(batch_size, num_patches, generator, device), visible)
 

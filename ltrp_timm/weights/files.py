@@ -49,9 +49,19 @@ def save_weights(
 ) -> Path:
     """Write ``config.json`` and ``model.safetensors`` into a folder, each in one atomic step.
 
-    The header of the safetensors file, whose path is returned, repeats the configuration, so that
-    the file alone loads. FileExistsError if there is a saved model already and ``overwrite`` is
-    False.
+    The header of the safetensors file repeats the configuration, so that the file alone loads.
+
+    Args:
+        directory: created if it is missing.
+        config: values that JSON can hold.
+        state_dict: tensors by name.
+        overwrite: replace files of an earlier save.
+
+    Returns:
+        The path of the weights file.
+
+    Raises:
+        FileExistsError: the folder holds a saved model already and ``overwrite`` is False.
     """
     folder = Path(directory)
     present = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
