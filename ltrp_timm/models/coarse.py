@@ -176,5 +176,5 @@ def _cell_scores(grid: CellGrid, scores: Tensor, model: Any) -> Tensor:
     """Scores (B, N) of patches -> (B, M) of cells, or random ones."""
     if model.selection != "random":
         return grid.cell_scores(scores)
-    seed = model.selection_args["seed"]
+    seed = int(model._selection_args["seed"])
     return seeded_scores(scores.shape[0], grid.num_cells, seed, scores.device)
