@@ -1,7 +1,7 @@
 """timm's model interface for a backbone inside another module, with a ranker beside it."""
 
 import copy
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, TypeVar, Union
 
 import torch
 from timm.data import resolve_model_data_config
@@ -24,6 +24,8 @@ _NOT_RECORDED = (
     *("backbone", "ranker", "ranker_args", "ranker_weights", "validate"),
     *("head", "head_args"),
 )
+
+Kept = TypeVar("Kept", bound="TimmInterface")  # the type of a model that returns itself
 
 
 class TimmInterface(nn.Module):
@@ -70,7 +72,7 @@ class TimmInterface(nn.Module):
         if self._to_be_filled and getattr(self.ranker, "learned", False):
             self.ranker.trained = True
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self: Kept, mode: bool = True) -> Kept:
         """Set training mode; the frozen ranker stays in eval mode."""
         super().train(mode)
         self.ranker.eval()
@@ -79,7 +81,7 @@ class TimmInterface(nn.Module):
             self._to_be_filled = False
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self: Kept, requires_grad: bool = True) -> Kept:
         """Freeze or unfreeze the backbone; the ranker stays frozen."""
         self.backbone.requires_grad_(requires_grad)
         return self
