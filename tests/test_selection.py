@@ -251,6 +251,7 @@ def test_options_of_a_selection() -> None:
     assert layer.selection_args["neighbours"] == 3
     layer.selection = "stratified"
     assert layer.selection_args == {"cell": 2}
+    assert "selection='stratified', selection_args={'cell': 2}" in repr(layer)
     with pytest.raises(TypeError, match="selection_args must be a mapping, got list"):
         layer.selection_args = [2]
     for name, args, words in (

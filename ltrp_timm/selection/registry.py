@@ -217,3 +217,10 @@ class PatchSelector(SelectionSettings, nn.Module):
         patches = tokens[:, self.num_prefix_tokens :]
         keep = select(scores, k, self._selection, self._selection_args, grid, patches)
         return keep_tokens(tokens, keep, self.num_prefix_tokens), keep
+
+    def extra_repr(self) -> str:
+        """Arguments for ``print(module)``."""
+        return (
+            f"keep_ratio={self.keep_ratio}, num_prefix_tokens={self.num_prefix_tokens}, "
+            f"selection={self.selection!r}, selection_args={self.selection_args}"
+        )
