@@ -546,6 +546,7 @@ SECTIONS = [
         lambda row: {
             "full": "All patches",
             "drop": "`border`, dropping",
+            "dithered": "`border`, dithered",
             "coarse": "`border`, coarse rest",
             "smaller image": "Smaller image",
         }[row["method"]],

@@ -8,9 +8,10 @@ Arithmetic. Scenes of 64 px are 64 patches of 8, or 16 cells. At keep ratio 0.37
 tokens: dropping keeps the 24 best patches; a coarse rest refines 2 cells and gives 14 coarsely, 22
 tokens; the smaller image has 40 px, 25 patches. A digit covers 16 to 25 patches.
 
-Data and model are those of finetune_digits.py: `full` goes on with all patches; `drop` and `coarse`
-rank with `border`; `smaller image` resizes the scenes. All go on for one epoch, from the same
-weights with equal options. Top-1 on 1000 held-out scenes with other handwriting, for three seeds.
+Data and model are those of finetune_digits.py: `full` goes on with all patches; `drop`, `dithered`
+and `coarse` rank with `border`; `smaller image` resizes the scenes. All go on for one epoch, from
+the same weights with equal options. Top-1 on 1000 held-out scenes with other handwriting, for three
+seeds.
 """
 
 import argparse
@@ -45,6 +46,7 @@ KEEP = 0.375
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"keep_ratio": 1.0},
     "drop": {"keep_ratio": KEEP, "ranker": "border"},
+    "dithered": {"keep_ratio": KEEP, "ranker": "border", "selection": "dithered"},
     "coarse": {"keep_ratio": KEEP, "ranker": "border", "rest": "coarse"},
     "smaller image": {"keep_ratio": 1.0, "img_size": 40},
 }
