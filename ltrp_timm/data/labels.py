@@ -45,10 +45,11 @@ class ClassData:
 
     def match(self, label_names: Any) -> None:
         """Map class numbers to those of a model with these names; ValueError if they disagree."""
-        names = {"": self.train, "the held-out images do not fit: ": self.held_out}
-        for where, images in names.items():
+        sets = {"": self.train, "the held-out images do not fit: ": self.held_out}
+        for where, images in sets.items():
+            indexed = isinstance(images, Images)  # a stream is not
             try:
-                if hasattr(images, "match"):
+                if indexed:
                     images.match(self.num_classes, label_names)
             except ValueError as error:
                 raise ValueError(f"{where}{error}") from error
