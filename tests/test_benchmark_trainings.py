@@ -239,7 +239,7 @@ def test_scenes_by_hand() -> None:
 def test_one_epoch_with_a_coarse_rest(run_benchmark: Callable[..., Done]) -> None:
     short = ("--scenes", "64", "--held-out", "20", "--first-epochs", "1", "--seeds", "0", "1")
     done = run_benchmark("coarse_digits", "--depth", "1", *short)
-    methods = ["full", "drop", "coarse", "smaller image"]
+    methods = ["full", "drop", "dithered", "coarse", "smaller image"]
     seeds = [seed for seed in ("0", "1", "mean") for _ in methods]
     assert done.cells("method", "seed") == list(zip(methods * 3, seeds))
     rows = {(row["method"], row["seed"]): float(row["top1"]) for row in done.rows}
