@@ -54,7 +54,16 @@ def train_teacher(
             AdamW (0.9, 0.95), weight decay 0.05, 1.5e-4 · images per update / 256.
 
     Returns:
-        How the run ended; errors are those of ``train_ranker``.
+        How the run ended.
+
+    Raises:
+        ValueError: An argument is out of its range, no image is readable, or the checkpoint is of
+            another configuration.
+        TypeError: An argument is unknown.
+        FileNotFoundError: Data or teacher do not exist.
+        FileExistsError: ``output`` holds a run.
+        BlockingIOError: Another process writes to ``output``.
+        NonFiniteLossError: The loss is not finite.
 
     Source: He et al. (2022), Masked autoencoders are scalable vision learners.
 

@@ -139,16 +139,13 @@ def locate(
     """
     text, path = os.fspath(source), Path(source)
     named = text.startswith(hub.PREFIX)
-    if not named and (
-        path.exists() or not bare or path.suffix in WEIGHT_SUFFIXES or text[0] in "./"
-    ):
-        if not path.exists():
-            raise FileNotFoundError(f"{source} does not exist.")
+    if not named and path.exists():
         return path
     found = hub.split_repository(text.removeprefix(hub.PREFIX))
+    local = not bare or path.suffix in WEIGHT_SUFFIXES or text[0] in "./"
+    if not named and (local or found is None):
+        raise FileNotFoundError(f"{source} does not exist.")
     if found is None:
-        if not named:
-            raise FileNotFoundError(f"{source} does not exist.")
         raise ValueError(f"a repository is hf-hub:owner/name[@revision], got {text!r}.")
     patterns = [CONFIG_NAME, *WEIGHT_NAMES[:2], "model-*.safetensors", *optional]
     cache = None if cache_dir is None else os.fspath(cache_dir)
