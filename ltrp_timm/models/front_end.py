@@ -46,8 +46,9 @@ def drop_patches(
             only; reads from the device).
         fill: what dropped places of dense features hold: "zeros" or "nearest".
         ranker_weights: weights of the ranker: a folder, a file, ``hf-hub:owner/name[@revision]``,
-            or True for published ones, as ``pretrained`` of ``create_ranker``. ``pretrained=True``
-            of a model does not load them.
+            or True for published ones, as ``pretrained`` of ``create_ranker``; those of conv find
+            objects no better than the weight-free border. ``pretrained=True`` of a model does not
+            load them.
         ranker_args: further arguments of ``create_ranker``; ``in_chans`` is the backbone's.
         selection_args: options of the selection, such as ``{"cell": 3}`` of "stratified".
         cache_dir: folder for downloaded weights of the ranker; as in huggingface_hub.

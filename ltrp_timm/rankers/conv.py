@@ -18,7 +18,8 @@ class ConvRanker(Ranker, nn.Module):
     The blocks see neighbours; the distances tell them what is unlike the border of the image. It
     costs less than 1 % of a ViT-B, since no map is larger than the patch grid, and accepts any
     image size. GroupNorm over one group is a single operator and does not mix images of a batch.
-    ``weights/conv.md`` describes the weights that come with the package.
+    The weights that come with the package find objects no better than the weight-free ``border``,
+    their teacher; ``weights/conv.md`` describes them.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
