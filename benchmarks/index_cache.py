@@ -54,7 +54,7 @@ from ltrp_timm.data.images import Images, open_dataset
 from ltrp_timm.measure import throughput
 from ltrp_timm.measure.payoff import twin
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.runtime import seeded
+from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.scoring import CachedTransform
 
 RANKER = "vit_small"

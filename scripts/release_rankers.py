@@ -23,8 +23,8 @@ from ltrp_timm import create_ranker, list_rankers, save_pretrained
 from ltrp_timm._text import complain, one_line, say
 from ltrp_timm.commands import main as ltrp_timm_command
 from ltrp_timm.rankers import ranker_class
-from ltrp_timm.runtime import join_world
-from ltrp_timm.share import push_folder
+from ltrp_timm.runtime.world import join_world
+from ltrp_timm.share.save import push_folder
 from ltrp_timm.train.folder import CHECKPOINT_NAME, LOG_NAME, read_log, read_state
 from ltrp_timm.weights.files import digest
 from ltrp_timm.weights.hub import PREFIX, hub_errors, split_repository

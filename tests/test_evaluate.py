@@ -29,7 +29,7 @@ from ltrp_timm.measure import accuracy as measure
 from ltrp_timm.measure.accuracy import MIN_ROUNDS, AccuracyCounter, measure_all
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers import DEFAULT_RANKER
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

@@ -19,7 +19,7 @@ from train_setup import distance, same_bits, weights
 import ltrp_timm
 from ltrp_timm import LTRPModel
 from ltrp_timm.data.labels import open_labelled
-from ltrp_timm.runtime import seeded
+from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.train import finetune
 from ltrp_timm.train.finetune import HEAD_STD
 from ltrp_timm.train.folder import read_log

@@ -20,7 +20,7 @@ from train_setup import distance, weights
 
 from ltrp_timm import LTRPModel, create_ranker, drop_patches
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.classify import ClassifyTask
 from ltrp_timm.train.distill import Distillation, Student, gated, straight_through
 from ltrp_timm.train.engine import make_optimizer

@@ -29,7 +29,8 @@ from ltrp_timm.data.keyed import HELD_OUT, Batch, KeyedImages, held_out_keys, ma
 from ltrp_timm.metrics import spearman
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.rankers.base import Ranker
-from ltrp_timm.runtime import World, seeded
+from ltrp_timm.runtime.keyed_rng import seeded
+from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import CachedTransform, IndexCache
 from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids
 from ltrp_timm.scoring.transform import FollowedTransform, trace

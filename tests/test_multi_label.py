@@ -17,7 +17,7 @@ from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.data.multi_label import open_multi_label
 from ltrp_timm.losses import multi_label_loss
 from ltrp_timm.measure.accuracy import PrecisionCounter, seen_classes
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.recipe import crop_transforms
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_seen_classes(tmp_path: Path) -> None:
 _TWO = """
 import sys, torch
 from ltrp_timm.measure.accuracy import PrecisionCounter
-from ltrp_timm.runtime import join_world
+from ltrp_timm.runtime.world import join_world
 logits, targets = torch.load(sys.argv[1], weights_only=True)
 with join_world("cpu") as world:
     counter = PrecisionCounter(list("abcde"), seen=["a", "c"])

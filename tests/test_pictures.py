@@ -23,7 +23,8 @@ from ltrp_timm.data.images import ImageFiles, Images, find_images, open_dataset
 from ltrp_timm.data.keyed import KeyedImages, KeyedStream
 from ltrp_timm.data.multi_label import open_multi_label
 from ltrp_timm.data.photos import load_image
-from ltrp_timm.runtime import HELD_OUT, World
+from ltrp_timm.runtime.keyed_rng import HELD_OUT
+from ltrp_timm.runtime.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZE = (48, 32)

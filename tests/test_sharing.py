@@ -14,7 +14,7 @@ from conftest import records_arguments
 from torch import nn
 
 from ltrp_timm import LTRPModel, create_ranker, drop_patches, num_keep, save_pretrained
-from ltrp_timm.share import check_card
+from ltrp_timm.share.save import check_card
 
 TINY = {"img_size": 64, "depth": 1, "num_classes": 10}
 

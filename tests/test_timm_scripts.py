@@ -29,7 +29,7 @@ import ltrp_timm
 from ltrp_timm.data.keyed import Batch, KeyedImages, held_out_keys, make_loader
 from ltrp_timm.data.labels import open_labelled
 from ltrp_timm.measure.accuracy import AccuracyCounter, measure_all
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 
 PAGE = (Path(__file__).parents[1] / "docs" / "guides" / "evaluate.md").read_text(encoding="utf-8")
 NAME = "ltrp_vit_tiny"

@@ -19,7 +19,8 @@ from train_setup import QUIET, make_photos, run, same_bits, weights
 
 from ltrp_timm.data.images import Images, open_dataset, split_indices
 from ltrp_timm.data.keyed import HELD_OUT, KeyedImages, KeyedSampler, held_out_keys, make_loader
-from ltrp_timm.runtime import World, sample_seed, seeded
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
 from ltrp_timm.train.recipe import crop_transforms

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from train_setup import make_photos, run
 
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.folder import LOG_NAME, Log
 from ltrp_timm.train.settings import Settings

@@ -20,7 +20,7 @@ from train_setup import QUIET, TINY, distance, make_photos, run, same_bits, tiny
 import ltrp_timm
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.metrics import ndcg, spearman
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train import train_ranker
 from ltrp_timm.train.folder import read_log
 from ltrp_timm.train.ranker import LOSSES

@@ -17,7 +17,7 @@ import torch
 from processes import Started
 from train_setup import QUIET, TEACHER_ARGS, make_photos, run, same_bits, tiny_teacher, weights
 
-from ltrp_timm.runtime import locked
+from ltrp_timm.runtime.world import locked
 from ltrp_timm.train import Augmentation, NonFiniteLossError, Recipe, Settings, train_teacher
 from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.folder import check_same, read_log, read_state, save_state

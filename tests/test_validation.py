@@ -17,7 +17,7 @@ from ltrp_timm.data.images import open_dataset
 from ltrp_timm.data.keyed import Batch, KeyedImages, KeyedStream, held_out_keys, make_loader
 from ltrp_timm.data.labels import LabelledImages, match_classes, open_class_data, open_labelled
 from ltrp_timm.measure.accuracy import AccuracyCounter, class_ranks, measure_all
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.recipe import crop_transforms
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 
 from ltrp_timm._text import complain, one_line
 from ltrp_timm.commands._flags import threads
-from ltrp_timm.runtime import first_process
+from ltrp_timm.runtime.world import first_process
 
 
 class _Parser(argparse.ArgumentParser):

@@ -32,7 +32,7 @@ from ltrp_timm.models.coarse import RESTS
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import check_name, is_source, open_model
 from ltrp_timm.rankers import DEFAULT_RANKER, list_rankers, ranker_class
-from ltrp_timm.runtime import usable_device
+from ltrp_timm.runtime.world import usable_device
 from ltrp_timm.selection.registry import SELECTIONS
 from ltrp_timm.visualize import panels, to_tensor
 

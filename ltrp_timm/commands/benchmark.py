@@ -33,7 +33,7 @@ from ltrp_timm.measure.payoff import (
 from ltrp_timm.measure.throughput import environment
 from ltrp_timm.models.front_end import make_ranker
 from ltrp_timm.rankers import DEFAULT_RANKER
-from ltrp_timm.runtime import usable_device
+from ltrp_timm.runtime.world import usable_device
 from ltrp_timm.train.recipe import RestOptions
 from ltrp_timm.weights.files import write_text
 

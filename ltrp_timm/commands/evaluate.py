@@ -37,9 +37,10 @@ from ltrp_timm.measure.accuracy import (
 from ltrp_timm.measure.payoff import FULL, SMALLER, on_grid, smaller_grid
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment, ratio
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.runtime import HELD_OUT, World, join_world
+from ltrp_timm.runtime.keyed_rng import HELD_OUT
+from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring import CachedTransform
-from ltrp_timm.share import EVALUATION_NAME, TITLES
+from ltrp_timm.share.save import EVALUATION_NAME, TITLES
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.finetune import image_config
 from ltrp_timm.visualize import require_matplotlib

@@ -5,7 +5,7 @@ from typing import Any
 from ltrp_timm._text import complain, printable, say
 from ltrp_timm.commands._flags import add_command
 from ltrp_timm.measure.throughput import NUM_WORKERS
-from ltrp_timm.runtime import first_process
+from ltrp_timm.runtime.world import first_process
 from ltrp_timm.scoring import rank_images
 from ltrp_timm.scoring.scorer import open_scorer
 

@@ -6,7 +6,7 @@ from typing import Any
 from ltrp_timm._text import say
 from ltrp_timm.commands._console import ModelOptions
 from ltrp_timm.commands._flags import PathName, Words, add_command
-from ltrp_timm.share import CARD_NAME, push_folder, push_to_hub, save_pretrained
+from ltrp_timm.share.save import CARD_NAME, push_folder, push_to_hub, save_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 from ltrp_timm._text import say
 from ltrp_timm.commands._console import check_names
 from ltrp_timm.commands._flags import add_command, flag
-from ltrp_timm.runtime import first_process
+from ltrp_timm.runtime.world import first_process
 from ltrp_timm.train import (
     Augmentation,
     Recipe,

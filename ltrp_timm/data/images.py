@@ -16,7 +16,7 @@ from torchvision.datasets.folder import default_loader
 
 from ltrp_timm._text import one_line, printable
 from ltrp_timm.data.photos import check_aspect, load_image
-from ltrp_timm.runtime import sample_seed
+from ltrp_timm.runtime.keyed_rng import sample_seed
 from ltrp_timm.weights.files import PathLike
 
 CLASS_NUMBERS = ("class_to_idx", "class_name_to_idx")  # of timm's readers

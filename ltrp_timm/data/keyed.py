@@ -1,7 +1,7 @@
 """Samples of images by (epoch, place), and batches of them.
 
 A sample depends only on the seed, the epoch and its image, not on the process or worker that reads
-it; see ``ltrp_timm.runtime``.
+it; see ``ltrp_timm.runtime.keyed_rng``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.photos import load_image
-from ltrp_timm.runtime import HELD_OUT, World, sample_seed, seeded, worker_init
+from ltrp_timm.runtime.keyed_rng import HELD_OUT, sample_seed, seeded
+from ltrp_timm.runtime.world import World, worker_init
 
 Sample = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]

@@ -29,7 +29,7 @@ from ltrp_timm.data.labels import (
     match_classes,
     refuse_empty,
 )
-from ltrp_timm.runtime import sample_seed
+from ltrp_timm.runtime.keyed_rng import sample_seed
 
 SEPARATOR = ";"  # between the labels of a cell
 _JOINED = ("label", "labels")  # names of a column that holds labels, not a class

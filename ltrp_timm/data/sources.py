@@ -17,7 +17,8 @@ from ltrp_timm.data.keyed import (
     held_out_keys,
     make_loader,
 )
-from ltrp_timm.runtime import HELD_OUT, World, sample_seed
+from ltrp_timm.runtime.keyed_rng import HELD_OUT, sample_seed
+from ltrp_timm.runtime.world import World
 
 SCALE = (0.2, 1.0)  # of the published crops
 

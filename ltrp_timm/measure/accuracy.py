@@ -17,7 +17,7 @@ from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.multi_label import read_names
 from ltrp_timm.measure.throughput import Timing, timed
 from ltrp_timm.metrics import average_precision
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 
 MIN_ROUNDS = 5  # timed rounds; a small set repeats its first batch
 _WARM_UP = 2  # untimed calls on the first batch

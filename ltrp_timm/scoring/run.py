@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ltrp_timm.data.images import NAMED, ImageFiles, Images, find_images, open_dataset
 from ltrp_timm.data.keyed import KeyedImages, make_loader
-from ltrp_timm.runtime import HELD_OUT, World, join_world, locked, stop_requests, stopped_by_sigterm
+from ltrp_timm.runtime.keyed_rng import HELD_OUT
+from ltrp_timm.runtime.world import World, join_world, locked, stop_requests, stopped_by_sigterm
 from ltrp_timm.scoring.scorer import Scorer, open_scorer
 from ltrp_timm.scoring.store import OVERLAYS, ScoreWriter, begin, image_ids
 from ltrp_timm.visualize import kept_patches, row, score_map, token_picture

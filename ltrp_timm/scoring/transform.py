@@ -26,7 +26,7 @@ from ltrp_timm._text import printable
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.keyed import Transform
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.runtime import restored
+from ltrp_timm.runtime.keyed_rng import restored
 from ltrp_timm.scoring.store import IndexCache, image_ids
 from ltrp_timm.selection.registry import SELECTIONS
 from ltrp_timm.selection.rules import best_first

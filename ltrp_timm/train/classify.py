@@ -19,8 +19,9 @@ from ltrp_timm.data.keyed import Batch
 from ltrp_timm.losses import MultiLabelLoss, multi_label_loss
 from ltrp_timm.measure.accuracy import AccuracyCounter, PrecisionCounter
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.runtime import World, sample_seed, seeded
-from ltrp_timm.share import model_config, save_pretrained
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import World
+from ltrp_timm.share.save import model_config, save_pretrained
 from ltrp_timm.train.distill import Distillation, Student
 from ltrp_timm.train.loop import Task
 from ltrp_timm.train.recipe import Augmentation, KeepPlan

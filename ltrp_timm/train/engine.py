@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ltrp_timm.data.keyed import Batch
-from ltrp_timm.runtime import World, sample_seed
+from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.runtime.world import World
 from ltrp_timm.train.settings import Settings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -20,9 +20,10 @@ from ltrp_timm.measure.accuracy import seen_classes
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.models.open_model import is_source, open_model, with_front_end
 from ltrp_timm.models.timm_interface import GENERIC
-from ltrp_timm.runtime import join_world, sample_seed, seeded
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import join_world
 from ltrp_timm.scoring import CachedTransform
-from ltrp_timm.share import check_ranker
+from ltrp_timm.share.save import check_ranker
 from ltrp_timm.train.classify import ClassifyTask, MultiLabelTask
 from ltrp_timm.train.distill import Distillation
 from ltrp_timm.train.loop import Summary, fit

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ltrp_timm._text import csv_text, one_line, optional_import, say
-from ltrp_timm.runtime import locked
+from ltrp_timm.runtime.world import locked
 from ltrp_timm.train.settings import Settings
 from ltrp_timm.weights.files import (
     CONFIG_NAME,

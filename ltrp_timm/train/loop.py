@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ltrp_timm._text import complain, one_line, say
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.sources import Sources
-from ltrp_timm.runtime import StopRequests, World, stop_requests
+from ltrp_timm.runtime.world import StopRequests, World, stop_requests
 from ltrp_timm.train.engine import Engine
 from ltrp_timm.train.folder import (
     CHECKPOINT_NAME,

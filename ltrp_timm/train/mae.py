@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.sources import SCALE
-from ltrp_timm.runtime import join_world, sample_seed, seeded
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import join_world
 from ltrp_timm.selection import gather_patches
 from ltrp_timm.teacher import (
     MAETeacher,

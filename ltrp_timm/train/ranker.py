@@ -20,7 +20,8 @@ from ltrp_timm.data.sources import SCALE
 from ltrp_timm.layers.bridge import resize_score_map
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.rankers import create_ranker, ranker_class
-from ltrp_timm.runtime import join_world, sample_seed, seeded
+from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
+from ltrp_timm.runtime.world import join_world
 from ltrp_timm.scoring.scorer import open_ranker
 from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher.density import Aggregate, Metric, Removal

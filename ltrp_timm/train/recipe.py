@@ -14,7 +14,8 @@ from ltrp_timm.data.keyed import Transform
 from ltrp_timm.data.sources import SCALE, Sources
 from ltrp_timm.layers.ml_decoder import Head
 from ltrp_timm.losses import MultiLabelLoss
-from ltrp_timm.runtime import World, sample_seed
+from ltrp_timm.runtime.keyed_rng import sample_seed
+from ltrp_timm.runtime.world import World
 from ltrp_timm.selection.registry import check_selection
 from ltrp_timm.selection.rules import check_keep_ratio
 from ltrp_timm.train.distill import Gate

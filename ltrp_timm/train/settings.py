@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from ltrp_timm.data.images import open_dataset
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.measure.throughput import NUM_WORKERS
-from ltrp_timm.runtime import World
+from ltrp_timm.runtime.world import World
 from ltrp_timm.weights.files import PathLike
 
 # annotations of numbers: the text is the range that ``check_value`` allows

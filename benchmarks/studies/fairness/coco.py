@@ -59,7 +59,7 @@ from ltrp_timm.commands._flags import keep_ratio, not_negative, positive, thread
 from ltrp_timm.data.multi_label import read_coco
 from ltrp_timm.measure.accuracy import seen_classes
 from ltrp_timm.measure.throughput import NUM_WORKERS, environment
-from ltrp_timm.runtime import join_world, worker_init
+from ltrp_timm.runtime.world import join_world, worker_init
 from ltrp_timm.scoring.scorer import CROP_MODES, Scorer
 from ltrp_timm.selection import num_keep
 from studies.fairness.coco_objects import Annotated, ObjectDataset, collate, find_objects

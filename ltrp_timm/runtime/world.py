@@ -1,10 +1,8 @@
-"""The processes of a run, stopping in order, and random numbers that belong to a sample."""
+"""The processes of a run, and how they stop in order."""
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,39 +24,6 @@ _LOCK = ".lock"
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = {"WORLD_SIZE": "SLURM_NTASKS", "RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
 _PATIENCE = timedelta(days=30)  # the first process to finish waits for the last
-HELD_OUT = -1  # the "epoch" of held-out images: their random numbers never change
-
-
-def sample_seed(seed: int, epoch: int, index: int, purpose: str) -> int:
-    """Derive a 63-bit seed for one purpose of one sample; the same on every machine.
-
-    >>> sample_seed(0, 0, 0, "transform") == sample_seed(0, 0, 0, "patches")
-    False
-    """
-    text = f"{seed}/{epoch}/{index}/{purpose}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's global generators for a while, then restore them."""
-    with restored():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.random.default_generator.manual_seed(seed)  # that of the CPU only
-        yield
-
-
-@contextlib.contextmanager
-def restored() -> Iterator[None]:
-    """Restore Python's, numpy's and torch's global generators afterwards."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
 
 
 class StopRequests:
