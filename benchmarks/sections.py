@@ -200,11 +200,9 @@ def setting_of(row: Row) -> str:
 
 
 def _at_equal_time(row: Row) -> dict[str, str]:
-    speed, _, settings = row["setting"].removeprefix("at ").partition(" x: ")
     name, rival = row["method"].split(" − ")
-    ours, theirs = settings.split(", ")
-    ours = ", ".join([*name.split(", ")[1:], ours])  # a coarse rest, and the keep ratio
-    return {"Speed-up": f"{speed}×", "`border`": ours, "Rival": f"{rival}, {theirs}"}
+    ours = name.partition(", ")[2] or "dropping"
+    return {"Speed-up": f"{float(row['at']):g}×", "`border`": ours, "Rival": rival}
 
 
 COARSE_VARIANTS = {
