@@ -196,6 +196,8 @@ def test_it_says_that_it_is_eager(adaptive: tuple[Any, Tensor]) -> None:
     model, images = adaptive
     with pytest.raises(ValueError, match="eager mode only"):
         torch.jit.trace(model, images)
+    with pytest.raises(ValueError, match="eager mode only"):
+        torch.fx.symbolic_trace(model)
     with pytest.raises(Exception, match="eager mode only"):
         torch.export.export(model, (images,))
     file = io.BytesIO()

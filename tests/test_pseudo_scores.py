@@ -468,6 +468,7 @@ def test_wrong_arguments() -> None:
     teacher, images, visible = case()
     for arguments, text in (
         ({"removal": "half"}, "removal must be one of full, decoder, encoder, coarse, got 'half'"),
+        ({"removal": len}, "removal must be one of full, decoder, encoder, coarse, got <built-in"),
         ({"metric": "l2"}, r"metric must be one of l1, mse, ssim, psnr, lpips, or a func.* 'l2'"),
         ({"aggregate": "min"}, "aggregate must be one of mean, max, got 'min'"),
         ({"metric": "lpips", "aggregate": "max"}, "one value, not one per patch"),

@@ -237,6 +237,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                         "an adaptive budget runs in eager mode only: pass keep_indices."
                     )
                 else:
+                    adaptive.check_eager(scores)  # before they are counted, which a graph cannot
                     k = adaptive.common_count(self._counts(scores), h * w)
         return select(scores, k, self._selection, self._selection_args, (h, w), images)
 
@@ -441,7 +442,11 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         return run_with_slots(self._adapter.slots(self.backbone), keep, call, x, **kwargs), keep
 
     def keep_counts(self, x: Tensor) -> Tensor:
-        """Images x (B, C, H, W) -> (B,) int64: how many patches each keeps by the budget."""
+        """Images x (B, C, H, W) -> (B,) int64: how many patches each keeps by the budget.
+
+        Raises:
+            ValueError: The model has no budget, or the images do not fit it.
+        """
         if isinstance(x, dict):
             return (self.keep_indices(x) >= 0).sum(dim=1)
         return self._counts(self.patch_scores(x))

@@ -218,10 +218,11 @@ def _check_choices(
         fit = {"aggregate": ("mean",), "metric": tuple(PREDICTION_CHANGES)}
         fit["removal"] = ("full",) if teacher.rest == "drop" else ("coarse", "full")
     for name, value in {"removal": removal, "aggregate": aggregate, "metric": metric}.items():
-        known, end = "one of " + ", ".join(fit[name]), ", or a function" if name == "metric" else ""
+        function = mae and name == "metric"
+        known, end = "one of " + ", ".join(fit[name]), ", or a function" if function else ""
         if not mae:
             known, end = " or ".join(fit[name]), " for this teacher"
-        if value not in fit[name] and not (mae and callable(value)):
+        if value not in fit[name] and not (function and callable(value)):
             raise ValueError(f"{name} must be {known}{end}, got {value!r}.")
     if (callable(metric) or metric == "lpips") and aggregate != "mean":
         raise ValueError(
