@@ -151,6 +151,11 @@ def interval_of(row: Row, column: str, digits: int = 2) -> str:
     return f"{value} ({low} to {high})"
 
 
+def speedup_of(row: Row) -> str:
+    """The speed-up over the full model as text; – where it was not timed."""
+    return f"{float(row['speedup']):.1f}×" if row["speedup"] else "–"
+
+
 def student_of(row: Row) -> str:
     """The name of a ranker of the students' study for readers."""
     if row["method"] == "change of features":
@@ -382,6 +387,22 @@ SECTIONS = [
         ),
         how=_INTERVALS,
         pictures={"quality": "Accuracy, and distance to the full model, against speed-up"},
+        folder=STUDIES,
+    ),
+    Section(
+        "quarter",
+        "quality",
+        "Images of 224 px",
+        lambda row: {"Model": setting_of(row), "Speed-up": speedup_of(row)},
+        _measure,
+        with_interval,
+        lambda row: (
+            row["img_size"] == "224"
+            and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
+            and (row["method"] == "full" or row["setting"] in ("keep 0.25", "112 px"))
+            and row["method"] not in ("cell_std", "random", "contrast, dithered")
+        ),
+        how=_INTERVALS,
         folder=STUDIES,
     ),
     Section(
