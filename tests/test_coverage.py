@@ -183,13 +183,16 @@ def test_dithered_thins_out_instead_of_ending_at_an_edge() -> None:
     assert set((even // 16 % 2 * 2 + even % 2).tolist()) == {2}
     nothing = torch.tensor([[torch.nan, -torch.inf, 1.0, torch.inf]])
     assert select_dithered(nothing, 2, (1, 4), 0.0).tolist() == [[2, 3]]
+    close = 1.0 + 1e-12 * torch.arange(4, dtype=torch.float64)  # equal in float32
+    for scores in (close, (close * 1e12).long(), torch.arange(4.0).half()):
+        assert select_dithered(scores[None], 2, (2, 2), 0.0).tolist() == [[2, 3]]
 
 
 def test_dithered_bad_input() -> None:
     with pytest.raises(ValueError, match="for a grid of 3x4, got 16 scores"):
         select_dithered(torch.rand(1, 16), 4, (3, 4))
-    for strength in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="strength must be at least 0"):
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength must be at least 0 and finite"):
             select_dithered(torch.rand(1, 12), 4, (3, 4), strength)
 
 

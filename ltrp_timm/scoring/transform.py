@@ -247,7 +247,10 @@ class CachedTransform:
         if not isinstance(images, Images):
             raise ValueError(f"an index cache needs images by number, {images} is a stream.")
         if not SELECTIONS[model.selection].reads_scores:
-            raise ValueError(f"selection {model.selection!r} uses no scores of an index cache.")
+            raise ValueError(
+                f"selection {model.selection!r} uses no scores: leave the index "
+                "cache out, or take another selection."
+            )
         if model.budget is not None:
             raise ValueError("an adaptive budget ranks images; use it without an index cache.")
         self.cache, self.transform = IndexCache(folder), transform

@@ -184,14 +184,26 @@ def select_dithered(
     ``strength`` times a fixed pattern (Bayer's 4 x 4 matrix, from 0 to 15/16), and the best K stay:
     instead of an edge, behind which nothing is kept, dots get rarer.
 
-    The grid is (h, w), N = h * w. A ``strength`` of 0 keeps the best K; far above 1 it is an even
-    grid. Equal scores (B, N) share their rank. Result and errors are those of ``select_top``.
+    Args:
+        scores: (B, N), higher = keep first; equal ones share their rank, NaN is the lowest.
+        k: number of patches to keep, 1 <= k <= N.
+        grid_size: (h, w), N = h * w.
+        strength: 0 keeps the best K; far above 1 the dots are an even grid.
+
+    Returns:
+        (B, K) int64 indices, ascending.
+
+    Raises:
+        ValueError: An argument is out of range, or the grid does not match the scores.
 
     Source: Bayer (1973), ordered dither.
+
+    >>> select_dithered(torch.zeros(1, 16), 4, (4, 4))
+    tensor([[ 4,  6, 12, 14]])
     """
     _check_grid(scores, k, grid_size)
-    if not strength >= 0.0:
-        raise ValueError(f"strength must be at least 0, got {strength}.")
+    if not 0.0 <= strength < math.inf:
+        raise ValueError(f"strength must be at least 0 and finite, got {strength}.")
     return select_top(dithered(scores, grid_size, strength), k)
 
 
@@ -201,8 +213,9 @@ def dithered(scores: Tensor, grid_size: Tuple[int, int], strength: float) -> Ten
     col = torch.arange(grid_size[1], device=scores.device)
     fine, coarse = _pattern_2x2(row % 2, col % 2), _pattern_2x2(row // 2 % 2, col // 2 % 2)
     pattern = (4 * fine + coarse).flatten() * (strength * scores.shape[1] / 8.0)
-    # finite, as -inf - -inf is NaN; NaN becomes the lowest number
-    places = places_in_order(torch.nan_to_num(scores.float(), nan=-3.4028234663852886e38))
+    # finite, as -inf - -inf is NaN; NaN becomes the lowest number, which float16 cannot hold
+    wide = scores if scores.element_size() > 4 else scores.float()
+    places = places_in_order(torch.nan_to_num(wide, nan=-3.4028234663852886e38))
     # whole numbers: equal sums tie on every device
     return places.float() + pattern.round()
 
@@ -217,5 +230,6 @@ def _check_grid(scores: Tensor, k: int, grid_size: Tuple[int, int]) -> None:
     h, w = grid_size
     if h * w != scores.shape[1]:
         raise ValueError(
-            f"expected scores (B, {h * w}) for a grid of {h}x{w}, got {scores.shape[1]} scores."
+            f"expected scores (B, {h * w}) for a grid of {h}x{w}, got {scores.shape[1]} scores: "
+            "give their own grid_size."
         )
