@@ -44,7 +44,7 @@ class KeyedImages(Dataset[Sample]):
         others: Mapping[tuple[int, int], Transform] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.images, self.indices, self.transform = images, list(indices), transform
+        self.images, self.indices, self.transform = images, indices, transform
         self.seed, self.others = seed, others or {}
         self.blank = torch.zeros(shape, dtype=dtype)
         self.scores: Any = getattr(transform, "with_scores", None) and transform

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def _rank(
     failures: dict[int, str] = {}
     starts = range(world.rank * batch_size, count, world.size * batch_size)
     batches = (range(start, min(start + batch_size, count)) for start in starts)
-    keys = [(HELD_OUT, row) for rows in batches if writer.pending(rows) for row in rows]
+    rows = [row for part in batches if writer.pending(part) for row in part]
+    keys = zip(repeat(HELD_OUT), rows)  # made one by one: there may be millions
     shape, dtype = (3, *scorer.img_size), torch.uint8
     keyed = KeyedImages(images, range(count), scorer.transform(), 0, shape, dtype=dtype)
     options: Any = {"batch_size": batch_size, "num_workers": num_workers, "device": world.device}
@@ -199,7 +201,7 @@ def _rank(
     with (
         contextlib.closing(writer),
         stop_requests() as requests,
-        tqdm(total=len(keys), unit="image", disable=quiet) as bar,
+        tqdm(total=len(rows), unit="image", disable=quiet) as bar,
     ):
         for sample in make_loader(keyed, keys, **options):
             numbers, readable = sample["index"].tolist(), sample["real"].tolist()
