@@ -562,6 +562,16 @@ def test_families_without_coarse_tokens(backbone_of: Callable[..., Any], family:
     assert torch.equal(backbone(images), full)
 
 
+def test_an_unknown_rope_can_be_dropped_from_but_not_coarse(
+    backbone_of: Callable[..., Any],
+) -> None:
+    backbone, _ = backbone_of("eva02")
+    backbone.rope = nn.Identity()
+    with pytest.raises(TypeError, match="from Eva with rest='coarse': its rope is a Identity, not"):
+        drop_patches(backbone, rest="coarse")
+    drop_patches(backbone)
+
+
 def test_pictures_show_tokens_in_their_resolution() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
     model = drop_patches(vit, keep_ratio=0.5, rest="coarse").eval()

@@ -161,7 +161,7 @@ def test_what_cannot_be_followed_is_named() -> None:
             ValueError, match=r"an index cache cannot follow (AugMix|RandomP|RandomR)"
         ):
             FollowedTransform(unknown)
-    FollowedTransform(
+    known = FollowedTransform(
         create_transform(
             48,
             is_training=True,
@@ -172,6 +172,14 @@ def test_what_cannot_be_followed_is_named() -> None:
             auto_augment="rand-m9-mstd0.5-inc1",
         )
     )
+    again = pickle.loads(pickle.dumps(known))  # noqa: S301  # as a spawned worker gets it
+    for seed in range(5):
+        found = []
+        for each in (known, again):
+            with seeded(seed):
+                found.append(each(Image.new("RGB", (60, 50), "red")))
+        assert torch.equal(found[0][0], found[1][0])
+        assert found[0][1] == found[1][1]
 
 
 @pytest.mark.parametrize("selection", ["top", "mixed", "stratified", "dithered"])

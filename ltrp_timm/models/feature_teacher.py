@@ -20,7 +20,8 @@ class FeatureTeacher(PatchTeacher, nn.Module):
     """A frozen timm ViT that encodes chosen patches of an image into one feature.
 
     ``semantic_density`` takes it in place of an MAE. The feature is what the model's head would
-    get: the class token, or the pooled tokens where the model pools.
+    get: the class token, or the pooled tokens where the model pools. Its attributes are those of
+    ``PatchTeacher``.
 
     Args:
         backbone: a timm ViT whose patches can be dropped, which is copied; or its name, to load the

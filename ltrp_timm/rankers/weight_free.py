@@ -47,8 +47,9 @@ class ContrastRanker(PatchSizeRanker):
     so scores are not comparable between images.
 
     Args:
-        patch_size: as of ``PatchSizeRanker``, and ``img_size`` too.
+        patch_size: side of a patch in pixels, or (height, width).
         parts: which of "std", "colour" and "centre" count; a mapping sets their weights.
+        img_size: its image size, (H, W) or one side; None accepts any size.
     """
 
     name = "contrast"
@@ -85,7 +86,8 @@ class StatisticRanker(PatchSizeRanker):
             "gradient", the mean length of the step to the next pixels, right and below; "colour",
             the distance of the mean colour from that of the outermost patches; "centre", minus the
             squared distance from the middle of the grid, in half grids.
-        patch_size: as of ``PatchSizeRanker``, and ``img_size`` too.
+        patch_size: side of a patch in pixels, or (height, width).
+        img_size: its image size, (H, W) or one side; None accepts any size.
 
     >>> StatisticRanker("gradient", patch_size=8)(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 4, 4])
@@ -118,9 +120,10 @@ class DpcKnnRanker(PatchSizeRanker):
     Cost: the distances of all pairs of patches.
 
     Args:
-        patch_size: as of ``PatchSizeRanker``, and ``img_size`` too.
+        patch_size: side of a patch in pixels, or (height, width).
         neighbours: number of neighbours for the density, the patch itself included.
         side: average each patch to side x side pixels first; 0 keeps its pixels.
+        img_size: its image size, (H, W) or one side; None accepts any size.
 
     Source: Du, Ding, Jia (2016), density peaks clustering based on k nearest neighbours.
 
@@ -153,7 +156,7 @@ class RandomRanker(PatchSizeRanker):
     """Uniform scores, a function of (seed, N): the same for every image and every call.
 
     Args:
-        patch_size: as of ``PatchSizeRanker``.
+        patch_size: side of a patch in pixels, or (height, width).
         seed: chooses the map.
         generator: if set (also later, as an attribute), every call draws fresh scores per image
             from it; eager only.

@@ -245,7 +245,7 @@ def _writable(path: Path) -> _Array:
 
 
 class IndexCache:
-    """Scores of many images that ``ltrp-timm rank`` wrote; rows are read on demand.
+    """Scores of many images, from a folder that ``ltrp-timm rank`` wrote; read row by row.
 
     ``settings`` are those of the run: ``ranker``, ``ranker_hash``, ``input_size``, ….
 

@@ -103,7 +103,7 @@ class CoarseEvaAdapter(EvaAdapter):
         """Raise TypeError if ``patch_drop`` is in use, or the RoPE is not one of timm's."""
         super().check(backbone)
         if backbone.rope is not None:
-            check_known(self.family, "rope", backbone.rope, TWINS)
+            check_known("Eva with rest='coarse'", "rope", backbone.rope, TWINS)
 
 
 VitAdapter.coarse = CoarseVitAdapter()
