@@ -24,6 +24,7 @@ from train_setup import make_photos
 from ltrp_timm import create_ranker, drop_patches, save_pretrained
 from ltrp_timm.commands import main
 from ltrp_timm.commands._console import check_folder
+from ltrp_timm.commands.evaluate import Case
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.measure import accuracy as measure
 from ltrp_timm.measure.accuracy import MIN_ROUNDS, AccuracyCounter, measure_all
@@ -276,6 +277,10 @@ def test_whole_batches_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> No
         assert (result.accuracy.images, result.accuracy.means["top1"]) == (11, 1.0)
     assert 9.0 not in results[1.0].timing.seconds  # the third batch is a smaller one
     assert results[1.0].timing.seconds[:3] == (5.0, 7.0, 11.0)
+
+
+def test_a_case_is_named_without_its_model() -> None:
+    assert str(Case("pruned", 0.5, torch.nn.Linear(2, 2), (32, 32))) == "pruned 0.5"
 
 
 def test_a_model_that_is_no_classifier() -> None:

@@ -168,6 +168,9 @@ class Case(NamedTuple):
     model: Any
     img_size: tuple[int, int]
 
+    def __str__(self) -> str:
+        return f"{self.method} {self.keep_ratio:g}"  # not the whole model
+
 
 class Evaluation:
     """A model, labelled images and the keep ratios to measure."""
@@ -183,9 +186,8 @@ class Evaluation:
         self.matched = self.images.match(self.model.num_classes, names)
         config = image_config(self.model, options.img_size)
         size: tuple[int, int] = tuple(config["input_size"][-2:])
-        full = getattr(
-            self.model, "backbone", self.model
-        )  # the plain model, whatever the selection
+        pruned = isinstance(self.model, LTRPModel)
+        full = self.model.backbone if pruned else self.model  # plain, whatever the selection
         self.cases: list[Case] = []
         for share in _keep_ratios(options, self.model):
             whole = share == 1.0
