@@ -437,7 +437,8 @@ def _image_rows(counters: Mapping[Case, Any], images: Any, world: World) -> list
     for case, counter in counters.items():
         several = isinstance(counter, PrecisionCounter)
         about = partial(_labels, counter) if several else partial(_prediction, images)
-        for number, *found in zip(*(column.tolist() for column in counter.rows(world))):
+        for each in zip(*counter.rows(world)):  # one image at a time as Python's numbers
+            number, *found = (column.tolist() for column in each)
             row: Row = {"image": printable(images.name(number)), "method": case.method}
             lines.append((number, {**row, "keep_ratio": case.keep_ratio, **about(*found)}))
     lines.sort(key=lambda line: line[0])  # stable: the cases stay in order
