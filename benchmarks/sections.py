@@ -151,11 +151,6 @@ def interval_of(row: Row, column: str, digits: int = 2) -> str:
     return f"{value} ({low} to {high})"
 
 
-def speedup_of(row: Row) -> str:
-    """The speed-up over the full model as text; – where it was not timed."""
-    return f"{float(row['speedup']):.1f}×" if row["speedup"] else "–"
-
-
 def student_of(row: Row) -> str:
     """The name of a ranker of the students' study for readers."""
     if row["method"] == "change of features":
@@ -177,6 +172,7 @@ def method_of(row: Row) -> str:
 
 
 MEASURES = {
+    "accuracy": "Mean of the next three",
     "linear": "Accuracy, one object",
     "neighbours": "Accuracy, 5 neighbours",
     "retrieval": "Retrieval",
@@ -390,22 +386,6 @@ SECTIONS = [
         folder=STUDIES,
     ),
     Section(
-        "quarter",
-        "quality",
-        "Images of 224 px",
-        lambda row: {"Model": setting_of(row), "Speed-up": speedup_of(row)},
-        _measure,
-        with_interval,
-        lambda row: (
-            row["img_size"] == "224"
-            and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
-            and (row["method"] == "full" or row["setting"] in ("keep 0.25", "112 px"))
-            and row["method"] not in ("cell_std", "random", "contrast, dithered")
-        ),
-        how=_INTERVALS,
-        folder=STUDIES,
-    ),
-    Section(
         "equal-time",
         "quality",
         "The figure of `border` minus that of its rival, each at its best setting of that speed. "
@@ -422,20 +402,26 @@ SECTIONS = [
         folder=STUDIES,
     ),
     Section(
-        "dithered",
-        "quality",
-        "The figure minus that of the best patches by `contrast`, at the same keep ratio. Positive "
-        "differences are better",
-        lambda row: {"Model": setting_of(row)},
+        "quarter",
+        "quality_quarter",
+        "Images of 224 px, 840 pictures with one object",
+        lambda row: {"Model": method_of(row)},
+        _measure,
+        with_interval,
+        lambda row: row["measure"] != "recall",
+        how=_INTERVALS,
+        folder=STUDIES,
+    ),
+    Section(
+        "above-contrast",
+        "quality_quarter",
+        "The figure minus that of the best patches by `contrast`. Positive differences are better",
+        lambda row: {"Model": method_of(row)},
         _measure,
         lambda row: interval_of(row, "above_contrast"),
-        lambda row: (
-            row["img_size"] == "224"
-            and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
-            and row["setting"] in ("keep 0.5", "keep 0.25")
-            and row["method"] in ("border", "border, dithered", "contrast, dithered")
-        ),
+        lambda row: row["measure"] != "recall" and row["method"] not in ("full", "contrast"),
         how=_INTERVALS,
+        pictures={"quality_quarter": "Differences to the best patches by contrast"},
         folder=STUDIES,
     ),
     Section(

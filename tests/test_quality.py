@@ -147,6 +147,26 @@ def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.benchmarks
+def test_a_quick_run_of_a_quarter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["quality_quarter.py", "--quick", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    load("quality_quarter").main()
+    rows = read_csv(tmp_path / "quality_quarter_quick.csv")
+    found = {(row["method"], row["measure"]): row for row in rows}
+    assert found["contrast", "linear"]["above_contrast"] == "0.0"
+    for method in ("border", "border, dithered", "border, three scales", "the objects' masks"):
+        three = [
+            float(found[method, measure]["value"])
+            for measure in ("linear", "neighbours", "retrieval")
+        ]
+        assert float(found[method, "accuracy"]["value"]) == pytest.approx(sum(three) / 3, abs=1e-4)
+    full, base = (float(found[m, "accuracy"]["value"]) for m in ("full", "contrast"))
+    assert float(found["full", "accuracy"]["above_contrast"]) == pytest.approx(
+        full - base, abs=1e-4
+    )
+
+
+@pytest.mark.benchmarks
 def test_a_quick_run_of_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ship").mkdir()
     command = ["distill.py", "--quick", "--output", str(tmp_path)]
