@@ -342,3 +342,9 @@ def test_another_ranker_ends_a_budget_at_its_mean(tmp_path: Path) -> None:
     assert open_model(name)[0].budget == model.budget
     found, _ = open_model(name, ranker="gradient")
     assert (found.budget, found.keep_ratio, found.fill) == (None, 0.4, "nearest")
+
+
+def test_a_configuration_that_is_not_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": ')
+    with pytest.raises(ValueError, match=f"the configuration in {tmp_path} is not JSON: Expecting"):
+        open_model(f"local-dir:{tmp_path}")

@@ -1,6 +1,7 @@
 """Models by name, with their weights: the one way from a name to a model."""
 
 import contextlib
+import json
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -146,6 +147,9 @@ def _known_errors(name: str) -> Iterator[None]:
     try:
         with hub_errors(repository):
             yield
+    except json.JSONDecodeError as error:
+        text = f"the configuration in {printable(repository)} is not JSON: {error}."
+        raise ValueError(text) from error
     except (ValueError, TypeError, RuntimeError, OSError):
         raise
     except Exception as error:
