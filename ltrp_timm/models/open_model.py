@@ -1,8 +1,8 @@
 """Models by name, with their weights: the one way from a name to a model."""
 
 import contextlib
-import json
 import difflib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
