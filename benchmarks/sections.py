@@ -147,7 +147,8 @@ def with_interval(row: Row) -> str:
 def interval_of(row: Row, column: str, digits: int = 2) -> str:
     """A column's value and its interval as text."""
     ends = ("", "_low", "_high")
-    value, low, high = (f"{float(row[f'{column}{end}']):.{digits}f}" for end in ends)
+    figures = (round(float(row[f"{column}{end}"]), digits) + 0.0 for end in ends)  # no -0.00
+    value, low, high = (f"{figure:.{digits}f}" for figure in figures)
     return f"{value} ({low} to {high})"
 
 
