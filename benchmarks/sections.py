@@ -53,7 +53,7 @@ class Section(NamedTuple):
                 for name, alt in self.pictures.items()
             ],
             f"[All figures]({path}.csv) · [full table]({path}.md) · "
-            f"repeat it: `python {self.folder}/{self.file}.py`",
+            f"repeat it: `python {self.folder}/{self.file}.py`{seed_of(rows)}",
         ]
         return "\n\n".join(parts)
 
@@ -63,6 +63,13 @@ def machine_of(row: Row) -> str:
     threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
     versions = " and ".join(f"{name} {row[name].partition('+')[0]}" for name in ("torch", "timm"))
     return f"Measured on {threads} of an {row['machine']} in {row['dtype']}, with {versions}"
+
+
+def seed_of(rows: Sequence[Row]) -> str:
+    """The option that repeats rows of one seed, if that is not the default."""
+    seeds = {row.get("seed", "") for row in rows} - {"mean"}
+    seed = seeds.pop() if len(seeds) == 1 else ""
+    return f" with `--seed {seed}`" if seed not in ("", "0") else ""
 
 
 def rounds_of(rows: Sequence[Row]) -> str:
@@ -225,6 +232,19 @@ _AT_TWICE_THE_SPEED = {
 }
 
 
+def _of_pictures(
+    marker: str,
+    says: str,
+    line: Callable[[Row], dict[str, str]],
+    keep: Callable[[Row], bool],
+    file: str = "quality",
+    cell: Cell = with_interval,
+    pictures: Mapping[str, str] = MappingProxyType({}),
+) -> Section:
+    """A section of a study of real pictures: a column for each measure, with its interval."""
+    return Section(marker, file, says, line, _measure, cell, keep, _INTERVALS, pictures, STUDIES)
+
+
 SECTIONS = [
     Section(
         "speed",
@@ -368,13 +388,10 @@ SECTIONS = [
         lambda row: row["keep_ratio"] == "0.3",
         pictures={"adaptive_budget": "Object pixels kept and time, by budget"},
     ),
-    Section(
-        "quality",
+    _of_pictures(
         "quality",
         "Images of 224 px",
         lambda row: {"Model": setting_of(row)},
-        _measure,
-        with_interval,
         lambda row: (
             row["img_size"] == "224"
             and row["measure"] in ("linear", "neighbours", "retrieval", "precision")
@@ -382,70 +399,48 @@ SECTIONS = [
             and row["method"] not in ("pixel_std", "centre", "conv")  # the latter has new weights
             and (", " not in row["method"] or row["method"].startswith("border, "))
         ),
-        how=_INTERVALS,
         pictures={"quality": "Accuracy, and distance to the full model, against speed-up"},
-        folder=STUDIES,
     ),
-    Section(
+    _of_pictures(
         "equal-time",
-        "quality",
         "The figure of `border` minus that of its rival, each at its best setting of that speed. "
         "Positive differences favour `border`",
         _at_equal_time,
-        _measure,
-        with_interval,
         lambda row: (
             row["method"].startswith("border")
             and " − " in row["method"]
             and row["measure"] in ("linear", "precision")
         ),
-        how=_INTERVALS,
-        folder=STUDIES,
     ),
-    Section(
+    _of_pictures(
         "quarter",
-        "quality_quarter",
-        "Images of 224 px, 840 pictures with one object",
+        "Images of 224 px",
         lambda row: {"Model": method_of(row)},
-        _measure,
-        with_interval,
         lambda row: row["measure"] != "recall",
-        how=_INTERVALS,
-        folder=STUDIES,
+        file="quality_quarter",
     ),
-    Section(
+    _of_pictures(
         "above-contrast",
-        "quality_quarter",
         "The figure minus that of the best patches by `contrast`. Positive differences are better",
         lambda row: {"Model": method_of(row)},
-        _measure,
-        lambda row: interval_of(row, "above_contrast"),
         lambda row: row["measure"] != "recall" and row["method"] not in ("full", "contrast"),
-        how=_INTERVALS,
+        file="quality_quarter",
+        cell=lambda row: interval_of(row, "above_contrast"),
         pictures={"quality_quarter": "Differences to the best patches by contrast"},
-        folder=STUDIES,
     ),
-    Section(
+    _of_pictures(
         "closeness",
-        "quality",
         "1 − cosine to the full model on whole photos; lower is closer",
         lambda row: {"Image": f"{row['img_size']} px", "Model": setting_of(row)},
-        _measure,
-        with_interval,
         lambda row: (
             row["measure"] in ("token error", "map error")
             and (row["method"], row["setting"]) in _AT_TWICE_THE_SPEED[row["img_size"]]
         ),
-        how=_INTERVALS,
-        folder=STUDIES,
     ),
-    Section(
+    _of_pictures(
         "masks",
-        "quality",
         "Overlap (intersection over union) of the mask that a linear probe finds, and the object",
         lambda row: {"Model": setting_of(row)},
-        _measure,
-        with_interval,
         lambda row: (
             row["img_size"] == "224"
             and row["measure"].startswith("mask")
@@ -459,23 +454,16 @@ SECTIONS = [
                 )
             )
         ),
-        how=_INTERVALS,
-        folder=STUDIES,
     ),
-    Section(
+    _of_pictures(
         "objects",
-        "quality",
         "Chance that a patch of an object outranks a patch without one (0.5: random)",
         lambda row: {"Ranker": method_of(row)},
-        _measure,
-        with_interval,
         lambda row: (
             row["img_size"] == "224"
             and row["measure"].startswith("AUC")
             and row["method"] != "conv"  # its weights have a study of their own
         ),
-        how=_INTERVALS,
-        folder=STUDIES,
     ),
     Section(
         "students",

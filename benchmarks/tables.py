@@ -151,7 +151,7 @@ def conclude(
     """Write NAME.csv, NAME.md and NAME.png into ``--output``, print the goals.
 
     Args:
-        name: Of the files.
+        name: Of the files; those of a quick run end in _quick.
         title: Of picture and Markdown.
         rows: What was measured, with the columns of the environment.
         table: The same as text, for readers.
@@ -159,6 +159,9 @@ def conclude(
         picture: A matplotlib figure.
         args: The benchmark's options.
     """
+    if getattr(args, "quick", False):
+        name += "_quick"
+    args.output.mkdir(parents=True, exist_ok=True)
     line = environment_line(rows[0])
     whole = all(str(row["depth"]) == "all" for row in rows)
     checks = [check for goal in goals for check in goal.check(rows)] if whole else []

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from studies.quality.pictures import composites, object_photos, scenes
 from tables import read_csv
 
 from ltrp_timm import PatchSelector
+
+QuickRun = Callable[..., list[dict[str, str]]]
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +131,22 @@ def test_rivals_surround_the_budgets() -> None:
     assert [r.tokens for r in rivals if r.method == "smaller image"] == [16, 25]
 
 
+@pytest.fixture
+def quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> QuickRun:
+    """Rehearse a study; the rows that it wrote."""
+
+    def run(name: str, *more: str) -> list[dict[str, str]]:
+        command = [f"{name}.py", "--quick", "--output", str(tmp_path), *more]
+        monkeypatch.setattr(sys, "argv", command)
+        load(name).main()
+        return read_csv(tmp_path / f"{name}_quick.csv")
+
+    return run
+
+
 @pytest.mark.benchmarks
-def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["quality.py", "--quick", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
-    load("quality").main()
-    rows = read_csv(tmp_path / "quality_quick.csv")
+def test_a_quick_run(tmp_path: Path, quick_run: QuickRun) -> None:
+    rows = quick_run("quality")
     measures = {row["measure"] for row in rows}
     assert measures >= {"linear", "retrieval", "precision", "recall", "AUC single", "map error"}
     found = {(row["method"], row["setting"], row["measure"]): row for row in rows}
@@ -147,12 +160,8 @@ def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.benchmarks
-def test_a_quick_run_of_a_quarter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["quality_quarter.py", "--quick", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
-    load("quality_quarter").main()
-    rows = read_csv(tmp_path / "quality_quarter_quick.csv")
-    found = {(row["method"], row["measure"]): row for row in rows}
+def test_a_quick_run_of_a_quarter(quick_run: QuickRun) -> None:
+    found = {(row["method"], row["measure"]): row for row in quick_run("quality_quarter")}
     assert found["contrast", "linear"]["above_contrast"] == "0.0"
     for method in ("border", "border, dithered", "border, three scales", "the objects' masks"):
         three = [
@@ -167,14 +176,10 @@ def test_a_quick_run_of_a_quarter(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.benchmarks
-def test_a_quick_run_of_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_run_of_students(tmp_path: Path, quick_run: QuickRun) -> None:
     (tmp_path / "ship").mkdir()
-    command = ["distill.py", "--quick", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*command, "--ship", str(tmp_path / "ship")])
-    load("distill").main()
-    rows = {
-        (row["method"], row["pictures"]): row for row in read_csv(tmp_path / "distill_quick.csv")
-    }
+    found = quick_run("distill", "--ship", str(tmp_path / "ship"))
+    rows = {(row["method"], row["pictures"]): row for row in found}
     students = ["conv from border", "conv from feature_contrast"]
     methods = {"contrast", "border", "feature_contrast", *students}
     assert {method for method, kind in rows if "patches of" not in kind} == methods

@@ -138,8 +138,8 @@ def rows_of_set(kind: str, objects: torch.Tensor, found: dict[str, np.ndarray]) 
     rows = []
     for method, values in found.items():
         row: Row = {"method": method, "pictures": kind, "count": int((~np.isnan(values)).sum())}
-        row |= _columns("object_auc", judge.interval(values, groups))
-        row |= _columns(f"above_{BASE}", judge.interval(values - found[BASE], groups))
+        row |= judge.columns("object_auc", judge.interval(values, groups))
+        row |= judge.columns(f"above_{BASE}", judge.interval(values - found[BASE], groups))
         rows.append(row)
     return rows
 
@@ -162,10 +162,6 @@ def change_of_features(args: argparse.Namespace, material: Any, rankers: Any) ->
         scores = scores_of(rankers[method], pictures.images, teacher.grid_size)
         found[method] = judge.object_auc(scores.gather(1, visible), seen)
     return rows_of_set(f"{visible.shape[1]} patches of pasted objects", pictures.objects, found)
-
-
-def _columns(name: str, values: tuple[float, float, float]) -> Row:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), (round(v, 4) for v in values)))
 
 
 def goals(rows: list[Row]) -> list[Goal]:
@@ -230,9 +226,7 @@ def main() -> None:
         if args.ship is not None:
             source = Path(name) / f"conv_{args.teachers[0]}" / WEIGHTS_NAME
             shutil.copyfile(source, args.ship / "conv.safetensors")
-    stem = f"{NAME}_quick" if args.quick else NAME
-    args.output.mkdir(parents=True, exist_ok=True)
-    tables.conclude(stem, TITLE, rows, table(rows), goals(rows), plot(rows), args)
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(rows), plot(rows), args)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     stem = f"{NAME}_quick" if args.quick else NAME
     draw_scenes(trained, args.output / f"{stem}_scenes.png")
-    tables.conclude(stem, TITLE, rows, table(rows), goals(rows), plot(rows), args)
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(rows), plot(rows), args)
     checks = [(goal, goal.check(rows)) for goal in goals(rows)]
     unmet = [row["goal"] for _, found in checks for row in found if row[""] != "met"]
     unmet += [f"{goal.text} (no such row)" for goal, found in checks if not found]

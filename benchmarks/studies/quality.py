@@ -112,12 +112,13 @@ class Found:
             row: Row = {"img_size": size, "method": method, "setting": setting, "at": ""}
             row |= {"tokens": self.tokens.get((size, method, setting), ""), "measure": measure}
             row["pictures"] = int((~np.isnan(values)).sum())
-            row |= _columns("value", judge.interval(values, groups))
+            row |= judge.columns("value", judge.interval(values, groups))
             base = self.values.get((size, BASE, setting, measure))
             paired = None if base is None else judge.interval(values - base, groups)
-            row |= _columns(f"above_{BASE}", paired)
+            row |= judge.columns(f"above_{BASE}", paired)
             ratio = self.speedup(size, method, setting)
-            row |= _columns("speedup", ratio and (ratio.median, ratio.low, ratio.high))
+            quartiles = None if ratio is None else (ratio.median, ratio.low, ratio.high)
+            row |= judge.columns("speedup", quartiles)
             rows.append(row)
         return [*rows, *self._at_equal_time()]
 
@@ -137,8 +138,8 @@ class Found:
                     row |= {"setting": f"at {factor:g} x: {ours[1]}, {theirs[1]}", "tokens": ""}
                     row["at"] = factor
                     row |= {"measure": measure, "pictures": len(a)}
-                    row |= _columns("value", judge.interval(a - b, self.groups[size, measure]))
-                    row |= {**_columns(f"above_{BASE}", None), **_columns("speedup", None)}
+                    row |= judge.columns("value", judge.interval(a - b, self.groups[size, measure]))
+                    row |= judge.columns(f"above_{BASE}", None) | judge.columns("speedup", None)
                     rows.append(row)
         return rows
 
@@ -153,11 +154,6 @@ class Found:
             if ratio is not None and ratio.median >= 0.97 * factor
         ]
         return max(options)[1] if options else None
-
-
-def _columns(name: str, values: Any) -> Row:
-    figures = ("", "", "") if not values else tuple(round(float(value), 4) for value in values)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), figures))
 
 
 def _numbers(pictures: Pictures) -> np.ndarray:
@@ -226,9 +222,8 @@ class Study:
         if self.probes is not None:
             one, groups = self.sets["single"], _numbers(self.sets["single"])
             encoded = encode("single")
-            found["linear"] = (self.probes.classes_right(encoded, one.labels), groups)
-            found["neighbours"] = (self.probes.neighbours_right(encoded, one.labels), groups)
-            found["retrieval"] = (judge.retrieved(encoded, one.objects), groups)
+            for measure, values in self.probes.accuracies(encoded, one).items():
+                found[measure] = (values, groups)
             if encoded.dense is not None:
                 share, probe = self.share["single"], self.mask_probe
                 found["mask"] = (probe.overlap(encoded, share), groups)
@@ -287,11 +282,11 @@ def measure_size(args: argparse.Namespace, material: Any, size: int, found: Foun
     for method in (*models, RANDOM, ORACLE):
         found.add(size, method, "", study.found_objects(scores, method))
         of_sets = {name: one[method] for name, one in scores.items() if method in one}
-        ways = {method: "top", method + DITHERED: "dithered"}
+        ways = {method: "top"}
+        if method in WITH_DITHERED:
+            ways[method + DITHERED] = "dithered"
         ratios = args.keep_ratios if method not in FIND_ONLY else ()
         for ratio, (way, selection) in itertools.product(ratios, ways.items()):
-            if selection == "dithered" and method not in WITH_DITHERED:
-                continue
             layer = PatchSelector(ratio, 0, selection)
             kept = {name: judge.kept_by(one, layer) for name, one in of_sets.items()}
             setting = f"keep {ratio:g}"
@@ -424,9 +419,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         material = open_material(args, Path(folder))
         rows = run(args, material, where)
-    stem = f"{NAME}_quick" if args.quick else NAME
-    args.output.mkdir(parents=True, exist_ok=True)
-    tables.conclude(stem, TITLE, rows, table(rows), goals(rows), plot(rows), args)
+    tables.conclude(NAME, TITLE, rows, table(rows), goals(rows), plot(rows), args)
 
 
 if __name__ == "__main__":

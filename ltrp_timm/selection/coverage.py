@@ -178,11 +178,11 @@ def select_stratified(scores: Tensor, k: int, grid_size: Tuple[int, int], cell: 
 def select_dithered(
     scores: Tensor, k: int, grid_size: Tuple[int, int], strength: float = 0.5
 ) -> Tensor:
-    """Keep many patches where scores are high, few where they are low: a printed picture's dots.
+    """Keep many patches where scores are high and few where they are low, like the dots of a print.
 
-    Neighbouring patches tell much the same. So the rank of each patch, from 0 to 1, is raised by
-    ``strength`` times a fixed pattern (Bayer's 4 x 4 matrix, from 0 to 15/16), and the best K stay:
-    instead of an edge, behind which nothing is kept, dots get rarer.
+    The rank of each patch, from 0 to 1, is raised by ``strength`` times a fixed pattern (Bayer's
+    4 x 4 matrix, from 0 to 15/16); the best K stay. So patches get rarer where scores fall, and no
+    region ends at an edge.
 
     Args:
         scores: (B, N), higher = keep first; equal ones share their rank, NaN is the lowest.
@@ -204,11 +204,6 @@ def select_dithered(
     _check_grid(scores, k, grid_size)
     if not 0.0 <= strength < math.inf:
         raise ValueError(f"strength must be at least 0 and finite, got {strength}.")
-    return select_top(dithered(scores, grid_size, strength), k)
-
-
-def dithered(scores: Tensor, grid_size: Tuple[int, int], strength: float) -> Tensor:
-    """Scores (B, N) -> their ranks plus the pattern, (B, N) float32, in whole steps of 1 / 2N."""
     row = torch.arange(grid_size[0], device=scores.device).unsqueeze(1)
     col = torch.arange(grid_size[1], device=scores.device)
     fine, coarse = _pattern_2x2(row % 2, col % 2), _pattern_2x2(row // 2 % 2, col // 2 % 2)
@@ -217,7 +212,7 @@ def dithered(scores: Tensor, grid_size: Tuple[int, int], strength: float) -> Ten
     wide = scores if scores.element_size() > 4 else scores.float()
     places = places_in_order(torch.nan_to_num(wide, nan=-3.4028234663852886e38))
     # whole numbers: equal sums tie on every device
-    return places.float() + pattern.round()
+    return select_top(places.float() + pattern.round(), k)
 
 
 def _pattern_2x2(row: Tensor, col: Tensor) -> Tensor:

@@ -152,6 +152,14 @@ class Probes:
         votes.scatter_add_(1, self.known_labels[close.indices], close.values.exp())
         return (votes.argmax(1) == labels.int().argmax(1)).double().numpy()
 
+    def accuracies(self, encoded: Encoded, pictures: Any) -> dict[str, np.ndarray]:
+        """What is right of each picture with one object, by measure."""
+        return {
+            "linear": self.classes_right(encoded, pictures.labels),
+            "neighbours": self.neighbours_right(encoded, pictures.labels),
+            "retrieval": retrieved(encoded, pictures.objects),
+        }
+
     def precision(self, encoded: Encoded, labels: Tensor) -> np.ndarray:
         """For each picture with several objects the average precision of its ranked classes."""
         from sklearn.metrics import average_precision_score
@@ -233,3 +241,9 @@ def interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[flo
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
+
+
+def columns(name: str, values: tuple[float, float, float] | None) -> dict[str, Any]:
+    """A figure and its interval as columns of a row; empty for None."""
+    figures = ("", "", "") if values is None else tuple(round(float(v), 4) for v in values)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), figures))
