@@ -183,6 +183,8 @@ def test_dithered_thins_out_instead_of_ending_at_an_edge() -> None:
     assert set((even // 16 % 2 * 2 + even % 2).tolist()) == {2}
     nothing = torch.tensor([[torch.nan, -torch.inf, 1.0, torch.inf]])
     assert select_dithered(nothing, 2, (1, 4), 0.0).tolist() == [[2, 3]]
+    below_zero = torch.tensor([[torch.nan, -3.0, -2.0, -1.0]])
+    assert select_dithered(below_zero, 3, (1, 4), 0.0).tolist() == [[1, 2, 3]]
     close = 1.0 + 1e-12 * torch.arange(4, dtype=torch.float64)  # equal in float32
     for scores in (close, (close * 1e12).long(), torch.arange(4.0).half()):
         assert select_dithered(scores[None], 2, (2, 2), 0.0).tolist() == [[2, 3]]

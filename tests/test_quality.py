@@ -76,6 +76,12 @@ def test_probes_find_classes_of_other_pictures() -> None:
     assert probes.classes_right(new, labels[20:]).mean() >= 0.9
     assert probes.classes_right(new, ~labels[20:]).mean() <= 0.1
     assert probes.neighbours_right(new, labels[20:]).mean() >= 0.9
+    # each picture of an object of its own: nothing can be retrieved
+    alone = SimpleNamespace(labels=labels[20:], objects=torch.arange(20))
+    right = {name: values.mean() for name, values in probes.accuracies(new, alone).items()}
+    assert right["linear"] >= 0.9
+    assert right["neighbours"] >= 0.9
+    assert right["retrieval"] == 0
 
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
