@@ -381,6 +381,7 @@ def test_a_stream_with_labels(tmp_path: Path) -> None:
     ("change", "error", "text"),
     [
         ({"data": "missing"}, FileNotFoundError, "missing does not exist"),
+        ({"data": 3}, TypeError, "data must be a path, a name or a torch data set, got int"),
         ({"num_classes": 5}, ValueError, r"num_classes is 5, but .* has 3 classes"),
         ({"data": "hollow"}, ValueError, r"1 class has no image in .*hollow.*: void"),
         ({"data": "flat"}, ValueError, "has no folder for each class"),

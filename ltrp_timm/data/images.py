@@ -56,9 +56,13 @@ def open_dataset(
     Raises:
         FileNotFoundError: ``data`` does not exist.
         ValueError: The data set holds no image, or timm cannot read it.
+        TypeError: ``data`` is none of these.
         ImportError: The package behind a prefix is not installed.
     """
     if not isinstance(data, (str, os.PathLike)):
+        if not hasattr(data, "__len__") and not hasattr(data, "__iter__"):
+            got = type(data).__name__
+            raise TypeError(f"data must be a path, a name or a torch data set, got {got}.")
         return data
     text, named = str(data), check_data(data)
     prefix = text.partition("/")[0].lower()
