@@ -22,7 +22,7 @@ import ltrp_timm
 from ltrp_timm import drop_patches, num_keep
 from ltrp_timm.commands import main
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.open_model import open_model
+from ltrp_timm.models.open_model import open_model, with_front_end
 from ltrp_timm.selection.cells import CellGrid, TokenLayout
 from ltrp_timm.train.recipe import Recipe as FinetuneRecipe
 from ltrp_timm.visualize import token_picture
@@ -626,6 +626,26 @@ def test_another_rest_for_a_model(tmp_path: Path) -> None:
     ltrp_timm.save_pretrained(coarse, tmp_path / "coarse")
     back, _ = open_model(f"local-dir:{tmp_path / 'coarse'}", rest="drop")
     assert torch.equal(back(images), model(images))
+
+
+def test_other_settings_of_a_model_stay() -> None:
+    def settings(front: dict[str, Any], **args: Any) -> dict[str, Any]:
+        backbone = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64)
+        model = drop_patches(backbone, "pixel_std", 0.5, **args)
+        if model.rest == "drop":
+            model.calibrate(torch.rand(4, 3, 64, 64), 0.4)
+        return with_front_end(model, front).settings()
+
+    coarse = {"rest": "coarse", "scales": (1, 2, 4), "size_bias": 0.25}
+    for front in ({"size_bias": 1.0}, {"scales": (1, 2)}, {"rest": "coarse"}):
+        found = settings(front, **coarse)
+        assert {name: found[name] for name in coarse} == {**coarse, **front}
+    dropping = settings({"rest": "drop"}, fill="nearest")
+    assert (dropping["fill"], dropping["budget"]["mean_keep_ratio"]) == ("nearest", 0.4)
+    other = settings({"rest": "coarse"}, fill="nearest")
+    assert (other["fill"], other["keep_ratio"], "budget" in other) == ("zeros", 0.4, False)
+    other = settings({"rest": "drop"}, **coarse)
+    assert not {"rest", "scales", "size_bias"} & set(other)
 
 
 def test_fine_tuning_and_scores_of_an_index_cache() -> None:

@@ -115,7 +115,8 @@ def open_model(
 def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
     """Drop patches from a model with these settings; all its other settings stay.
 
-    Another ranker ends an adaptive budget: its mean becomes the ``keep_ratio``.
+    Another ranker, or another ``rest``, ends an adaptive budget: its mean becomes the
+    ``keep_ratio``.
     """
     if not isinstance(found, LTRPModel):
         return drop_patches(found, **front)
@@ -123,13 +124,15 @@ def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
     if coarse or ranker:
         name = front.get("ranker") or getattr(found.ranker, "name", "")
         own = {**found.settings(), "validate": found.validate}
-        if coarse:  # fixed when a model is built
+        other = front.get("rest", found.rest) != found.rest
+        if other:  # these go with one of the two
             own = {key: own[key] for key in own if key not in ("scales", "size_bias", "fill")}
         if not ranker:
             name = found.ranker
         if front.get("selection", found.selection) != found.selection:
             own.pop("selection_args")
-        own.pop("budget", None)  # its level belongs to the scores of the old ranker
+        if ranker or other:
+            own.pop("budget", None)  # its level belongs to the scores of the old ranker
         pruned = drop_patches(found.restore(), **{**own, **front, "ranker": name})
         # the same registered model, with the same classes
         pruned.pretrained_cfg = pruned.default_cfg = found.pretrained_cfg
