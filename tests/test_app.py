@@ -77,6 +77,16 @@ def test_time_is_measured_for_who_stays(viewer: Viewer) -> None:
     assert viewer.measure("me", *request()) is None  # the visitor has moved on
 
 
+def test_visitors_of_long_ago_are_forgotten(
+    viewer: Viewer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "MOST_VISITORS", 2)
+    for visitor in ("first", "second", "first", "third"):
+        viewer.look(visitor, *request())
+    assert list(viewer._latest)[-2:] == ["first", "third"]
+    assert "second" not in viewer._latest
+
+
 def test_who_moves_on_meanwhile_gets_no_old_time(
     viewer: Viewer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

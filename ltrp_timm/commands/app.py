@@ -41,6 +41,7 @@ BACKBONES = (
     *("deit3_small_patch16_224", "beitv2_base_patch16_224", "vit_small_patch16_dinov3"),
 )
 OWN = "the model's"  # in the list of rankers
+MOST_VISITORS = 1000  # whose requests are remembered
 _PAUSE = 0.3  # seconds without a change before time is measured
 _ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 _CSS = """
@@ -113,7 +114,10 @@ class Viewer:
             Score map, kept patches, number of tokens and classes; the latter two as HTML. In case
             of an error the last is a sentence, and there is nothing else.
         """
+        self._latest.pop(visitor, None)
         self._latest[visitor] = chosen
+        if len(self._latest) > MOST_VISITORS:  # forget who has been away for longest
+            del self._latest[next(iter(self._latest))]
         try:
             with self._ready(*chosen) as (model, photo, names, note):
                 return self._view(model, photo, names, note)
