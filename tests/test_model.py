@@ -301,6 +301,27 @@ def test_a_model_filled_from_the_meta_device(backbone_of: Callable[..., Any]) ->
             assert torch.equal(empty.patch_scores(images), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family", ["beit", "beit_shared", "relpos", "eva02", "dinov3", "rope_mixed"]
+)
+def test_loading_computes_what_no_checkpoint_holds(
+    family: str, backbone_of: Callable[..., Any]
+) -> None:
+    backbone, images = backbone_of(family)
+    model = drop_patches(awaken(backbone))
+    empty = copy.deepcopy(model)
+    held = set(empty.state_dict())
+    for name, buffer in empty.named_buffers():
+        if name not in held:  # as empty memory may be
+            buffer.zero_()
+    assert not torch.equal(empty(images), model(images))
+    empty.load_state_dict(model.state_dict())
+    for ratio in (0.5, 1.0):
+        empty.keep_ratio = model.keep_ratio = ratio
+        assert torch.equal(empty(images), model(images))
+
+
 @records_arguments
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["vit", "beit", "beit_shared", "relpos", "dinov3"])

@@ -1,6 +1,6 @@
 """Images for a ranker from those of a backbone, score maps on its patch grid, sizes of both."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -37,26 +37,10 @@ def resize_score_map(scores: Tensor, h: int, w: int) -> Tensor:
 torch.fx.wrap("resize_images")
 
 
-class ComputedBuffers(nn.Module):
-    """A module with buffers that it computes from its settings; no checkpoint has them."""
-
-    def buffer_values(self, device: Any = None) -> Dict[str, Tensor]:
-        """The buffers by name, computed on a device."""
-        raise NotImplementedError
-
-    @torch.jit.ignore
-    def init_non_persistent_buffers(self, device: Any = None) -> None:
-        """Compute the buffers again, in their dtype; timm calls this after the meta device.
-
-        ``device`` is where they go; None leaves them where they are.
-        """
-        own = next(self.buffers())
-        for name, value in self.buffer_values(device or own.device).items():
-            setattr(self, name, value.to(own.dtype))
-
-
-class InputBridge(ComputedBuffers):
+class InputBridge(nn.Module):
     """Images normalised for a backbone -> the same images normalised and sized for a ranker.
+
+    Its buffers are computed from its settings; no checkpoint has them.
 
     Args:
         source: (mean, std) of the incoming images, for pixels in [0, 1].
@@ -90,10 +74,16 @@ class InputBridge(ComputedBuffers):
         self.register_buffer("shift", empty.clone(), persistent=False)
         self.init_non_persistent_buffers()
 
-    def buffer_values(self, device: Any = None) -> Dict[str, Tensor]:
-        """Factors and offsets (1, C, 1, 1) of the channels."""
-        values = {"scale": self._scale, "shift": self._shift}
-        return {n: torch.tensor(v, device=device).view(1, -1, 1, 1) for n, v in values.items()}
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self, device: Any = None) -> None:
+        """Compute the buffers again, in their dtype; timm calls this after the meta device.
+
+        ``device`` is where they go; None leaves them where they are.
+        """
+        for name, values in {"scale": self._scale, "shift": self._shift}.items():
+            own = getattr(self, name)
+            value = torch.tensor(values, device=device or own.device).view(1, -1, 1, 1)
+            setattr(self, name, value.to(own.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""

@@ -10,11 +10,10 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.layers import PatchEmbed, RelPosBias, RelPosMlp
-from timm.models.beit import Attention, Beit, RelativePositionBias, gen_relative_position_index
+from timm.models.beit import Attention, Beit, RelativePositionBias
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from ltrp_timm.layers.bridge import ComputedBuffers
 from ltrp_timm.selection.rules import token_indices
 from ltrp_timm.slots.base import (
     SlotAdapter,
@@ -38,39 +37,31 @@ def kept_pairs(pair_index: Tensor, keep_indices: Tensor) -> Tensor:
 torch.fx.wrap("kept_pairs")
 
 
-class PairIndexSlot(ComputedBuffers):
-    """Stands at ``rel_pos_bias`` of a BEiT with one table per block, for a grid (h, w)."""
+class KeepIndexSlot(nn.Module):
+    """Stands at the shared bias of a model with one bias per block."""
 
     keep_indices: Optional[Tensor]
-    pair_index: Tensor
 
-    def __init__(self, window_size: Tuple[int, int], device: Any = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.keep_indices = None
-        self._window_size = window_size
-        self.register_buffer("pair_index", None, persistent=False)
-        self.pair_index = self.buffer_values(device)["pair_index"]
-
-    def buffer_values(self, device: Any = None) -> Dict[str, Tensor]:
-        """timm's index (1 + N, 1 + N) of all pairs."""
-        return {"pair_index": gen_relative_position_index(self._window_size, device=device)}
 
     def set_window_size(self, window_size: Tuple[int, int]) -> None:
-        """Follow the backbone to another patch grid; timm calls this."""
-        self._window_size = window_size
-        self.init_non_persistent_buffers()
+        """Do nothing: timm calls this for a new patch grid, on which indices do not depend."""
+
+    def get_bias(self) -> Optional[Tensor]:
+        """The keep indices (B, K), for the blocks; None when all stay."""
+        keep = self.keep_indices
+        self.keep_indices = None
+        return keep
 
     def forward(self) -> Optional[Tensor]:
-        """The pair index (B, 1 + K, 1 + K) of the kept patches; None when all stay."""
-        keep = self.keep_indices
-        if keep is None:
-            return None
-        self.keep_indices = None
-        return kept_pairs(self.pair_index, keep)
+        """As ``get_bias``, which BEiT calls by the module."""
+        return self.get_bias()
 
 
 class PairAttention(Attention):
-    """timm's BEiT attention; the pair index to look its bias up arrives as an argument."""
+    """timm's BEiT attention; it looks its bias up by the keep indices that it receives."""
 
     _timm_forward = renamed(Attention.forward, "_timm_forward")
 
@@ -80,11 +71,11 @@ class PairAttention(Attention):
         return table.new_zeros(1, 1, 1, 1)
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Optional[Tensor] = None) -> Tensor:
-        """Tokens (B, L, D), pair index (B, L, L) or None for all pairs -> (B, L, D)."""
+        """Tokens (B, L, D), keep_indices (B, K) or None for all patches -> (B, L, D)."""
         if shared_rel_pos_bias is None:
             pairs = self.relative_position_index.unsqueeze(0)
         else:
-            pairs = shared_rel_pos_bias
+            pairs = kept_pairs(self.relative_position_index, shared_rel_pos_bias)
         bias = self.relative_position_bias_table[pairs].permute(0, 3, 1, 2).contiguous()
         return self._timm_forward(x, bias)
 
@@ -117,12 +108,10 @@ class BeitAdapter(SlotAdapter):
         found: Dict[str, nn.Module] = {
             "pos_drop": TokenSlotWithDropout(backbone.num_prefix_tokens, backbone.pos_drop.p)
         }
-        first = backbone.blocks[0].attn
         if backbone.rel_pos_bias is not None:
             found["rel_pos_bias"] = as_slot(backbone.rel_pos_bias, SharedBiasSlot)
-        elif first.relative_position_bias_table is not None:
-            device = first.relative_position_index.device
-            found["rel_pos_bias"] = PairIndexSlot(first.window_size, device)
+        elif backbone.blocks[0].attn.relative_position_bias_table is not None:
+            found["rel_pos_bias"] = KeepIndexSlot()
             for i, block in enumerate(backbone.blocks):
                 found[f"blocks.{i}.attn"] = as_kind(block.attn, PairAttention)
         return found
@@ -180,25 +169,6 @@ class RelPosMlpSlot(BiasSlot, RelPosMlp):
 
 
 SLOTS = {RelPosBias: RelPosBiasSlot, RelPosMlp: RelPosMlpSlot}
-
-
-class KeepIndexSlot(nn.Module):
-    """Stands at ``shared_rel_pos`` of a model with one bias per block."""
-
-    keep_indices: Optional[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keep_indices = None
-
-    def set_window_size(self, window_size: Tuple[int, int]) -> None:
-        """Do nothing: timm calls this for a new patch grid, on which indices do not depend."""
-
-    def get_bias(self) -> Optional[Tensor]:
-        """The keep indices (B, K), for the blocks; None when all stay."""
-        keep = self.keep_indices
-        self.keep_indices = None
-        return keep
 
 
 class KeptPairsAttention(RelPosAttention):
