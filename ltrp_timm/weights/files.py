@@ -150,9 +150,7 @@ def locate(
     patterns = [CONFIG_NAME, *WEIGHT_NAMES[:2], "model-*.safetensors", *optional]
     cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
-        return hub.download(
-            found[0], patterns, [(CONFIG_NAME,), WEIGHT_NAMES], found[1], cache, token
-        )
+        return hub.download(found[0], patterns, WEIGHT_NAMES, found[1], cache, token)
     except OSError as error:
         if named:
             raise

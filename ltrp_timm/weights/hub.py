@@ -7,7 +7,9 @@ HF_TOKEN.
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -47,53 +49,32 @@ def split_repository(name: str) -> tuple[str, str | None] | None:
 def download(
     repository: str,
     patterns: Sequence[str],
-    required: Sequence[tuple[str, ...]],
+    weights: Sequence[str],
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Download files of one commit of a repository into the cache; errors as of ``hub_errors``.
+    """Download config.json and weights of one commit; returns their folder in the cache.
 
-    Args:
-        repository: ``owner/name``.
-        patterns: names or patterns of the files.
-        required: names of which the repository must hold one; the last of them is downloaded only
-            if the others are missing.
-        revision: branch, tag or commit; None is the main branch.
-        cache_dir: as in huggingface_hub.
-        token: as in huggingface_hub.
-
-    Returns:
-        The folder of the files.
+    The last of the files ``weights`` is downloaded only if the others are missing. Errors are as of
+    ``hub_errors``.
     """
-    offline = constants.HF_HUB_OFFLINE
-
-    def pull(patterns: Sequence[str], revision: str | None) -> Path:
-        folder = huggingface_hub.snapshot_download(
-            repository,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=offline,
-            allow_patterns=list(patterns),
-            library_name="ltrp-timm",
-        )
-        return Path(folder)
-
-    def missing(folder: Path) -> list[tuple[str, ...]]:
-        return [names for names in required if not any((folder / n).is_file() for n in names)]
-
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "library_name": "ltrp-timm"}
+    pull = partial(huggingface_hub.snapshot_download, repository, **options)
+    offline, wanted, commit = constants.HF_HUB_OFFLINE, list(patterns), revision
     with hub_errors(repository, revision):
-        folder = pull(patterns, revision)
-        if missing(folder):  # in the same commit
-            folder = pull([*patterns, *(names[-1] for names in missing(folder))], folder.name)
-    for names in missing(folder):
-        at = repository if revision is None else f"{repository}@{revision}"
-        raise FileNotFoundError(
-            _not_cached(at, f"the {names[0]} of ")
-            if offline
-            else f"{at} on the Hub holds no {' or '.join(names)}: check its name."
-        )
+        for last in ([], [weights[-1]]):  # in the same commit
+            folder = Path(
+                pull(revision=commit, allow_patterns=wanted + last, local_files_only=offline)
+            )
+            commit = folder.name
+            if any((folder / name).is_file() for name in weights):
+                break
+    for names in (("config.json",), weights):
+        if not any((folder / name).is_file() for name in names):
+            at = repository if revision is None else f"{repository}@{revision}"
+            text = f"{at} on the Hub holds no {' or '.join(names)}: check its name."
+            raise FileNotFoundError(_not_cached(at, f"the {names[0]} of ") if offline else text)
     return folder
 
 
