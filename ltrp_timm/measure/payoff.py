@@ -81,11 +81,13 @@ def ideal(full: Any, kept: int) -> Any:
     for a family whose blocks need the indices of the tokens (relative position bias, NaFlexViT).
     """
     adapter = find_adapter(full)
-    if adapter.first_kind is None:
+    if len(adapter.places) > 1:
         return None
     model = twin(full)
-    prefix = model.num_prefix_tokens if adapter.prefix_in_blocks else 0
-    setattr(model, adapter.places[0], adapter.first_kind(prefix, kept))
+    slot: Any = adapter.modules(model)[adapter.places[0]].train(model.training)
+    length, first = slot.num_prefix_tokens + kept, torch.arange(kept)
+    slot.take = lambda x: (x[:, :length].contiguous(), first.to(x.device).expand(len(x), -1))
+    setattr(model, adapter.places[0], slot)
     embed = adapter.embed_of(model)
     if can_embed_kept(embed):
         embed = as_slot(embed, FirstPatchEmbed)

@@ -317,8 +317,6 @@ class SlotAdapter(ABC):
         places: attributes of the backbone where slots stand, the tokens' slot first.
         patch_embed: attribute of the module that cuts images into patches.
         prefix_in_blocks: whether the sequence has prefix tokens while the blocks run.
-        first_kind: a module for ``places[0]`` that keeps the prefix and the first K patches, for
-            timing; None where dropping patches changes more than the tokens.
         coarse: how the family takes tokens of several scales: an adapter, or why it cannot.
     """
 
@@ -327,7 +325,6 @@ class SlotAdapter(ABC):
     places: Tuple[str, ...]
     patch_embed: str = "patch_embed"
     prefix_in_blocks: bool = True
-    first_kind: Optional[Callable[[int, int], nn.Module]] = None
     coarse: Union["SlotAdapter", str] = "its position bias has one entry for each pair of patches"
 
     @abstractmethod

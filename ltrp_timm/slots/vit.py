@@ -4,10 +4,8 @@ timm drops patches of ViT and Eva in a place made for it, ``patch_drop``; Eva ga
 embedding itself. CaiT has no ``patch_drop``, and no class token where it adds positions.
 """
 
-from functools import partial
-from typing import Any, Callable, Dict, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
-import torch
 from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -33,21 +31,6 @@ class TokenSlotWithIndices(TokenSlot):
         return self.take(x)
 
 
-class FirstTokens(nn.Module):
-    """Keeps the prefix tokens and the first K patches: a selection that costs nothing."""
-
-    def __init__(self, num_prefix_tokens: int, k: int, with_indices: bool = False) -> None:
-        super().__init__()
-        self.length, self.k, self.with_indices = num_prefix_tokens + k, k, with_indices
-
-    def forward(self, x: Tensor) -> Any:
-        """Tokens (B, P + N, D) -> (B, P + K, D); for an Eva also the indices (B, K)."""
-        kept = x[:, : self.length].contiguous()
-        if not self.with_indices:
-            return kept
-        return kept, torch.arange(self.k, device=x.device).expand(x.shape[0], -1)
-
-
 class VitAdapter(SlotAdapter):
     """Every model of timm's VisionTransformer class and its subclasses."""
 
@@ -55,7 +38,6 @@ class VitAdapter(SlotAdapter):
     host = VisionTransformer
     places: Tuple[str, ...] = ("patch_drop",)
     slot: Type[TokenSlot] = TokenSlot
-    first_kind: Callable[[int, int], nn.Module] = FirstTokens
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot."""
@@ -72,7 +54,6 @@ class EvaAdapter(VitAdapter):
     family = "Eva"
     host = Eva
     slot: Type[TokenSlot] = TokenSlotWithIndices
-    first_kind = partial(FirstTokens, with_indices=True)
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
         """The tokens' slot, which also returns the indices."""
@@ -117,7 +98,6 @@ class CaitAdapter(SlotAdapter):
     host = Cait
     places = ("pos_drop",)
     prefix_in_blocks = False
-    first_kind = FirstTokens
     coarse = "its attention takes no mask for the sizes of tokens"
 
     def modules(self, backbone: Any) -> Dict[str, nn.Module]:
