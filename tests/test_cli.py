@@ -75,7 +75,7 @@ def test_demo_on_its_own_photos(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row[0] for row in times] == ["0.7", "0.33", "0.25"]
     assert all(float(cell) > 0 for row in times for cell in row)
     assert "1 (full)" in out
-    assert "ideal: given keep_indices, no ranking" in out
+    assert "no ranking: patches are given" in out
     assert "top-1" not in out  # of random weights
     with Image.open("ltrp_demo.png") as picture:
         assert picture.format == "PNG"

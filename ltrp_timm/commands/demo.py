@@ -32,7 +32,7 @@ from ltrp_timm.visualize import KEEP_RATIOS, keeping, overview, stack_rows, to_t
 from ltrp_timm.weights.files import write_atomically
 
 DEFAULT_OUTPUT = "ltrp_demo.png"
-VARIANTS = ("ideal", "pruned", "coarse")
+VARIANTS = ("no ranking", "pruned", "coarse")
 PHOTOS = ("astronaut", "chelsea", "coffee")  # real photos inside the package scikit-image
 
 
@@ -178,7 +178,7 @@ def _measure(
         for ratio in keep_ratios:
             with keeping(model, ratio):
                 keep = model.keep_indices(x)
-            fns[f"ideal {ratio}"] = partial(model, x, keep_indices=keep)
+            fns[f"no ranking {ratio}"] = partial(model, x, keep_indices=keep)
             fns[f"pruned {ratio}"] = partial(pruned, model, ratio)
             if coarse is not None and CellGrid(coarse.patch_grid).pays(ratio):
                 fns[f"coarse {ratio}"] = partial(pruned, coarse, ratio)
@@ -189,13 +189,13 @@ def _print_times(times: dict[str, Timing], keep_ratios: Sequence[float], coarse:
     full = times["full"]
     rounds, count = len(full.seconds), torch.get_num_threads()
     say(f"\ntime of one image: CPU, {count} thread(s), float32, median of {rounds} round(s)")
-    say(f"  {'keep':<10}{'ideal':<34}{'pruned':<34}{'coarse rest' if coarse else ''}".rstrip())
+    say(f"  {'keep':<10}{'no ranking':<34}{'pruned':<34}{'coarse rest' if coarse else ''}".rstrip())
     say(f"  {'1 (full)':<10}{1e3 * full.median:.1f} ms")
     for ratio in keep_ratios:
         found = [times.get(f"{kind} {ratio}") for kind in VARIANTS]
         texts = ["" if time is None else f"{time_and_gain(time, full):<34}" for time in found]
         say(f"  {ratio:<10g}{''.join(texts)}".rstrip())
-    say("  full: the plain backbone; ideal: given keep_indices, no ranking; pruned: with ranking")
+    say("  full: the plain backbone; no ranking: patches are given; pruned: with ranking")
     if coarse:
         say("  coarse rest: with ranking; weak cells of 2x2 patches are tokens of half resolution")
     say("  1.23x: speed-up over the full model (lower to upper quartile)")
