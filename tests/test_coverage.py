@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltrp_timm import dpc_knn, select_dithered, select_mixed, select_stratified, select_top
 from ltrp_timm.selection import coverage
-from ltrp_timm.selection.coverage import patch_pixels, smallest, squared_distances
+from ltrp_timm.selection.coverage import patch_pixels, squared_distances
 
 DATA = load_file(Path(__file__).parent / "data" / "d_select_small.safetensors")
 
@@ -37,14 +37,6 @@ def test_distances_by_hand() -> None:
     assert torch.allclose(squared_distances(pixels()).sqrt(), published, atol=2e-3)
     off = ~torch.eye(64, dtype=torch.bool)
     assert torch.allclose(squared_distances(pixels()).sqrt()[:, off], published[:, off], atol=2e-5)
-
-
-@pytest.mark.parametrize("columns", [1, 5, 64, 70, 71, 200])
-@pytest.mark.parametrize("k", [1, 5])
-def test_smallest_of_each_row(columns: int, k: int) -> None:
-    values = torch.randint(0, 9, (2, 30, columns)).float()
-    k = min(k, columns)
-    assert torch.equal(smallest(values, k).sort(2)[0], values.sort(2)[0][:, :, :k])
 
 
 @pytest.mark.parametrize("k", [16, 32, 48])

@@ -43,23 +43,6 @@ def squared_distances(tokens: Tensor) -> Tensor:
     return distances.masked_fill(same, 0.0)
 
 
-def smallest(values: Tensor, k: int, group: int = 7) -> Tensor:
-    """The k smallest values of each row (B, N, M) -> (B, N, k), unordered.
-
-    They lie in the k groups of columns with the smallest minima: searching only those takes about
-    half the time of ``topk`` over whole rows on a CPU.
-    """
-    batch, rows, columns = values.shape
-    groups = -(-columns // group)
-    if groups <= 2 * k:
-        return values.topk(k, dim=2, largest=False, sorted=False)[0]
-    padded = F.pad(values, [0, groups * group - columns], value=math.inf)
-    grouped = padded.reshape(batch, rows, groups, group)
-    near = grouped.amin(dim=3).topk(k, dim=2, largest=False, sorted=False)[1]
-    near = near.unsqueeze(3).expand(-1, -1, -1, group)
-    return grouped.gather(2, near).flatten(2).topk(k, dim=2, largest=False, sorted=False)[0]
-
-
 def density_peaks(distances: Tensor, k: int) -> Tensor:
     """Squared distances (B, N, N) -> (B, N) float32: how well each patch represents a cluster.
 
@@ -68,7 +51,8 @@ def density_peaks(distances: Tensor, k: int) -> Tensor:
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
-    density = torch.exp(-smallest(distances, min(k, distances.shape[1])).mean(dim=2))
+    nearest = distances.topk(min(k, distances.shape[1]), dim=2, largest=False, sorted=False)[0]
+    density = torch.exp(-nearest.mean(dim=2))
     not_denser = density.unsqueeze(1) <= density.unsqueeze(2)  # [b, i, j]: j is not denser than i
     nearest_denser = distances.masked_fill(not_denser, math.inf).amin(dim=2)
     largest = distances.flatten(1).amax(dim=1, keepdim=True)  # of the densest patch
