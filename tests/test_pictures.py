@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from timm.data import IterableImageDataset
+from timm.data import IterableImageDataset, get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 from train_setup import make_photos
 
-from ltrp_timm.data.images import ImageFiles, Images, find_images, open_dataset
+from ltrp_timm.data.images import IMAGE_ENDINGS, ImageFiles, Images, find_images, open_dataset
 from ltrp_timm.data.keyed import KeyedImages, KeyedStream
+from ltrp_timm.data.labels import open_labelled
 from ltrp_timm.data.multi_label import open_multi_label
 from ltrp_timm.data.photos import load_image
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
@@ -279,6 +280,29 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"pipe\.png: is not a regular file\.$"):
             Images(source).read_item(1)
+
+
+def test_folders_archives_and_rank_look_for_the_same_endings(tmp_path: Path) -> None:
+    folder, before = tmp_path / "set", get_img_extensions()
+    for name in ("web", "phone"):
+        (folder / name).mkdir(parents=True)
+    expected = {f"web/{number}{ending}" for number, ending in enumerate(IMAGE_ENDINGS)}
+    expected |= {"phone/a.HEIC.WEBP", "phone/b.TIFF"}
+    for name in (*expected, "web/.hidden.webp", "web/notes.txt", "web/webp"):
+        (folder / name).touch()
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(folder, "set")
+    assert set(find_images([str(folder)])[1]) == expected
+    for data in (folder, tmp_path / "set.tar"):
+        images = open_labelled(data)
+        found = {images.name(index).removeprefix("set/") for index in range(len(images))}
+        assert found == expected, data
+        assert (images.class_names, images.empty) == (("phone", "web"), [])
+        assert images.numbers() == [0] * 2 + [1] * len(IMAGE_ENDINGS)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"Found 0 images .*\.webp"):
+        open_dataset(tmp_path / "none")
+    assert get_img_extensions() == before
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:

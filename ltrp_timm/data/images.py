@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import add_img_extensions, create_dataset, get_img_extensions, set_img_extensions
 from torch.utils.data import Subset
 from torchvision.datasets.folder import default_loader
 
@@ -28,7 +28,9 @@ _SPLITS = (
 )
 _SYSTEM = "@eaDir|@__thumb|__MACOSX|#recycle|\\$RECYCLE.BIN|lost\\+found|System Volume Information"
 _HIDDEN = re.compile(rf"(^|[\\/])(\.[^.\\/]|({_SYSTEM})([\\/]|$))")
-_SUFFIX = re.compile(r"\.(jpe?g|png|webp|bmp|gif|tiff?|ppm|pgm|avif)", re.IGNORECASE)
+IMAGE_ENDINGS = (  # in any case
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
+)
 
 
 def open_dataset(
@@ -46,7 +48,7 @@ def open_dataset(
 
     ``load_image`` sees the orientation, bit depth and transparency of every image; only ``tfds/``
     drops them when it decodes. Hidden files and folders, and those of file systems such as
-    ``@eaDir``, are skipped in folders and archives.
+    ``@eaDir``, are skipped in folders and archives; so are files without one of ``IMAGE_ENDINGS``.
 
     ``data`` is a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
     ``tfds/…``, ``torch/…``, ``wds/…``, or a torch data set of pictures. The other arguments are
@@ -74,7 +76,9 @@ def open_dataset(
         extra["target_key"] = target_key or input_key or "image"  # it need not have labels
     if named and num_samples:
         extra["num_samples"] = num_samples
+    known = get_img_extensions()
     try:
+        add_img_extensions(IMAGE_ENDINGS)  # timm's readers look for these while they are made
         dataset = create_dataset(
             text if named else "",
             root=root if named else folder,
@@ -96,6 +100,8 @@ def open_dataset(
         ) from error
     except Exception as error:  # timm and what it calls raise anything, AssertionError included
         raise ValueError(f"{text} cannot be read as a data set: {one_line(error)}") from error
+    finally:
+        set_img_extensions(known)
 
 
 def split_folder(root: str, split: str) -> str:
@@ -252,7 +258,7 @@ class ImageFiles:
 def find_images(
     inputs: Sequence[str], leave_out: Sequence[str | os.PathLike[str]] = ()
 ) -> tuple[Path, list[str], list[str]]:
-    """Find images below folders, by their suffix, and files by their name, each once.
+    """Find images below folders, by ``IMAGE_ENDINGS``, and files by their name, each once.
 
     What ``is_hidden`` is skipped, and so are the folders ``leave_out``; links to folders are not
     followed.
@@ -287,7 +293,7 @@ def _walk(folder: str, skipped: set[str]) -> Iterator[str]:
             if not is_hidden(name) and os.path.join(place, name) not in skipped
         ]
         for name in files:
-            if _SUFFIX.fullmatch(os.path.splitext(name)[1]) and not is_hidden(name):
+            if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and not is_hidden(name):
                 yield os.path.join(place, name)
 
 

@@ -21,7 +21,7 @@ from timm.utils import natural_key
 from torch import Tensor
 
 from ltrp_timm._text import first_names, one_line, printable
-from ltrp_timm.data.images import ImageFiles, Images
+from ltrp_timm.data.images import IMAGE_ENDINGS, ImageFiles, Images
 from ltrp_timm.data.labels import (
     ClassData,
     count_classes,
@@ -232,7 +232,7 @@ def _read_csv(text: str) -> LabelTable:
 def _check_header(header: Sequence[str], files: Sequence[str]) -> None:
     """Check that the first line is no image: it would be lost, and its cells become classes."""
     first, *endings = (PurePosixPath(file.lower()).suffix for file in (header[0], *files))
-    if (first and first in (".jpg", ".jpeg", ".png", *endings)) or set(header[1:]) <= {"0", "1"}:
+    if (first and first in (*IMAGE_ENDINGS, *endings)) or set(header[1:]) <= {"0", "1"}:
         raise ValueError(
             f"line 1 must be a header, image,labels or image,CLASS,…, got {','.join(header)}."
         )
