@@ -159,6 +159,45 @@ def test_a_card_takes_the_accuracies(here: Path, capsys: pytest.CaptureFixture[s
         save_pretrained(create_ranker("conv", pretrained=True), "ranker", evaluation="out")
 
 
+def test_a_card_takes_no_accuracies_of_another_model(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("-o", "out", "--keep-ratio", "1", "0.5", "--precision", "bf16") == 2  # bad.png
+    again: dict[str, Any] = {"directory": "again", "overwrite": True, "evaluation": "out"}
+    model = load()
+    model.keep_ratio = 0.3
+    save_pretrained(model, **again)
+    changes: dict[str, Callable[[LTRPModel], Any]] = {
+        "weights_digest": lambda net: torch.nn.init.normal_(net.backbone.head.weight),
+        "input_size": lambda net: net.set_input_size((96, 96)),
+        "selection": lambda net: setattr(net, "selection", "dithered"),
+        "budget": lambda net: net.calibrate(torch.rand(4, 3, 64, 64), 0.5, "mass"),
+    }
+    for name, change in changes.items():
+        other = load()
+        change(other)
+        with pytest.raises(ValueError, match=f"of a model with {name} .*: evaluate this one"):
+            save_pretrained(other, **again)
+    other = drop_patches(load().restore(), create_ranker("border", img_size=(64, 64)))
+    with pytest.raises(ValueError, match="of a model with ranker_hash"):
+        save_pretrained(other, **again)
+    # a training's checkpoint: the average of its weights is measured and saved
+    weights = load().state_dict()
+    last = {name: tensor + 1 for name, tensor in weights.items()}
+    torch.save({"state_dict": last, "state_dict_ema": weights}, "last.pth.tar")
+    torch.save(last, "last.pth")
+    assert evaluate("--checkpoint", "last.pth.tar", "--keep-ratio", "1", "-o", "full") == 2
+    save = ["save", "local-dir:model", "-o", "again", "--overwrite", "--evaluation", "full"]
+    assert main([*save, "--checkpoint", "last.pth.tar", "--selection", "dithered"]) == 0
+    assert main([*save, "--checkpoint", "last.pth"]) == 2
+    assert "of a model with weights_digest" in capsys.readouterr().err
+    old = json.loads(Path("out/evaluate.json").read_text())
+    del old["weights_digest"]
+    Path("out/evaluate.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="does not say which weights were measured: evaluate"):
+        save_pretrained(model, **again)
+
+
 def test_the_smaller_image_is_in_the_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--keep-ratio", "1", "0.5", "0.25", "-o", "out", "--per-image", "--plot")
     assert evaluate("--smaller-image", *more) == 2  # bad.png

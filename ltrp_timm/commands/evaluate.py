@@ -40,7 +40,7 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.runtime.keyed_rng import HELD_OUT
 from ltrp_timm.runtime.world import World, join_world
 from ltrp_timm.scoring import CachedTransform
-from ltrp_timm.share.save import EVALUATION_NAME, TITLES
+from ltrp_timm.share.save import EVALUATION_NAME, TITLES, measured_with
 from ltrp_timm.train.engine import autocast
 from ltrp_timm.train.finetune import image_config
 from ltrp_timm.visualize import require_matplotlib
@@ -378,15 +378,10 @@ class Evaluation:
     def _conditions(self) -> Row:
         """What the figures depend on."""
         model, options, world = self.model, self.options, self.world
-        ranker = getattr(model, "ranker", None)
-        settings = model.settings() if isinstance(model, LTRPModel) else {}
         return {
             "model": options.model,
             "weights": self.weights or "random",
-            "ranker": ranker and getattr(ranker, "name", type(ranker).__name__),
-            "selection": getattr(model, "selection", None),
-            "rest": getattr(model, "rest", None),
-            **{name: settings[name] for name in ("scales", "size_bias") if name in settings},
+            **measured_with(model),
             "index_cache": options.index_cache is not None,
             "data": options.data,
             "split": options.split,

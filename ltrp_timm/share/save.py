@@ -24,6 +24,8 @@ from ltrp_timm.weights.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     PathLike,
+    digest,
+    ranker_hash,
     read_weights,
     save_weights,
     write_text,
@@ -39,6 +41,7 @@ TITLES = {
     **{"map": "mAP", "map_seen": "mAP seen", "map_unseen": "mAP unseen"},
 }
 _METRICS = {"top-1": "accuracy", "top-5": "top_5_accuracy", "mAP": "mean_average_precision"}
+_SETTINGS = ("selection", "selection_args", "rest", "scales", "size_bias", "budget")
 UNNAMED = "owner/name"  # the repository in cards that are not on the Hub
 NOT_STATED = "not stated"
 _RATIOS = (1.0, 0.75, 0.5, 0.25)
@@ -168,13 +171,12 @@ def _save(
 ) -> Path:
     stated, whole = check_card(model_card), isinstance(model, LTRPModel)
     ranker = model.ranker if whole else model
+    check_ranker(ranker, whole)
     if evaluation is not None:
         if not whole:
             raise ValueError("an evaluation goes with a whole model, not with a ranker alone.")
-        parts = {"ranker": getattr(ranker, "name", None), "selection": model.selection}
-        found = read_evaluation(evaluation, {**parts, "rest": model.rest})
+        found = read_evaluation(evaluation, measured_with(model))
         stated = check_card({**found, **(model_card or {})})
-    check_ranker(ranker, whole)
     origin = ranker.origin if ranker.learned else "none: it has no weights"
     card = {"ranker": origin, **stated}
     config = model_config(model) if whole else {"ranker": ranker.name, "args": ranker.config()}
@@ -293,11 +295,25 @@ def check_card(card: Mapping[str, Any] | None) -> dict[str, Any]:
     return out
 
 
+def measured_with(model: Any) -> dict[str, Any]:
+    """What the accuracy of a model depends on, as JSON has it: its weights, size and settings."""
+    if not isinstance(model, LTRPModel):
+        return {"weights_digest": digest(model.state_dict())}
+    settings = {"rest": model.rest, **model.settings()}
+    found = {
+        **{"ranker": model.ranker.name, "ranker_hash": ranker_hash(model.ranker)},
+        **{name: settings.get(name) for name in _SETTINGS},
+        "input_size": model.data_config()["input_size"],
+        "weights_digest": digest(model.backbone.state_dict()),
+    }
+    return dict(json.loads(json.dumps(found)))
+
+
 def read_evaluation(source: Any, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a card from evaluate.json or its folder: "evaluation_data", and "measured" in %.
 
-    ``made_with`` are the model's "ranker", "selection" and "rest"; ValueError if the evaluation is
-    of another model, or is none.
+    ``made_with`` is ``measured_with`` of the model; ValueError if the evaluation is of another
+    model, or is none.
     """
     path = Path(source)
     path = path / EVALUATION_NAME if path.is_dir() else path
@@ -313,10 +329,13 @@ def read_evaluation(source: Any, made_with: Mapping[str, Any]) -> dict[str, Any]
         data = str(found["data"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no {EVALUATION_NAME} of `ltrp-timm evaluate`.") from error
+    if "weights_digest" not in found:
+        raise ValueError(f"{path} does not say which weights were measured: evaluate again.")
+    always = ("weights_digest", "input_size")  # the full model has no other settings
     for name, value in made_with.items():
-        if any(ratio < 1 for ratio in measured) and found.get(name, value) != value:
+        if (name in always or min(measured, default=1) < 1) and found.get(name) != value:
             raise ValueError(
-                f"{path} is of a model with {name} {found[name]!r}, this one has {value!r}: "
+                f"{path} is of a model with {name} {found.get(name)!r}, this one has {value!r}: "
                 "evaluate this one."
             )
     data = data if re.match(r"\w+/", data) and not Path(data).exists() else Path(data).name
