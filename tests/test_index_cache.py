@@ -463,9 +463,31 @@ def test_a_split_and_an_archive_are_data_sets(here: Path) -> None:
         assert main(["rank", data, "-o", folder, *SMALL, *more]) == 2
         images = Images(open_dataset(data, split="validation"))
         assert IndexCache(folder).rows(image_ids(images))[:9] == list(range(9))
-    assert main(["rank", "parts", "-o", "all-scores", *SMALL]) == 2
-    with pytest.raises(ValueError, match=r"lacks 10 of 10 images, such as cat/000\.png"):
-        IndexCache("all-scores").rows(image_ids(Images(open_dataset("parts", split="val"))))
+
+
+def test_scores_of_a_folder_serve_the_splits_below_it(here: Path) -> None:
+    def rows(data: str, scores: str = "scores", **split: str) -> list[int]:
+        return IndexCache(scores).rows(image_ids(Images(open_dataset(data, **split))))
+
+    make_photos(Path("parts/train/cat"), 3)  # as val has them
+    Path("set").rename("parts/val")
+    assert main(["rank", "parts", "-o", "scores", *SMALL]) == 2
+    assert rows("parts", split="train") == [0, 1, 2]
+    assert rows("parts", split="val") == rows("parts/val") == [*range(3, 12), -1]
+    assert rows("parts/val/dog") == [*range(8, 12), -1]
+    assert main(["rank", "parts/train", "parts/val/cat", "-o", "two-scores", *SMALL]) == 0
+    assert rows("parts", "two-scores") == [0, 1, 2]
+    Path("parts").rename("moved")
+    assert rows("moved", split="train") == [0, 1, 2]
+    Path("moved/val").rename("moved/test")
+    with pytest.raises(ValueError, match=r"lacks 10 of 10 images, such as cat/000\.png; rank "):
+        rows("moved", split="test")
+    Path("moved/test/cat").rename("moved/cat")
+    Path("moved/test").rename("moved/val")
+    make_photos(Path("moved/val/cat"), 1)
+    assert main(["rank", "moved", "-o", "scores", *SMALL, "--overwrite"]) == 2
+    with pytest.raises(ValueError, match=r"images of these names in \./ and val/; rank .* alone"):
+        rows("moved/val")
 
 
 def test_an_archive_draws_nothing_outside(here: Path) -> None:

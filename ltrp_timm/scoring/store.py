@@ -11,6 +11,7 @@ The arrays are memory maps: several processes write disjoint rows, and a reader 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -47,12 +48,14 @@ class ImageIds:
         sizes: bytes of each file; -1 without a file.
         times: modification time of each file in nanoseconds; 0 without a file on disk.
         dataset: identity of a data set without names; "" otherwise.
+        root: absolute path of the folder of the data set; "" without files on disk.
     """
 
     names: Sequence[str]
     sizes: Sequence[int]
     times: Sequence[int]
     dataset: str = ""
+    root: str = ""
 
     def digest(self) -> str:
         """A digest that changes with any image."""
@@ -66,7 +69,9 @@ def image_ids(images: Images) -> ImageIds:
     if samples is not None:
         names = [images.name(index) for index in range(count)]
         sizes, times = zip(*map(_size_and_time, samples)) if count else ((), ())
-        return ImageIds(names, sizes, times)
+        on_disk = count and isinstance(samples[0][0], str)
+        root = os.path.abspath(samples[0][0]).removesuffix(names[0]) if on_disk else ""
+        return ImageIds(names, sizes, times, root=root)
     table: Any = getattr(images.reader, "dataset", None)
     mark = getattr(table, "_fingerprint", None)  # Hugging Face's digest of the table
     identity = f"{mark or type(images.dataset).__name__}, {count} images"
@@ -311,23 +316,38 @@ class IndexCache:
                 )
 
     def rows(self, ids: ImageIds) -> list[int]:
-        """The row of each image, -1 if it was unreadable; ValueError if one is missing or new."""
+        """The row of each image, -1 if it was unreadable.
+
+        The data set may be a folder below the one that was ranked.
+
+        ValueError if an image has no scores, or another number of bytes than it had.
+        """
         name = printable(self.folder)
         if ids.dataset != self.settings.get("dataset"):
             raise ValueError(f"{name} has scores of another data set.")
         places = {known: row for row, known in enumerate(self._names)}
-        absent = [image for image in ids.names if image not in places]
+        # for folder/train: "", "train/", "folder/train/", …
+        parts = reversed(Path(ids.root).parts[1:])
+        above = itertools.accumulate(parts, lambda path, part: f"{part}{os.sep}{path}", initial="")
+        found = [p for p in above if any(p + image in places for image in ids.names)] or [""]
+        if len(found) > 1:
+            where = " and ".join(printable(path or "./") for path in found)
+            raise ValueError(
+                f"{name} has images of these names in {where}; rank {printable(ids.root)} alone."
+            )
+        absent = [image for image in ids.names if found[0] + image not in places]
         if absent:
             raise ValueError(
                 f"{name} lacks {len(absent)} of {len(ids.names)} images, such as "
-                f"{printable(absent[0])}."
+                f"{printable(absent[0])}; rank the folder that has them."
             )
-        rows = [places[image] for image in ids.names]
+        rows = [places[found[0] + image] for image in ids.names]
         for image, row, size in zip(ids.names, rows, ids.sizes):
             if self._done[row] == RANKED and self._sizes[row] != size:
                 raise ValueError(
                     f"{name} has scores of another {printable(image)}: it had {self._sizes[row]} "
-                    f"bytes, now it has {size}."
+                    f"bytes, now it has {size}; rank the images again, or name the split that was "
+                    "ranked."
                 )
         return [row if self._done[row] == RANKED else -1 for row in rows]
 
