@@ -108,6 +108,26 @@ def test_the_loss_is_the_one_that_is_named(augmentation: Augmentation, loss: Any
     assert (task.chance == pytest.approx(math.log(3))) if known else task.chance is None
 
 
+@pytest.mark.parametrize(
+    ("aa", "wrong"),
+    [
+        ("rand-m9-mstd0.5-inc1", ["foo", "m", "mstd", "m9x", "x1", "tfoo", "t3b", "", "9"]),
+        ("rand-m9-n3-p0.5-mmax12-tweights", ["mmax", "t"]),
+        ("rand-t3aw", ["m-1"]),
+        ("augmix-m5-w4-d2-a1.0-b1", ["foo", "d"]),
+        ("original-mstd0.5", ["foo", "mstd", "m9"]),
+        ("3a", ["foo"]),
+    ],
+)
+def test_every_part_of_a_policy_must_be_known(aa: str, wrong: list[str]) -> None:
+    config = {"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 1.0}
+    config |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_mode": "center"}
+    Augmentation(aa=aa).transforms(config)
+    for part in wrong:
+        with pytest.raises(ValueError, match=f"^aa names no policy .* got '{aa}-{part}'"):
+            Augmentation(aa=f"{aa}-{part}").transforms(config)
+
+
 def test_each_keep_ratio_is_measured() -> None:
     model = drop_patches(awaken(small_vit()).eval(), keep_ratio=0.5)
     task = ClassifyTask(model, KeepPlan([0.25, 1.0]), Augmentation())

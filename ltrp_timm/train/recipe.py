@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -253,10 +254,11 @@ class Augmentation:
 
     def transforms(self, data_config: Mapping[str, Any]) -> tuple[Transform, Transform]:
         """Make the transforms for training and measuring; ValueError if ``aa`` is no policy."""
-        names = ("input_size", "interpolation", "mean", "std")
-        shared = {name: data_config[name] for name in names}
-        crop = {name: data_config[name] for name in ("crop_pct", "crop_mode")}
+        shared = {key: data_config[key] for key in ("input_size", "interpolation", "mean", "std")}
+        crop = {key: data_config[key] for key in ("crop_pct", "crop_mode")}
         try:
+            if not re.fullmatch(r"\w+(-((?!t)[a-z]+\d[^-]*|tweights|t3aw?))*", self.aa):
+                raise ValueError("timm would skip the part that it does not know.")
             train = create_transform(
                 **shared,
                 is_training=True,
