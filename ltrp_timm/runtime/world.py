@@ -230,6 +230,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(f"{printable(folder)} is not a folder.") from None
     except OSError as error:
         raise OSError(f"{printable(folder)}: {error.strerror}.") from error
     lock = FileLock(folder / _LOCK)
