@@ -76,6 +76,7 @@ def test_demo_on_its_own_photos(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(float(cell) > 0 for row in times for cell in row)
     assert "1 (full)" in out
     assert "no ranking: patches are given" in out
+    assert "\n  x: speed-up over the full model (lower to upper quartile)\n" in out
     assert "top-1" not in out  # of random weights
     with Image.open("ltrp_demo.png") as picture:
         assert picture.format == "PNG"

@@ -77,6 +77,7 @@ def test_a_file_is_written_checked_and_timed(
         "eager, the same",
     ]
     assert all(float(row[1]) > 0 for row in times)
+    assert "\n  x: speed-up over the full model in the same format, ranking included" in out
 
 
 def test_what_the_flags_say_is_in_the_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,4 +198,4 @@ def _print_times(times: dict[str, Timing], keep_ratios: Sequence[float], coarse:
     say("  full: the plain backbone; no ranking: patches are given; pruned: with ranking")
     if coarse:
         say("  coarse rest: with ranking; weak cells of 2x2 patches are tokens of half resolution")
-    say("  1.23x: speed-up over the full model (lower to upper quartile)")
+    say("  x: speed-up over the full model (lower to upper quartile)")

@@ -142,4 +142,4 @@ def _print_times(times: dict[str, Timing], keep_ratio: float, options: ExportOpt
         ("eager", "eager, the same"),
     ):
         say(f"  {text:<28}{time_and_gain(times[kind], full)}")
-    say("  1.23x: speed-up over the full model in the same format, ranking included (quartiles)")
+    say("  x: speed-up over the full model in the same format, ranking included (quartiles)")
