@@ -37,6 +37,7 @@ def test_what_it_says_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: P
     out = capsys.readouterr().out
     for model in given[:2]:
         assert f"-> {model} at batch 1: " in out
+    assert "ltrp_vit_tiny, 64x64 pixels, batch 1, selection top\n" in out
     assert "keep 0.5, 8 of 16 patch tokens" in out
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))

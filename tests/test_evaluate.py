@@ -430,12 +430,31 @@ def test_an_adaptive_budget_is_the_models_own(
     model.calibrate(images, mean_keep_ratio=0.4)
     save_pretrained(model, "adaptive")
     assert evaluate("-o", "out", model="local-dir:adaptive") == 2
+    kept = "keeps 16 of 16 at 1, about 6 of 16 at 0.4 on average, as calibrated"
+    assert f"patches     {kept}\n" in capsys.readouterr().out
     rows = read("out/evaluate.csv")
     assert [row["keep_ratio"] for row in rows] == ["1.0", "0.4"]
     assert 0 < float(rows[1]["num_keep"]) < 16
     capsys.readouterr()
     assert evaluate("--keep-ratio", "0.7", model="local-dir:adaptive") == 2
     assert "an adaptive model has its own budget: use --keep-ratio 1 0.4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ([], None),
+        (["--selection", "dithered"], "dithered"),
+        (["--rest", "coarse"], "top, coarse rest with scales 1 2"),
+        (["--rest", "coarse", "--scales", "1", "2", "4"], "top, coarse rest with scales 1 2 4"),
+    ],
+)
+def test_it_says_how_patches_are_chosen(
+    here: Path, capsys: pytest.CaptureFixture[str], options: list[str], chosen: str | None
+) -> None:
+    assert evaluate("--keep-ratio", "0.5", *options) == 2  # bad.png
+    found = re.search(r"^selection   (.*)$", capsys.readouterr().out, re.M)
+    assert (found and found[1]) == chosen
 
 
 def test_nothing_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

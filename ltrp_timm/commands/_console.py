@@ -5,7 +5,7 @@ import os
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,25 @@ def describe_model(
     """
     h, w = model.data_config()["input_size"][-2:]
     patches = model.num_patches
-    kept = ", ".join(f"{model.num_tokens(r)} of {patches} at {r:g}" for r in keep_ratios)
+    kept = []
+    for keep_ratio in keep_ratios:
+        text = f"{model.num_tokens(keep_ratio)} of {patches} at {keep_ratio:g}"
+        varies = model.budget is not None and keep_ratio < 1
+        kept.append(f"about {text} on average, as calibrated" if varies else text)
     say(f"model       {printable(name)}, {_millions(model.backbone)}, images of {h}x{w}")
     say(f"ranker      {model.ranker.name}: {_about_ranker(model.ranker)}")
-    say(f"patches     keeps {kept}")
+    say(f"patches     keeps {', '.join(kept)}")
+    chosen = how_chosen(model.settings())
+    if chosen != "top":
+        say(f"selection   {chosen}")
     say(f"backbone weights: {weights or RANDOM}")
+
+
+def how_chosen(settings: Mapping[str, Any]) -> str:
+    """The selection, and the scales if the rest is coarse."""
+    scales = settings.get("scales")
+    rest = f", coarse rest with scales {' '.join(map(str, scales))}" if scales else ""
+    return f"{settings['selection']}{rest}"
 
 
 RANDOM = "random (not in the cache; --pretrained downloads them)"

@@ -14,6 +14,7 @@ from ltrp_timm.commands._console import (
     behind_links,
     check_names,
     check_output,
+    how_chosen,
     output_errors,
     quiet_about_training,
     size_text,
@@ -136,9 +137,9 @@ def _measure_model(
     rankers = {key: ranker.to(**form) for key, ranker in rankers.items()}
     names = ("selection", "compile_mode", "repeats", "warmup", "memory", "smaller_image")
     given = {name: getattr(options, name) for name in names} | rest
-    rows = []
+    rows, chosen = [], how_chosen(given)
     for batch in dict.fromkeys(options.batch_size):
-        say(f"\n{printable(name)}, {size[1]}x{size[2]} pixels, batch {batch}")
+        say(f"\n{printable(name)}, {size[1]}x{size[2]} pixels, batch {batch}, selection {chosen}")
         images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
         lines = measure_payoff(full, images.to(**form), rankers, options.keep_ratio, **given)
         _print_lines(lines, batch)
