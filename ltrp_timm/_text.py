@@ -29,6 +29,15 @@ def first_names(names: Sequence[str], count: int = 5) -> str:
     return shown + (", …" if len(names) > count else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, of one or of several.
+
+    >>> counted(1, "class"), counted(2, "class"), counted(0, "image")
+    ('1 class', '2 classes', '0 images')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def one_line(error: BaseException) -> str:
     """An exception's message on one line; its type if it has no message.
 

@@ -96,8 +96,8 @@ print(os.path.exists("out"))
 """,
         HF_TOKEN="writer",  # noqa: S106
     )
-    settings = "2 epochs of 4 updates with 4 images, 4 images held out, learning rate 0.01, fp32, "
-    settings += "1 process on cpu"
+    settings = "2 epochs, 4 updates of 4 images an epoch, 4 images held out, learning rate 0.01, "
+    settings += "fp32, 1 process on cpu"
     assert lines == [
         *("0 ", "me/ltrp-conv: nothing yet", "me/ltrp-vit-small: nothing yet"),
         *("out/conv: new", settings, "out/vit_small: new", settings, "", "False"),

@@ -54,8 +54,8 @@ def test_a_teacher_and_then_a_ranker(here: Path, capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert "epoch 1/1: step 1, lr " in out
     assert "chance 10.6" in out
-    assert "1 images could not be read" in out
-    assert "create_ranker('conv', pretrained='run')" in out
+    assert "skipped 1 image that could not be read" in out
+    assert "1 epoch, 1 step; load it with create_ranker('conv', pretrained='run')" in out
     assert err == "ltrp-timm: skipped bad.jpg: is not an image in a known format.\n"
     assert ltrp_timm.create_ranker("conv", pretrained="run").trained
     assert Path("run/pictures.png").is_file()

@@ -98,8 +98,8 @@ def test_a_dry_run_says_what_would_be_done(
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
         return capsys.readouterr().out.replace(str(tmp_path), "")
 
-    settings = "epochs of 4 updates with 4 images, 4 images held out, learning rate 0.01, fp32, "
-    settings += "1 process on cpu\n"
+    settings = "epochs, 4 updates of 4 images an epoch, 4 images held out, learning rate 0.01, "
+    settings += "fp32, 1 process on cpu\n"
     assert rehearse() == f"/run: new\n3 {settings}"
     run(photos, tmp_path / "run", epochs=3, holdout=0.2)
     capsys.readouterr()
@@ -197,16 +197,16 @@ def test_a_recipe_sets_what_is_not_given(
         train_ranker(photos, tmp_path / "run", **options)
         return capsys.readouterr().out
 
-    assert "8 epochs of 4 updates" in plan()
+    assert "8 epochs, 4 updates" in plan()
     mae = {"teacher": tiny_teacher(), "distill_from": None, "img_size": None, "mask_ratio": 0.5}
-    assert "20 epochs of 4 updates" in plan(**mae, ranker_args={})
+    assert "20 epochs, 4 updates" in plan(**mae, ranker_args={})
     assert "learning rate 0.0005," in plan()  # 4e-3 · √(4 / 256)
     assert "learning rate 0.001," in plan(accumulate=4)
     vit = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     assert "learning rate 0.000125," in plan(ranker="vit_tiny", ranker_args=vit)
-    assert "400 epochs of 4 updates" in plan(recipe="paper")
+    assert "400 epochs, 4 updates" in plan(recipe="paper")
     assert "learning rate 2.34e-06," in plan(recipe="paper")  # 1.5e-4 · 4 / 256
-    assert "3 epochs of" in plan(recipe="paper", epochs=3)
+    assert "3 epochs, " in plan(recipe="paper", epochs=3)
     assert "learning rate 0.01," in plan(recipe="paper", base_lr=0.64)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ltrp_timm._text import complain, printable, say
+from ltrp_timm._text import complain, counted, printable, say
 from ltrp_timm.commands._flags import add_command
 from ltrp_timm.measure.throughput import NUM_WORKERS
 from ltrp_timm.runtime.world import first_process
@@ -47,7 +47,6 @@ def rank(pretrained: bool = False, **given: Any) -> int:
         return 0
     for line in ranked.unreadable:
         complain(line)
-    noun = "image" if ranked.ranked == 1 else "images"
-    count = f"{ranked.ranked} {noun}, {len(ranked.unreadable)} failed"
+    count = f"{counted(ranked.ranked, 'image')}, {len(ranked.unreadable)} failed"
     say(f"ranked {count}: {printable(given['output'])}")
     return 2 if ranked.unreadable else 0

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ltrp_timm._text import say
+from ltrp_timm._text import counted, say
 from ltrp_timm.commands._console import check_names
 from ltrp_timm.commands._flags import add_command, flag
 from ltrp_timm.runtime.world import first_process
@@ -75,9 +75,10 @@ def run_training(train: Callable[..., Summary], given: dict[str, Any], load: str
 
 def _report(summary: Summary, load: str) -> None:
     if summary.unreadable:
-        say(f"{len(summary.unreadable)} images could not be read and were skipped")
+        say(f"skipped {counted(len(summary.unreadable), 'image')} that could not be read")
     if summary.stopped_by:
         where = f"epoch {summary.epochs + 1}, step {summary.steps}"
         say(f"stopped by signal {summary.stopped_by} in {where}; --resume auto continues")
     else:
-        say(f"{summary.epochs} epochs, {summary.steps} steps; load it with {load}")
+        done = f"{counted(summary.epochs, 'epoch')}, {counted(summary.steps, 'step')}"
+        say(f"{done}; load it with {load}")

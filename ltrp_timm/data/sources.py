@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, default_collate
 
+from ltrp_timm._text import counted
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.keyed import (
     Batch,
@@ -107,6 +108,12 @@ class Sources:
             mine = self.updates_per_epoch * self.batch_size * accumulate
             self.sampler = KeyedSampler(count, mine, world, seed, crops)
         self._loaders: dict[str, Any] = {}
+
+    def describe(self) -> str:
+        """Say how many images there are, for the user."""
+        updates = counted(self.updates_per_epoch, "update")
+        held_out = counted(len(self.held_out or ()), "image")
+        return f"{updates} of {counted(self.per_update, 'image')} an epoch, {held_out} held out"
 
     def _images(self, dataset: Any) -> Images:
         return dataset if isinstance(dataset, Images) else Images(dataset, self._min_side)

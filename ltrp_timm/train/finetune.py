@@ -252,14 +252,12 @@ def make_distillation(
 
 
 def _describe(task: ClassifyTask, sources: Sources) -> str:
-    held_out = len(sources.held_out or ())
     if task.pruned:
         ratios = " ".join(f"{ratio:g}" for ratio in task.plan.ratios)
         kept = f"{task.model.ranker.name} keeps {ratios} of the patches"
     else:
         kept = "a plain model, all patches"
-    updates = f"{sources.updates_per_epoch} updates of {sources.per_update} images an epoch"
-    return f"{kept}; {updates}, {held_out} images held out"
+    return f"{kept}; {sources.describe()}"
 
 
 def fit_head(model: Any, num_classes: int, class_names: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ltrp_timm._text import complain, one_line, say
+from ltrp_timm._text import complain, counted, one_line, say
 from ltrp_timm.data.keyed import Batch
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.runtime.world import StopRequests, World, stop_requests
@@ -194,13 +194,11 @@ class Trainer:
             finished = done >= settings.epochs
             state = "finished" if finished else f"{done} of {settings.epochs} epochs done"
         if world.main:
-            held = len(sources.held_out or ())
             say(f"{self.folder}: {state}")
             say(
-                f"{settings.epochs} epochs of {sources.updates_per_epoch} updates with "
-                f"{sources.per_update} images, {held} images held out, "
-                f"learning rate {self.engine.lr:.3g}, {self.engine.precision}, {world.size} "
-                f"process{'es' if world.size > 1 else ''} on {world.device}"
+                f"{counted(settings.epochs, 'epoch')}, {sources.describe()}, "
+                f"learning rate {self.engine.lr:.3g}, {self.engine.precision}, "
+                f"{counted(world.size, 'process')} on {world.device}"
             )
 
     def start(self) -> None:
@@ -238,7 +236,8 @@ class Trainer:
     def _say_where(self) -> None:
         p = self.progress
         if p.epoch >= self.settings.epochs:
-            say(f"{self.folder} is finished: {p.epoch} epochs, {p.step} steps")
+            done = f"{counted(p.epoch, 'epoch')}, {counted(p.step, 'step')}"
+            say(f"{self.folder} is finished: {done}")
         else:
             where = f"epoch {p.epoch + 1}, update {p.update + 1} (step {p.step + 1})"
             say(f"resuming {self.folder} at {where}")
