@@ -99,7 +99,7 @@ def kendall(pred: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, and 0 where the whole is 0."""
-    return torch.where(whole > 0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
+    return torch.where(whole == 0, 0.0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny))
 
 
 def gains(target: Tensor) -> Tensor:
@@ -129,7 +129,8 @@ def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str =
         reduction: "mean" or "sum" over the lists, or "none" for (B,).
 
     Returns:
-        In [0, 1]; 1 for the best order, and for a list whose targets are all equal.
+        In [0, 1]; 1 for the best order, and for a list whose targets are all equal; NaN for one
+        with a target that is not finite.
 
     Raises:
         ValueError: The shapes differ, ``k`` is out of range, or ``reduction`` is unknown.
@@ -142,7 +143,7 @@ def ndcg(pred: Tensor, target: Tensor, k: Optional[int] = None, reduction: str =
     weight = discounts(pred.shape[1], k, gain)
     found = (gain.gather(1, best_first(widen(pred))) * weight).sum(dim=1)
     best = (gain.sort(dim=1, descending=True)[0] * weight).sum(dim=1)
-    return reduce_lists(torch.where(best > 0, _ratio(found, best), 1.0), reduction)
+    return reduce_lists(torch.where(best == 0, 1.0, _ratio(found, best)), reduction)
 
 
 def top_k_overlap(pred: Tensor, target: Tensor, k: int, reduction: str = "mean") -> Tensor:

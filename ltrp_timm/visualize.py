@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ltrp_timm._text import optional_import
-from ltrp_timm.data.photos import check_aspect, load_image
+from ltrp_timm.data.photos import Source, check_aspect, load_image
 from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.selection.cells import CellGrid, TokenLayout
 from ltrp_timm.selection.rules import mean_rank
@@ -47,24 +47,25 @@ _GAP = 8
 _CAPTION = 24
 
 
-def to_tensor(image: Image.Image, model: LTRPModel) -> Tensor:
-    """Prepare a picture of any size for the model with timm's evaluation transform.
+def to_tensor(image: Source, model: LTRPModel) -> Tensor:
+    """Prepare a picture of any size, or its path, with timm's evaluation transform for the model.
 
     Returns:
         (1, 3, H, W) float32, resized, cropped and normalised for the backbone, on the CPU.
 
     Raises:
-        ValueError: The model does not take RGB pictures, or one side of the picture is more than 50
-            times the other.
+        ValueError: The model does not take RGB pictures, ``load_image`` refuses the picture, or one
+            side is more than 50 times the other.
     """
     from timm.data import create_transform
 
     in_chans = getattr(model, "in_chans", 3)
     if in_chans != 3:
         raise ValueError(f"pictures have 3 channels, the model takes {in_chans}.")
-    check_aspect(image)
+    picture = load_image(image)
+    check_aspect(picture)
     transform = create_transform(**model.data_config(), is_training=False)
-    tensor: Tensor = transform(image.convert("RGB"))
+    tensor: Tensor = transform(picture)
     return tensor.unsqueeze(0)
 
 
@@ -189,7 +190,7 @@ def token_picture(image: Image.Image, layout: TokenLayout) -> Image.Image:
 
 
 def overview(
-    image: Image.Image,
+    image: Source,
     model: LTRPModel,
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     captions: bool = True,
@@ -198,7 +199,7 @@ def overview(
     """Draw a row: the photo as the model sees it, its score map, what is kept at each ratio.
 
     Args:
-        image: Of any size.
+        image: A picture of any size, or its path.
         model: Ranks and selects; its ``keep_ratio`` is restored.
         keep_ratios: One picture each.
         captions: Write a line above each picture.
@@ -215,7 +216,7 @@ def overview(
 
 
 def panels(
-    image: Image.Image,
+    image: Source,
     model: LTRPModel,
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     coarse: bool = False,
@@ -223,7 +224,7 @@ def panels(
     """The pictures of ``overview`` with their captions, at the size that the model sees.
 
     Args:
-        image: Of any size.
+        image: A picture of any size, or its path.
         model: Ranks and selects; its ``keep_ratio`` is restored.
         keep_ratios: One picture each.
         coarse: Of a model that drops the rest, also show the tokens of a coarse rest, at ratios

@@ -1,6 +1,7 @@
 """The adaptive budget: equal to each image alone, and calibrated to a mean."""
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +130,14 @@ def test_calibration_reaches_its_mean(backbone_of: Callable[..., Any], rule: str
     assert reached[0.3] < reached[0.6]
 
 
+def test_calibration_warns_of_ranks(backbone_of: Callable[..., Any]) -> None:
+    backbone, images = backbone_of("vit")
+    model = drop_patches(backbone, "border")
+    with pytest.warns(UserWarning, match="scores of border are ranks within an image"):
+        model.calibrate(images, 0.5)
+    assert model.keep_counts(images).unique().numel() == 1
+
+
 def test_calibration_refuses_nonsense(adaptive: tuple[Any, Tensor]) -> None:
     model, images = adaptive
     before = model.budget
@@ -138,6 +147,7 @@ def test_calibration_refuses_nonsense(adaptive: tuple[Any, Tensor]) -> None:
         ({"images": images, "mean_keep_ratio": 0.0}, "must be in"),
         ({"images": images, "mean_keep_ratio": 0.5, "rule": "most"}, "got 'most'"),
         ({"images": images, "mean_keep_ratio": 0.5, "buckets": 0}, "buckets must be"),
+        ({"images": images * math.nan, "mean_keep_ratio": 0.5}, "whose scores are finite"),
     ):
         with pytest.raises(ValueError, match=words):
             model.calibrate(**bad)

@@ -122,6 +122,13 @@ def judged_by_sklearn(scores: Tensor, targets: Tensor) -> list[float]:
     return [average_precision_score(target, score) for score, target in columns]
 
 
+def test_ndcg_of_targets_that_are_not_finite() -> None:
+    target = torch.tensor([[1.0, math.nan, 0.0], [1.0, 2.0, 0.0]])
+    found = ndcg(torch.tensor([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0]]), target, reduction="none")
+    assert found[0].isnan()
+    assert found[1] == 1
+
+
 @pytest.mark.parametrize("case", ["random", "ties", "bool", "rare", "half"])
 def test_average_precision_against_sklearn(case: str) -> None:
     scores, targets = torch.randn(301, 17), torch.rand(301, 17) < 0.2

@@ -559,5 +559,7 @@ def test_a_teacher_of_features_says_what_it_takes(backbone_of: Callable[..., Any
         semantic_density(teacher, images[..., :-16])
     with pytest.raises(ValueError, match="img_size goes with a backbone's name"):
         FeatureTeacher(backbone, img_size=64)
+    with pytest.raises(TypeError, match=r"a ViT as FeatureTeacher\(vit\), got VisionTransformer"):
+        semantic_density(backbone, images)
     with pytest.raises(TypeError, match="ResNet"):
         FeatureTeacher(timm.create_model("resnet10t"))

@@ -276,6 +276,19 @@ def test_live_patch_dropout_is_refused(name: str) -> None:
         find_adapter(model)
 
 
+def test_patches_of_a_vit_are_dropped_once() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    pruned = drop_patches(model)
+    with pytest.raises(TypeError, match="drops patches already: use the model that drop_patches"):
+        drop_patches(model)
+    drop_patches(pruned.restore())
+
+
+def test_a_share_in_place_of_a_ranker() -> None:
+    with pytest.raises(TypeError, match="got float; a share of patches is keep_ratio"):
+        drop_patches(timm.create_model("vit_tiny_patch16_224", depth=1), 0.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("family", "place", "module", "reason"),
     [

@@ -21,7 +21,7 @@ import ltrp_timm
 from ltrp_timm.data.sources import Sources
 from ltrp_timm.metrics import ndcg, spearman
 from ltrp_timm.runtime.world import World
-from ltrp_timm.train import train_ranker
+from ltrp_timm.train import NonFiniteLossError, train_ranker
 from ltrp_timm.train.folder import read_log
 from ltrp_timm.train.ranker import LOSSES
 from ltrp_timm.train.recipe import crop_transforms
@@ -268,6 +268,21 @@ class Counting(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.seen += len(images)
         return functional.avg_pool2d(images.mean(1), 8)
+
+
+def test_scores_that_are_not_finite_stop_the_run(photos: Path, tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    torch.nn.init.constant_(teacher.norm.weight, math.nan)
+    with pytest.raises(ValueError, match="the teacher's scores are not finite"):
+        run(photos, tmp_path / "run", teacher=teacher)
+    assert not (tmp_path / "run").exists()
+
+    class Nowhere(Counting):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * math.nan
+
+    with pytest.raises(NonFiniteLossError, match="the loss is nan"):
+        run(photos, tmp_path / "run", **{**SMALL, "distill_from": Nowhere()})
 
 
 def test_the_maps_of_a_crop_are_computed_once(photos: Path, tmp_path: Path) -> None:

@@ -253,8 +253,10 @@ def test_a_name_of_two_lines_is_shown_on_one(tmp_path: Path) -> None:
 # To the model and back.
 
 
-def test_what_is_shown_is_what_the_model_sees(model: LTRPModel) -> None:
+def test_what_is_shown_is_what_the_model_sees(model: LTRPModel, tmp_path: Path) -> None:
     x = to_tensor(photo(), model)
+    photo().save(tmp_path / "photo.png")
+    assert torch.equal(to_tensor(tmp_path / "photo.png", model), x)
     assert x.shape == (1, 3, 64, 64)  # img_size=64, though the cfg says 224
     assert x.dtype == torch.float32
     mean_, std = (model.pretrained_cfg[key] for key in ("mean", "std"))

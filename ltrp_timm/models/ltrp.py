@@ -1,6 +1,7 @@
 """LTRPModel: rank the patches of an image, choose the best, encode only those."""
 
 import dataclasses
+import warnings
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
@@ -84,7 +85,9 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         size_bias: Optional[float] = None,
     ) -> None:
         if not isinstance(ranker, nn.Module):
-            raise TypeError(f"ranker must be an nn.Module or a name, got {type(ranker).__name__}.")
+            hint = "; a share of patches is keep_ratio" if isinstance(ranker, float) else ""
+            kind = type(ranker).__name__
+            raise TypeError(f"ranker must be an nn.Module or a name, got {kind}{hint}.")
         coarse = coarse_rest(rest, scales, size_bias)
         if coarse is not None:
             coarse.check_backbone(backbone)
@@ -474,7 +477,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             images: (B, C, H, W), or batches of them, like those that the model will see.
             mean_keep_ratio: share of patches to keep, averaged over the images, in (0, 1).
             rule: "threshold" or "mass", see ``AdaptiveBudget``. "threshold" needs scores that are
-                comparable between images; those of ``border`` are not.
+                comparable between images. Those of ``border`` and ``contrast`` are not: a warning.
             buckets: number of sizes: the multiples of N / buckets.
 
         Returns:
@@ -484,6 +487,12 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             ValueError: An argument is out of range, or there are no images.
         """
         budget = AdaptiveBudget(rule, 0.0, buckets, mean_keep_ratio)
+        if getattr(self.ranker, "scores_are_ranks", False):
+            warnings.warn(
+                f"scores of {self.ranker.name} are ranks within an image: all images keep about as "
+                "many patches. pixel_std and learned rankers tell busy images from empty ones.",
+                stacklevel=2,
+            )
         batches = [images] if isinstance(images, (Tensor, dict)) else images
         scores: List[Tensor] = []
         for batch in batches:

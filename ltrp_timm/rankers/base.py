@@ -26,6 +26,8 @@ class Ranker:
         has_published_weights: whether ``create_ranker`` accepts ``pretrained=True``.
         brings_weights: whether those weights are part of this package.
         follows_patch_size: whether it follows the backbone's patch size.
+        scores_are_ranks: whether its scores are ranks within an image, which say nothing about
+            other images.
         mean: normalisation of its images; None keeps the backbone's.
         std: see ``mean``.
         img_size: its only image size; images and its map are resized. None accepts any size.
@@ -41,6 +43,7 @@ class Ranker:
     has_published_weights: bool = False
     brings_weights: bool = False
     follows_patch_size: bool = True
+    scores_are_ranks: bool = False
 
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None

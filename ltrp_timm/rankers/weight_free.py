@@ -34,6 +34,7 @@ class BorderRanker(PatchSizeRanker):
     """
 
     name = "border"
+    scores_are_ranks = True
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W), pixels in [0, 1] -> score map (B, h, w) float32."""
@@ -53,6 +54,7 @@ class ContrastRanker(PatchSizeRanker):
     """
 
     name = "contrast"
+    scores_are_ranks = True
     own_args = ("patch_size", "img_size", "parts")
 
     def __init__(

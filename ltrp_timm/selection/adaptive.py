@@ -71,6 +71,8 @@ class AdaptiveBudget:
         if self.rule == "threshold":
             finite = torch.cat([part.flatten() for part in scores])
             finite = finite[finite.isfinite()].double()
+            if not finite.numel():
+                raise ValueError("calibrate needs images whose scores are finite.")
             low, high, sign = -float(finite.max()) - 1.0, -float(finite.min()), -1.0
         for _ in range(50):
             middle = (low + high) / 2

@@ -1,6 +1,7 @@
 """How many patches, which ones, their tokens, and these back on the patch grid."""
 
 import math
+from numbers import Real
 from typing import List, Optional, Tuple
 
 import torch
@@ -23,9 +24,9 @@ def num_keep(num_patches: int, keep_ratio: float) -> int:
 
 def check_keep_ratio(keep_ratio: float, name: str = "keep_ratio") -> float:
     """Return a keep ratio as a float, or raise ValueError if it is not a number in (0, 1]."""
-    number = isinstance(keep_ratio, (int, float)) and not isinstance(keep_ratio, bool)
+    number = isinstance(keep_ratio, Real) and not isinstance(keep_ratio, bool)
     if not number or not 0.0 < keep_ratio <= 1.0:  # a NaN fails both comparisons
-        raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}.")
+        raise ValueError(f"{name} must be in (0, 1], got {keep_ratio!r}.")
     return float(keep_ratio)
 
 

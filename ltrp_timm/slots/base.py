@@ -291,6 +291,11 @@ def check_free(backbone: Any, place: str) -> None:
             f"cannot drop patches from {kind}: its {place} is a live {type(module).__name__}; "
             "create the model without patch_drop_rate."
         )
+    if isinstance(module, TokenSlot):
+        raise TypeError(
+            f"this {kind} drops patches already: use the model that drop_patches returned, or its "
+            "restore() first."
+        )
     if module is not None and type(module) is not nn.Identity:
         raise TypeError(
             f"cannot drop patches from {kind}: its {place} is already in use "

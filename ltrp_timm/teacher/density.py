@@ -93,6 +93,7 @@ def semantic_density(
 
     Raises:
         ValueError: an argument is out of its range or does not fit the teacher.
+        TypeError: `teacher` is something else.
         ImportError: metric="lpips" without torchmetrics.
 
     Source: LTRP (CVPR 2024, arXiv 2404.00680), semantic density.
@@ -103,6 +104,9 @@ def semantic_density(
     >>> scores.shape, indices.shape
     (torch.Size([2, 8]), torch.Size([2, 8]))
     """
+    if not isinstance(teacher, PatchTeacher):
+        kind = type(teacher).__name__
+        raise TypeError(f"teacher must be an MAE, or a ViT as FeatureTeacher(vit), got {kind}.")
     if removal == "coarse" and isinstance(teacher, MAETeacher):
         teacher = CellTeacher(teacher)
     _check_choices(teacher, removal, metric, aggregate, chunk)

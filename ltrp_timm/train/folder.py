@@ -131,12 +131,7 @@ class Log:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        epoch: int,
-        step: int,
-        settings: Settings,
-        config: Mapping[str, Any],
+        self, folder: Path, epoch: int, step: int, settings: Settings, config: Mapping[str, Any]
     ) -> None:
         self.path, self.progress = folder / LOG_NAME, settings.progress
         self.rows = [row for row in read_log(self.path) if row["epoch"] <= epoch]

@@ -27,13 +27,7 @@ from ltrp_timm.selection import num_keep, select_top
 from ltrp_timm.teacher.density import Aggregate, Metric, Removal
 from ltrp_timm.train.loop import Summary, Task, fit
 from ltrp_timm.train.recipe import cropped_sources
-from ltrp_timm.train.settings import (
-    AtLeastOne,
-    CropScale,
-    check_choice,
-    check_value,
-    make_settings,
-)
+from ltrp_timm.train.settings import AtLeastOne, CropScale, check_choice, check_value, make_settings
 from ltrp_timm.train.targets import Targets
 from ltrp_timm.visualize import kept_patches, score_map, show_images
 
@@ -215,7 +209,7 @@ class RankerTask(Task):
         with torch.no_grad():
             found = tuple(self.model.eval()(self.bridge(images)).shape[1:])
         if not self.visible_only:
-            return  # another grid is bridged: the map is resized
+            return  # to another grid the map is resized
         if "visible_indices" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(
                 "visible_only is for rankers that can leave patches out (vit_…), not for the "
@@ -250,7 +244,9 @@ class RankerTask(Task):
         visible = lists.visible if self.visible_only else None
         pred = self.scores(forward, batch.images, visible).gather(1, lists.indices)
         parts = [weight * self.loss_function(pred, target) for weight, target in lists.scores]
-        return torch.stack(parts).sum()
+        # NaN has a place in an order, so that no ranking loss shows it
+        finite = torch.stack([target.isfinite().all() for _, target in lists.scores]).all()
+        return torch.where(finite, torch.stack(parts).sum(), torch.nan)
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Loss of a ranker that sees whole images, and its agreement with the first target."""

@@ -88,7 +88,9 @@ class Targets:
         self.list_size = self._check_list(list_size)
         if self.teacher is not None:  # refuse bad scoring arguments before anything is written
             image = torch.zeros(1, 3, *self.img_size, device=device)
-            self._score(image, [torch.Generator().manual_seed(0)], 1)
+            _, values, _ = self._score(image, [torch.Generator().manual_seed(0)], 1)
+            if not bool(values.isfinite().all()):
+                raise ValueError("the teacher's scores are not finite: check its weights.")
         self.shares = (1.0, 0.0) if distill_from is None else (1.0 - distill_weight, distill_weight)
         self.other: nn.Module | None = None
         if distill_from is not None:
