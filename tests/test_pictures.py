@@ -115,6 +115,17 @@ def from_wds(folder: Path, place: Path) -> Pictures:
     return of_stream(stream, folder)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
+def test_a_stream_reads_the_same_endings(tmp_path: Path) -> None:
+    names = ("a.jpg", "b.JPEG", "c.webp", "d.bmp", "e.Tiff")
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    for name in names:
+        photo().save(tmp_path / "set" / "a" / name)
+    assert list(from_wds(tmp_path / "set", tmp_path)) == list(names)
+
+
 def as_table(folder: Path, place: Path) -> str:
     datasets = pytest.importorskip("datasets")
     rows = [{"bytes": (folder / "a" / name).read_bytes(), "path": None} for name in names(folder)]

@@ -69,8 +69,10 @@ def open_dataset(
     text, named = str(data), check_data(data)
     prefix = text.partition("/")[0].lower()
     folder = None if named else split_folder(text, split)
-    if named and prefix == "wds" and root is None:
-        raise ValueError(f"{text} needs the folder of its archives: --data-root (root).")
+    if named and prefix == "wds":
+        if root is None:
+            raise ValueError(f"{text} needs the folder of its archives: --data-root (root).")
+        input_key = input_key or ";".join(ending[1:] for ending in IMAGE_ENDINGS)
     extra: dict[str, Any] = {"input_key": input_key} if named and input_key else {}
     if prefix == "hfds" and named:
         extra["target_key"] = target_key or input_key or "image"  # it need not have labels
