@@ -32,6 +32,7 @@ from ltrp_timm.rankers.base import Ranker
 from ltrp_timm.runtime.keyed_rng import seeded
 from ltrp_timm.runtime.world import World
 from ltrp_timm.scoring import CachedTransform, IndexCache
+from ltrp_timm.scoring.run import rank_images
 from ltrp_timm.scoring.store import ImageIds, ScoreWriter, begin, image_ids
 from ltrp_timm.scoring.transform import FollowedTransform, trace
 from ltrp_timm.train.finetune import finetune
@@ -488,6 +489,13 @@ def test_scores_of_a_folder_serve_the_splits_below_it(here: Path) -> None:
     assert main(["rank", "moved", "-o", "scores", *SMALL, "--overwrite"]) == 2
     with pytest.raises(ValueError, match=r"images of these names in \./ and val/; rank .* alone"):
         rows("moved/val")
+
+
+@pytest.mark.parametrize("data", [Path("set/cat"), [Path("set/cat"), "set/dog/000.png"]])
+def test_a_path_is_data(here: Path, data: Any) -> None:
+    ranked = rank_images(data, Path("scores"), img_size=64)
+    assert (ranked.ranked, ranked.unreadable) == (len(IndexCache("scores")), [])
+    assert ranked.ranked == 5 + isinstance(data, list)
 
 
 def test_an_archive_draws_nothing_outside(here: Path) -> None:

@@ -42,7 +42,7 @@ class Ranked:
 
 
 def rank_images(
-    data: str | Sequence[str],
+    data: PathLike | Sequence[PathLike],
     output: PathLike,
     *,
     split: str | None = None,
@@ -87,7 +87,8 @@ def rank_images(
 
     >>> rank_images("photos", "scores", ranker="pixel_std")  # doctest: +SKIP
     """
-    inputs, output = [data] if isinstance(data, str) else list(data), Path(output)
+    given = [data] if isinstance(data, (str, os.PathLike)) else data
+    inputs, output = [os.fspath(path) for path in given], Path(output)
     chooses = keep_ratio is not None or selection is not None
     choice: dict[str, Any] = {"keep_ratio": keep_ratio or 0.5, "selection": selection or "top"}
     with (
