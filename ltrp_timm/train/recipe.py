@@ -273,7 +273,9 @@ class Augmentation:
                 re_count=self.recount,
             )
         except (AssertionError, KeyError, ValueError) as error:
-            raise ValueError(f"aa names no policy of timm's, got {self.aa!r}.") from error
+            raise ValueError(
+                f"aa names no policy of timm's, such as rand-m9-mstd0.5, got {self.aa!r}."
+            ) from error
         _keep_a_bit(train)
         return train, create_transform(**shared, **crop, is_training=False)
 
