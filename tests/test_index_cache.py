@@ -487,7 +487,7 @@ def test_scores_of_a_folder_serve_the_splits_below_it(here: Path) -> None:
     Path("moved/test").rename("moved/val")
     make_photos(Path("moved/val/cat"), 1)
     assert main(["rank", "moved", "-o", "scores", *SMALL, "--overwrite"]) == 2
-    with pytest.raises(ValueError, match=r"images of these names in \./ and val/; rank .* alone"):
+    with pytest.raises(ValueError, match=r"has these images in \./ and val/; rank .* alone"):
         rows("moved/val")
 
 

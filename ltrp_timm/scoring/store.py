@@ -316,9 +316,7 @@ class IndexCache:
                 )
 
     def rows(self, ids: ImageIds) -> list[int]:
-        """The row of each image, -1 if it was unreadable.
-
-        The data set may be a folder below the one that was ranked.
+        """The row of each image, -1 if unreadable; their folder may lie below the ranked one.
 
         ValueError if an image has no scores, or another number of bytes than it had.
         """
@@ -332,9 +330,7 @@ class IndexCache:
         found = [p for p in above if any(p + image in places for image in ids.names)] or [""]
         if len(found) > 1:
             where = " and ".join(printable(path or "./") for path in found)
-            raise ValueError(
-                f"{name} has images of these names in {where}; rank {printable(ids.root)} alone."
-            )
+            raise ValueError(f"{name} has these images in {where}; rank {printable(ids.root)} alone.")
         absent = [image for image in ids.names if found[0] + image not in places]
         if absent:
             raise ValueError(
@@ -346,8 +342,7 @@ class IndexCache:
             if self._done[row] == RANKED and self._sizes[row] != size:
                 raise ValueError(
                     f"{name} has scores of another {printable(image)}: it had {self._sizes[row]} "
-                    f"bytes, now it has {size}; rank the images again, or name the split that was "
-                    "ranked."
+                    f"bytes, now it has {size}; rank the images again, or name their split."
                 )
         return [row if self._done[row] == RANKED else -1 for row in rows]
 
