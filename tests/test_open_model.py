@@ -342,6 +342,17 @@ def test_another_ranker_ends_a_budget_at_its_mean(tmp_path: Path) -> None:
     assert open_model(name)[0].budget == model.budget
     found, _ = open_model(name, ranker="gradient")
     assert (found.budget, found.keep_ratio, found.fill) == (None, 0.4, "nearest")
+    save_pretrained(found, tmp_path / "fixed")
+    assert open_model(f"local-dir:{tmp_path / 'fixed'}")[0].budget is None
+
+
+def test_a_coarse_rest_that_ended_does_not_come_back(tmp_path: Path) -> None:
+    model = drop_patches(small_vit(img_size=32), rest="coarse", scales=(1, 2))
+    save_pretrained(model, tmp_path / "coarse")
+    found, _ = open_model(f"local-dir:{tmp_path / 'coarse'}", rest="drop")
+    assert open_model(f"local-dir:{tmp_path / 'coarse'}")[0].rest == "coarse"
+    save_pretrained(found, tmp_path / "drop")
+    assert open_model(f"local-dir:{tmp_path / 'drop'}")[0].rest == "drop"
 
 
 def test_a_configuration_that_is_not_json_is_named(tmp_path: Path) -> None:

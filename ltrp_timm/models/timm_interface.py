@@ -22,7 +22,7 @@ _MIRRORED = ("num_classes", "num_features", "head_hidden_size", "embed_dim", "in
 # arguments that a model reports as they are now, or that are not saved
 _NOT_RECORDED = (
     *("backbone", "ranker", "ranker_args", "ranker_weights", "validate"),
-    *("head", "head_args"),
+    *("head", "head_args", "budget", "rest", "scales", "size_bias"),
 )
 
 Kept = TypeVar("Kept", bound="TimmInterface")  # the type of a model that returns itself
