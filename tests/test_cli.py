@@ -125,6 +125,10 @@ def test_nothing_good_means_no_picture(here: Path, capsys: pytest.CaptureFixture
         (["demo", "--model", "ltrp_vit_bse"], "is unknown: did you mean ltrp_vit_base"),
         (["demo", "--model", "qqqqqqqqq"], "is unknown: see timm.list_models"),
         (["demo", "--model", "."], r"is unknown: a folder is given as 'local-dir:\.'\."),
+        (
+            ["demo", "--model", "a.jpg"],
+            "'a.jpg' is unknown: it is a file: name the model, and give",
+        ),
         (["demo", "--model", "ltrp_vit_tiny.best"], r"Invalid pretrained tag \(best\)"),
         (["demo", "--model", "resnet10t"], "MODEL resnet10t: cannot drop patches from ResNet"),
         (["demo", "--output", "b.png"], r"--output b\.png cannot be written: it exists already"),
@@ -136,6 +140,8 @@ def test_nothing_good_means_no_picture(here: Path, capsys: pytest.CaptureFixture
             "it is one of the photos",
         ),
         (["demo", "--imag", "b.png"], "unrecognized arguments"),
+        (["save", "ltrp_vit_tiny", "-o", "new"], "either --pretrained or --checkpoint FILE"),
+        (["save", "ltrp_vit_tiny", "-o", "a.jpg"], "--output a.jpg cannot be written: it is not a"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_change_nothing(

@@ -155,7 +155,7 @@ def test_a_saved_model_keeps_its_own_ranker_unless_one_is_named(here: Path, ours
         (["ltrp_vit_tiny", "--batch-size", "0"], "must be a whole number from 1, got 0"),
         (["ltrp_vit_tiny", "--repeats", "-1"], "must be a whole number from 0, got -1"),
         (["ltrp_vit_tiny", "--ranker", "best"], "--ranker must be one of attention"),
-        (["ltrp_vit_tiny", "--ranker-weights", "x"], "the border ranker has no weights"),
+        (["ltrp_vit_tiny", "--ranker-weights", "x"], r"leave 'x' \(--ranker-weights\) out"),
         (["ltrp_vit_tiny", "--selection", "best"], "invalid choice: 'best'"),
         (["ltrp_vit_tiny", "--img-size", "8"], "nothing was written: images of 8x8 are smaller"),
         (["ltrp_vit_tiny", "--checkpoint", "none.pth"], "none.pth does not exist"),

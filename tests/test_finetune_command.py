@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import records_arguments
-from finetune_setup import load, make_classes
+from finetune_setup import load, make_classes, small_vit
 
+from ltrp_timm import drop_patches, save_pretrained
 from ltrp_timm.commands import main
 from ltrp_timm.train import Augmentation, Recipe, Settings, finetune
 
@@ -57,6 +58,19 @@ def test_a_model_of_several_budgets(here: Path, capsys: pytest.CaptureFixture[st
     assert Path("run/pictures.png").is_file()
     assert tune(*flags) == 2
     assert "run already holds checkpoint.pt" in one_line(capsys)
+
+
+def test_an_adaptive_model_is_tuned_with_a_named_ranker(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = drop_patches(small_vit(img_size=32, num_classes=3), "pixel_std")
+    model.calibrate(torch.rand(6, 3, 32, 32), mean_keep_ratio=0.4)
+    save_pretrained(model, "adaptive")
+    command = ["finetune", "local-dir:adaptive", "--data", "photos", "--output", "run", *QUICK]
+    assert main(command) == 2
+    assert "give --ranker pixel_std (in Python, set model.budget = None)" in one_line(capsys)
+    assert main([*command, "--ranker", "pixel_std", "--batch-size", "4"]) == 0
+    assert (load(Path("run")).budget, load(Path("run")).keep_ratio) == (None, 0.4)
 
 
 def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

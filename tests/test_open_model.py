@@ -297,6 +297,8 @@ def test_weights_that_are_no_numbers_are_refused(
         (NAME, {"checkpoint": "none.pth"}, FileNotFoundError, "none.pth does not exist"),
         (NAME, {"pretrained": True, "checkpoint": "none.pth"}, ValueError, "give one, not both"),
         ("resnet10t", {}, TypeError, "cannot drop patches from ResNet"),
+        ("resnet10t", {"img_size": 64}, TypeError, "cannot drop patches from ResNet"),
+        ("resnet10t", {"img_size": 64, "plain": True}, TypeError, "resnet10t takes no img_size"),
     ],
 )
 def test_wrong_arguments(

@@ -529,6 +529,7 @@ def test_what_is_no_file_of_weights(kind: str, message: str, tmp_path: Path) -> 
         ({"args": {**RANKER, "depth": 10**6}}, "sets 'depth' to 1000000: refused"),
         ({"args": {**RANKER, "mean": "../../x"}}, "sets 'mean' to '../../x': refused"),
         ({"args": {**RANKER, "mean": [float("nan")] * 3}}, r"sets 'mean' to \[nan, nan, nan\]"),
+        ({"ranker": None}, r"[^ ]+ holds no ranker\.$"),
         ({"ranker": "/etc/passwd"}, "holds a '/etc/passwd' ranker, not 'conv'"),
     ],
 )

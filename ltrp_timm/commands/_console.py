@@ -119,17 +119,12 @@ def describe_model(
     """
     h, w = model.data_config()["input_size"][-2:]
     patches = model.num_patches
-    kept = []
-    for keep_ratio in keep_ratios:
-        text = f"{model.num_tokens(keep_ratio)} of {patches} at {keep_ratio:g}"
-        varies = model.budget is not None and keep_ratio < 1
-        kept.append(f"about {text} on average, as calibrated" if varies else text)
+    kept = ", ".join(f"{model.num_tokens(r)} of {patches} at {r:g}" for r in keep_ratios)
+    kept += " (about that on average, as calibrated)" * (model.budget is not None)
     say(f"model       {printable(name)}, {_millions(model.backbone)}, images of {h}x{w}")
     say(f"ranker      {model.ranker.name}: {_about_ranker(model.ranker)}")
-    say(f"patches     keeps {', '.join(kept)}")
-    chosen = how_chosen(model.settings())
-    if chosen != "top":
-        say(f"selection   {chosen}")
+    say(f"patches     keeps {kept}")
+    say(f"selection   {how_chosen(model.settings())}")
     say(f"backbone weights: {weights or RANDOM}")
 
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltrp_timm._text import say
-from ltrp_timm.commands._console import ModelOptions
+from ltrp_timm.commands._console import ModelOptions, check_folder
 from ltrp_timm.commands._flags import PathName, Words, add_command
-from ltrp_timm.share.save import CARD_NAME, push_folder, push_to_hub, save_pretrained
+from ltrp_timm.models.open_model import is_source
+from ltrp_timm.share.save import CARD_NAME, FILES, push_folder, push_to_hub, save_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,12 @@ def add_save(commands: Any) -> None:
 
 def _save(**given: Any) -> int:
     options = SaveOptions(**given)
-    if options.pretrained == (options.checkpoint is not None):
+    check_folder(options.output, FILES, options.overwrite)
+    if not (options.pretrained or options.checkpoint or is_source(options.model)):
         raise ValueError("save needs weights: either --pretrained or --checkpoint FILE.")
     model, weights = options.open(keep_ratio=options.keep_ratio)
     card = options.card()
-    origin = model.pretrained_cfg.get("hf_hub_id") if options.pretrained else None
+    origin = model.pretrained_cfg.get("hf_hub_id") if options.checkpoint is None else None
     if origin:
         card.setdefault("base_model", origin)
     folder = save_pretrained(model, options.output, card, options.overwrite, options.evaluation)

@@ -42,6 +42,8 @@ def check_name(name: str, label: str = "model") -> None:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('ltrp*')."
         hint = f"a folder is given as {'local-dir:' + name!r}." if Path(name).is_dir() else hint
+        if Path(name).is_file():
+            hint = "it is a file: name the model, and give the file as checkpoint (--checkpoint)."
         raise ValueError(f"{label} {name!r} is unknown: {hint}")
     try:
         timm.models.get_pretrained_cfg(name)
@@ -179,7 +181,14 @@ def _create(
         kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
     if not plain and not name.startswith(GENERIC):
         name, kwargs["backbone"] = GENERIC, name
-    return timm.create_model(name, **kwargs), origin
+    try:
+        return timm.create_model(name, **kwargs), origin
+    except TypeError as error:
+        if "argument 'img_size'" not in str(error) or kwargs.pop("img_size", None) is None:
+            raise
+        if not plain:
+            timm.create_model(name, **kwargs)  # it refuses models that cannot drop patches
+        raise TypeError(f"{name} takes no img_size (--img-size): leave it out.") from error
 
 
 def _cached_weights(name: str) -> str | None:

@@ -99,7 +99,7 @@ def create_ranker(
         return _named(name, kwargs)
     if not kind.learned:
         raise ValueError(
-            f"the {name} ranker has no weights: leave pretrained=False, got {pretrained!r}."
+            f"the {name} ranker has no weights: leave {pretrained!r} (--ranker-weights) out."
         )
     if pretrained is not True:
         return _load(name, pretrained, kwargs, cache_dir, token)
@@ -156,7 +156,8 @@ def _saved_args(name: str, config: Any, source: PathLike) -> Dict[str, Any]:
     if saved is None and "architecture" in config:
         raise ValueError(f"{source} holds a whole model, not a {name} ranker alone.")
     if saved != name:
-        raise ValueError(f"{source} holds a {saved!r} ranker, not {name!r}.")
+        what = "no ranker" if saved is None else f"a {saved!r} ranker, not {name!r}"
+        raise ValueError(f"{source} holds {what}.")
     parameters = inspect.signature(ranker_class(name).__init__).parameters
     known = set(parameters) - {"self", "generator", *NEVER_SAVED}
     takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters.values())

@@ -207,7 +207,8 @@ def _prepare_ranker(net: Any, recipe: Recipe) -> None:
             raise ValueError("train_ranker needs a pruned model: give a ranker or a keep_ratio.")
         return
     if net.budget is not None:
-        raise ValueError("an adaptive budget is calibrated on a trained model: set budget = None.")
+        hint = f"give --ranker {net.ranker.name} (in Python, set model.budget = None) to end it"
+        raise ValueError(f"an adaptive budget is calibrated after training: {hint}.")
     if recipe.train_ranker:
         if not getattr(net.ranker, "learned", True):
             raise ValueError(f"train_ranker: the {net.ranker.name} ranker has no weights.")
