@@ -329,8 +329,8 @@ class IndexCache:
         above = itertools.accumulate(parts, lambda path, part: f"{part}{os.sep}{path}", initial="")
         found = [p for p in above if any(p + image in places for image in ids.names)] or [""]
         if len(found) > 1:
-            where = " and ".join(printable(path or "./") for path in found)
-            raise ValueError(f"{name} has these images in {where}; rank {printable(ids.root)} alone.")
+            root, where = printable(ids.root), " and ".join(printable(p or "./") for p in found)
+            raise ValueError(f"{name} has these images in {where}; rank {root} alone.")
         absent = [image for image in ids.names if found[0] + image not in places]
         if absent:
             raise ValueError(
