@@ -11,7 +11,6 @@ from timm.data import resolve_model_data_config
 from timm.layers import trunc_normal_
 from torch import nn
 
-from ltrp_timm._text import say
 from ltrp_timm.data.labels import ClassData, listed_names, open_class_data, order_of
 from ltrp_timm.data.multi_label import open_multi_label_data
 from ltrp_timm.data.sources import Sources
@@ -121,9 +120,7 @@ def finetune(model: Any, data: Any, output: Any, **options: Any) -> Summary:
         )
         if augmentation.mixes and sources.batch_size % 2:
             raise ValueError(f"mixing needs an even batch_size, got {sources.batch_size}.")
-        if world.main:
-            for line in (*classes.notes, *notes, _describe(task, sources)):
-                say(line)
+        task.notes = (*classes.notes, *notes, _describe(task, sources))
         return fit(task, sources, common, world, output)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,6 +55,7 @@ class Task(abc.ABC):
         forward: What is called in training: the model, or a module around it.
         chance: Loss of a model that knows nothing, or None where that is unknown.
         num_graphs: Kinds of updates, each of which is compiled separately.
+        notes: Lines that are printed once the settings and the output folder are checked.
         start: Digest of the weights that the run starts from.
     """
 
@@ -62,6 +64,7 @@ class Task(abc.ABC):
     higher_is_better = True
     chance: float | None = None
     num_graphs = 1
+    notes: Sequence[str] = ()
 
     def __init__(self, model: Any, forward: nn.Module | None = None) -> None:
         self.model, self.start = model, digest(model.state_dict())
@@ -141,8 +144,10 @@ def fit(
         find_tracker(settings.report_to)
     resume = settings.resume == "auto"
     trainer = Trainer(task, sources, settings, world, Path(output))
+    world.on_main(lambda: check_folder(trainer.folder, resume))
+    for line in task.notes if world.main else ():
+        say(line)
     if dry:
-        check_folder(trainer.folder, resume)
         trainer.rehearse()
         return trainer.summary(None)
     with contextlib.ExitStack() as stack:
