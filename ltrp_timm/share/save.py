@@ -127,7 +127,7 @@ def push_to_hub(
 
     Raises:
         TypeError: ``model`` is neither a pruned model nor a ranker.
-        ValueError: the ranker has no name or no trained weights, or ``model_card`` is wrong.
+        ValueError: As in ``save_pretrained``.
         FileExistsError: the branch holds such files and ``overwrite`` is False.
         OSError: the Hub refuses or does not answer; the message says what to do.
     """
