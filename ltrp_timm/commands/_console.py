@@ -118,8 +118,7 @@ def describe_model(
     random.
     """
     h, w = model.data_config()["input_size"][-2:]
-    patches = model.num_patches
-    kept = ", ".join(f"{model.num_tokens(r)} of {patches} at {r:g}" for r in keep_ratios)
+    kept = ", ".join(f"{model.num_tokens(r)} of {model.num_patches} at {r:g}" for r in keep_ratios)
     kept += " (about that on average, as calibrated)" * (model.budget is not None)
     say(f"model       {printable(name)}, {_millions(model.backbone)}, images of {h}x{w}")
     say(f"ranker      {model.ranker.name}: {_about_ranker(model.ranker)}")

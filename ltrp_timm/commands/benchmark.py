@@ -33,6 +33,7 @@ from ltrp_timm.measure.payoff import (
 )
 from ltrp_timm.measure.throughput import environment
 from ltrp_timm.models.front_end import make_ranker
+from ltrp_timm.models.open_model import is_source
 from ltrp_timm.rankers import DEFAULT_RANKER
 from ltrp_timm.runtime.world import usable_device
 from ltrp_timm.train.recipe import RestOptions
@@ -157,7 +158,7 @@ def _rankers(
     own: nn.Module, full: nn.Module, name: str, names: Sequence[str] | None
 ) -> dict[str, nn.Module]:
     """The rankers by these names; without names the model's own, or some to choose from."""
-    if names is None and name.startswith(("ltrp", "hf-hub:", "hf_hub:", "local-dir:")):
+    if names is None and (name.startswith("ltrp") or is_source(name)):
         return {getattr(own, "name", type(own).__name__): own}
     return {ranker: make_ranker(ranker, full) for ranker in names or RANKERS}
 

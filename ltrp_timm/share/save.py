@@ -36,10 +36,8 @@ CARD_NAME = "README.md"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 EVALUATION_NAME = "evaluate.json"  # what `ltrp-timm evaluate` writes
 # accuracies of an evaluation: as people and as the Hub name them
-TITLES = {
-    **{"top1": "top-1", "top5": "top-5"},
-    **{"map": "mAP", "map_seen": "mAP seen", "map_unseen": "mAP unseen"},
-}
+TITLES = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
+TITLES |= {"map_seen": "mAP seen", "map_unseen": "mAP unseen"}
 _METRICS = {"top-1": "accuracy", "top-5": "top_5_accuracy", "mAP": "mean_average_precision"}
 _SETTINGS = ("selection", "selection_args", "rest", "scales", "size_bias", "budget")
 UNNAMED = "owner/name"  # the repository in cards that are not on the Hub
