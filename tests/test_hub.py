@@ -349,7 +349,8 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=4)
     torch.save({"state_dict": vit.state_dict(), "epoch": 3}, tmp_path / "last.pth.tar")
     home, folder = tmp_path / "home", tmp_path / "model"
-    save_it = ("save", "ltrp_vit_tiny", "-o", folder, "--num-classes", 4, "--license", "mit")
+    save_it = ("save", "ltrp_vit_tiny", "-o", folder, "--overwrite", "--num-classes", 4)
+    save_it += ("--license", "mit")
     done = command(hub, home, *save_it, "--checkpoint", tmp_path / "last.pth.tar")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
@@ -371,7 +372,7 @@ def test_save_and_push_on_the_command_line(hub: Hub, tmp_path: Path) -> None:
         ((*save_it, "--pretrained"), "the Hub shows no repository timm/vit_tiny_patch16_224"),
         (save_it, "save needs weights: either --pretrained or --checkpoint FILE"),
         (
-            (*save_it[:4], "--num-classes", 5, "--checkpoint", tmp_path / "last.pth.tar"),
+            (*save_it[:5], "--num-classes", 5, "--checkpoint", tmp_path / "last.pth.tar"),
             "fit the model: mismatched backbone.head",
         ),
         (("push", tmp_path / "no", "--repo-id", "me/x"), "holds no config.json and no model"),
