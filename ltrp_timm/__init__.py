@@ -10,11 +10,7 @@ from ltrp_timm.models import ltrp_vit as _ltrp_vit  # registers the models
 from ltrp_timm.models.feature_teacher import FeatureTeacher
 from ltrp_timm.models.front_end import drop_patches
 from ltrp_timm.models.ltrp import LTRPModel
-from ltrp_timm.models.visual import (
-    drop_visual_tokens,
-    num_visual_tokens,
-    restore_visual_tokens,
-)
+from ltrp_timm.models.visual import drop_visual_tokens, num_visual_tokens, restore_visual_tokens
 from ltrp_timm.rankers import create_ranker, list_rankers
 from ltrp_timm.selection import (
     AdaptiveBudget,

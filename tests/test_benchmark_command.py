@@ -117,3 +117,16 @@ def test_rankers_to_choose_from_exist() -> None:
     from ltrp_timm.commands.benchmark import RANKERS
 
     assert set(RANKERS) <= set(ltrp_timm.list_rankers())
+
+
+def test_a_saved_model_is_measured_with_its_own_selection(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    args = {"selection": "mixed", "selection_args": {"ratio": 0.5}, "ranker": "pixel_std"}
+    model = timm.create_model("ltrp_vit_tiny", depth=1, img_size=64, **args)
+    save_pretrained(model, tmp_path / "model")
+    given = [f"local-dir:{tmp_path / 'model'}", "--keep-ratio", "0.5", *FAST[2:], "--no-memory"]
+    assert main(["benchmark", *given]) == 0
+    assert "selection mixed\n" in capsys.readouterr().out
+    assert main(["benchmark", *given, "--selection", "top"]) == 0
+    assert "selection top\n" in capsys.readouterr().out

@@ -19,11 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ltrp_timm._text import one_line, optional_import, printable, say
-from ltrp_timm.commands._console import (
-    check_names,
-    class_names,
-    quiet_about_training,
-)
+from ltrp_timm.commands._console import check_names, class_names, quiet_about_training
 from ltrp_timm.commands._flags import Positive, add_command
 from ltrp_timm.commands.demo import sample_photos
 from ltrp_timm.data.photos import load_image

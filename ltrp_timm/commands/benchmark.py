@@ -50,7 +50,7 @@ class BenchmarkOptions(RestOptions):
         model: One or more ``ltrp_*`` names, timm ViTs, hf-hub:OWNER/NAME or local-dir:DIR.
         keep_ratio: Shares of patches to keep, in (0, 1).
         ranker: Names of rankers (default: the model's own, else border, conv and vit_small).
-        selection: How scores choose patches.
+        selection: How scores choose patches (default: the model's own, else top).
         batch_size: Images per call.
         img_size: Sides of the images in pixels (default: the model's own).
         device: Device, such as cpu, cuda or cuda:1.
@@ -70,7 +70,7 @@ class BenchmarkOptions(RestOptions):
     model: Sequence[str]
     keep_ratio: Sequence[float] = (0.75, 0.5, 0.25)
     ranker: Sequence[str] | None = None
-    selection: str = "top"
+    selection: str | None = None
     batch_size: Sequence[int] = (1, 8)
     img_size: Sequence[int] | None = None
     device: str = "cpu"
@@ -127,17 +127,19 @@ def _measure_model(
     name: str, side: int | None, device: torch.device, options: BenchmarkOptions
 ) -> list[dict[str, Any]]:
     """All batch sizes of one model at one image size."""
-    rest = {field.name: getattr(options, field.name) for field in fields(RestOptions)}
-    model, _ = ModelOptions(model=name, img_size=side, **rest).open()
+    front = {field.name: getattr(options, field.name) for field in fields(RestOptions)}
+    front["selection"] = options.selection
+    model, _ = ModelOptions(model=name, img_size=side, **front).open()
     size, own = input_size(model), model.ranker
-    rest = {key: value for key, value in model.settings().items() if key in rest}
+    names = (*front, "selection_args")
+    front = {key: value for key, value in model.settings().items() if key in names}
     full = model.restore().eval().requires_grad_(False)
     rankers = _rankers(own, full, name, options.ranker)
     form: dict[str, Any] = {"device": device, "dtype": getattr(torch, options.dtype)}
     full = full.to(**form)
     rankers = {key: ranker.to(**form) for key, ranker in rankers.items()}
-    names = ("selection", "compile_mode", "repeats", "warmup", "memory", "smaller_image")
-    given = {name: getattr(options, name) for name in names} | rest
+    names = ("compile_mode", "repeats", "warmup", "memory", "smaller_image")
+    given = {name: getattr(options, name) for name in names} | front
     rows, chosen = [], how_chosen(given)
     for batch in dict.fromkeys(options.batch_size):
         say(f"\n{printable(name)}, {size[1]}x{size[2]} pixels, batch {batch}, selection {chosen}")

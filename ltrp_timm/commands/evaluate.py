@@ -321,10 +321,7 @@ class Evaluation:
             say(f"            classes without any image: {', '.join(map(printable, images.empty))}")
 
     def report(
-        self,
-        results: Mapping[Case, Measured],
-        tables: Mapping[str, Sequence[Row]],
-        unreadable: int,
+        self, results: Mapping[Case, Measured], tables: Mapping[str, Sequence[Row]], unreadable: int
     ) -> None:
         """Print the table of keep ratios, and write all tables."""
         rows, options = tables[CSV_NAME], self.options

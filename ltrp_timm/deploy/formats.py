@@ -21,12 +21,7 @@ from ltrp_timm.models.ltrp import LTRPModel
 from ltrp_timm.weights.files import PathLike
 
 # format -> endings of its files, the usual one first
-FORMATS = {
-    "onnx": (".onnx",),
-    "pt2": (".pt2",),
-    "aoti": (".pt2",),
-    "torchscript": (".pt", ".ts"),
-}
+FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "aoti": (".pt2",), "torchscript": (".pt", ".ts")}
 OLDEST_OPSET = 18  # that torch's exporter writes
 METADATA_KEY = "ltrp_timm"  # in ONNX's metadata_props and in AOTInductor's metadata
 METADATA_FILE = "ltrp_timm.json"  # in torch's archives

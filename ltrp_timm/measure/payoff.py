@@ -164,7 +164,7 @@ def measure_payoff(
         memory: Also measure the peak memory of one call each.
         smaller_image: Also time the plain model at the image size with about as many patches as are
             kept, at each keep ratio (see ``smaller_grid``).
-        **front: Selection, rest, scales and size bias of ``drop_patches``.
+        **front: Selection and its arguments, rest, scales and size bias of ``drop_patches``.
 
     Returns:
         The full model, then the variants at each keep ratio, largest first.
@@ -233,7 +233,8 @@ def _variants(
     generator = torch.Generator().manual_seed(0)
     for keep_ratio in sorted(set(keep_ratios), reverse=True):
         # random patches or cells, which no ranker has to find
-        given = drop_patches(twin(full), "random", keep_ratio, **{**front, "selection": "random"})
+        chance = {**front, "selection": "random", "selection_args": None}
+        given = drop_patches(twin(full), "random", keep_ratio, **chance)
         kept = given.num_tokens()
         inputs: tuple[Tensor, ...] = (images,)
         best = ideal(full, kept)

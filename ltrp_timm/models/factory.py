@@ -215,10 +215,7 @@ def backbone_cfg(tag: str, **changes: Any) -> Optional[PretrainedCfg]:
 
 
 def checkpoint_filter_fn(
-    state_dict: Dict[str, Any],
-    model: LTRPModel,
-    antialias: bool = True,
-    keep_ranker: bool = False,
+    state_dict: Dict[str, Any], model: LTRPModel, antialias: bool = True, keep_ranker: bool = False
 ) -> Dict[str, Tensor]:
     """Weights of a plain backbone or of a whole model -> names and shapes of ``model``.
 

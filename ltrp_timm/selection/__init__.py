@@ -8,12 +8,7 @@ exported.
 
 from ltrp_timm.selection.adaptive import AdaptiveBudget
 from ltrp_timm.selection.cells import select_cells
-from ltrp_timm.selection.coverage import (
-    dpc_knn,
-    select_dithered,
-    select_mixed,
-    select_stratified,
-)
+from ltrp_timm.selection.coverage import dpc_knn, select_dithered, select_mixed, select_stratified
 from ltrp_timm.selection.registry import PatchSelector
 from ltrp_timm.selection.rules import (
     gather_patches,

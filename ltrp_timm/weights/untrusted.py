@@ -54,10 +54,7 @@ def parse_json(text: str, source: object) -> dict[str, Any]:
 
 
 def check_saved_args(
-    args: Any,
-    source: object,
-    known: Collection[str] | None = None,
-    refused: Collection[str] = (),
+    args: Any, source: object, known: Collection[str] | None = None, refused: Collection[str] = ()
 ) -> dict[str, Any]:
     """Check saved arguments of a model before anything is built from them; returns them.
 
