@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,11 @@ def test_calibration_reaches_its_mean(backbone_of: Callable[..., Any], rule: str
         assert model.budget.rule == rule
         assert model.keep_ratio == model.budget.mean_keep_ratio == target
     assert reached[0.3] < reached[0.6]
+
+
+def test_a_mean_of_numpy_is_a_plain_number() -> None:
+    budget = AdaptiveBudget("mass", 0.5, 4, np.float32(0.5))  # type: ignore[arg-type]
+    assert type(budget.mean_keep_ratio) is float
 
 
 def test_calibration_warns_of_ranks(backbone_of: Callable[..., Any]) -> None:

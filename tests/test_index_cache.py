@@ -487,8 +487,13 @@ def test_scores_of_a_folder_serve_the_splits_below_it(here: Path) -> None:
     Path("moved/test").rename("moved/val")
     make_photos(Path("moved/val/cat"), 1)
     assert main(["rank", "moved", "-o", "scores", *SMALL, "--overwrite"]) == 2
-    with pytest.raises(ValueError, match=r"has these images in \./ and val/; rank .* alone"):
-        rows("moved/val")
+    assert rows("moved/val") == rows("moved", split="val")  # cat/000.png alone lies above, too
+    with pytest.raises(ValueError, match=r"has these images in cat/ and val/cat/; rank .* alone"):
+        rows("moved/val/cat")
+    for folder in ("cats", "cats/cats"):
+        make_photos(Path(folder), 2)
+    assert main(["rank", "cats", "-o", "scores", *SMALL, "--overwrite"]) == 0
+    assert rows("cats") == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("data", [Path("set/cat"), [Path("set/cat"), "set/dog/000.png"]])

@@ -316,10 +316,12 @@ def test_loading_computes_what_no_checkpoint_holds(
         if name not in held:  # as empty memory may be
             buffer.zero_()
     assert not torch.equal(empty(images), model(images))
-    empty.load_state_dict(model.state_dict())
-    for ratio in (0.5, 1.0):
-        empty.keep_ratio = model.keep_ratio = ratio
-        assert torch.equal(empty(images), model(images))
+    assigned = copy.deepcopy(model).to("meta")
+    for filled, assign in ((empty, False), (assigned, True)):
+        filled.load_state_dict(model.state_dict(), assign=assign)
+        for ratio in (0.5, 1.0):
+            filled.keep_ratio = model.keep_ratio = ratio
+            assert torch.equal(filled(images), model(images))
 
 
 @records_arguments

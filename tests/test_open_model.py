@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ltrp_timm import LTRPModel, create_ranker, create_teacher, drop_patches, save_pretrained
 from ltrp_timm.commands import main
-from ltrp_timm.models.open_model import open_model
+from ltrp_timm.models.open_model import open_model, with_front_end
 from ltrp_timm.weights.files import read_weights
 
 NAME = "vit_tiny_patch16_224"
@@ -344,6 +344,10 @@ def test_another_ranker_ends_a_budget_at_its_mean(tmp_path: Path) -> None:
     assert open_model(name)[0].budget == model.budget
     found, _ = open_model(name, ranker="gradient")
     assert (found.budget, found.keep_ratio, found.fill) == (None, 0.4, "nearest")
+    learned = drop_patches(small_vit(img_size=32), create_ranker("conv", width=8, depth=1))
+    ranker, learned.budget = learned.ranker, model.budget
+    same = with_front_end(learned, {"ranker": "conv"})
+    assert (same.ranker is ranker, same.budget, same.keep_ratio) == (True, None, 0.4)
     save_pretrained(found, tmp_path / "fixed")
     assert open_model(f"local-dir:{tmp_path / 'fixed'}")[0].budget is None
 

@@ -5,6 +5,7 @@ import os
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,8 @@ def test_folders_archives_and_rank_look_for_the_same_endings(tmp_path: Path) -> 
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"Found 0 images .*\.webp"):
         open_dataset(tmp_path / "none")
+    with ThreadPoolExecutor(2) as threads:
+        assert [len(found) for found in threads.map(open_dataset, [folder] * 60)] == [13] * 60
     assert get_img_extensions() == before
 
 

@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import signal
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from train_setup import QUIET, make_photos, run, same_bits, weights
 from ltrp_timm.data.images import Images, open_dataset, split_indices
 from ltrp_timm.data.keyed import HELD_OUT, KeyedImages, KeyedSampler, held_out_keys, make_loader
 from ltrp_timm.runtime.keyed_rng import sample_seed, seeded
-from ltrp_timm.runtime.world import World
+from ltrp_timm.runtime.world import World, signals_held
 from ltrp_timm.train.folder import read_state
 from ltrp_timm.train.loop import Trainer
 from ltrp_timm.train.recipe import crop_transforms
@@ -372,3 +374,32 @@ def test_crops_take_the_share_of_a_picture_that_they_are_told() -> None:
         shares[scale] = [float(red.max() - red.min()) for red in reds]
     assert max(shares[0.04, 0.06]) < 0.4
     assert min(shares[1.0, 1.0]) > 0.7  # crops are not all square: the width may be cut a little
+
+
+def test_who_starts_meanwhile_holds_signals_back() -> None:
+    with signals_held():
+        process = subprocess.Popen(["sleep", "60"])
+    try:
+        process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Masks(Dataset[Any]):
+    """Which signals a worker holds back once it works."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, key: Any) -> list[int]:
+        return sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def test_nothing_is_held_back_for_good() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    loader = make_loader(Masks(), None, batch_size=1, num_workers=1, device=CPU)  # type: ignore
+    assert list(loader) == [[]]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

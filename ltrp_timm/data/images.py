@@ -1,9 +1,11 @@
 """Pictures by index from every kind of data set; ``labels`` adds the classes."""
 
+import contextlib
 import copy
 import itertools
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ IMAGE_ENDINGS = (  # in any case
 )
 
 
+_LOCK = threading.Lock()  # timm's list of endings is global
+
+
 def open_dataset(
     data: Any,
     *,
@@ -48,7 +53,8 @@ def open_dataset(
 
     ``load_image`` sees the orientation, bit depth and transparency of every image; only ``tfds/``
     drops them when it decodes. Hidden files and folders, and those of file systems such as
-    ``@eaDir``, are skipped in folders and archives; so are files without one of ``IMAGE_ENDINGS``.
+    ``@eaDir``, are skipped in folders and archives; so are files with another ending than
+    ``IMAGE_ENDINGS`` and those that timm knows.
 
     ``data`` is a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
     ``tfds/…``, ``torch/…``, ``wds/…``, or a torch data set of pictures. The other arguments are
@@ -78,19 +84,18 @@ def open_dataset(
         extra["target_key"] = target_key or input_key or "image"  # it need not have labels
     if named and num_samples:
         extra["num_samples"] = num_samples
-    known = get_img_extensions()
     try:
-        add_img_extensions(IMAGE_ENDINGS)  # timm's readers look for these while they are made
-        dataset = create_dataset(
-            text if named else "",
-            root=root if named else folder,
-            split=split,
-            search_split=named,
-            is_training=training,
-            seed=seed,
-            input_img_mode="",  # no conversion: load_image converts
-            **extra,
-        )
+        with _image_endings():
+            dataset = create_dataset(
+                text if named else "",
+                root=root if named else folder,
+                split=split,
+                search_split=named,
+                is_training=training,
+                seed=seed,
+                input_img_mode="",  # no conversion: load_image converts
+                **extra,
+            )
         if hasattr(dataset, "reader"):  # one of timm's
             dataset.transform = load_image
             _skip_hidden(dataset.reader, "" if named else str(folder))
@@ -102,8 +107,18 @@ def open_dataset(
         ) from error
     except Exception as error:  # timm and what it calls raise anything, AssertionError included
         raise ValueError(f"{text} cannot be read as a data set: {one_line(error)}") from error
-    finally:
-        set_img_extensions(known)
+
+
+@contextlib.contextmanager
+def _image_endings() -> Iterator[None]:
+    """Let timm's readers, which look for endings while they are made, know IMAGE_ENDINGS too."""
+    with _LOCK:
+        known = get_img_extensions()
+        try:
+            add_img_extensions(IMAGE_ENDINGS)
+            yield
+        finally:
+            set_img_extensions(known)
 
 
 def split_folder(root: str, split: str) -> str:

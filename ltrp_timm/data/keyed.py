@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ltrp_timm.data.images import Images
 from ltrp_timm.data.photos import load_image
 from ltrp_timm.runtime.keyed_rng import HELD_OUT, sample_seed, seeded
-from ltrp_timm.runtime.world import World, worker_init
+from ltrp_timm.runtime.world import World, signals_held, worker_init
 
 Sample = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]
@@ -167,6 +167,12 @@ def held_out_keys(count: int, world: World) -> list[tuple[int, int]]:
     return [(HELD_OUT, place) for place in range(world.rank, count, world.size)]
 
 
+class _Loader(DataLoader[Sample]):
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
+
+
 def make_loader(
     dataset: Dataset[Sample],
     sampler: Iterable[tuple[int, int]] | None,
@@ -177,7 +183,7 @@ def make_loader(
     persistent: bool = False,
 ) -> DataLoader[Sample]:
     """Make torch's loader, with its own generator: the global random state does not change."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

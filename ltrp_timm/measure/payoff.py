@@ -85,8 +85,12 @@ def ideal(full: Any, kept: int) -> Any:
         return None
     model = twin(full)
     slot: Any = adapter.modules(model)[adapter.places[0]].train(model.training)
-    length, first = slot.num_prefix_tokens + kept, torch.arange(kept)
-    slot.take = lambda x: (x[:, :length].contiguous(), first.to(x.device).expand(len(x), -1))
+    length = slot.num_prefix_tokens + kept
+
+    def take(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :length].contiguous(), torch.arange(kept, device=x.device).expand(len(x), -1)
+
+    slot.take = take
     setattr(model, adapter.places[0], slot)
     embed = adapter.embed_of(model)
     if can_embed_kept(embed):

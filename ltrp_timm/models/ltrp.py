@@ -487,12 +487,6 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
             ValueError: An argument is out of range, or there are no images.
         """
         budget = AdaptiveBudget(rule, 0.0, buckets, mean_keep_ratio)
-        if getattr(self.ranker, "scores_are_ranks", False):
-            warnings.warn(
-                f"scores of {self.ranker.name} are ranks within an image: all images keep about as "
-                "many patches. pixel_std and learned rankers tell busy images from empty ones.",
-                stacklevel=2,
-            )
         batches = [images] if isinstance(images, (Tensor, dict)) else images
         scores: List[Tensor] = []
         for batch in batches:
@@ -503,6 +497,12 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
                 scores.append(self.patch_scores(batch).cpu())
         budget, reached = budget.calibrated(scores)
         self.budget = budget
+        if getattr(self.ranker, "scores_are_ranks", False):
+            warnings.warn(
+                f"scores of {self.ranker.name} are ranks within an image: all images keep about as "
+                "many patches. pixel_std and learned rankers tell busy images from empty ones.",
+                stacklevel=2,
+            )
         return reached
 
     def _counts_vary(self, keep_indices: Optional[Tensor]) -> bool:

@@ -129,8 +129,8 @@ def with_front_end(found: nn.Module, front: Mapping[str, Any]) -> LTRPModel:
         other = front.get("rest", found.rest) != found.rest
         if other:  # these go with one of the two
             own = {key: own[key] for key in own if key not in ("scales", "size_bias", "fill")}
-        if not ranker:
-            name = found.ranker
+        if not ranker or (ranker == {"ranker"} and name == getattr(found.ranker, "name", "")):
+            name = found.ranker  # with its weights
         if front.get("selection", found.selection) != found.selection:
             own.pop("selection_args")
         if ranker or other:

@@ -9,7 +9,7 @@ from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 
 from ltrp_timm import _timm
-from ltrp_timm.layers.bridge import InputBridge, make_bridge, to_pair
+from ltrp_timm.layers.bridge import make_bridge, to_pair
 from ltrp_timm.layers.ml_decoder import HEADS, MLDecoder, make_head
 from ltrp_timm.rankers import list_rankers, ranker_class
 from ltrp_timm.slots import find_adapter
@@ -284,12 +284,12 @@ class TimmInterface(nn.Module):
             given = {f"backbone.{name}": tensor for name, tensor in state_dict.items()}
             state_dict = {**own, **given}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if isinstance(self.bridge, InputBridge):  # to_empty() leaves its buffers empty
-            missing = assign or any(buffer.is_meta for buffer in self.bridge.buffers())
-            place = next(self.backbone.parameters()).device if missing else None
-            self.bridge.init_non_persistent_buffers(place)
-        for module in self.backbone.modules():  # nor does timm fill its own
-            if hasattr(module, "init_non_persistent_buffers"):
+        place = next(self.backbone.parameters()).device
+        for module in (*self.bridge.modules(), *self.backbone.modules()):
+            if hasattr(module, "init_non_persistent_buffers"):  # to_empty() leaves them empty
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_meta or (assign and buffer.device != place):
+                        setattr(module, name, torch.empty_like(buffer, device=place))
                 module.init_non_persistent_buffers()
         if hasattr(self.ranker, "trained"):
             new = (name for name in own if name in state_dict)

@@ -89,6 +89,9 @@ def _leave(number: int, _: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
 def worker_init() -> Callable[[int], None]:
     """What a data worker does first: it ignores SIGINT and SIGTERM; its main process stops it.
 
@@ -108,6 +111,21 @@ def _ignore_signals(leaving: Any, _: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Workers that start meanwhile hold SIGINT and SIGTERM back, until ``worker_init``."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class World:

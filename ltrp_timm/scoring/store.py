@@ -327,12 +327,12 @@ class IndexCache:
         # for folder/train: "", "train/", "folder/train/", …
         parts = reversed(Path(ids.root).parts[1:])
         above = itertools.accumulate(parts, lambda path, part: f"{part}{os.sep}{path}", initial="")
-        found = [p for p in above if any(p + image in places for image in ids.names)] or [""]
+        found = [path for path in above if all(path + image in places for image in ids.names)]
         if len(found) > 1:
             root, where = printable(ids.root), " and ".join(printable(p or "./") for p in found)
             raise ValueError(f"{name} has these images in {where}; rank {root} alone.")
-        absent = [image for image in ids.names if found[0] + image not in places]
-        if absent:
+        if not found:
+            absent = [image for image in ids.names if image not in places]
             raise ValueError(
                 f"{name} lacks {len(absent)} of {len(ids.names)} images, such as "
                 f"{printable(absent[0])}; rank the folder that has them."

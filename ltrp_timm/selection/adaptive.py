@@ -45,7 +45,8 @@ class AdaptiveBudget:
             raise ValueError(f"level must be a number from {low} to {high}, got {self.level!r}.")
         if not isinstance(self.buckets, int) or self.buckets < 1:
             raise ValueError(f"buckets must be a whole number from 1, got {self.buckets!r}.")
-        check_keep_ratio(self.mean_keep_ratio, "mean_keep_ratio")
+        mean = check_keep_ratio(self.mean_keep_ratio, "mean_keep_ratio")
+        object.__setattr__(self, "mean_keep_ratio", mean)
 
     def counts(self, scores: Tensor) -> Tensor:
         """Scores (B, N) -> the number of patches (B,) int64 that each image keeps."""

@@ -299,7 +299,7 @@ def measured_with(model: Any) -> dict[str, Any]:
         return {"weights_digest": digest(model.state_dict())}
     settings = {"rest": model.rest, **model.settings()}
     found = {
-        **{"ranker": model.ranker.name, "ranker_hash": ranker_hash(model.ranker)},
+        **{"ranker": getattr(model.ranker, "name", ""), "ranker_hash": ranker_hash(model.ranker)},
         **{name: settings.get(name) for name in _SETTINGS},
         "input_size": model.data_config()["input_size"],
         "weights_digest": digest(model.backbone.state_dict()),
