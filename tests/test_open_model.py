@@ -355,6 +355,13 @@ def test_another_ranker_ends_a_budget_at_its_mean(tmp_path: Path) -> None:
 def test_a_coarse_rest_that_ended_does_not_come_back(tmp_path: Path) -> None:
     model = drop_patches(small_vit(img_size=32), rest="coarse", scales=(1, 2))
     save_pretrained(model, tmp_path / "coarse")
+    created = timm.create_model(f"local-dir:{tmp_path / 'coarse'}", pretrained=True, rest="drop")
+    assert (created.rest, created.fill) == ("drop", "zeros")
+    created.fill = "nearest"
+    save_pretrained(created, tmp_path / "nearest")
+    for rest, fill in (("drop", "nearest"), ("coarse", "zeros")):
+        found = timm.create_model(f"local-dir:{tmp_path / 'nearest'}", pretrained=True, rest=rest)
+        assert (found.rest, found.fill) == (rest, fill)
     found, _ = open_model(f"local-dir:{tmp_path / 'coarse'}", rest="drop")
     assert open_model(f"local-dir:{tmp_path / 'coarse'}")[0].rest == "coarse"
     save_pretrained(found, tmp_path / "drop")

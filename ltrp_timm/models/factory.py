@@ -182,9 +182,11 @@ def _split_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any
     pairs = (
         *(("ranker", "ranker_args"), ("selection", "selection_args")),
         *(("keep_ratio", "budget"), ("budget", "keep_ratio")),
+        *(("rest", name) for name in ("scales", "size_bias", "fill", "budget")),
     )
     for part, options in pairs:
-        if saved and front.get(part) != saved.get(part):
+        default = "drop" if part == "rest" else None
+        if saved and front.get(part, default) != saved.get(part, default):
             if front.get(options) == saved.get(options):
                 front.pop(options, None)  # saved for another one
     args = front.get("ranker_args")
