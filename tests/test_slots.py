@@ -285,7 +285,7 @@ def test_patches_of_a_vit_are_dropped_once() -> None:
 
 
 def test_a_share_in_place_of_a_ranker() -> None:
-    with pytest.raises(TypeError, match="got float; a share of patches is keep_ratio"):
+    with pytest.raises(TypeError, match="got float: pass the share of patches as keep_ratio"):
         drop_patches(timm.create_model("vit_tiny_patch16_224", depth=1), 0.5)  # type: ignore[arg-type]
 
 

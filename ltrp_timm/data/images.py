@@ -33,8 +33,6 @@ _HIDDEN = re.compile(rf"(^|[\\/])(\.[^.\\/]|({_SYSTEM})([\\/]|$))")
 IMAGE_ENDINGS = (  # in any case
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
 )
-
-
 _LOCK = threading.Lock()  # timm's list of endings is global
 
 
@@ -53,8 +51,8 @@ def open_dataset(
 
     ``load_image`` sees the orientation, bit depth and transparency of every image; only ``tfds/``
     drops them when it decodes. Hidden files and folders, and those of file systems such as
-    ``@eaDir``, are skipped in folders and archives; so are files with another ending than
-    ``IMAGE_ENDINGS`` and those that timm knows.
+    ``@eaDir``, are skipped in folders and archives; so are files with an ending that is neither in
+    ``IMAGE_ENDINGS`` nor known to timm.
 
     ``data`` is a folder (with or without subfolders), a ``.tar``, ``hfds/…``, ``hfids/…``,
     ``tfds/…``, ``torch/…``, ``wds/…``, or a torch data set of pictures. The other arguments are

@@ -168,6 +168,8 @@ def held_out_keys(count: int, world: World) -> list[tuple[int, int]]:
 
 
 class _Loader(DataLoader[Sample]):
+    """torch's, whose workers do not die of a signal while they start."""
+
     def __iter__(self) -> Any:
         with signals_held():
             return super().__iter__()

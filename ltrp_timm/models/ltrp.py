@@ -85,7 +85,7 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         size_bias: Optional[float] = None,
     ) -> None:
         if not isinstance(ranker, nn.Module):
-            hint = "; a share of patches is keep_ratio" if isinstance(ranker, float) else ""
+            hint = ": pass the share of patches as keep_ratio" if isinstance(ranker, float) else ""
             kind = type(ranker).__name__
             raise TypeError(f"ranker must be an nn.Module or a name, got {kind}{hint}.")
         coarse = coarse_rest(rest, scales, size_bias)
@@ -476,8 +476,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Args:
             images: (B, C, H, W), or batches of them, like those that the model will see.
             mean_keep_ratio: share of patches to keep, averaged over the images, in (0, 1).
-            rule: "threshold" or "mass", see ``AdaptiveBudget``. "threshold" needs scores that are
-                comparable between images. Those of ``border`` and ``contrast`` are not: a warning.
+            rule: "threshold" or "mass", see ``AdaptiveBudget``. Both need scores that are comparable
+                between images; a warning says so for ``border`` and ``contrast``.
             buckets: number of sizes: the multiples of N / buckets.
 
         Returns:

@@ -293,8 +293,8 @@ def check_free(backbone: Any, place: str) -> None:
         )
     if isinstance(module, TokenSlot):
         raise TypeError(
-            f"this {kind} drops patches already: use the model that drop_patches returned, or its "
-            "restore() first."
+            f"this {kind} drops patches already: use the model that drop_patches returned, or call "
+            "its restore() first."
         )
     if module is not None and type(module) is not nn.Identity:
         raise TypeError(
