@@ -476,8 +476,8 @@ class LTRPModel(SelectionSettings, ScriptedSlots, TimmInterface):
         Args:
             images: (B, C, H, W), or batches of them, like those that the model will see.
             mean_keep_ratio: share of patches to keep, averaged over the images, in (0, 1).
-            rule: "threshold" or "mass", see ``AdaptiveBudget``. Both need scores that are comparable
-                between images; a warning says so for ``border`` and ``contrast``.
+            rule: "threshold" or "mass", see ``AdaptiveBudget``. Both need scores that are
+                comparable between images; a warning says so for ``border`` and ``contrast``.
             buckets: number of sizes: the multiples of N / buckets.
 
         Returns:
